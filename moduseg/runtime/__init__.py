@@ -1,0 +1,1 @@
+"""Artefact folders, devices, weights, construction of backends from configuration."""

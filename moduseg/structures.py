@@ -1,0 +1,169 @@
+"""The few dataclasses that travel between the rooms. Validated once, here, where they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = 255
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set.
+
+    Attributes:
+        id: name of the image inside its data set, a relative path without suffix.
+        image: `[H, W, 3]` uint8, RGB.
+        labels: ascending foreground class ids of the image-level labels; `None` where there are none.
+        semantic: `[H, W]` uint8 ground truth, 0 background, 1..C classes, 255 ignore; `None` where unknown.
+        instances: `[H, W]` int32 ground-truth objects, 0 none, 1..n; `None` where unknown.
+    """
+
+    id: str
+    image: np.ndarray
+    labels: tuple[int, ...] | None = None
+    semantic: np.ndarray | None = None
+    instances: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
+            raise ValueError(
+                f"image {self.id!r}: got {self.image.shape} {self.image.dtype}, expected [H, W, 3] uint8 RGB; "
+                "read it with moduseg.datasets.io.read_image"
+            )
+        for name in ("semantic", "instances"):
+            array = getattr(self, name)
+            if array is not None and array.shape != self.image.shape[:2]:
+                raise ValueError(
+                    f"image {self.id!r}: {name} is {array.shape}, expected the image's {self.image.shape[:2]}"
+                )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(H, W)` in pixels."""
+        return self.image.shape[0], self.image.shape[1]
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Class-agnostic masks of one image.
+
+    Attributes:
+        masks: `[N, H, W]` bool; they may overlap.
+        scores: `[N]` float32, the proposer's own quality estimate (`predicted_iou`), 1 where it gives none.
+        stability: `[N]` float32, `stability_score` of SAM, 1 where there is none.
+    """
+
+    masks: Tensor
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    stability: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        if self.masks.ndim != 3 or self.masks.dtype != torch.bool:
+            raise ValueError(
+                f"proposals: got masks {tuple(self.masks.shape)} {self.masks.dtype}, expected [N, H, W] bool"
+            )
+        count = len(self.masks)
+        for name in ("scores", "stability"):
+            values = getattr(self, name)
+            if values.numel() == 0 and count:
+                object.__setattr__(self, name, torch.ones(count, device=self.masks.device))
+            elif values.shape != (count,):
+                raise ValueError(f"proposals: {name} is {tuple(values.shape)}, expected ({count},) as there are masks")
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def areas(self) -> Tensor:
+        """`[N]` int64, pixels in each mask."""
+        return self.masks.flatten(1).sum(1)
+
+    def select(self, keep: Tensor) -> Proposals:
+        """The proposals that `keep` (`[N]` bool or indices) names, all fields filtered together."""
+        return Proposals(self.masks[keep], self.scores[keep], self.stability[keep])
+
+    def to(self, device: torch.device) -> Proposals:
+        """The same proposals on another device."""
+        return Proposals(self.masks.to(device), self.scores.to(device), self.stability.to(device))
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Patch tokens of one image, on a regular grid that starts at the image's top left corner.
+
+    Attributes:
+        tokens: `[h, w, C]` float; token `(i, j)` describes the input's pixels
+            `[i * stride, (i + 1) * stride) x [j * stride, (j + 1) * stride)`.
+        stride: side of a patch, in pixels of the (resized, unpadded) input.
+        image_size: `(H, W)` of the image as the data set gave it.
+        input_size: `(H', W')` of the image as the backbone saw it before padding; equals `image_size` at native size.
+    """
+
+    tokens: Tensor
+    stride: int
+    image_size: tuple[int, int]
+    input_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3:
+            raise ValueError(f"token map: got tokens {tuple(self.tokens.shape)}, expected [h, w, C]")
+        expected = tuple(-(-side // self.stride) for side in self.input_size)
+        if tuple(self.tokens.shape[:2]) != expected:
+            raise ValueError(
+                f"token map: got a {tuple(self.tokens.shape[:2])} grid for an input of {self.input_size} at stride "
+                f"{self.stride}, expected {expected}"
+            )
+
+
+@dataclass(frozen=True)
+class ScoreMaps:
+    """Class scores of one image, for the classes that its image-level labels name.
+
+    Attributes:
+        class_ids: ascending foreground ids, one for each map.
+        scores: `[R, H, W]` float in [0, 1], at the size of the image.
+        background: `[H, W]` float in [0, 1], or `None` where a background rule has to supply it.
+        ignore: `[H, W]` bool, pixels that belong to no class (255), or `None`.
+    """
+
+    class_ids: tuple[int, ...]
+    scores: Tensor
+    background: Tensor | None = None
+    ignore: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.scores.ndim != 3 or len(self.scores) != len(self.class_ids):
+            raise ValueError(
+                f"score maps: got {tuple(self.scores.shape)} for {len(self.class_ids)} classes, expected [R, H, W] "
+                "with one map for each class"
+            )
+        if list(self.class_ids) != sorted(set(self.class_ids)) or any(c < 1 for c in self.class_ids):
+            raise ValueError(f"score maps: got class ids {self.class_ids}, expected ascending foreground ids >= 1")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What retrieval says of one image. Proposals are listed in the proposer's order, those too small left out.
+
+    Attributes:
+        label_map: `[H, W]` uint8, 0 background, 1..C.
+        proposals: the proposals that were searched, `N` of them.
+        labels: `[N]` int64, the vote's label (0 background).
+        scores: `[N]` float32, mean cosine similarity of the winning label's neighbours.
+        kept: `[K]` int64, the proposals left by suppression, in descending score.
+        neighbours: `[N, k]` int64, rows of the bank, nearest first; -1 for a proposal that could not be searched.
+        similarities: `[N, k]` float32, cosine similarity of each neighbour.
+    """
+
+    label_map: np.ndarray
+    proposals: Proposals
+    labels: Tensor
+    scores: Tensor
+    kept: Tensor
+    neighbours: Tensor
+    similarities: Tensor

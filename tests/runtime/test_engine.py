@@ -1,0 +1,127 @@
+"""The loop over images: resume, failures, damaged files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moduseg.errors import DataError, StorageError
+from moduseg.runtime.artefacts import Artefact
+from moduseg.runtime.engine import Loop, Outcome
+
+IDS = tuple(f"im{i}" for i in range(7))
+
+
+class World:
+    """Counts what is asked of it; images in `broken` cannot be loaded, those in `poisoned` cannot be processed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.broken, self.poisoned = folder, set[str](), set[str]()
+        self.worked: list[str] = []
+        self.batches: list[list[str]] = []
+
+    def load(self, image_id: str) -> str:
+        if image_id in self.broken:
+            raise DataError(f"{image_id}: truncated")
+        return image_id
+
+    def work(self, items: list[str]) -> list[dict[str, bytes]]:
+        if self.poisoned & set(items):
+            raise RuntimeError("bad\nvalues")
+        self.batches.append(list(items))
+        self.worked += items
+        return [{f"out/{item}.txt": item.encode() * 3} for item in items]
+
+    def run(self, left_out: dict[str, str] | None = None) -> Outcome:
+        artefact = Artefact(self.folder, "d", "s", "n", {})
+        self.worked.clear()
+        self.batches.clear()
+        return Loop(artefact, IDS, self.load, self.work, 3, left_out, "test").run()
+
+    def files(self) -> dict[str, bytes]:
+        folder = Artefact(self.folder, "d", "s", "n", {}).path
+        return {p.name: p.read_bytes() for p in (folder / "out").iterdir()}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_everything_is_done_once(world: World) -> None:
+    first = world.run()
+    assert world.batches == [["im0", "im1", "im2"], ["im3", "im4", "im5"], ["im6"]]
+    assert (first.fresh, first.changed, first.failed) == (7, True, {})
+    second = world.run()
+    assert (second.fresh, second.changed, world.worked) == (0, False, [])
+    assert second.seconds.keys() == {"load", "work", "write"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "record"])
+def test_only_the_batch_with_a_damaged_file_is_done_again(world: World, damage: str) -> None:
+    world.run()
+    before = world.files()
+    folder = Artefact(world.folder, "d", "s", "n", {}).path
+    if damage == "missing":
+        (folder / "out/im4.txt").unlink()
+    elif damage == "truncated":
+        (folder / "out/im4.txt").write_bytes(b"i")
+    else:
+        (folder / "batches/000001.json").write_text('{"ids": ["im3"')
+    assert world.run().fresh == 3
+    assert world.worked == ["im3", "im4", "im5"]
+    assert world.files() == before
+
+
+def test_a_broken_image_is_recorded_and_tried_again_without_redoing_the_rest(world: World) -> None:
+    world.broken = {"im1"}
+    outcome = world.run()
+    assert outcome.failed == {"im1": "im1: truncated"}
+    assert len(world.files()) == 6
+    lines = (Artefact(world.folder, "d", "s", "n", {}).path / "failures.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"id": "im1", "error": "im1: truncated"}]
+
+    assert world.run().failed == outcome.failed
+    assert world.worked == []
+
+    world.broken = set()
+    mended = world.run()
+    assert (mended.failed, mended.fresh, mended.changed) == ({}, 3, True)
+    assert len(world.files()) == 7
+    assert (Artefact(world.folder, "d", "s", "n", {}).path / "failures.jsonl").read_text() == ""
+
+
+def test_a_poisoned_image_costs_only_itself(world: World) -> None:
+    world.poisoned = {"im4"}
+    outcome = world.run()
+    assert outcome.failed == {"im4": "RuntimeError: bad values"}
+    assert sorted(world.files()) == [f"im{i}.txt" for i in (0, 1, 2, 3, 5, 6)]
+
+
+def test_images_an_earlier_stage_lost_are_left_out_until_it_has_them(world: World) -> None:
+    assert world.run({"im6": "propose failed: truncated"}).failed == {"im6": "left out: propose failed: truncated"}
+    assert world.run().failed == {}
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_done(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if "im4" in self.name:
+            raise OSError(28, "No space left on device")
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="No space left"):
+        world.run()
+    monkeypatch.undo()
+    assert world.run().fresh == 4
+    assert world.batches == [["im3", "im4", "im5"], ["im6"]]
+
+
+def test_nothing_but_failures_is_an_error(world: World) -> None:
+    world.broken = set(IDS)
+    with pytest.raises(DataError, match="none of 7 images could be processed; first im0: im0: truncated"):
+        world.run()
