@@ -1,0 +1,192 @@
+"""Soft-masked feature aggregation: patch tokens pooled by how much of each patch a mask covers (METHOD, step 3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moduseg.structures import TokenMap
+
+_BLOCK = 1 << 22
+"""Mask pixels turned into floats at once: bounds the memory, and stays near the cache on a CPU."""
+
+
+def patch_coverage(masks: Tensor, patch_size: int) -> Tensor:
+    """Fraction of each patch that each mask covers, for a backbone that saw the image at its own size.
+
+    Args:
+        masks: `[N, H, W]` bool; they may overlap.
+        patch_size: side of a patch in pixels.
+
+    Returns:
+        `[N, h, w]` float32 in [0, 1], `h = ceil(H / patch_size)`; what a patch has beyond the bottom or right border is
+        padding and counts as uncovered.
+
+    Raises:
+        ValueError: `masks` is not `[N, H, W]` bool, or `patch_size < 1`.
+    """
+    _check_masks(masks)
+    _check_patch_size(patch_size)
+    return _counted(masks, patch_size)
+
+
+def coverage(masks: Tensor, token_map: TokenMap) -> Tensor:
+    """Fraction of each patch of `token_map` that each mask covers; exact also where the image was resized.
+
+    A pixel of the image is a rectangle of the input, and a patch gets the area it shares with the mask's rectangles, so
+    nothing is resampled. At native size this is `patch_coverage`, to the last bit.
+
+    Args:
+        masks: `[N, H, W]` bool at the size of the image.
+        token_map: the tokens to be pooled; its stride, image size and input size are used.
+
+    Returns:
+        `[N, h, w]` float32 in [0, 1] on the device of `masks`; padding counts as uncovered.
+
+    Raises:
+        ValueError: `masks` is not `[N, H, W]` bool of the image's size.
+    """
+    _check_masks(masks)
+    if tuple(masks.shape[1:]) != tuple(token_map.image_size):
+        raise ValueError(f"masks: got {tuple(masks.shape[1:])} pixels, expected the image's {token_map.image_size}")
+    if tuple(token_map.input_size) == tuple(token_map.image_size):
+        return _counted(masks, token_map.stride)
+    return _shared_areas(masks, token_map.stride, token_map.input_size)
+
+
+def id_map_coverage(id_map: Tensor, count: int, patch_size: int) -> Tensor:
+    """`patch_coverage` of the disjoint masks `id_map == 0 .. count - 1`, by one histogram over (id, patch).
+
+    Args:
+        id_map: `[H, W]` integers; a negative one means no mask.
+        count: number of masks.
+        patch_size: side of a patch in pixels.
+
+    Returns:
+        `[count, h, w]` float32 in [0, 1], equal to `patch_coverage` of the masks.
+
+    Raises:
+        ValueError: not an `[H, W]` integer map, an id that is not below `count`, `count < 0` or `patch_size < 1`.
+    """
+    if id_map.ndim != 2 or id_map.dtype.is_floating_point or id_map.dtype == torch.bool:
+        raise ValueError(f"id_map: got {tuple(id_map.shape)} {id_map.dtype}, expected [H, W] of integers")
+    _check_patch_size(patch_size)
+    if count < 0 or (id_map.numel() and int(id_map.max()) >= count):
+        raise ValueError(f"count: got {count}, expected more than every id of the map; try its largest id + 1")
+    height, width = id_map.shape
+    rows, columns = _patches(height, patch_size), _patches(width, patch_size)
+    row = torch.arange(height, device=id_map.device) // patch_size
+    column = torch.arange(width, device=id_map.device) // patch_size
+    # Bin 0 of the ids collects the pixels of no mask.
+    ids = id_map.long().clamp(min=-1) + 1
+    bins = (ids * rows + row[:, None]) * columns + column
+    counts = torch.bincount(bins.flatten(), minlength=(count + 1) * rows * columns)
+    return counts.view(count + 1, rows, columns)[1:].float() / patch_size**2
+
+
+def harden(coverage: Tensor) -> Tensor:
+    """Hard masks on the patch grid, for the ablation of the soft ones (`bank.aggregation=hard`).
+
+    Args:
+        coverage: `[N, h, w]` in [0, 1].
+
+    Returns:
+        `[N, h, w]` of 0 and 1, dtype of `coverage`: patches more than half covered; where a mask has none, its most
+        covered patch (the first of equals, row by row). An empty mask stays empty.
+
+    Raises:
+        ValueError: `coverage` is not `[N, h, w]` float.
+    """
+    _check_coverage(coverage)
+    if coverage.numel() == 0:
+        return coverage.clone()
+    flat = coverage.flatten(1)
+    hard = flat > 0.5
+    largest, first = flat.max(1, keepdim=True)
+    only = torch.zeros_like(hard).scatter(1, first, largest > 0)
+    return torch.where(hard.any(1, keepdim=True), hard, only).to(coverage.dtype).view_as(coverage)
+
+
+def aggregate(tokens: Tensor, coverage: Tensor, normalize: bool = True) -> Tensor:
+    """One vector for each mask: `sum(W * F) / sum(W)`, L2-normalised.
+
+    Args:
+        tokens: `[h, w, C]` float, `F`.
+        coverage: `[N, h, w]` float in [0, 1], `W`.
+        normalize: `False` gives the pooled vector itself, which is what the bank stores.
+
+    Returns:
+        `[N, C]` float32; a row is all zeros where its mask covers nothing.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check_coverage(coverage)
+    if tokens.ndim != 3 or tokens.shape[:2] != coverage.shape[1:]:
+        raise ValueError(
+            f"tokens: got {tuple(tokens.shape)} for a coverage of {tuple(coverage.shape)}, expected [h, w, C] "
+            "and [N, h, w] on the same grid"
+        )
+    weights = coverage.float().flatten(1)
+    total = weights.sum(1, keepdim=True)
+    pooled = weights @ tokens.float().flatten(0, 1) / torch.where(total > 0, total, 1)
+    return F.normalize(pooled, dim=1) if normalize else pooled
+
+
+def _counted(masks: Tensor, patch_size: int) -> Tensor:
+    """`[N, h, w]` at native size: pixels of each patch are counted, down the rows first."""
+    count, height, width = masks.shape
+    rows, columns = _patches(height, patch_size), _patches(width, patch_size)
+    padded = F.pad(masks.view(torch.uint8), (0, columns * patch_size - width, 0, rows * patch_size - height))
+    # Bytes hold the count of a column of up to 255 pixels, and add up an order faster than wider integers.
+    narrow = torch.uint8 if patch_size <= 255 else torch.int32
+    down = padded.view(count, rows, patch_size, columns * patch_size).sum(2, dtype=narrow)
+    return down.float().view(count, rows, columns, patch_size).sum(3) / patch_size**2
+
+
+def _shared_areas(masks: Tensor, stride: int, input_size: tuple[int, int]) -> Tensor:
+    """`[N, h, w]` for a resized input: overlap lengths of pixels and patches, applied one axis after the other."""
+    height, width = masks.shape[1:]
+    down, row_unit = _overlaps(height, input_size[0], stride, masks.device)
+    across, column_unit = _overlaps(width, input_size[1], stride, masks.device)
+    area = row_unit * column_unit
+    # All lengths are whole numbers, so sums are exact where the dtype holds them. MPS has no float64.
+    dtype = torch.float32 if area < 1 << 24 or masks.device.type == "mps" else torch.float64
+    down, across = down.to(dtype), across.to(dtype).T.contiguous()
+    result = torch.zeros((len(masks), len(down), across.shape[1]), device=masks.device)
+    step = max(1, _BLOCK // max(1, height * width))
+    for start in range(0, len(masks), step):
+        shared = (down @ masks[start : start + step].to(dtype)) @ across
+        result[start : start + step] = shared / area
+    return result
+
+
+def _overlaps(size: int, input_size: int, stride: int, device: torch.device) -> tuple[Tensor, int]:
+    """`[patches, size]` int64 overlap lengths along one axis, and a patch's length, both in a unit that divides all."""
+    shared = math.gcd(size, input_size)
+    pixel, patch = input_size // shared, stride * (size // shared)
+    pixels = torch.arange(size, device=device) * pixel
+    patches = torch.arange(_patches(input_size, stride), device=device)[:, None] * patch
+    return (torch.minimum(pixels + pixel, patches + patch) - torch.maximum(pixels, patches)).clamp(min=0), patch
+
+
+def _patches(size: int, stride: int) -> int:
+    return -(-size // stride)
+
+
+def _check_masks(masks: Tensor) -> None:
+    if masks.ndim != 3 or masks.dtype != torch.bool:
+        raise ValueError(f"masks: got {tuple(masks.shape)} {masks.dtype}, expected [N, H, W] bool")
+
+
+def _check_coverage(coverage: Tensor) -> None:
+    if coverage.ndim != 3 or not coverage.dtype.is_floating_point:
+        raise ValueError(f"coverage: got {tuple(coverage.shape)} {coverage.dtype}, expected [N, h, w] float")
+
+
+def _check_patch_size(patch_size: int) -> None:
+    if patch_size < 1:
+        raise ValueError(f"patch_size: got {patch_size}, expected 1 or more pixels; try the backbone's stride")

@@ -1,0 +1,241 @@
+"""The configuration: where the YAML files are, what they may hold, how they become objects.
+
+Types are checked against the dataclasses here and against the signatures of the backends; ranges are checked in the
+`__post_init__` of what they configure. Every mistake ends in one line that names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moduseg.errors import ConfigError, MissingError
+from moduseg.runtime.construct import construct
+
+
+def _between(name: str, value: float, low: float, high: float, remedy: str) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value}, expected {low} to {high}; {remedy}")
+
+
+@dataclass(frozen=True)
+class PurifyConfig:
+    """Semantic boundary purification (METHOD, stage 1, step 2)."""
+
+    enabled: bool = True
+    kernel_size: int = 3
+    iterations: int = 20
+
+    def __post_init__(self) -> None:
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"purify.kernel_size: got {self.kernel_size}, expected an odd number >= 1; the paper uses 3"
+            )
+        _between("purify.iterations", self.iterations, 0, 1000, "the paper uses 20 at 500 pixels")
+
+
+@dataclass(frozen=True)
+class OutliersConfig:
+    """Prototype purification (METHOD, stage 1, step 4)."""
+
+    enabled: bool = True
+    drop_ratio: float = 0.25
+    drop_ratio_background: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("drop_ratio", "drop_ratio_background"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"outliers.{name}: got {value}, expected 0 <= ratio < 1; the paper uses 0.25")
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """How the bank is made of pseudo masks and patch tokens.
+
+    `purify`, `min_area` and `aggregation` decide what is stored; `centre` and `outliers` are applied when the bank is
+    read, so that changing them runs no model. `shuffle_labels` is the control experiment of a table: the seed of a
+    permutation of the bank's labels, which leaves retrieval nothing to know.
+    """
+
+    purify: PurifyConfig = field(default_factory=PurifyConfig)
+    min_area: int = 300
+    aggregation: Literal["soft", "hard"] = "soft"
+    centre: bool = False
+    shuffle_labels: int | None = None
+    outliers: OutliersConfig = field(default_factory=OutliersConfig)
+
+    def __post_init__(self) -> None:
+        _between("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Search, vote and suppression (METHOD, stage 2)."""
+
+    top_k: int = 25
+    nms_iou: float = 0.4
+    min_area: int = 300
+    min_predicted_iou: float = 0.0
+
+    def __post_init__(self) -> None:
+        _between("top_k", self.top_k, 1, 10**6, "the paper uses 25")
+        _between("nms_iou", self.nms_iou, 0, 1, "the paper uses 0.4")
+        _between("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
+        _between("min_predicted_iou", self.min_predicted_iou, 0, 1, "0 keeps every proposal")
+
+
+@dataclass(frozen=True)
+class BackgroundConfig:
+    """What score the background gets against the classes: see `moduseg.pseudo_masks.labels.label_map`."""
+
+    rule: Literal["constant", "power", "given"] = "constant"
+    value: float = 0.5
+
+
+@dataclass(frozen=True)
+class PseudoMasksConfig:
+    """A generator, and how its scores become labels."""
+
+    generator: Mapping[str, Any]
+    background: BackgroundConfig = field(default_factory=BackgroundConfig)
+    refine: Literal["none", "region_vote"] = "none"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Figures beside mIoU, and pictures."""
+
+    bootstrap: int = 1000
+    object_min_area: int = 100
+    panels: int = 12
+
+    def __post_init__(self) -> None:
+        _between("bootstrap", self.bootstrap, 0, 10**6, "0 leaves the interval out")
+        _between("object_min_area", self.object_min_area, 1, 10**9, "100 pixels is usual")
+        _between("panels", self.panels, 0, 10**6, "0 makes none")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where and how it runs; of these only `seed` can change a result."""
+
+    outputs: str = "outputs"
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int = 8
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _between("batch_size", self.batch_size, 1, 4096, "8 is the default")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration; the groups of backends stay mappings, checked when the backend is built."""
+
+    dataset: Mapping[str, Any]
+    proposer: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    pseudo_masks: PseudoMasksConfig
+    bank: BankConfig
+    retrieval: RetrievalConfig
+    evaluation: EvaluationConfig
+    runtime: RuntimeConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return _plain(self)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: inside an installed package, or at the top of a clone.
+
+    Raises:
+        MissingError: neither is there.
+    """
+    package = Path(__file__).parent
+    for candidate in (package / "configs", package.parent / "configs"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise MissingError(f"{package / 'configs'}: no config.yaml; install moduseg again, or run inside a clone")
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
+    """The configuration that a command line gives.
+
+    Args:
+        overrides: as on the command line: `retrieval.top_k=9`, `proposer=sam`, `experiment=coco150`.
+        config_name: the file at the top of the folder.
+
+    Raises:
+        ConfigError: an unknown key, group or file, a wrong type, a value out of range.
+    """
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+            cfg = hydra_compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+    return from_hydra(cfg)
+
+
+def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
+    """Check what Hydra composed; see `compose`."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"configuration: got {type(plain).__name__}, expected groups; start from configs/config.yaml")
+    plain.pop("hydra", None)
+    known = [f.name for f in dataclasses.fields(Config)]
+    for key in plain:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            raise ConfigError(f"{key}: unknown key, expected one of {', '.join(known)}; {hint}")
+    hints = {
+        "pseudo_masks": PseudoMasksConfig,
+        "bank": BankConfig,
+        "retrieval": RetrievalConfig,
+        "evaluation": EvaluationConfig,
+        "runtime": RuntimeConfig,
+    }
+    values: dict[str, Any] = {}
+    for name in known:
+        value = plain.get(name)
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name}: got {value!r}, expected a group of settings; pick a file with {name}=<file>")
+        values[name] = construct(hints[name], value, name) if name in hints else value
+    return Config(**values)
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's message on one line, with the remedy that fits this program."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(
+        line for line in lines if not line.startswith(("To append to your config", "full_key", "object_type"))
+    )
+    if "Could not override" in text or "is not in struct" in text:
+        text += "; unknown key, see configs/ for the allowed ones"
+    return text or type(error).__name__

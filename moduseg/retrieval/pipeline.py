@@ -1,0 +1,76 @@
+"""Stage 2 for one image whose proposals are pooled: label them, assemble the label map (METHOD, steps 6-8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moduseg.retrieval.rasterize import rasterize
+from moduseg.retrieval.search import search
+from moduseg.retrieval.suppress import suppress
+from moduseg.retrieval.vote import vote
+
+
+def label_proposals(
+    pooled: Tensor, centre: Tensor | None, bank_vectors: Tensor, bank_labels: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Search the bank for each proposal and let the neighbours vote.
+
+    Args:
+        pooled: `[N, C]` float, pooled vectors before normalisation; an all-zero row is a proposal without a vector.
+        centre: `[C]` float that is subtracted from them, as it was from the bank; `None` where the bank is not centred.
+        bank_vectors: `[B, C]` float, centred (if at all) and L2-normalised.
+        bank_labels: `[B]` integers, 0 background, 1..C.
+        top_k: neighbours wanted; `k = min(top_k, B)` are used.
+
+    Returns:
+        `labels [N]` int64, `scores [N]` float32, `neighbours [N, k]` int64 (rows of the bank, nearest first) and
+        `similarities [N, k]` float32. A proposal without a vector, or any when the bank is empty, takes no part in the
+        search: label 0, score 0, neighbours -1, similarities 0.
+
+    Raises:
+        ValueError: shapes that do not fit, or `top_k < 1`.
+    """
+    if pooled.ndim != 2 or bank_vectors.ndim != 2 or pooled.shape[1] != bank_vectors.shape[1]:
+        raise ValueError(
+            f"retrieval: got proposals {tuple(pooled.shape)}, bank vectors {tuple(bank_vectors.shape)}; expected "
+            "[N, C] and [B, C] with the same C; build the bank with this backbone"
+        )
+    if bank_labels.shape != bank_vectors.shape[:1]:
+        raise ValueError(f"bank_labels: got {tuple(bank_labels.shape)}, expected ({len(bank_vectors)},), one a vector")
+    if centre is not None and centre.shape != pooled.shape[1:]:
+        raise ValueError(f"centre: got {tuple(centre.shape)}, expected ({pooled.shape[1]},) like the vectors")
+    if top_k < 1:
+        raise ValueError(f"top_k: got {top_k}, expected 1 or more; try 25")
+    count, k, device = len(pooled), min(top_k, len(bank_vectors)), pooled.device
+    labels = torch.zeros(count, dtype=torch.int64, device=device)
+    scores = torch.zeros(count, device=device)
+    neighbours = torch.full((count, k), -1, dtype=torch.int64, device=device)
+    similarities = torch.zeros((count, k), device=device)
+    # Judged before centring, which would turn "no vector" into the opposite of the mean.
+    found = (pooled != 0).any(1).nonzero()[:, 0]
+    if k and len(found):
+        queries = pooled[found] if centre is None else pooled[found] - centre
+        similarities[found], neighbours[found] = search(queries, bank_vectors, top_k)
+        labels[found], scores[found] = vote(bank_labels[neighbours[found]], similarities[found])
+    return labels, scores, neighbours, similarities
+
+
+def assemble(masks: Tensor, labels: Tensor, scores: Tensor, nms_iou: float) -> tuple[Tensor, Tensor]:
+    """Suppress duplicate proposals and paint the rest.
+
+    Args:
+        masks: `[N, H, W]` bool.
+        labels: `[N]` integers, 0..254.
+        scores: `[N]` float.
+        nms_iou: masks of one label whose IoU is greater are duplicates, in [0, 1].
+
+    Returns:
+        `label_map [H, W]` uint8 (all background where there are no proposals) and `kept [K]` int64, in descending
+        score.
+
+    Raises:
+        ValueError: shapes that do not fit, a label outside 0..254 or a threshold outside [0, 1].
+    """
+    kept = suppress(masks, labels, scores, nms_iou)
+    return rasterize(masks[kept], labels[kept], scores[kept]), kept

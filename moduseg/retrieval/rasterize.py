@@ -1,0 +1,49 @@
+"""From labelled masks to a label map (METHOD, step 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moduseg.retrieval.suppress import check_scored_masks, descending
+
+_BLOCK = 1 << 22
+"""Mask pixels looked at together, which bounds the memory."""
+
+
+def rasterize(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+    """Paint masks in descending score, each into the pixels that are still empty.
+
+    A background mask (label 0) paints nothing: its pixels are left to masks of lower score. What no mask paints is
+    background.
+
+    Args:
+        masks: `[N, H, W]` bool; they may overlap.
+        labels: `[N]` integers, 0..254.
+        scores: `[N]` float; equal ones rank by index.
+
+    Returns:
+        `[H, W]` uint8.
+
+    Raises:
+        ValueError: shapes that do not fit, or a label outside 0..254.
+    """
+    check_scored_masks(masks, labels, scores)
+    if bool(((labels < 0) | (labels > 254)).any()):
+        raise ValueError(f"labels: got {labels.tolist()}, expected 0..254 (0 background, 255 is reserved for ignore)")
+    height, width = masks.shape[1:]
+    order = descending(scores)
+    order = order[labels[order] > 0]
+    count = len(order)
+    if count == 0 or height * width == 0:
+        return torch.zeros((height, width), dtype=torch.uint8, device=masks.device)
+    # Each pixel takes the largest number of the masks that cover it: the first in order has `count`, "no mask" has 0.
+    dtype = torch.uint8 if count <= 255 else torch.int32
+    number = torch.arange(count, 0, -1, device=masks.device).to(dtype)[:, None, None]
+    winner = torch.empty((height, width), dtype=torch.int64, device=masks.device)
+    step = max(1, _BLOCK // (count * width))
+    for start in range(0, height, step):
+        part = masks[order, start : start + step]
+        winner[start : start + step] = (part.to(dtype) * number).amax(0)
+    table = torch.cat((labels.new_zeros(1), labels[order].flip(0))).to(torch.uint8)
+    return table[winner]
