@@ -1,0 +1,39 @@
+"""Data sets: images by id, image-level labels, ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from moduseg.datasets.base import Dataset
+from moduseg.datasets.coco150 import Coco150Dataset
+from moduseg.datasets.folder import FolderDataset
+from moduseg.datasets.miniature import MiniatureDataset
+from moduseg.datasets.voc import VocDataset
+from moduseg.runtime.construct import build_named
+
+__all__ = ["DATASETS", "Dataset", "build"]
+
+DATASETS: dict[str, type[Dataset]] = {
+    "coco150": Coco150Dataset,
+    "folder": FolderDataset,
+    "miniature": MiniatureDataset,
+    "voc": VocDataset,
+}
+
+
+def build(cfg: Mapping[str, Any] | DictConfig, split: str) -> Dataset:
+    """The data set that the configuration group `dataset` describes.
+
+    Args:
+        cfg: `name`, `train_split`, `val_split` and the backend's arguments.
+        split: the split to open, one of the two that `cfg` names or another that the data set has.
+
+    Raises:
+        ConfigError: an unknown name or key, or a value out of range.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+    arguments = {str(k): v for k, v in dict(plain).items() if k not in ("train_split", "val_split")}  # type: ignore[arg-type]
+    return build_named("dataset", DATASETS, arguments, split=split)

@@ -1,0 +1,170 @@
+"""coco150: 100 + 50 photographs of COCO 2017 with semantic masks of its 80 things, for checks on real pictures."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from moduseg.datasets.base import find_image, present_classes
+from moduseg.datasets.io import read_image, write_label_png
+from moduseg.datasets.labels import read_text
+from moduseg.datasets.voc import VocDataset
+from moduseg.errors import ConfigError, DataError, MissingError
+from moduseg.structures import IGNORE_INDEX
+
+SPLITS = ("train2017", "val2017")
+
+
+class Coco150Dataset(VocDataset):
+    """The folder that `scripts/make_coco150.py` writes.
+
+    Args:
+        root: the folder.
+        split: `train2017` (100 images) or `val2017` (50).
+        fold: where set, `val2017` is not touched: every `folds`-th training image from `fold` on is held out,
+            `split=val2017` stands for those and `split=train2017` for the others. Settings are chosen so.
+        folds: number of folds.
+    """
+
+    name = "coco150"
+
+    def __init__(self, root: str, split: str, fold: int | None = None, folds: int = 5) -> None:
+        super().__init__(root, split, image_dir=f"images/{split}", mask_dir=f"SegmentationClass/{split}", list_dir=".")
+        if split not in SPLITS:
+            raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
+        if folds < 2 or (fold is not None and not 0 <= fold < folds):
+            raise ValueError(f"fold, folds: got {fold}, {folds}, expected 2 folds or more and fold in 0..folds-1")
+        self.fold, self.folds = fold, folds
+        self.classes_file = "classes.txt"
+        self.suffixes = (".jpg",)
+        if fold is not None:
+            self._held_out = split == "val2017"
+            self.image_dir, self.mask_dir = "images/train2017", "SegmentationClass/train2017"
+            self.split = f"train2017-{'only' if self._held_out else 'without'}-fold-{fold}-of-{folds}"
+
+    @property
+    def _list_name(self) -> str:
+        return self.split if self.fold is None else "train2017"
+
+    def _read_ids(self) -> tuple[list[str], str]:
+        ids, where = super()._read_ids()
+        if self.fold is None:
+            return ids, where
+        return [id for i, id in enumerate(ids) if (i % self.folds == self.fold) is self._held_out], where
+
+    def instance_path(self, id: str) -> Path | None:
+        return None
+
+
+def coco150_ids() -> dict[str, list[str]]:
+    """The image ids of each split, in order."""
+    return json.loads(resources.files("moduseg.datasets").joinpath("coco150_ids.json").read_text("utf-8"))
+
+
+def make_coco150(coco: Path, out: Path, ids: dict[str, list[str]] | None = None) -> Path:
+    """Write the folder from a COCO 2017 download with panoptic annotations.
+
+    Things get the contiguous ids 1..80 in the order of their category ids, crowds included; stuff is 0; unlabelled
+    pixels are 255. Image-level labels are the things in the mask.
+
+    Args:
+        coco: holds `train2017/`, `val2017/` (photographs), `annotations/panoptic_<split>.json` and
+            `annotations/panoptic_<split>/` (PNG).
+        out: folder to write to; files of a former run are written again.
+        ids: image ids of each split; those of coco150 where left out.
+
+    Returns:
+        `out`.
+
+    Raises:
+        MissingError: a folder or file of the download is absent.
+        DataError: an annotation is damaged, or holds segments that its list does not name.
+    """
+    entries = []
+    names: list[str] = []
+    for split, wanted in (ids if ids is not None else coco150_ids()).items():
+        contiguous, names, annotations = _panoptic(coco, split)
+        for folder in (out / "images" / split, out / "SegmentationClass" / split):
+            folder.mkdir(parents=True, exist_ok=True)
+        for id in wanted:
+            if id not in annotations:
+                raise MissingError(
+                    f"{coco}/annotations/panoptic_{split}.json: has no image {id}; fetch COCO 2017 again"
+                )
+            file_name, segments = annotations[id]
+            photograph = find_image(_folder(coco / split), id, (".jpg",))
+            png = _folder(coco / "annotations" / f"panoptic_{split}") / file_name
+            semantic = semantic_from_panoptic(read_image(png), segments, contiguous, str(png))
+            target = out / "images" / split / f"{id}.jpg"
+            _write(target, photograph.read_bytes())
+            _write(out / "SegmentationClass" / split / f"{id}.png", write_label_png(semantic))
+            labels = list(present_classes(semantic))
+            entries.append({"img_id": id, "file_name": f"images/{split}/{id}.jpg", "labels": labels})
+        _write(out / f"{split}.txt", "".join(f"{id}\n" for id in wanted).encode())
+    _write(out / "classes.txt", "".join(f"{name}\n" for name in names).encode())
+    _write(out / "image_labels.json", json.dumps({"images": entries}).encode())
+    return out
+
+
+def semantic_from_panoptic(
+    colours: np.ndarray, segments: dict[int, int], contiguous: dict[int, int], where: str
+) -> np.ndarray:
+    """A label map from COCO's panoptic encoding.
+
+    Args:
+        colours: `[H, W, 3]` uint8; segment id = R + 256 G + 65536 B, 0 where unlabelled.
+        segments: segment id -> category id.
+        contiguous: category id -> 1..80 for things; categories not in it are stuff.
+        where: the file, for the message.
+
+    Returns:
+        `[H, W]` uint8, 0 stuff, 1..80 things, 255 unlabelled.
+
+    Raises:
+        DataError: a segment that `segments` does not name.
+    """
+    found, inverse = np.unique(colours.astype(np.int64) @ np.array([1, 256, 65536]), return_inverse=True)
+    values = np.empty(len(found), dtype=np.uint8)
+    for i, segment in enumerate(found.tolist()):
+        if segment and segment not in segments:
+            raise DataError(
+                f"{where}: got segment {segment}, which the annotation does not list; fetch COCO 2017 again"
+            )
+        values[i] = contiguous.get(segments[segment], 0) if segment else IGNORE_INDEX
+    return values[inverse].reshape(colours.shape[:2])
+
+
+def _panoptic(coco: Path, split: str) -> tuple[dict[int, int], list[str], dict[str, tuple[str, dict[int, int]]]]:
+    """Contiguous ids of things, class names, and of each image its PNG and segments."""
+    path = coco / "annotations" / f"panoptic_{split}.json"
+    if not path.is_file():
+        raise MissingError(f"{path}: no such file; fetch COCO's panoptic annotations of 2017 and unpack them")
+    try:
+        data = json.loads(read_text(path))
+        things = sorted((c["id"], c["name"]) for c in data["categories"] if c["isthing"])
+        annotations = {
+            f"{a['image_id']:012d}": (a["file_name"], {s["id"]: s["category_id"] for s in a["segments_info"]})
+            for a in data["annotations"]
+        }
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not COCO's panoptic format ({error!r}); fetch it again") from error
+    contiguous = {category: i for i, (category, _) in enumerate(things, start=1)}
+    return contiguous, ["background", *(name for _, name in things)], annotations
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise MissingError(f"{path}: no such folder; fetch that part of COCO 2017 and unpack it there")
+    return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error

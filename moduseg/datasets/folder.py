@@ -1,0 +1,131 @@
+"""One's own images in a folder."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+from moduseg.datasets.base import Dataset, require_folder
+from moduseg.datasets.io import IMAGE_SUFFIXES
+from moduseg.datasets.labels import (
+    RawLabels,
+    check_classes,
+    names_in,
+    read_classes,
+    read_label_file,
+    read_list,
+    without_suffix,
+)
+from moduseg.errors import DataError, MissingError
+
+_LAYOUT = "images/ and, as there are, labels.csv or labels.json, classes.txt, masks/, train.txt, val.txt"
+
+
+class FolderDataset(Dataset):
+    """Images below `images/`, nested as one likes; `a/b.jpg` has the id `a/b`.
+
+    Image-level labels come from `labels.json` or `labels.csv`, else from `masks/<id>.png`. Class names come from
+    `classes.txt` (background first), else they are the names in the label file, in alphabetical order. The splits
+    `train` and `val` are the lists `train.txt` and `val.txt`; without its list, `train` is every labelled image and
+    `val` every image, less those that the other list names. Any other split needs its list.
+
+    Args:
+        root: the folder that holds all of it.
+        split: `train`, `val`, or the name of a list.
+    """
+
+    name = "folder"
+
+    def __init__(self, root: str, split: str) -> None:
+        super().__init__(root, split)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Image files by id, in the order of their names."""
+        require_folder(self.root, "dataset.root", _LAYOUT)
+        folder = self.root / "images"
+        require_folder(folder, "dataset.root", _LAYOUT)
+        found: dict[str, Path] = {}
+        for parent, folders, names in os.walk(folder, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                path = Path(parent) / name
+                if name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                id = path.relative_to(folder).as_posix().removesuffix(path.suffix)
+                if id in found:
+                    raise DataError(
+                        f"{path}: got image id {id!r} twice (also {found[id].name}), expected each once; rename one"
+                    )
+                found[id] = path
+        return dict(sorted(found.items()))
+
+    def _read_ids(self) -> tuple[list[str], str]:
+        files = self._files
+        path = self.root / f"{self.split}.txt"
+        if path.is_file():
+            listed = [line.removeprefix("images/") for line in read_list(path)]
+            return [self._id_of(line) for line in listed], str(path)
+        if self.split not in ("train", "val"):
+            raise MissingError(
+                f"dataset split: got {self.split!r}, no such list {path}; expected train, val or the name of a list; "
+                "set dataset.train_split / dataset.val_split (data/README.md)"
+            )
+        other = self.root / ("val.txt" if self.split == "train" else "train.txt")
+        taken = {self._id_of(line.removeprefix("images/")) for line in read_list(other)} if other.is_file() else set()
+        ids = [id for id in files if id not in taken]
+        if self.split == "train":
+            if self._labels is not None:
+                ids = [id for id in ids if id in self._labels[0]]
+            elif (self.root / "masks").is_dir():
+                ids = [id for id in ids if self._mask(id).is_file()]
+            else:
+                raise MissingError(
+                    f"dataset.root: got '{self.root}' without image-level labels, which the train split needs; "
+                    "expected labels.csv, labels.json or masks/; write labels.csv with the header image,labels "
+                    "(data/README.md)"
+                )
+        return ids, str(self.root)
+
+    def _id_of(self, line: str) -> str:
+        # A listed name may carry its suffix; ids that end in one by chance (a file 'x.png.jpg') win over that.
+        return line if line in self._files else without_suffix(line)
+
+    def _read_classes(self) -> tuple[str, ...]:
+        path = self.root / "classes.txt"
+        if path.is_file():
+            return read_classes(path)
+        require_folder(self.root, "dataset.root", _LAYOUT)
+        names = names_in(self._labels[0]) if self._labels is not None else None
+        if names is None:
+            raise MissingError(
+                f"dataset.root: got '{self.root}' without classes.txt, and no label file with names to take them from; "
+                "expected class names, one a line, background first; write classes.txt (data/README.md)"
+            )
+        return check_classes(["background", *(n for n in names if n != "background")], self._labels[1])  # type: ignore[index]
+
+    def _read_labels(self) -> tuple[RawLabels, str] | None:
+        for name in ("labels.json", "labels.csv"):
+            path = self.root / name
+            if path.is_file():
+                return read_label_file(path), str(path)
+        return None
+
+    def image_path(self, id: str) -> Path:
+        self._check(id)
+        if id not in self._files:
+            raise DataError(
+                f"image {id!r}: no file {self.root / 'images' / id} with suffix {', '.join(IMAGE_SUFFIXES)}; put it "
+                "there or take the id off the list"
+            )
+        return self._files[id]
+
+    def _mask(self, id: str) -> Path:
+        return self.root / "masks" / f"{id}.png"
+
+    def mask_path(self, id: str) -> Path | None:
+        return self._mask(id)
+
+    def _truth_folder(self, path: Path) -> Path:
+        return self.root / "masks"

@@ -1,0 +1,223 @@
+"""Reading photographs and label maps as they come, writing label maps as others expect them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moduseg.datasets.palette import voc_palette
+from moduseg.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 80_000_000
+"""Larger pictures are refused from their header alone: decoded, they would fill the memory."""
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow's decoders raise on damaged files, beside OSError.
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
+    RuntimeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A photograph as the models want it, whatever its file holds.
+
+    Grey, 1-bit, indexed and CMYK pictures become RGB; 16-bit grey is divided by 257; transparency is composited on
+    black, the colour of the models' padding; the EXIF orientation is applied; of an animation the first frame counts.
+
+    Returns:
+        `[H, W, 3]` uint8, RGB.
+
+    Raises:
+        DataError: the file is absent, empty, truncated, no image, of float or 32-bit pixels, or over `MAX_PIXELS`.
+    """
+    with _open(path) as picture:
+        return np.ascontiguousarray(_upright(_to_rgb(picture, path), picture))
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """`(H, W)` of `read_image(path)`, from the header alone.
+
+    Raises:
+        DataError: the file is absent, empty, no image, or over `MAX_PIXELS`.
+    """
+    with _open(path, decode=False) as picture:
+        width, height = picture.size
+        if picture.format == "TIFF":
+            # Some versions of Pillow report the size of an undecoded TIFF upright, others as stored.
+            width, height = picture.tag_v2[256], picture.tag_v2[257]  # type: ignore[attr-defined]
+        return (width, height) if _orientation(picture) >= 5 else (height, width)
+
+
+def read_label_png(path: Path) -> np.ndarray:
+    """Class ids of a label map: indexed or grey, or a colour picture whose every colour is in the VOC palette.
+
+    Returns:
+        `[H, W]` uint8, ids as stored (255 where ignored).
+
+    Raises:
+        DataError: the file cannot be read, holds ids over 255, or colours that the palette does not have.
+    """
+    with _open(path) as picture:
+        if picture.mode in ("RGB", "RGBA"):
+            return _from_palette(np.asarray(picture.convert("RGB")), path)
+        ids = _indices(picture, path)
+    if ids.size and int(ids.max()) > 255:
+        raise DataError(f"{path}: got label id {int(ids.max())}, expected ids 0..255; store an 8-bit indexed PNG")
+    return ids.astype(np.uint8)
+
+
+def read_index_png(path: Path) -> np.ndarray:
+    """Object ids of an instance map: indexed, 8-bit or 16-bit grey.
+
+    Returns:
+        `[H, W]` int32, ids as stored.
+
+    Raises:
+        DataError: the file cannot be read, or is a colour picture.
+    """
+    with _open(path) as picture:
+        return _indices(picture, path).astype(np.int32)
+
+
+def write_label_png(array: np.ndarray) -> bytes:
+    """A label map as an indexed PNG with the VOC palette; the same array gives the same bytes.
+
+    Args:
+        array: `[H, W]` of integers in 0..255.
+
+    Raises:
+        ValueError: another shape or type, or values out of range.
+    """
+    if array.ndim != 2 or array.dtype.kind not in "iub":
+        raise ValueError(f"label map: got {array.shape} {array.dtype}, expected [H, W] of integers")
+    if array.size and (int(array.min()) < 0 or int(array.max()) > 255):
+        raise ValueError(f"label map: got ids {int(array.min())}..{int(array.max())}, expected 0..255")
+    picture = Image.fromarray(array.astype(np.uint8))
+    picture.putpalette(voc_palette().tobytes())
+    return _png(picture)
+
+
+def write_rgb_png(array: np.ndarray, compress_level: int = 6) -> bytes:
+    """`[H, W, 3]` uint8 as PNG; the same array gives the same bytes.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ValueError(f"picture: got {array.shape} {array.dtype}, expected [H, W, 3] uint8")
+    return _png(Image.fromarray(array), compress_level)
+
+
+def _png(picture: Image.Image, compress_level: int = 6) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=False, compress_level=compress_level)
+    return buffer.getvalue()
+
+
+def _open(path: Path, decode: bool = True) -> Image.Image:
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: got an empty file (0 bytes), expected an image; fetch it again or leave it out")
+        picture = Image.open(path)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
+        if decode:
+            picture.load()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file, expected an image; put it there or take its id off the list") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"{path}: got a picture too large to decode ({error}), expected at most {MAX_PIXELS} pixels; "
+            "make it smaller"
+        ) from error
+    except _DAMAGE as error:
+        what = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"damaged: {_one_line(error)}"
+        raise DataError(
+            f"{path}: unreadable as an image ({what}), expected a whole {', '.join(s[1:] for s in IMAGE_SUFFIXES)} "
+            "file; fetch it again or leave it out"
+        ) from error
+    return picture
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _to_rgb(picture: Image.Image, path: Path) -> np.ndarray:
+    try:
+        if picture.mode.startswith("I"):
+            grey = np.asarray(picture)
+            if int(grey.min()) < 0 or int(grey.max()) > 65535:
+                raise DataError(f"{path}: got {picture.mode} pixels over 16 bits; convert it to 8-bit RGB")
+            return np.repeat(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+        if picture.mode == "F":
+            raise DataError(f"{path}: got float pixels, whose range is unknown; convert it to 8-bit RGB")
+        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+            seen = picture.convert("RGBA")
+            return np.asarray(Image.alpha_composite(Image.new("RGBA", seen.size, (0, 0, 0, 255)), seen))[:, :, :3]
+        return np.asarray(picture.convert("RGB"))
+    except _DAMAGE as error:
+        raise DataError(
+            f"{path}: {picture.mode} pixels cannot become RGB ({_one_line(error)}); convert it to 8-bit RGB"
+        ) from error
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        value = picture.getexif().get(_ORIENTATION_TAG, 1)
+    except _DAMAGE:
+        return 1  # a damaged EXIF block is no reason to lose the picture
+    return value if isinstance(value, int) and value in _TRANSPOSE else 1
+
+
+def _upright(array: np.ndarray, picture: Image.Image) -> np.ndarray:
+    # Decoded TIFFs are upright already, and Pillow then reports orientation 1.
+    orientation = _orientation(picture)
+    return np.asarray(Image.fromarray(array).transpose(_TRANSPOSE[orientation])) if orientation > 1 else array
+
+
+def _indices(picture: Image.Image, path: Path) -> np.ndarray:
+    mode = picture.mode
+    if mode not in ("P", "PA", "L", "LA", "1", "I") and not mode.startswith("I;16"):
+        raise DataError(f"{path}: got {mode} pixels, expected an indexed or grey PNG; store ids, not colours")
+    array = np.asarray(picture.getchannel(0) if mode in ("PA", "LA") else picture)
+    if array.size and array.dtype.kind == "i" and int(array.min()) < 0:
+        raise DataError(f"{path}: got id {int(array.min())}, expected ids >= 0")
+    if mode == "L" and picture.format == "PNG":
+        # Pillow stretches 2-bit and 4-bit grey to 0..255, which would turn id 1 into 85 or 17.
+        with Path(path).open("rb") as file:
+            depth = file.read(25)[24]
+        array = array // {2: 85, 4: 17}.get(depth, 1)
+    return array
+
+
+def _from_palette(colours: np.ndarray, path: Path) -> np.ndarray:
+    palette = voc_palette().astype(np.int64)
+    known = {int(code): label for label, code in enumerate(palette @ np.array([65536, 256, 1]))}
+    codes, inverse = np.unique(colours.astype(np.int64) @ np.array([65536, 256, 1]), return_inverse=True)
+    foreign = [int(code) for code in codes if int(code) not in known]
+    if foreign:
+        first = tuple(foreign[0].to_bytes(3, "big"))
+        raise DataError(
+            f"{path}: got a colour picture with {len(foreign)} colours outside the VOC palette (first {first}), "
+            "expected class ids; store an indexed or 8-bit grey PNG"
+        )
+    ids = np.array([known[int(code)] for code in codes], dtype=np.uint8)
+    return ids[inverse].reshape(colours.shape[:2])

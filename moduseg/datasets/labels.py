@@ -1,0 +1,204 @@
+"""Readers of image-level label files, class lists and id lists."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from moduseg.datasets.io import IMAGE_SUFFIXES
+from moduseg.errors import DataError
+
+MAX_CLASSES = 254
+"""Foreground classes that fit an 8-bit label map beside background and 255."""
+
+Label = int | str
+RawLabels = dict[str, tuple[Label, ...]]
+"""Image id -> labels as stored, ids or names; checked image by image, so that a wrong one costs only its own."""
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        DataError: unreadable, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: got bytes that are not UTF-8 text, expected text; save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: unreadable ({error.strerror}); check the file and its permissions") from error
+
+
+def read_list(path: Path) -> list[str]:
+    """Lines of an id list without surrounding spaces; empty lines are skipped.
+
+    Raises:
+        DataError: unreadable, or not UTF-8.
+    """
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def check_id(image_id: str, where: str) -> str:
+    """`image_id` if it names a place inside its folder.
+
+    Raises:
+        DataError: empty, absolute, with `..` or other parts that leave the folder, or with control characters.
+    """
+    parts = image_id.split("/")
+    leaves = image_id.startswith("/") or re.match(r"[A-Za-z]:", image_id) or "\\" in image_id
+    if leaves or any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 for c in image_id):
+        raise DataError(
+            f"{where}: got image id {image_id!r}, expected a relative path inside the folder without suffix, such as "
+            "'a/b'; correct the list"
+        )
+    return image_id
+
+
+def check_ids(ids: Iterable[str], where: str) -> tuple[str, ...]:
+    """`ids` in their order, each inside the folder and listed once.
+
+    Raises:
+        DataError: an id leaves the folder, or is listed twice.
+    """
+    seen: dict[str, None] = {}
+    for image_id in ids:
+        if check_id(image_id, where) in seen:
+            raise DataError(f"{where}: got image id {image_id!r} twice, expected each once; remove or rename one")
+        seen[image_id] = None
+    return tuple(seen)
+
+
+def without_suffix(name: str) -> str:
+    """The id of an image file name: `a/b.JPG` -> `a/b`; other endings stay."""
+    suffix = PurePosixPath(name).suffix
+    return name[: -len(suffix)] if suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Class names, one a line, line number = id, `background` first.
+
+    Raises:
+        DataError: no background line, no class, an empty or repeated name, or more than 254 classes.
+    """
+    return check_classes([line.strip() for line in read_text(path).rstrip().splitlines()], str(path))
+
+
+def check_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """`names` as a class list; see `read_classes`."""
+    if not names or names[0] != "background":
+        got = repr(names[0]) if names else "nothing"
+        raise DataError(f"{where}: got {got} first, expected 'background'; add it as the first line")
+    if not 1 <= len(names) - 1 <= MAX_CLASSES:
+        raise DataError(f"{where}: got {len(names) - 1} classes beside background, expected 1..{MAX_CLASSES}")
+    for i, name in enumerate(names):
+        if not name or name in names[:i]:
+            raise DataError(f"{where}: line {i + 1} is {name!r}, expected a name not used before; correct the line")
+    return tuple(names)
+
+
+def read_label_file(path: Path) -> RawLabels:
+    """Image-level labels of a `.json` or `.csv` file, ids or names as stored.
+
+    JSON: `{"a/b": ["dog", 3]}` or `{"images": [{"img_id": "a/b", "labels": [1, 3]}]}` (`file_name` without suffix where
+    `img_id` is absent). CSV: header `image,labels`, labels separated by `;` (ids also by spaces); rows of the same
+    image are joined.
+
+    Raises:
+        DataError: not that format; the message names the entry.
+    """
+    return _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
+
+
+def resolve_labels(raw: Sequence[Label], classes: Sequence[str], image_id: str, where: str) -> tuple[int, ...]:
+    """Ascending class ids of one image.
+
+    Args:
+        raw: names (a name wins over a number written as text) or ids `1..C`.
+        classes: names by id, background first.
+        image_id: for the message.
+        where: the file, for the message.
+
+    Raises:
+        DataError: an unknown name, or an id out of `1..C`.
+    """
+    ids = set()
+    for label in raw:
+        if isinstance(label, str):
+            if label in classes[1:]:
+                label = classes.index(label)
+            elif re.fullmatch(r"\d+", label):
+                label = int(label)
+            else:
+                close = difflib.get_close_matches(label, classes[1:], 1)
+                hint = f"did you mean {close[0]!r}?" if close else "add it to the class list or correct it"
+                raise DataError(
+                    f"{where}: image {image_id!r} has label {label!r}, expected one of the {len(classes) - 1} class "
+                    f"names; {hint}"
+                )
+        if not 1 <= label < len(classes):
+            raise DataError(
+                f"{where}: image {image_id!r} has label {label}, expected ids 1..{len(classes) - 1} as there are "
+                f"{len(classes) - 1} classes beside background; correct it or the class list"
+            )
+        ids.add(label)
+    return tuple(sorted(ids))
+
+
+def _read_json(path: Path) -> RawLabels:
+    try:
+        data = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}), expected image-level labels; correct the file") from error
+    layout = 'expected {"<id>": ["dog", 3]} or {"images": [{"img_id": "<id>", "labels": [1, 3]}]}'
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: got a {type(data).__name__} at the top, {layout}; correct the file")
+    entries: list[tuple[object, object]] = list(data.items())
+    if isinstance(data.get("images"), list) and all(isinstance(entry, dict) for entry in data["images"]):
+        entries = [(e.get("img_id", e.get("file_name")), e.get("labels")) for e in data["images"]]
+    labels: RawLabels = {}
+    for name, values in entries:
+        good = isinstance(values, list) and all(isinstance(v, int | str) and not isinstance(v, bool) for v in values)
+        if not isinstance(name, str) or not isinstance(values, list) or not good:
+            raise DataError(f"{path}: entry {name!r} has labels {values!r}, {layout}; correct the entry")
+        key = without_suffix(name)
+        labels[key] = (*labels.get(key, ()), *values)
+    return labels
+
+
+def _read_csv(path: Path) -> RawLabels:
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    try:
+        columns = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
+        if not {"image", "labels"} <= set(columns):
+            raise DataError(
+                f"{path}: got columns {', '.join(columns) or 'none'}, expected image,labels; write that header line"
+            )
+        labels: RawLabels = {}
+        for row in reader:
+            name, text = (row[columns["image"]] or "").strip(), (row[columns["labels"]] or "").strip()
+            if not name or row.get(None):
+                raise DataError(
+                    f"{path}: line {reader.line_num} is not <image>,<labels>; separate labels by ';' and "
+                    "quote names with ','"
+                )
+            numbers = re.fullmatch(r"[\d\s;]+", text)
+            pieces = re.split(r"[\s;]+", text) if numbers else text.split(";")
+            key = without_suffix(name.replace("\\", "/").removeprefix("images/"))
+            labels[key] = (*labels.get(key, ()), *(piece.strip() for piece in pieces if piece.strip()))
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num} is not CSV ({error}); correct the file") from error
+    return labels
+
+
+def names_in(labels: Mapping[str, Sequence[Label]]) -> list[str] | None:
+    """The distinct names of a label file in alphabetical order, or `None` where it holds ids."""
+    values = {label for entry in labels.values() for label in entry}
+    if not values or any(isinstance(v, int) or v.isdigit() for v in values):
+        return None
+    return sorted(str(v) for v in values)

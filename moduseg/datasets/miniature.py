@@ -1,0 +1,44 @@
+"""The embedded world as a data set, drawn on demand."""
+
+from __future__ import annotations
+
+from moduseg.datasets.labels import RawLabels
+from moduseg.datasets.voc import VocDataset
+from moduseg.miniature.world import CLASSES, WorldConfig, write_voc
+
+
+class MiniatureDataset(VocDataset):
+    """A world of `moduseg.miniature.world`, written to disk in VOC layout when first read.
+
+    Args:
+        split: `train` or `val`.
+        root: where it is written; `None` for `outputs/miniature/world-<seed>-<train>-<val>-<size>`.
+        seed: seed of the world; those of `DATASET_SEEDS` are unseen by the miniature models.
+        train, val: images in each split.
+        size: longest side of an image, in pixels.
+    """
+
+    name = "miniature"
+
+    def __init__(
+        self, split: str, root: str | None = None, seed: int = 0, train: int = 160, val: int = 80, size: int = 128
+    ) -> None:
+        super().__init__(root or f"outputs/miniature/world-{seed}-{train}-{val}-{size}", split)
+        if split not in ("train", "val"):
+            raise ValueError(f"split: got {split!r}, expected train or val")
+        if min(seed, train, val) < 0:
+            raise ValueError(f"seed, train, val: got {(seed, train, val)}, expected numbers >= 0; try 0, 160, 80")
+        self.suffixes = (".png",)
+        self.seed, self.train, self.val = seed, train, val
+        self.config = WorldConfig(size=size)
+
+    def _read_ids(self) -> tuple[list[str], str]:
+        write_voc(self.root, self.seed, train=self.train, val=self.val, config=self.config)
+        return super()._read_ids()
+
+    def _read_classes(self) -> tuple[str, ...]:
+        return CLASSES
+
+    def _read_labels(self) -> tuple[RawLabels, str] | None:
+        self._known  # noqa: B018  - the ids write the world, and its label file with it
+        return super()._read_labels()

@@ -1,0 +1,143 @@
+"""How well proposals cover the objects: recall at an IoU, and mean best IoU."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from moduseg.structures import IGNORE_INDEX
+
+_CHUNK = 256
+"""Proposals compared at once: their float copies would fill the memory otherwise."""
+
+
+def objects_of(
+    semantic: np.ndarray, min_area: int = 100, instances: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Objects of one image.
+
+    Args:
+        semantic: `[H, W]` uint8 label map; 0 and 255 hold no object.
+        min_area: smaller objects are left out, in pixels.
+        instances: `[H, W]` object ids, 0 none; `None` takes the connected components of each class, pixels being
+            neighbours across corners too (8-connectivity).
+
+    Returns:
+        `class_ids` `[M]` int64 ascending (an instance has the class of most of its pixels, the smaller of equals), and
+        `masks` `[M, H, W]` bool.
+
+    Raises:
+        ValueError: maps of different sizes.
+    """
+    if instances is not None and instances.shape != semantic.shape:
+        raise ValueError(f"instances: got {instances.shape}, expected the label map's {semantic.shape}")
+    found: list[tuple[int, np.ndarray]] = []
+    if instances is not None:
+        for instance in np.unique(instances[instances > 0]):
+            mask = instances == instance
+            votes = np.bincount(semantic[mask], minlength=256)
+            votes[[0, IGNORE_INDEX]] = 0
+            if votes.any() and int(mask.sum()) >= min_area:
+                found.append((int(votes.argmax()), mask))
+    else:
+        for class_id in np.unique(semantic[(semantic > 0) & (semantic != IGNORE_INDEX)]):
+            mask = (semantic == class_id).astype(np.uint8)
+            count, components, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+            found += [
+                (int(class_id), components == i) for i in range(1, count) if stats[i, cv2.CC_STAT_AREA] >= min_area
+            ]
+    found.sort(key=lambda entry: entry[0])
+    masks = np.stack([mask for _, mask in found]) if found else np.zeros((0, *semantic.shape), dtype=bool)
+    return np.array([class_id for class_id, _ in found], dtype=np.int64), masks
+
+
+def best_ious(objects: Tensor, proposals: Tensor, ignore: Tensor | None = None) -> Tensor:
+    """For each object the IoU of the proposal that fits it best.
+
+    Args:
+        objects: `[M, H, W]` bool.
+        proposals: `[N, H, W]` bool, on the same device.
+        ignore: `[H, W]` bool, pixels that count for neither, or `None`.
+
+    Returns:
+        `[M]` float32 in [0, 1]; 0 where there is no proposal.
+
+    Raises:
+        ValueError: masks of different sizes.
+    """
+    if objects.shape[1:] != proposals.shape[1:]:
+        raise ValueError(f"proposals: got masks {tuple(proposals.shape[1:])}, expected {tuple(objects.shape[1:])}")
+    best = torch.zeros(len(objects), dtype=torch.float32, device=objects.device)
+    if len(objects) == 0 or len(proposals) == 0:
+        return best
+    counted = slice(None) if ignore is None else ~ignore.flatten()
+    # float32 counts pixels exactly up to 2^24, far above the size of one object.
+    wanted = objects.flatten(1)[:, counted].float()
+    areas = wanted.sum(1)
+    for chunk in proposals.split(_CHUNK):
+        offered = chunk.flatten(1)[:, counted].float()
+        shared = wanted @ offered.T
+        union = areas[:, None] + offered.sum(1)[None] - shared
+        best = torch.maximum(best, (shared / union.clamp(min=1)).amax(1))
+    return best
+
+
+class ProposalQuality:
+    """Recall of objects by proposals over many images; handed out in percent.
+
+    Args:
+        threshold: IoU from which on an object counts as found.
+        min_area: objects below it are left out, in pixels.
+    """
+
+    def __init__(self, threshold: float = 0.5, min_area: int = 100) -> None:
+        if not 0 < threshold <= 1 or min_area < 1:
+            raise ValueError(f"threshold, min_area: got {threshold}, {min_area}, expected in (0, 1] and >= 1")
+        self.threshold = threshold
+        self.min_area = min_area
+        self.images = 0
+        self.proposals = 0
+        self._best: list[Tensor] = []
+        self._classes: list[np.ndarray] = []
+
+    def update(self, semantic: np.ndarray, proposals: Tensor, instances: np.ndarray | None = None) -> Tensor:
+        """Add one image; arguments as `objects_of` and `best_ious`, pixels of 255 ignored.
+
+        Returns:
+            `[M]` float32, the best IoU of each object.
+        """
+        class_ids, masks = objects_of(semantic, self.min_area, instances)
+        device = proposals.device
+        ignore = torch.from_numpy(semantic == IGNORE_INDEX).to(device)
+        best = best_ious(torch.from_numpy(masks).to(device), proposals, ignore)
+        self.images += 1
+        self.proposals += len(proposals)
+        self._best.append(best)
+        self._classes.append(class_ids)
+        return best
+
+    def summary(self) -> dict[str, float | int | None]:
+        """`recall` and `mean_best_iou` in percent (`None` without objects), `objects`, `images`, `proposals_per_image`
+        and the settings.
+        """
+        best = torch.cat([b.cpu() for b in self._best]) if self._best else torch.empty(0)
+        some = best.numel() > 0
+        return {
+            "recall": 100.0 * float((best >= self.threshold).double().mean()) if some else None,
+            "mean_best_iou": 100.0 * float(best.double().mean()) if some else None,
+            "objects": best.numel(),
+            "images": self.images,
+            "proposals_per_image": self.proposals / self.images if self.images else 0.0,
+            "threshold": self.threshold,
+            "min_area": self.min_area,
+        }
+
+    def recall_per_class(self) -> dict[int, float]:
+        """Recall in percent of each class that has an object, by ascending class id."""
+        if not self._best:
+            return {}
+        found = torch.cat([b.cpu() for b in self._best]).numpy() >= self.threshold
+        classes = np.concatenate(self._classes)
+        return {int(c): 100.0 * float(found[classes == c].mean()) for c in np.unique(classes)}

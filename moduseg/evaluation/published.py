@@ -1,0 +1,122 @@
+"""Rows of the paper's tables (arXiv 2604.07021), to stand beside what was measured here. mIoU in percent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moduseg.evaluation.tables import markdown_table
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One published figure.
+
+    Attributes:
+        table: `main`, `backbone`, `proposer`, `ablation`, `upper bound`, `images per class`, `pseudo masks`.
+        method: the row's name.
+        benchmark: data set and split, such as `voc/val`; `voc/train` for the quality of pseudo masks.
+        value: mIoU in percent.
+    """
+
+    table: str
+    method: str
+    benchmark: str
+    value: float
+
+
+_OURS = "ModuSeg (C-RADIOv4-SO400M)"
+
+_MAIN: tuple[tuple[str, float, float, float | None], ...] = (
+    (_OURS, 86.3, 86.6, 56.7),
+    ("CD-CLIP (CVPR 26)", 82.5, 82.4, 54.1),
+    ("SSR (AAAI 26)", 79.5, 79.6, 50.6),
+    ("VPL (CVPR 25)", 79.3, 79.0, 49.8),
+    ("ExCEL (CVPR 25)", 78.4, 78.5, 50.3),
+    ("S2C (CVPR 24)", 78.2, 77.5, None),
+    ("WeCLIP (CVPR 24)", 76.4, 77.2, 47.1),
+    ("MoRe", 76.4, 75.0, 47.4),
+)
+_PAIRS: tuple[tuple[str, str, str, str, float, float], ...] = (
+    ("backbone", "DINOv2-B", "voc/val", "coco/val", 82.9, 51.0),
+    ("backbone", "DINOv3-B", "voc/val", "coco/val", 84.7, 53.5),
+    ("backbone", "DINOv3-L", "voc/val", "coco/val", 85.3, 55.8),
+    ("backbone", "C-RADIOv4-SO400M", "voc/val", "coco/val", 86.3, 56.7),
+    ("pseudo masks", "CorrCLIP, no label filter", "voc/train", "coco/train", 68.7, 42.5),
+    ("pseudo masks", "CorrCLIP, label filter", "voc/train", "coco/train", 78.8, 54.6),
+    ("pseudo masks", "Mask Adapter, no label filter", "voc/train", "coco/train", 76.6, 55.1),
+    ("pseudo masks", "Mask Adapter, label filter", "voc/train", "coco/train", 82.4, 60.2),
+)
+_SINGLE: tuple[tuple[str, str, str, float], ...] = (
+    ("ablation", "baseline", "voc/val", 84.3),
+    ("ablation", "+ SMFA", "voc/val", 84.6),
+    ("ablation", "+ SBP", "voc/val", 85.2),
+    ("ablation", "+ SMFA + SBP", "voc/val", 86.3),
+    ("proposer", "EntitySeg", "voc/val", 86.3),
+    ("proposer", "SAM 2", "voc/val", 82.6),
+    ("upper bound", "ground-truth masks for the bank", "voc/val", 86.7),
+    ("upper bound", "ground-truth masks as proposals", "voc/val", 95.7),
+    ("images per class", "20", "voc/val", 69.8),
+    ("images per class", "50", "voc/val", 80.2),
+    ("images per class", "all", "voc/val", 86.3),
+    ("main", _OURS, "ade20k/val", 44.7),
+    ("main", _OURS, "cityscapes/val", 66.0),
+)
+
+
+def _rows() -> tuple[PublishedRow, ...]:
+    rows = [
+        PublishedRow("main", method, benchmark, value)
+        for method, *values in _MAIN
+        for benchmark, value in zip(("voc/val", "voc/test", "coco/val"), values, strict=True)
+        if value is not None
+    ]
+    for table, method, first, second, one, two in _PAIRS:
+        rows += [PublishedRow(table, method, first, one), PublishedRow(table, method, second, two)]
+    return (*rows, *(PublishedRow(*row) for row in _SINGLE))
+
+
+PUBLISHED: tuple[PublishedRow, ...] = _rows()
+BENCHMARKS: tuple[str, ...] = tuple(dict.fromkeys(row.benchmark for row in PUBLISHED))
+TABLES: tuple[str, ...] = tuple(dict.fromkeys(row.table for row in PUBLISHED))
+
+COST_MINUTES_VOC: dict[str, int] = {"CLIMS": 1068, "MCTformer+": 1496, "WeCLIP": 270, "ModuSeg": 84}
+"""Published cost on VOC in minutes; ModuSeg's at 5.3 GB of GPU memory."""
+
+
+def published_rows(
+    table: str, benchmark: str, ours: dict[str, float] | None = None
+) -> list[tuple[str, float, float | None]]:
+    """`(method, published, ours)` of one table on one benchmark, in the paper's order.
+
+    Args:
+        table: one of `TABLES`.
+        benchmark: one of `BENCHMARKS`; a data set that the paper does not know has no rows to stand beside.
+        ours: method -> mIoU in percent measured with that setting; methods left out were not measured.
+
+    Raises:
+        ValueError: unknown table or benchmark, or a method that the table does not have.
+    """
+    if table not in TABLES or benchmark not in BENCHMARKS:
+        raise ValueError(
+            f"published rows: got {table!r} on {benchmark!r}, expected one of {', '.join(TABLES)} on one of "
+            f"{', '.join(BENCHMARKS)}"
+        )
+    rows = [row for row in PUBLISHED if row.table == table and row.benchmark == benchmark]
+    measured = ours or {}
+    unknown = sorted(set(measured) - {row.method for row in rows})
+    if unknown:
+        raise ValueError(
+            f"published rows: got {unknown[0]!r}, expected one of {', '.join(row.method for row in rows) or 'none'}"
+        )
+    return [(row.method, row.value, measured.get(row.method)) for row in rows]
+
+
+def published_markdown(table: str, benchmark: str, ours: dict[str, float] | None = None) -> str:
+    """`published_rows` as a Markdown table; arguments and errors as there."""
+    rows = [
+        (method, f"{value:.1f}", NOT_MEASURED if mine is None else f"{mine:.1f}")
+        for method, value, mine in published_rows(table, benchmark, ours)
+    ]
+    return markdown_table((f"{table}, {benchmark} (mIoU)", "published", "ours"), rows)

@@ -1,0 +1,172 @@
+"""Label maps, proposals and errors as colours over the photograph. Arrays in, arrays out: `[H, W, 3]` uint8 RGB."""
+
+from __future__ import annotations
+
+import colorsys
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+from moduseg.datasets.palette import voc_palette
+from moduseg.structures import IGNORE_INDEX
+
+CORRECT, MISSED, FALSE, CONFUSED, IGNORED = (
+    (46, 160, 67), (230, 60, 50), (240, 170, 0), (150, 70, 200), (128, 128, 128),
+)  # fmt: skip
+ERROR_LEGEND: tuple[tuple[str, tuple[int, int, int]], ...] = (
+    ("correct", CORRECT),
+    ("missed", MISSED),
+    ("false", FALSE),
+    ("confused", CONFUSED),
+    ("ignored", IGNORED),
+)
+"""Names of the error colours: an object's pixel labelled right, labelled background, background labelled as an object,
+an object's pixel labelled as another class, not scored."""
+
+_SQUARE = np.ones((3, 3), np.uint8)
+_GREY_OF_BACKGROUND = 0.45
+"""Brightness that label overlays leave to the background, so that labels stand out."""
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A photograph at `(H, W)`: area averages when it shrinks, cubic when it grows."""
+    if image.shape[:2] == size:
+        return image
+    how = cv2.INTER_AREA if size[0] < image.shape[0] else cv2.INTER_CUBIC
+    return cv2.resize(image, (size[1], size[0]), interpolation=how)
+
+
+def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A label map or mask (`[H, W]`, uint8 or bool) at `(H, W)` by nearest neighbour; no id is invented."""
+    if labels.shape == size:
+        return labels
+    resized = cv2.resize(labels.view(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+    return resized.view(labels.dtype)
+
+
+def outlines(regions: np.ndarray, thickness: int = 1) -> np.ndarray:
+    """Pixels whose right or lower neighbour has another id, `[H, W]` bool; the image border is no outline."""
+    edge = np.zeros(regions.shape, dtype=bool)
+    edge[:, :-1] |= regions[:, :-1] != regions[:, 1:]
+    edge[:-1] |= regions[:-1] != regions[1:]
+    if thickness > 1:
+        edge = cv2.dilate(edge.astype(np.uint8), np.ones((thickness, thickness), np.uint8)).astype(bool)
+    return edge
+
+
+def distinct_colours(count: int) -> np.ndarray:
+    """`[count, 3]` uint8: neighbours in the list differ strongly in hue; the same count gives the same colours."""
+    colours = [
+        colorsys.hsv_to_rgb(
+            (0.13 + i * 0.618033988749895) % 1.0, (0.85, 0.6, 0.95)[i % 3], (1.0, 0.85, 0.7)[i // 3 % 3]
+        )
+        for i in range(count)
+    ]
+    return np.round(np.array(colours).reshape(count, 3) * 255).astype(np.uint8)
+
+
+def overlay_labels(image: np.ndarray, label_map: np.ndarray, alpha: float = 0.7, outline: bool = True) -> np.ndarray:
+    """Classes in the colours of the VOC palette over the photograph, the background darkened, 255 in cream.
+
+    Below the colours the photograph is grey: blended with its own hues they would not match the legend.
+
+    Args:
+        image: `[H, W, 3]` uint8.
+        label_map: `[H, W]` integers 0..255.
+        alpha: share of the colour, in [0, 1].
+        outline: whether regions are edged in white.
+
+    Raises:
+        ValueError: sizes differ.
+    """
+    _same_size(image, label_map)
+    labels = label_map.astype(np.uint8)
+    painted = _blend(_grey(image), voc_palette()[labels], alpha)
+    background = labels == 0
+    painted[background] = (image[background] * _GREY_OF_BACKGROUND).astype(np.uint8)
+    if outline:
+        painted[outlines(labels)] = 255
+    return painted
+
+
+def overlay_proposals(image: np.ndarray, masks: np.ndarray | Tensor, alpha: float = 0.55) -> np.ndarray:
+    """Proposals in distinct colours, large ones first, so that those nested in them stay visible, each outlined.
+
+    Args:
+        image: `[H, W, 3]` uint8.
+        masks: `[N, H, W]` bool; may overlap, may be none.
+        alpha: share of the colour, in [0, 1].
+
+    Raises:
+        ValueError: sizes differ.
+    """
+    stack = np.ascontiguousarray(masks.cpu().numpy() if isinstance(masks, Tensor) else masks, dtype=bool)
+    if stack.shape[1:] != image.shape[:2]:
+        raise ValueError(f"proposals: got masks {stack.shape[1:]}, expected the image's {image.shape[:2]}")
+    if not len(stack):
+        return (image * _GREY_OF_BACKGROUND).astype(np.uint8)
+    top = np.zeros(image.shape[:2], dtype=np.int32)
+    edge = np.zeros(image.shape[:2], dtype=bool)
+    order = np.argsort(-stack.reshape(len(stack), -1).sum(1), kind="stable")
+    for rank, index in enumerate(order, start=1):
+        mask = stack[index]
+        left, upper, width, height = cv2.boundingRect(mask.view(np.uint8))
+        if not width:
+            continue  # a mask may vanish where a picture is shown smaller
+        window = (slice(upper, upper + height), slice(left, left + width))
+        inside = mask[window]
+        top[window][inside] = rank
+        # Drawn inside the mask, or a neighbour painted later would wipe half of it.
+        whole = np.ascontiguousarray(inside).view(np.uint8)
+        core = cv2.erode(whole, _SQUARE, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+        rim = inside & (core == 0)
+        edge[window][inside] = rim[inside]
+    colours = np.concatenate([np.zeros((1, 3), np.uint8), distinct_colours(len(stack))])
+    painted = _blend(image, colours[top], alpha)
+    uncovered = top == 0
+    painted[uncovered] = (image[uncovered] * _GREY_OF_BACKGROUND).astype(np.uint8)
+    painted[edge] = (colours[top[edge]] * 0.35).astype(np.uint8)
+    return painted
+
+
+def error_map(truth: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
+    """What is right and what is wrong, in the colours of `ERROR_LEGEND`; right background shows the dimmed photograph.
+
+    Args:
+        truth: `[H, W]` integers, 255 where ignored.
+        prediction: `[H, W]` integers.
+        image: `[H, W, 3]` uint8 below it, black where `None`.
+
+    Raises:
+        ValueError: sizes differ.
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(f"error map: got prediction {prediction.shape}, expected the truth's {truth.shape}")
+    base = np.zeros((*truth.shape, 3), np.uint8) if image is None else image
+    _same_size(base, truth)
+    painted = (_grey(base) * 0.6).astype(np.uint8)
+    counted = truth != IGNORE_INDEX
+    cases = (
+        (counted & (truth == prediction) & (truth > 0), CORRECT, 0.55),
+        (counted & (truth > 0) & (prediction == 0), MISSED, 0.8),
+        (counted & (truth == 0) & (prediction > 0), FALSE, 0.8),
+        (counted & (truth > 0) & (prediction > 0) & (truth != prediction), CONFUSED, 0.8),
+        (~counted, IGNORED, 0.8),
+    )
+    for where, colour, alpha in cases:
+        painted[where] = (painted[where] * (1 - alpha) + np.array(colour) * alpha).astype(np.uint8)
+    return painted
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def _blend(image: np.ndarray, colours: np.ndarray, alpha: float) -> np.ndarray:
+    return cv2.addWeighted(image, 1.0 - alpha, np.ascontiguousarray(colours), alpha, 0.0)
+
+
+def _same_size(image: np.ndarray, label_map: np.ndarray) -> None:
+    if label_map.shape != image.shape[:2]:
+        raise ValueError(f"label map: got {label_map.shape}, expected the image's {image.shape[:2]}")

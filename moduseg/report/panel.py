@@ -1,0 +1,178 @@
+"""Panels: photograph, proposals, labels, truth and errors of one image side by side, with titles and a legend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from moduseg.datasets.io import write_rgb_png
+from moduseg.datasets.palette import voc_palette
+from moduseg.report.overlay import (
+    ERROR_LEGEND,
+    error_map,
+    overlay_labels,
+    overlay_proposals,
+    resize_image,
+    resize_labels,
+)
+from moduseg.structures import IGNORE_INDEX
+
+COLUMN_WIDTH = 384
+"""Columns come near this width: smaller pictures grow by a whole factor, larger ones shrink to it."""
+_GAP, _TITLE, _ROW, _FONT_SIZE = 8, 26, 24, 15
+_PAPER, _INK = (255, 255, 255), (30, 30, 30)
+
+Colour = tuple[int, int, int]
+
+
+def display_size(size: tuple[int, int], width: int = COLUMN_WIDTH) -> tuple[int, int]:
+    """`(H, W)` at which an image of `size` is shown: a whole multiple of it, or `width` wide where it is wider.
+
+    Tall pictures are held to `width` in height as well.
+    """
+    longest = max(size)
+    if longest <= width:
+        factor = width // longest
+        return size[0] * factor, size[1] * factor
+    return max(1, round(size[0] * width / longest)), max(1, round(size[1] * width / longest))
+
+
+def class_legend(classes: Sequence[str], *label_maps: np.ndarray | None) -> list[tuple[str, Colour]]:
+    """Name and colour of the classes that occur in any of the maps, ascending by id; 255 is `ignored`."""
+    present = sorted({int(v) for labels in label_maps if labels is not None for v in np.unique(labels)} - {0})
+    palette = voc_palette()
+    legend: list[tuple[str, Colour]] = []
+    for label in present:
+        name = "ignored" if label == IGNORE_INDEX else classes[label] if label < len(classes) else f"id {label}"
+        red, green, blue = (int(v) for v in palette[label])
+        legend.append((name, (red, green, blue)))
+    return legend
+
+
+def panel(columns: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple[str, Colour | None]] = ()) -> bytes:
+    """Pictures side by side under their titles, above a legend. The same input gives the same bytes.
+
+    Args:
+        columns: title and `[H, W, 3]` uint8 picture; small ones are enlarged by a whole factor, pixel by pixel.
+        legend: name and colour of each entry; one without a colour is a heading that begins a row.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ValueError: no column.
+    """
+    if not columns:
+        raise ValueError("panel: got no column, expected one or more")
+    pictures = [
+        resize_labels_rgb(picture) if max(picture.shape[:2]) * 2 <= COLUMN_WIDTH else picture for _, picture in columns
+    ]
+    font = _font()
+    # A column is as wide as its title needs.
+    widths = [max(p.shape[1], int(font.getlength(title)) + 4) for (title, _), p in zip(columns, pictures, strict=True)]
+    width = sum(widths) + _GAP * (len(widths) + 1)
+    rows = _legend_rows(legend, width)
+    pictures_end = _TITLE + max(p.shape[0] for p in pictures)
+    height = pictures_end + _GAP + _ROW * len(rows) + (_GAP // 2 if rows else 0)
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    x = _GAP
+    for (title, _), picture, column in zip(columns, pictures, widths, strict=True):
+        draw.text((x + 2, 4), title, fill=_INK, font=font)
+        sheet.paste(Image.fromarray(picture), (x, _TITLE))
+        x += column + _GAP
+    for i, row in enumerate(rows):
+        top = pictures_end + _GAP + i * _ROW
+        for left, name, colour in row:
+            if colour is not None:
+                draw.rectangle((left, top + 2, left + 16, top + 18), fill=colour, outline=_INK)
+            draw.text((left + (0 if colour is None else 22), top + 1), name, fill=_INK, font=font)
+    return write_rgb_png(np.asarray(sheet), compress_level=2)
+
+
+def resize_labels_rgb(picture: np.ndarray) -> np.ndarray:
+    """A picture at its display size by nearest neighbour, channel colours unmixed."""
+    height, width = display_size((picture.shape[0], picture.shape[1]))
+    rows = np.arange(height) * picture.shape[0] // height
+    return picture[rows[:, None], np.arange(width) * picture.shape[1] // width]
+
+
+def image_panel(
+    image: np.ndarray,
+    classes: Sequence[str],
+    *,
+    proposals: np.ndarray | Tensor | None = None,
+    labels: np.ndarray | None = None,
+    labels_title: str = "prediction",
+    truth: np.ndarray | None = None,
+    title: str = "photograph",
+) -> bytes:
+    """The panel of one image: what is `None` is left out; errors are shown where labels and truth are both there.
+
+    Args:
+        image: `[H, W, 3]` uint8.
+        classes: names by id, background first.
+        proposals: `[N, H, W]` bool.
+        labels: `[H, W]` label map, a prediction or a pseudo mask.
+        labels_title: what `labels` is.
+        truth: `[H, W]` label map, 255 where ignored.
+        title: of the photograph's column.
+
+    Returns:
+        A PNG file, the same for the same input.
+
+    Raises:
+        ValueError: maps of another size than the image.
+    """
+    for name, array in (("labels", labels), ("truth", truth)):
+        if array is not None and array.shape != image.shape[:2]:
+            raise ValueError(f"{name}: got {array.shape}, expected the image's {image.shape[:2]}")
+    size = display_size((image.shape[0], image.shape[1]))
+    # Everything is brought to display size first: outlines drawn after stay one pixel wide.
+    photograph = resize_image(image, size)
+    columns = [(title, photograph)]
+    if proposals is not None:
+        stack = proposals.cpu().numpy() if isinstance(proposals, Tensor) else np.asarray(proposals)
+        if stack.shape[1:] != image.shape[:2]:
+            raise ValueError(f"proposals: got masks {stack.shape[1:]}, expected the image's {image.shape[:2]}")
+        shown = np.zeros((len(stack), *size), dtype=bool)
+        for i, mask in enumerate(stack):
+            shown[i] = resize_labels(np.ascontiguousarray(mask, dtype=bool), size)
+        columns.append((f"{len(stack)} proposal{'' if len(stack) == 1 else 's'}", overlay_proposals(photograph, shown)))
+    shown_labels = None if labels is None else resize_labels(labels.astype(np.uint8), size)
+    shown_truth = None if truth is None else resize_labels(truth.astype(np.uint8), size)
+    if shown_labels is not None:
+        columns.append((labels_title, overlay_labels(photograph, shown_labels)))
+    if shown_truth is not None:
+        columns.append(("truth", overlay_labels(photograph, shown_truth)))
+    legend: list[tuple[str, Colour | None]] = [*class_legend(classes, labels, truth)]
+    if shown_labels is not None and shown_truth is not None:
+        columns.append(("errors", error_map(shown_truth, shown_labels, photograph)))
+        legend += [("errors:", None), *ERROR_LEGEND]
+    return panel(columns, legend)
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont:
+    # The font that matplotlib carries, so that panels look the same on every machine.
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), _FONT_SIZE)
+
+
+def _legend_rows(legend: Sequence[tuple[str, Colour | None]], width: int) -> list[list[tuple[int, str, Colour | None]]]:
+    """Entries with their left edge, broken into rows that fit `width`."""
+    rows: list[list[tuple[int, str, Colour | None]]] = []
+    x = width
+    for name, colour in legend:
+        needed = (0 if colour is None else 22) + int(_font().getlength(name)) + 2 * _GAP
+        if not rows or colour is None or x + needed > width - _GAP:
+            rows.append([])
+            x = _GAP + 2
+        rows[-1].append((x, name, colour))
+        x += needed
+    return rows

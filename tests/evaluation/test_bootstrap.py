@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moduseg.evaluation.bootstrap import bootstrap_miou, image_counts, paired_bootstrap
+from moduseg.evaluation.confusion import miou
+
+
+def _images(rng: np.random.Generator, n: int, right: float) -> np.ndarray:
+    """Confusion matrices of `n` images of 400 pixels, about a share `right` of them correct."""
+    matrices = np.zeros((n, 3, 3), dtype=np.int32)
+    for matrix in matrices:
+        truth = rng.integers(0, 3, 400)
+        wrong = rng.random(400) > np.clip(right + rng.normal(0, 0.1), 0, 1)
+        np.add.at(matrix, (truth, np.where(wrong, rng.integers(0, 3, 400), truth)), 1)
+    return matrices
+
+
+def test_counts_are_the_margins(rng: np.random.Generator) -> None:
+    matrices = _images(rng, 3, 0.7)
+    counts = image_counts(list(matrices))
+    np.testing.assert_array_equal(counts[1], [np.diag(matrices[1]), matrices[1].sum(1), matrices[1].sum(0)])
+
+
+@pytest.mark.parametrize("classes", ["either", "truth"])
+def test_interval_matches_a_plain_loop(rng: np.random.Generator, classes: str) -> None:
+    matrices = _images(rng, 12, 0.7)
+    matrices[0, 2] = matrices[0, :, 2] = 0
+    found = bootstrap_miou(image_counts(list(matrices)), 600, seed=3, classes=classes)  # type: ignore[arg-type]
+    again = np.random.default_rng(3)
+    drawn = []
+    for size in (250, 250, 100):
+        for weights in again.multinomial(12, np.full(12, 1 / 12), size=size):
+            drawn.append(miou(np.tensordot(weights, matrices, 1), classes))  # type: ignore[arg-type]
+    np.testing.assert_allclose((found.low, found.high), np.quantile(drawn, [0.025, 0.975]))
+    assert found.value == miou(matrices.sum(0), classes)  # type: ignore[arg-type]
+
+
+def test_seed_decides(rng: np.random.Generator) -> None:
+    counts = image_counts(list(_images(rng, 10, 0.7)))
+    assert bootstrap_miou(counts, 100) == bootstrap_miou(counts, 100)
+    assert bootstrap_miou(counts, 100).low != bootstrap_miou(counts, 100, seed=1).low
+
+
+def test_interval_narrows_with_images_and_widens_with_confidence(rng: np.random.Generator) -> None:
+    few, many = (image_counts(list(_images(rng, n, 0.7))) for n in (10, 160))
+
+    def width(counts: np.ndarray, confidence: float = 0.95) -> float:
+        found = bootstrap_miou(counts, 500, confidence)
+        assert found.low < found.value < found.high
+        return found.high - found.low
+
+    assert width(many) < 0.5 * width(few)
+    assert width(few, 0.5) < width(few, 0.99)
+
+
+def test_one_image_has_no_spread(rng: np.random.Generator) -> None:
+    found = bootstrap_miou(image_counts(list(_images(rng, 1, 0.7))), 50)
+    assert found.low == found.value == found.high
+
+
+def test_paired_runs(rng: np.random.Generator) -> None:
+    truth = rng.integers(0, 3, (40, 300))
+
+    def run(right: float) -> np.ndarray:
+        # An image is as hard for one run as for the other.
+        hard = np.random.default_rng(5).random((40, 1)) * 0.6
+        wrong = rng.random(truth.shape) > right - hard
+        prediction = np.where(wrong, rng.integers(0, 3, truth.shape), truth)
+        matrices = np.zeros((40, 3, 3), dtype=np.int64)
+        for i in range(40):
+            np.add.at(matrices[i], (truth[i], prediction[i]), 1)
+        return image_counts(list(matrices))
+
+    worse, better = run(0.85), run(0.92)
+    found = paired_bootstrap(worse, better, 500)
+    assert 0 < found.low < found.value < found.high
+    assert found.share_above == 1.0
+    assert found.value == pytest.approx(bootstrap_miou(better, 1).value - bootstrap_miou(worse, 1).value)
+    alone = bootstrap_miou(worse, 500)
+    assert found.high - found.low < 0.6 * (alone.high - alone.low)
+    same = paired_bootstrap(worse, worse, 50)
+    assert (same.value, same.low, same.high, same.share_above) == (0, 0, 0, 0.5)
+    with pytest.raises(ValueError, match="expected the same images"):
+        paired_bootstrap(worse, better[::-1], 50)
+
+
+@pytest.mark.parametrize(
+    ("shape", "resamples", "confidence"),
+    [((0, 3, 4), 10, 0.9), ((2, 4, 4), 10, 0.9), ((2, 3), 10, 0.9), ((2, 3, 4), 0, 0.9), ((2, 3, 4), 10, 1.0)],
+)
+def test_arguments(shape: tuple[int, ...], resamples: int, confidence: float) -> None:
+    with pytest.raises(ValueError, match="got"):
+        bootstrap_miou(np.ones(shape, dtype=np.int64), resamples, confidence)

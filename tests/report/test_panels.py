@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moduseg.datasets.palette import voc_palette
+from moduseg.report import overlay
+from moduseg.report.panel import class_legend, display_size, image_panel, panel
+
+CLASSES = ("background", "dog", "cat")
+
+
+@pytest.fixture
+def scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Image, truth, prediction, proposals of 48 x 64 pixels."""
+    image = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    truth = np.zeros((48, 64), dtype=np.uint8)
+    truth[8:30, 8:30], truth[20:40, 40:60], truth[:4] = 1, 2, 255
+    prediction = np.roll(np.where(truth == 255, 0, truth), 4, axis=1)
+    masks = np.stack([truth < 300, truth == 1, prediction == 2])
+    return image, truth, prediction, masks
+
+
+def _open(content: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def _has(picture: np.ndarray, colour: tuple[int, ...]) -> bool:
+    return bool((picture == np.array(colour, dtype=np.uint8)).all(-1).any())
+
+
+def test_error_map_has_one_colour_for_each_case() -> None:
+    truth = np.array([[0, 1, 1, 0, 1, 255, 255]])
+    prediction = np.array([[0, 1, 0, 1, 2, 0, 1]])
+    painted = overlay.error_map(truth, prediction)[0]
+    expected = [None, overlay.CORRECT, overlay.MISSED, overlay.FALSE, overlay.CONFUSED, *[overlay.IGNORED] * 2]
+    for pixel, colour in zip(painted.astype(float), expected, strict=True):
+        if colour is None:
+            assert pixel.sum() == 0
+        else:
+            # Over black a colour keeps its direction.
+            cosine = pixel @ np.array(colour) / np.linalg.norm(pixel) / np.linalg.norm(colour)
+            assert cosine > 0.999
+
+
+def test_label_colours_are_the_palettes() -> None:
+    image = np.full((4, 6, 3), (200, 20, 20), dtype=np.uint8)
+    labels = np.array([[0, 0, 1, 1, 2, 255]] * 4, dtype=np.uint8)
+    painted = overlay.overlay_labels(image, labels, alpha=1.0, outline=False)
+    np.testing.assert_array_equal(painted[0, 2:], voc_palette()[[1, 1, 2, 255]])
+    assert (painted[0, 0] < image[0, 0]).all()
+    half = overlay.overlay_labels(image, labels, alpha=0.5, outline=False)[0, 4].astype(int)
+    assert half[0] == half[2]  # the photograph's red does not leak into the colour of the class
+    assert (overlay.overlay_labels(image, labels)[0, 1] == 255).all()
+
+
+def test_nested_proposals_stay_visible_in_any_order() -> None:
+    image = np.full((40, 40, 3), 128, dtype=np.uint8)
+    masks = np.zeros((3, 40, 40), dtype=bool)
+    masks[0, 14:26, 14:26], masks[1, 2:38, 2:38], masks[2, 8:32, 8:32] = True, True, True
+    for order in ([0, 1, 2], [2, 1, 0]):
+        painted = overlay.overlay_proposals(image, torch.from_numpy(masks[order]))
+        inner, middle, outer = painted[20, 20], painted[10, 20], painted[5, 20]
+        assert len({tuple(c) for c in (inner, middle, outer)}) == 3
+        assert painted[2, 20].sum() < 0.6 * outer.sum()  # the rim of a rectangle
+        assert (painted[0, 0] < 128).all()
+
+
+def test_proposals_cut_off_at_the_border_or_absent() -> None:
+    image = np.full((10, 12, 3), 100, dtype=np.uint8)
+    for masks in (np.zeros((0, 10, 12), bool), np.zeros((2, 10, 12), bool), np.ones((1, 10, 12), bool)):
+        assert overlay.overlay_proposals(image, masks).shape == image.shape
+
+
+def test_colours_of_proposals_differ() -> None:
+    colours = overlay.distinct_colours(60).astype(int)
+    assert len({tuple(c) for c in colours}) == 60
+    assert np.abs(np.diff(colours, axis=0)).sum(1).min() > 100
+    assert overlay.distinct_colours(0).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((128, 96), (384, 288)), ((384, 100), (384, 100)), ((480, 640), (288, 384)), ((1000, 10), (384, 4)),
+     ((2000, 1), (384, 1)), ((200, 150), (200, 150))],
+)  # fmt: skip
+def test_display_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert display_size(size) == expected
+
+
+def test_labels_grow_without_new_ids(rng: np.random.Generator) -> None:
+    labels = rng.choice([0, 3, 255], (10, 14)).astype(np.uint8)
+    np.testing.assert_array_equal(overlay.resize_labels(labels, (30, 42)), labels.repeat(3, 0).repeat(3, 1))
+    mask = labels == 3
+    assert overlay.resize_labels(mask, (5, 7)).dtype == bool
+
+
+def test_legend_names_what_occurs() -> None:
+    legend = class_legend(CLASSES, np.array([[0, 2, 255]]), None, np.array([[1, 9]]))
+    assert [name for name, _ in legend] == ["dog", "cat", "id 9", "ignored"]
+    assert legend[0][1] == (128, 0, 0)
+
+
+def test_panel_is_a_deterministic_png(scene: tuple[np.ndarray, ...]) -> None:
+    image, truth, prediction, masks = scene
+    content = image_panel(image, CLASSES, proposals=masks, labels=prediction, truth=truth)
+    assert content == image_panel(image, CLASSES, proposals=torch.from_numpy(masks), labels=prediction, truth=truth)
+    sheet = _open(content)
+    height, width = display_size((48, 64))
+    assert sheet.shape[1] == 5 * width + 6 * 8
+    assert sheet.shape[0] > height
+    below = sheet[26 + height :]
+    for colour in ((128, 0, 0), (0, 128, 0), *(colour for _, colour in overlay.ERROR_LEGEND)):
+        assert _has(below, colour)
+    np.testing.assert_array_equal(sheet[26 : 26 + height, 8 : 8 + width], overlay.resize_image(image, (height, width)))
+
+
+@pytest.mark.parametrize(
+    ("given", "columns"),
+    [((), 1), (("proposals",), 2), (("labels",), 2), (("truth",), 2), (("labels", "truth"), 4)],
+)
+def test_columns_are_those_given(scene: tuple[np.ndarray, ...], given: tuple[str, ...], columns: int) -> None:
+    image, truth, prediction, masks = scene
+    every = {"proposals": masks, "labels": prediction, "truth": truth}
+    sheet = _open(image_panel(image, CLASSES, **{name: every[name] for name in given}))  # type: ignore[arg-type]
+    assert sheet.shape[1] == columns * display_size((48, 64))[1] + (columns + 1) * 8
+
+
+def test_long_legends_and_titles_stay_on_the_sheet() -> None:
+    picture = np.zeros((400, 200, 3), dtype=np.uint8)
+    legend = [(f"class number {i}", (i, 7, 9)) for i in range(30)]
+    sheet = _open(panel([("a title that is wider than its own little picture", picture)], legend))
+    assert all(_has(sheet, (i, 7, 9)) for i in range(30))
+    assert sheet.shape[1] > 300
+    assert (sheet[:, -8:] == 255).all()
+
+
+def test_tiny_and_huge_pictures() -> None:
+    for size in ((1, 1), (3, 200), (900, 1400)):
+        labels = np.ones(size, dtype=np.uint8)
+        masks = np.zeros((2, *size), dtype=bool)
+        masks[0, 0, 0] = True
+        image = np.zeros((*size, 3), dtype=np.uint8)
+        sheet = _open(image_panel(image, CLASSES, proposals=masks, labels=labels, truth=labels))
+        assert sheet.shape[1] < 6 * 400
+
+
+def test_sizes_that_do_not_fit(scene: tuple[np.ndarray, ...]) -> None:
+    image, truth, prediction, masks = scene
+    for name, array in (("labels", prediction[1:]), ("truth", truth[1:]), ("proposals", masks[:, 1:])):
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            image_panel(image, CLASSES, **{name: array})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got no column"):
+        panel([])
+    with pytest.raises(ValueError, match="label map: got"):
+        overlay.overlay_labels(image, truth[1:])
+    with pytest.raises(ValueError, match="error map: got"):
+        overlay.error_map(truth, prediction[1:])
+    with pytest.raises(ValueError, match="proposals: got"):
+        overlay.overlay_proposals(image, masks[:, 1:])
+
+
+def test_real_output_is_written(tmp_path: Path, scene: tuple[np.ndarray, ...]) -> None:
+    path = tmp_path / "panel.png"
+    path.write_bytes(image_panel(scene[0], CLASSES, title="ids/with a longer name"))
+    with Image.open(path) as picture:
+        assert (picture.format, picture.mode) == ("PNG", "RGB")
