@@ -1,8 +1,8 @@
 """The one loop over images: batches, resume, failures, progress.
 
 Batches are cut from the whole list of ids once, so that a batch holds the same images however the run was interrupted.
-A batch is done when its record `batches/<index>.json` is there and every file it names has the recorded size and, when
-asked, digest. An image that cannot be processed is recorded in its batch and the loop goes on.
+A batch is done when its record `batches/<index>.json` is there, its inputs are as they were, and every file it names has
+the recorded size. An image that cannot be processed is recorded in its batch and the loop goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
@@ -55,6 +56,8 @@ class Loop(Generic[Item]):
         work: several loaded items -> the files of each, in order.
         batch_size: images in a batch.
         left_out: images that an earlier stage could not process, with its error.
+        stamp: id -> what tells whether its input files changed since (their sizes); a batch whose stamps differ from
+            those it was made with is done again.
         title: what the progress bar says.
     """
 
@@ -67,9 +70,11 @@ class Loop(Generic[Item]):
         batch_size: int,
         left_out: Mapping[str, str] | None = None,
         title: str = "",
+        stamp: Callable[[str], list[int]] | None = None,
     ) -> None:
         self.artefact, self.ids, self.title = artefact, list(ids), title
         self._load, self._work, self._left_out = load, work, dict(left_out or {})
+        self._stamp = stamp or (lambda image_id: [])
         self.batches = [self.ids[i : i + batch_size] for i in range(0, len(self.ids), batch_size)]
 
     def run(self) -> Outcome:
@@ -112,7 +117,7 @@ class Loop(Generic[Item]):
             following = loader.submit(self._load_batch, todo[0])
             try:
                 for position, index in enumerate(todo):
-                    loaded, failed, load_seconds = following.result()
+                    loaded, failed, stamps, load_seconds = following.result()
                     if position + 1 < len(todo):
                         following = loader.submit(self._load_batch, todo[position + 1])
                     start = time.perf_counter()
@@ -128,7 +133,14 @@ class Loop(Generic[Item]):
                         "work": worked - start,
                         "write": time.perf_counter() - worked,
                     }
-                    record = {"ids": self.batches[index], "files": files, "failed": failed, "seconds": seconds}
+                    record = {
+                        "ids": self.batches[index],
+                        "stamps": stamps,
+                        "files": files,
+                        "failed": failed,
+                        "seconds": seconds,
+                    }
+                    self._remove_stale(index, files)
                     write_atomic(self._record_path(index), json.dumps(record, ensure_ascii=False).encode())
                     records[index] = record
                     outcome.fresh += len(results)
@@ -137,8 +149,10 @@ class Loop(Generic[Item]):
             finally:
                 following.cancel()
 
-    def _load_batch(self, index: int) -> tuple[dict[str, Item], dict[str, str], float]:
+    def _load_batch(self, index: int) -> tuple[dict[str, Item], dict[str, str], list[list[int]], float]:
         start = time.perf_counter()
+        # Taken before the files are read: a file that changes meanwhile is noticed by the next run.
+        stamps = [self._stamp(image_id) for image_id in self.batches[index]]
         loaded: dict[str, Item] = {}
         failed: dict[str, str] = {}
         for image_id in self.batches[index]:
@@ -148,7 +162,7 @@ class Loop(Generic[Item]):
                 raise
             except Exception as error:
                 failed[image_id] = _describe(error)
-        return loaded, failed, time.perf_counter() - start
+        return loaded, failed, stamps, time.perf_counter() - start
 
     def _load_one(self, image_id: str) -> Item:
         if image_id in self._left_out:
@@ -185,11 +199,23 @@ class Loop(Generic[Item]):
             return True
         return False
 
-    def _record_path(self, index: int) -> Any:
+    def _record_path(self, index: int) -> Path:
         return self.artefact.path / "batches" / f"{index:06d}.json"
 
+    def _remove_stale(self, index: int, files: Mapping[str, object]) -> None:
+        """Remove what an earlier run left for images of the batch that have no result now."""
+        try:
+            earlier = json.loads(self._record_path(index).read_text(encoding="utf-8"))
+            if earlier["ids"] != self.batches[index]:  # cut by another batch size: the files are other batches' now
+                return
+            stale = set(earlier["files"]) - set(files)
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        for relative in stale:
+            self.artefact.file(relative).unlink(missing_ok=True)
+
     def _read_record(self, index: int) -> dict[str, Any] | None:
-        """The record of a finished batch; `None` if it is missing, damaged, or a file of it is not as it was written."""
+        """The record of a finished batch; `None` if it is missing, damaged, or a file of it is not as it was."""
         path = self._record_path(index)
         if not path.exists():
             return None
@@ -197,11 +223,15 @@ class Loop(Generic[Item]):
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["ids"] != self.batches[index] or not isinstance(record["failed"], dict):
                 return None
+            # An image that failed is judged by `_worth_a_retry`, which finds out more than a stamp tells.
+            for image_id, stamp in zip(record["ids"], record["stamps"], strict=True):
+                if image_id not in record["failed"] and stamp != self._stamp(image_id):
+                    return None
             for relative, (size, _) in record["files"].items():
                 file = self.artefact.file(relative)
                 if not file.is_file() or file.stat().st_size != size:
                     return None
-            return {key: record[key] for key in ("ids", "files", "failed", "seconds")}
+            return {key: record[key] for key in ("ids", "stamps", "files", "failed", "seconds")}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             # Whatever is wrong with the record, the batch is done again.
             return None
@@ -211,3 +241,8 @@ def _describe(error: Exception) -> str:
     """One line: the message of our own errors, the type as well for others."""
     text = " ".join(str(error).split()) or "no message"
     return text if isinstance(error, DataError) else f"{type(error).__name__}: {text}"
+
+
+def sizes(*paths: Path) -> list[int]:
+    """Bytes of each file, -1 where it is absent: a stamp that costs no reading."""
+    return [path.stat().st_size if path.is_file() else -1 for path in paths]

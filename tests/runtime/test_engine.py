@@ -19,6 +19,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.broken, self.poisoned = folder, set[str](), set[str]()
+        self.stamps: dict[str, int] = {}
         self.worked: list[str] = []
         self.batches: list[list[str]] = []
 
@@ -34,11 +35,14 @@ class World:
         self.worked += items
         return [{f"out/{item}.txt": item.encode() * 3} for item in items]
 
+    def stamp(self, image_id: str) -> list[int]:
+        return [self.stamps.get(image_id, 1)]
+
     def run(self, left_out: dict[str, str] | None = None) -> Outcome:
         artefact = Artefact(self.folder, "d", "s", "n", {})
         self.worked.clear()
         self.batches.clear()
-        return Loop(artefact, IDS, self.load, self.work, 3, left_out, "test").run()
+        return Loop(artefact, IDS, self.load, self.work, 3, left_out, "test", self.stamp).run()
 
     def files(self) -> dict[str, bytes]:
         folder = Artefact(self.folder, "d", "s", "n", {}).path
@@ -91,6 +95,29 @@ def test_a_broken_image_is_recorded_and_tried_again_without_redoing_the_rest(wor
     assert (mended.failed, mended.fresh, mended.changed) == ({}, 3, True)
     assert len(world.files()) == 7
     assert (Artefact(world.folder, "d", "s", "n", {}).path / "failures.jsonl").read_text() == ""
+
+
+def test_an_image_that_breaks_later_loses_its_files(world: World) -> None:
+    world.run()
+    world.broken, world.stamps = {"im4"}, {"im4": 0}
+    assert world.run().failed == {"im4": "im4: truncated"}
+    assert sorted(world.files()) == [f"im{i}.txt" for i in (0, 1, 2, 3, 5, 6)]
+
+
+def test_another_batch_size_loses_nothing(world: World) -> None:
+    world.run()
+    before = world.files()
+    for size in (4, 2, 3):
+        Loop(Artefact(world.folder, "d", "s", "n", {}), IDS, world.load, world.work, size, None, "t", world.stamp).run()
+        assert world.files() == before
+
+
+def test_a_changed_input_redoes_its_batch_alone(world: World) -> None:
+    world.run()
+    world.stamps["im6"] = 2
+    assert world.run().fresh == 1
+    assert world.worked == ["im6"]
+    assert world.run().fresh == 0
 
 
 def test_a_poisoned_image_costs_only_itself(world: World) -> None:

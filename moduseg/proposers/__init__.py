@@ -1,0 +1,38 @@
+"""Image -> class-agnostic masks. One backend a file; `build` makes the one that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moduseg.proposers.base import Proposer
+from moduseg.proposers.files import FileProposer
+from moduseg.proposers.ground_truth import GroundTruthProposer
+from moduseg.proposers.sam import SamProposer
+from moduseg.proposers.superpixels import SuperpixelProposer
+from moduseg.runtime.construct import build_named
+from moduseg.runtime.devices import Device
+
+PROPOSERS: dict[str, type[Proposer]] = {
+    "files": FileProposer,
+    "ground_truth": GroundTruthProposer,
+    "sam": SamProposer,
+    "superpixels": SuperpixelProposer,
+}
+
+
+def build(cfg: Mapping[str, Any], device: Device) -> Proposer:
+    """The proposer that `cfg["name"]` names, with the other keys of `cfg` as its arguments.
+
+    Args:
+        cfg: the configuration group `proposer`.
+        device: given to the backends that run a model.
+
+    Raises:
+        ConfigError: an unknown name or key, a wrong type, or a value out of range.
+        MissingError: a folder or file that the backend needs is not there.
+    """
+    return build_named("proposer", PROPOSERS, cfg, device=device)
+
+
+__all__ = ["PROPOSERS", "Proposer", "build"]

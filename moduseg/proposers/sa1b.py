@@ -1,0 +1,305 @@
+"""Proposals on disk: one JSON an image, in the annotation format of SA-1B.
+
+    {"image": {"image_id": str, "width": W, "height": H, "file_name": str},
+     "annotations": [{"id": int, "segmentation": {"size": [H, W], "counts": str}, "area": int, "bbox": [x, y, w, h],
+                      "predicted_iou": float, "stability_score": float}, ...]}
+
+Files from elsewhere may leave out the scores, may be the bare list of annotations that the SAM tools write, and may
+hold uncompressed run lengths or polygons. They are not trusted: the run lengths are decoded and checked here, because
+the decoder of pycocotools believes whatever the string says, beyond the end of its buffers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moduseg.errors import DataError
+from moduseg.structures import Proposals
+
+MAX_PIXELS = 100_000_000
+"""Largest image whose masks are read when the caller does not know its size."""
+MAX_MASK_PIXELS = 1 << 31
+"""Largest number of pixels in all the masks of one file together, a byte each in memory."""
+_MAX_CHARACTERS = 7
+"""Characters of one run length in the compressed form: 5 bits each, and counts have 32 bits."""
+
+
+def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
+    """The JSON object of one image's proposals.
+
+    Args:
+        proposals: masks `[N, H, W]` bool on any device; scores are written so that they read back exactly.
+        image_id: id of the image, also written as `file_name`.
+    """
+    from pycocotools import mask as coco
+
+    count, height, width = proposals.masks.shape
+    annotations = []
+    if count:
+        # Run lengths go down the columns, so the encoder wants [H, W, N] in Fortran order: a view of [N, W, H].
+        columns = proposals.masks.transpose(1, 2).contiguous().cpu().numpy().view(np.uint8)
+        runs = coco.encode(columns.transpose(2, 1, 0))
+        fields = zip(
+            runs,
+            coco.area(runs).tolist(),
+            coco.toBbox(runs).tolist(),
+            _shortest(proposals.scores),
+            _shortest(proposals.stability),
+            strict=True,
+        )
+        for index, (run, area, bbox, score, stability) in enumerate(fields, start=1):
+            annotations.append(
+                {
+                    "id": index,
+                    "segmentation": {"size": [height, width], "counts": run["counts"].decode("ascii")},
+                    "area": area,
+                    "bbox": bbox,
+                    "predicted_iou": score,
+                    "stability_score": stability,
+                }
+            )
+    image = {"image_id": image_id, "width": width, "height": height, "file_name": image_id}
+    return {"image": image, "annotations": annotations}
+
+
+def dump(data: dict[str, Any]) -> bytes:
+    """`to_annotations`' object as bytes, the same for the same object.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    return (json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode()
+
+
+def read_proposals(path: Path, expected_size: tuple[int, int] | None = None) -> Proposals:
+    """The proposals in a file; see `from_annotations`.
+
+    Raises:
+        DataError: no such file, not JSON, or content that does not describe masks of the expected size.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); write its proposals again") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({_one_line(error)}); write its proposals again") from error
+    return from_annotations(data, expected_size, str(path))
+
+
+def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: str) -> Proposals:
+    """Proposals on the CPU from an object in the SA-1B format, or from a bare list of its annotations.
+
+    Args:
+        data: the parsed JSON; nothing about it is assumed.
+        expected_size: `(H, W)` of the image, or `None` to take the size that the file states.
+        where: the file, for messages.
+
+    Returns:
+        Masks in the order of the file, empty ones included; scores are 1 where the file has none.
+
+    Raises:
+        DataError: anything missing, malformed or of another size; one line that names the file and the annotation.
+    """
+    image, annotations = _parts(data, where)
+    size = _image_size(image, annotations, expected_size, where)
+    pixels = size[0] * size[1]
+    if pixels * len(annotations) > MAX_MASK_PIXELS:
+        raise DataError(
+            f"{where}: {len(annotations)} masks of {size[0]} x {size[1]} pixels are more than the {MAX_MASK_PIXELS} "
+            "pixels that fit in memory; keep fewer proposals or a smaller image"
+        )
+    runs, scores, stability = [], [], []
+    for index, annotation in enumerate(annotations):
+        at = f"{where}: annotation {index}"
+        runs.append(_runs(annotation.get("segmentation"), size, at))
+        scores.append(_score(annotation, "predicted_iou", at))
+        stability.append(_score(annotation, "stability_score", at))
+    columns = np.zeros((len(runs), pixels), dtype=bool)
+    for row, counts in zip(columns, runs, strict=True):
+        row[:] = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    masks = torch.from_numpy(columns).view(len(runs), size[1], size[0]).transpose(1, 2).contiguous()
+    return Proposals(masks, torch.tensor(scores, dtype=torch.float32), torch.tensor(stability, dtype=torch.float32))
+
+
+def decode_counts(text: str) -> np.ndarray:
+    """Run lengths from COCO's compressed string, as `[R]` int64; the first run is of zeros.
+
+    Each number is a sequence of characters from `0` to `o` that carry 5 bits each, lowest first, and one that says
+    whether more follow; from the fourth number on it is the difference to the number two before.
+
+    Raises:
+        ValueError: a character out of range, an unfinished or over-long number, a negative run length.
+    """
+    try:
+        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError as error:
+        raise ValueError("a character out of range") from error
+    if not len(codes):
+        return np.zeros(0, dtype=np.int64)
+    if codes.min() < 0 or codes.max() > 63:
+        raise ValueError("a character out of range")
+    ends = np.flatnonzero((codes & 32) == 0)
+    if not len(ends) or ends[-1] != len(codes) - 1:
+        raise ValueError("the string stops inside a number")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if (ends - starts).max() >= _MAX_CHARACTERS:
+        raise ValueError("a number of more than 32 bits")
+    position = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    values = np.add.reduceat((codes & 31) << (5 * position), starts)
+    negative = (codes[ends] & 16) != 0
+    values = values - np.where(negative, np.int64(1) << (5 * (ends - starts + 1)), 0)
+    counts = values.copy()
+    counts[1::2] = np.cumsum(values[1::2])
+    counts[2::2] = np.cumsum(values[2::2])
+    if counts.min() < 0:
+        raise ValueError("a negative run length")
+    return counts
+
+
+def _parts(data: Any, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The `image` object (empty where absent) and the annotations."""
+    image: Any = {}
+    annotations = data
+    if isinstance(data, dict):
+        image, annotations = data.get("image", {}), data.get("annotations")
+    if not isinstance(image, dict):
+        raise DataError(f"{where}: 'image' is {_kind(image)}, expected an object; write its proposals again")
+    if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
+        raise DataError(
+            f"{where}: 'annotations' is {_kind(annotations)}, expected a list of objects in the SA-1B format; "
+            "write its proposals again"
+        )
+    return image, annotations
+
+
+def _image_size(
+    image: dict[str, Any],
+    annotations: list[dict[str, Any]],
+    expected: tuple[int, int] | None,
+    where: str,
+) -> tuple[int, int]:
+    """`(H, W)` as expected, else as the file states it, checked."""
+    stated: Any = None
+    if "height" in image or "width" in image:
+        stated = [image.get("height"), image.get("width")]
+    elif annotations and isinstance(annotations[0].get("segmentation"), dict):
+        stated = annotations[0]["segmentation"].get("size")
+    if stated is None and expected is not None:
+        return expected
+    if not _is_size(stated):
+        raise DataError(
+            f"{where}: the image size is {_short(stated)}, expected height and width as whole numbers from 1; "
+            "write its proposals again"
+        )
+    if expected is not None and tuple(stated) != tuple(expected):
+        raise DataError(
+            f"{where}: masks are {stated[0]} x {stated[1]} (height x width), the image is {expected[0]} x "
+            f"{expected[1]}; make the proposals from the same file as the image"
+        )
+    if expected is None and stated[0] * stated[1] > MAX_PIXELS:
+        raise DataError(
+            f"{where}: the image is {stated[0]} x {stated[1]}, expected {MAX_PIXELS} pixels at most; "
+            "make proposals from a smaller image"
+        )
+    return stated[0], stated[1]
+
+
+def _runs(segmentation: Any, size: tuple[int, int], at: str) -> np.ndarray:
+    """Run lengths of one mask, `[R]` int64, that sum to the pixels of the image."""
+    if isinstance(segmentation, list):
+        return _polygon_runs(segmentation, size, at)
+    if not isinstance(segmentation, dict) or "counts" not in segmentation:
+        raise DataError(
+            f"{at}: 'segmentation' is {_kind(segmentation)}, expected an object with 'size' and 'counts'; "
+            "write the proposals again"
+        )
+    stated: Any = segmentation.get("size")
+    counts = segmentation["counts"]
+    if not _is_size(stated) or tuple(stated) != size:
+        raise DataError(
+            f"{at}: the mask is {_short(stated)}, the image {list(size)} (height, width); "
+            "make the proposals from the same file as the image"
+        )
+    pixels = size[0] * size[1]
+    try:
+        if isinstance(counts, list):
+            if not all(type(c) is int and 0 <= c <= pixels for c in counts):
+                raise ValueError(f"a run length that is not a whole number from 0 to {pixels}")
+            runs = np.array(counts, dtype=np.int64)
+        elif isinstance(counts, str | bytes):
+            runs = decode_counts(counts if isinstance(counts, str) else counts.decode("latin-1"))
+        else:
+            raise ValueError(f"'counts' of type {type(counts).__name__}")
+        # One by one first: a sum of large numbers could wrap around to the right one.
+        if (len(runs) and runs.max() > pixels) or int(runs.sum()) != pixels:
+            raise ValueError(f"run lengths that do not sum to {pixels} pixels")
+    except ValueError as error:
+        raise DataError(f"{at}: broken run-length encoding, it has {error}; write the proposals again") from error
+    return runs
+
+
+def _polygon_runs(polygons: list[Any], size: tuple[int, int], at: str) -> np.ndarray:
+    from pycocotools import mask as coco
+
+    longest = 2 * max(size)
+    for polygon in polygons:
+        good = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        if not good or not all(_is_number(c) and abs(c) <= longest for c in polygon):
+            raise DataError(
+                f"{at}: a polygon is {_short(polygon)}, expected x, y, x, y, ... of three points or more, within "
+                f"{longest} pixels of the image; write the proposals again"
+            )
+        # The rasteriser takes memory in proportion to the outline, whatever lies inside the image.
+        points = list(zip(polygon[0::2], polygon[1::2], strict=True))
+        if sum(math.dist(p, q) for p, q in pairwise([*points, points[0]])) > 100 * sum(size) + 1000:
+            raise DataError(f"{at}: a polygon's outline is longer than 100 times the image's; simplify the polygon")
+    if not polygons:
+        raise DataError(f"{at}: 'segmentation' is an empty list, expected polygons; write the proposals again")
+    merged = coco.merge(coco.frPyObjects(polygons, *size))
+    return decode_counts(merged["counts"].decode("ascii"))
+
+
+def _score(annotation: dict[str, Any], key: str, at: str) -> float:
+    value = annotation.get(key, 1.0)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not _is_number(value) or abs(value) > 1e6:
+        raise DataError(f"{at}: {key!r} is {_short(value)}, expected a number; remove it or write the proposals again")
+    return float(value)
+
+
+def _shortest(values: torch.Tensor) -> list[float]:
+    """Floats whose decimal form is the shortest that reads back as the same float32."""
+    return [float(str(v)) for v in values.float().cpu().numpy()]
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) is int and abs(value) < 1 << 62) or (type(value) is float and math.isfinite(value))
+
+
+def _is_size(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and 1 <= v < 1 << 31 for v in value)
+    )
+
+
+def _kind(value: Any) -> str:
+    return {type(None): "missing", dict: "an object without the right keys", list: "a list of other things"}.get(
+        type(value), type(value).__name__
+    )
+
+
+def _short(value: Any) -> str:
+    text = _one_line(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())
