@@ -213,7 +213,7 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 1)
             hint = f"did you mean {close[0]}?" if close else "remove it"
-            raise ConfigError(f"{key}: unknown key, expected one of {', '.join(known)}; {hint}")
+            raise ConfigError(f"{key!s}: unknown key, expected one of {', '.join(known)}; {hint}")
     hints = {
         "pseudo_masks": PseudoMasksConfig,
         "bank": BankConfig,

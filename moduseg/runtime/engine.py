@@ -1,8 +1,8 @@
 """The one loop over images: batches, resume, failures, progress.
 
 Batches are cut from the whole list of ids once, so that a batch holds the same images however the run was interrupted.
-A batch is done when its record `batches/<index>.json` is there, its inputs are as they were, and every file it names has
-the recorded size. An image that cannot be processed is recorded in its batch and the loop goes on.
+A batch is done when its record `batches/<index>.json` is there, its inputs are as they were, and every file it names
+has the recorded size. An image that cannot be processed is recorded in its batch and the loop goes on.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def test_equal_parts_share_a_folder_and_others_do_not(tmp_path: Path) -> None:
 def test_a_folder_made_from_other_parts_is_refused(tmp_path: Path) -> None:
     artefact = Artefact(tmp_path, "world", "infer", "vit", {"top_k": 25})
     write_json(artefact.manifest_path, {"key": "somebody else's"})
-    with pytest.raises(ArtefactError, match="somebody else's.*remove the folder"):
+    with pytest.raises(ArtefactError, match=r"somebody else's.*remove the folder"):
         Artefact(tmp_path, "world", "infer", "vit", {"top_k": 25})
 
 
@@ -58,7 +58,7 @@ def test_a_failed_write_keeps_the_old_content_and_leaves_nothing_behind(
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StorageError, match="runtime.outputs"):
+    with pytest.raises(StorageError, match=r"runtime\.outputs"):
         Artefact(tmp_path / "file", "world", "infer", "vit", {})
 
 

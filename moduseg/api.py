@@ -1,0 +1,127 @@
+"""The method in three lines of Python.
+
+from moduseg import Segmenter
+segmenter = Segmenter.from_bank("outputs/miniature/build_bank/timm-train-1a2b3c4d")
+prediction = segmenter.predict("photo.jpg")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moduseg import backbones, proposers
+from moduseg.backbones.base import Backbone
+from moduseg.bank.aggregation import aggregate, coverage, harden
+from moduseg.bank.store import Bank
+from moduseg.config import Config, from_hydra
+from moduseg.datasets.io import read_image
+from moduseg.errors import ArtefactError
+from moduseg.proposers.base import Proposer
+from moduseg.retrieval.pipeline import assemble, label_proposals
+from moduseg.runtime.devices import Device, resolve_device
+from moduseg.structures import Prediction, Sample
+
+
+class Segmenter:
+    """Labels images with a finished bank.
+
+    Args:
+        bank: the stored bank.
+        proposer: says where things are.
+        backbone: says what they look like; the one the bank was made with.
+        cfg: centring, outlier filter and retrieval settings.
+        device: where tensors live.
+
+    Raises:
+        ArtefactError: the bank was made with other backbone weights.
+    """
+
+    def __init__(self, bank: Bank, proposer: Proposer, backbone: Backbone, cfg: Config, device: Device) -> None:
+        bank.check_fits(backbone.digest, backbone.dim, bank.classes)
+        self.bank, self.proposer, self.backbone, self.cfg, self.device = bank, proposer, backbone, cfg, device
+        self._search = bank.for_search(cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels).to(
+            device.torch_device
+        )
+
+    @classmethod
+    def from_bank(
+        cls, path: str | Path, device: str = "auto", overrides: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> Segmenter:
+        """Open the folder that `scripts/build_bank.py` names at its end.
+
+        Args:
+            path: the bank's folder.
+            device: `auto`, `cpu`, `cuda`, ...
+            overrides: groups to replace, e.g. `{"retrieval": {...}}` or `{"proposer": {...}}`; by default everything
+                is as it was when the bank was built.
+
+        Raises:
+            ArtefactError: no bank is there, or it is damaged.
+            ConfigError: an override is not allowed.
+        """
+        folder = Path(path)
+        if not (folder / "bank.json").is_file():
+            raise ArtefactError(
+                f"{folder}: got no bank.json, expected a bank's folder; run scripts/build_bank.py first"
+            )
+        bank = Bank.load(folder)
+        cfg = from_hydra({**bank.info["config"], **(overrides or {})})
+        where = resolve_device(device, cfg.runtime.precision)
+        return cls(bank, proposers.build(cfg.proposer, where), backbones.build(cfg.backbone, where), cfg, where)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, background first; a label map's ids index it."""
+        return self.bank.classes
+
+    @torch.inference_mode()
+    def predict(self, image: str | Path | np.ndarray) -> Prediction:
+        """Label one image.
+
+        Args:
+            image: a file, or `[H, W, 3]` uint8 RGB.
+
+        Returns:
+            The label map `[H, W]` uint8, and for each proposal of at least `retrieval.min_area` pixels its label, score
+            and nearest bank entries (see `describe`).
+
+        Raises:
+            DataError: the image cannot be read.
+            ValueError: the array is not `[H, W, 3]` uint8.
+        """
+        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
+        sample = Sample("image" if isinstance(image, np.ndarray) else Path(image).stem, pixels)
+        settings, where = self.cfg.retrieval, self.device.torch_device
+        found = self.proposer.propose(sample)
+        found = found.select((found.areas >= settings.min_area) & (found.scores >= settings.min_predicted_iou))
+        found = found.to(where)
+        tokens = self.backbone.tokens([pixels])[0]
+        weights = coverage(found.masks, tokens)
+        if self.cfg.bank.aggregation == "hard":
+            weights = harden(weights)
+        pooled = aggregate(tokens.tokens, weights, normalize=False)
+        bank = self._search
+        labels, scores, neighbours, similarities = label_proposals(
+            pooled, bank.centre, bank.vectors, bank.labels, settings.top_k
+        )
+        label_map, kept = assemble(found.masks, labels, scores, settings.nms_iou)
+        # Neighbours are rows of the stored bank, not of the filtered one.
+        rows = (
+            torch.where(neighbours >= 0, bank.rows[neighbours.clamp(min=0)], neighbours)
+            if len(bank.rows)
+            else neighbours
+        )
+        return Prediction(label_map.cpu().numpy(), found, labels, scores, kept, rows, similarities)
+
+    def describe(self, row: int) -> dict[str, Any]:
+        """What a row of the bank is: `label` (name), `image` (training image id) and `area` (pixels)."""
+        return {
+            "label": self.bank.classes[int(self.bank.labels[row])],
+            "image": self.bank.image_ids[int(self.bank.image_index[row])],
+            "area": int(self.bank.areas[row]),
+        }

@@ -1,0 +1,25 @@
+"""Image -> patch tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moduseg.backbones.base import Backbone
+from moduseg.backbones.clip import ClipBackbone
+from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.runtime.construct import build_named
+from moduseg.runtime.devices import Device
+
+BACKBONES: dict[str, type[Backbone]] = {"clip": ClipBackbone, "timm": TimmBackbone}
+
+__all__ = ["BACKBONES", "Backbone", "TimmBackbone", "build"]
+
+
+def build(cfg: Mapping[str, Any], device: Device) -> Backbone:
+    """The backbone that `cfg["name"]` names, on `device`; its model is loaded on first use.
+
+    Raises:
+        ConfigError: unknown name or key, or a value that the backend refuses.
+    """
+    return build_named("backbone", BACKBONES, cfg, device=device)

@@ -1,0 +1,233 @@
+"""CLIP as a backbone: patch tokens in any variant of the last block, and text features to compare them with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moduseg.backbones.base import Backbone
+from moduseg.backbones.clip_model import ClipSource
+from moduseg.backbones.dense_clip import Affinity, check_variant, cosine_similarity, dense_tokens
+from moduseg.errors import DataError
+from moduseg.runtime.devices import Device
+from moduseg.structures import TokenMap
+
+
+class ClipEncoder:
+    """A CLIP that turns images of any sizes into token maps.
+
+    Args:
+        source: the model.
+        variant: one of `moduseg.backbones.dense_clip.VARIANTS`.
+        project: tokens in the space of the texts.
+        short_side: the image is resized until its short side has this many pixels; native size where left out.
+        batch_size: images of one padded size that share a forward pass.
+        gaussian_std: of `naclip`, in patches.
+        gamma, beta: of `proxyclip`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        source: ClipSource,
+        variant: str = "plain",
+        project: bool = True,
+        short_side: int | None = None,
+        batch_size: int = 8,
+        gaussian_std: float = 5.0,
+        gamma: float = 3.0,
+        beta: float = 1.2,
+    ) -> None:
+        check_variant(variant)
+        for name, number in (("short_side", short_side), ("batch_size", batch_size)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: got {number}, expected 1 or more")
+        for name, value in (("gaussian_std", gaussian_std), ("gamma", gamma)):
+            if not value > 0:
+                raise ValueError(f"{name}: got {value}, expected a number above 0")
+        self.source, self.variant = source, variant
+        self._project, self._short_side, self._batch_size = project, short_side, batch_size
+        self._gaussian_std, self._gamma, self._beta = gaussian_std, gamma, beta
+
+    @property
+    def stride(self) -> int:
+        """Side of a patch, in pixels of the input; loads the model."""
+        return int(self.source.model.config.vision_config.patch_size)
+
+    @property
+    def dim(self) -> int:
+        """Channels of a token; loads the model."""
+        config = self.source.model.config
+        return int(config.projection_dim if self._project else config.vision_config.hidden_size)
+
+    def encode(self, images: Sequence[np.ndarray], proxies: Sequence[TokenMap] | None = None) -> list[TokenMap]:
+        """Token maps of images, `[H, W, 3]` uint8 RGB each; padded with black at the bottom and right.
+
+        Args:
+            images: of any sizes.
+            proxies: for `proxyclip`, token maps of the same images by another backbone, of any stride; the result then
+                lies on their grids.
+
+        Returns:
+            float32 maps on the device, not normalised.
+
+        Raises:
+            DataError: an array that is not `[H, W, 3]` uint8 with at least one pixel.
+            MissingError, ArtefactError, ConfigError: see `ClipSource.model`.
+            ValueError: proxies missing, superfluous, or of other images.
+        """
+        if (proxies is not None) != (self.variant == "proxyclip"):
+            raise ValueError(f"proxies: variant {self.variant!r}; proxyclip needs them, the other variants take none")
+        if proxies is not None and [p.image_size for p in proxies] != [i.shape[:2] for i in images]:
+            raise ValueError("proxies: expected one token map for each image, made from that image")
+        inputs = [to_input(image, self._short_side, self.source.device.torch_device) for image in images]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, tensor in enumerate(inputs):
+            padded = tuple(-(-side // self.stride) * self.stride for side in tensor.shape[1:])
+            # Resampling to a proxy's grid depends on the unpadded size too.
+            exact = (*tensor.shape[1:], *proxies[index].input_size, *images[index].shape[:2]) if proxies else ()
+            groups.setdefault((*padded, *exact), []).append(index)
+        maps: dict[int, TokenMap] = {}
+        for key, members in groups.items():
+            for start in range(0, len(members), self._batch_size):
+                batch = members[start : start + self._batch_size]
+                chosen = [proxies[i] for i in batch] if proxies is not None else None
+                grids = self._forward([inputs[i] for i in batch], (key[0], key[1]), chosen)
+                for index, grid in zip(batch, grids, strict=True):
+                    height, width = inputs[index].shape[1:]
+                    # Cloned outside inference mode: an ordinary tensor that keeps the batch out of memory.
+                    if chosen is None:
+                        maps[index] = TokenMap(grid.clone(), self.stride, images[index].shape[:2], (height, width))
+                    else:
+                        maps[index] = dataclasses.replace(proxies[index], tokens=grid.clone())  # type: ignore[index]
+        return [maps[index] for index in range(len(images))]
+
+    @torch.inference_mode()
+    def _forward(self, inputs: Sequence[Tensor], padded: tuple[int, int], proxies: Sequence[TokenMap] | None) -> Tensor:
+        """`[B, h, w, C]` float32 from inputs that share one padded size."""
+        batch = torch.zeros(len(inputs), 3, *padded, device=self.source.device.torch_device)
+        for row, tensor in zip(batch, inputs, strict=True):
+            row[:, : tensor.shape[1], : tensor.shape[2]] = tensor
+        mean, std = self.source.normalisation
+        affinity = None
+        if proxies is not None:
+            affinity = Affinity(
+                cosine_similarity(torch.stack([proxy.tokens.to(batch.device) for proxy in proxies])),
+                *self._resampling(inputs[0], padded, proxies[0]),
+                self._gamma,
+                self._beta,
+            )
+        with self.source.device.autocast():
+            tokens = dense_tokens(
+                self.source.model, (batch - mean) / std, self.variant, affinity, self._gaussian_std, self._project
+            )
+        return tokens.float()
+
+    def _resampling(self, tensor: Tensor, padded: tuple[int, int], proxy: TokenMap) -> tuple[Tensor, Tensor]:
+        """Weights from this model's patch rows and columns to those of `proxy`, which may have seen another size."""
+        rows, columns = (
+            resample_weights(cells, proxy.stride * source / seen, side // self.stride, self.stride, tensor.device)
+            for cells, source, seen, side in zip(
+                proxy.tokens.shape[:2], tensor.shape[1:], proxy.input_size, padded, strict=True
+            )
+        )
+        return rows, columns
+
+
+class ClipBackbone(Backbone):
+    """Patch tokens of a CLIP image encoder.
+
+    Args:
+        device: where the model runs and in which precision; tokens are float32 there.
+        weights: a directory, `miniature/clip`, a hub id, or `random`; see `ClipSource`.
+        revision: branch, tag or commit of a hub id.
+        config: `CLIPConfig`'s arguments, for `random`.
+        tokenizer: directory of another tokenizer, for texts.
+        variant: how the last block is run (`proxyclip` needs a second backbone: `pseudo_masks=clip_dense` has it).
+        project: tokens in the space of the texts instead of the encoder's own.
+        short_side: the image is resized until its short side has this many pixels; native size where left out.
+        batch_size: images of one padded size that share a forward pass.
+        gaussian_std: of `naclip`, in patches.
+        seed: of `random` weights.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        weights: str = "miniature/clip",
+        revision: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] = "plain",
+        project: bool = False,
+        short_side: int | None = None,
+        batch_size: int = 8,
+        gaussian_std: float = 5.0,
+        seed: int = 0,
+    ) -> None:
+        if variant == "proxyclip":
+            raise ValueError("variant: got 'proxyclip', which pseudo_masks=clip_dense runs; try naclip")
+        self._source = ClipSource(weights, device, revision, config, tokenizer, seed)
+        self._encoder = ClipEncoder(self._source, variant, project, short_side, batch_size, gaussian_std)
+
+    @property
+    def digest(self) -> str:
+        """See `ClipSource.digest`."""
+        return self._source.digest
+
+    @property
+    def dim(self) -> int:
+        """Channels `C` of a token; loads the model."""
+        return self._encoder.dim
+
+    def tokens(self, images: Sequence[np.ndarray]) -> list[TokenMap]:
+        """See `Backbone.tokens` and `ClipEncoder.encode`."""
+        return self._encoder.encode(images)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """L2-normalised features of texts, `[N, D]` float32; comparable with tokens of `project=true`."""
+        return self._source.text_features(prompts)
+
+
+def to_input(image: np.ndarray, short_side: int | None, device: torch.device) -> Tensor:
+    """`[3, H', W']` float32 in [0, 1] on the device, at the size that the model sees before padding.
+
+    Raises:
+        DataError: not `[H, W, 3]` uint8 with at least one pixel.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise DataError(
+            f"image: got {image.shape} {image.dtype}, expected [H, W, 3] uint8 RGB with at least one pixel; "
+            "read it with moduseg.datasets.io.read_image"
+        )
+    # Copied: a tensor may not share memory with a read-only or negatively strided array.
+    tensor = torch.from_numpy(np.array(image, order="C")).to(device).permute(2, 0, 1).float() / 255.0
+    if short_side is None or short_side == min(image.shape[:2]):
+        return tensor
+    scale = short_side / min(image.shape[:2])
+    size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
+    return F.interpolate(tensor[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+
+def resample_weights(cells: int, step: float, source_cells: int, source_step: float, device: torch.device) -> Tensor:
+    """`[cells, source_cells]` bilinear weights from one row of patches to another that starts at the same border.
+
+    Args:
+        cells, step: number and length of the target's patches, in pixels.
+        source_cells, source_step: the same of the source; beyond its outermost centres the border is repeated.
+        device: where the weights are put.
+    """
+    centres = (torch.arange(cells, device=device, dtype=torch.float32) + 0.5) * (step / source_step) - 0.5
+    distance = centres.clamp(0, source_cells - 1)[:, None] - torch.arange(source_cells, device=device)
+    return (1 - distance.abs()).clamp(min=0)

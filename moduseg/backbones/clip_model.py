@@ -1,0 +1,275 @@
+"""Where a CLIP comes from, and how it is loaded: a local directory, the hub, or a configuration and a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from moduseg.errors import ArtefactError, ConfigError, MissingError
+from moduseg.runtime.devices import Device
+from moduseg.runtime.weights import file_digest, find_weights
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""OpenAI's normalisation of inputs in [0, 1], for directories without a preprocessor file."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+SMALL_FILES = ("*config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+_TEXTS_AT_ONCE = 128
+
+
+class ClipSource:
+    """A CLIP by name, with its tokenizer and normalisation; nothing is read before it is asked for.
+
+    Args:
+        weights: a directory as `save_pretrained` writes it (`~` and `$VARIABLE` are expanded when it is first needed),
+            `miniature/clip` for the one that the package carries, a hub id such as `openai/clip-vit-base-patch16`
+            (an existing directory of that name wins), or `random`.
+        device: where the model runs.
+        revision: branch, tag or commit of a hub id.
+        config: `CLIPConfig`'s arguments (`{vision_config: {...}, text_config: {...}}`), for `random` only.
+        tokenizer: directory of a tokenizer; that of the weights where left out.
+        seed: of `random` weights.
+        key: the configuration key of `weights`, for messages.
+
+    Raises:
+        ValueError: arguments that do not go together.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        device: Device,
+        revision: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        seed: int = 0,
+        key: str = "backbone.weights",
+    ) -> None:
+        if not weights:
+            raise ValueError("weights: got an empty text, expected a directory, a hub id or random; try miniature/clip")
+        if (config is not None) and weights != "random":
+            raise ValueError(f"config: got one beside weights={weights}, expected it with weights=random only")
+        self.weights, self.device, self.key = weights, device, key
+        self._revision, self._config, self._tokenizer_folder, self._seed = revision, config, tokenizer, seed
+
+    @property
+    def digest(self) -> str:
+        """sha256 over configuration, tokenizer and weight files; of `random`, the seed and the named tokenizer.
+
+        Raises:
+            MissingError: there is no such directory, or the hub cannot be reached.
+        """
+        folders = [] if self.weights == "random" else [self.folder]
+        if self._tokenizer_folder is not None:
+            folders.append(find_weights(self._tokenizer_folder, self._tokenizer_key))
+        total = hashlib.sha256()
+        for folder in folders:
+            for path in sorted({p for pattern in (*SMALL_FILES, *_weight_patterns()) for p in folder.glob(pattern)}):
+                total.update(f"{path.name}:{file_digest(path)}\n".encode())
+        if self.weights == "random":
+            return f"random-{self._seed}" + (f"-{total.hexdigest()}" if folders else "")
+        return total.hexdigest()
+
+    @cached_property
+    def folder(self) -> Path:
+        """The directory of the weights, fetched from the hub where need be; not for `random`."""
+        text = os.path.expandvars(self.weights)
+        if unset := re.search(r"\$\{?(\w+)", text):
+            raise MissingError(
+                f"{self.key}: got {self.weights!r}, but the environment variable {unset[1]} is not set; set it to the "
+                f"directory of a CLIP, or give it: {self.key}=<directory>"
+            )
+        if HUB_ID.fullmatch(text) and not text.startswith("miniature/") and not Path(text).exists():
+            folder = self._fetch(text)
+        else:
+            folder = find_weights(text, self.key)
+        if not (folder / "config.json").is_file() or not _weight_files(folder):
+            raise MissingError(
+                f"{self.key}: {folder} holds no config.json with model.safetensors or pytorch_model.bin; "
+                f"set {self.key}=<directory of a CLIP as save_pretrained writes it>"
+            )
+        return folder
+
+    @cached_property
+    def model(self) -> CLIPModel:
+        """The model on its device, in float32 and evaluation mode.
+
+        Raises:
+            MissingError: no weights there.
+            ArtefactError: damaged files, another model's, or tensors missing or left over.
+            ConfigError: a `config` that makes no CLIP.
+        """
+        model = self._random() if self.weights == "random" else _load(self.folder, self.key)
+        return model.float().eval().requires_grad_(False).to(self.device.torch_device)
+
+    @cached_property
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of inputs in [0, 1], `[3, 1, 1]` each, as the preprocessor file says."""
+        values: dict[str, Any] = {}
+        if self.weights != "random" and (file := self.folder / "preprocessor_config.json").is_file():
+            try:
+                values = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ArtefactError(f"{file}: not JSON ({error}); fetch the file again") from error
+        device = self.device.torch_device
+        mean = torch.tensor(values.get("image_mean", CLIP_MEAN), dtype=torch.float32, device=device)
+        std = torch.tensor(values.get("image_std", CLIP_STD), dtype=torch.float32, device=device)
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer.
+
+        Raises:
+            MissingError: there is none beside the weights, and none was named.
+        """
+        from transformers import CLIPTokenizer
+
+        if self._tokenizer_folder is not None:
+            folder = find_weights(self._tokenizer_folder, self._tokenizer_key)
+        elif self.weights == "random":
+            raise MissingError(
+                f"{self.key}: random weights have no tokenizer; name one: {self._tokenizer_key}=miniature/clip"
+            )
+        else:
+            folder = self.folder
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise MissingError(
+                f"{folder}: no {' or '.join(TOKENIZER_FILES)}, which texts need; fetch it where the weights are from"
+            )
+        try:
+            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"{folder}: not a CLIP tokenizer ({_first_line(error)}); fetch it again") from error
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """L2-normalised features of texts, `[N, D]` float32 on the device; longer texts are cut off.
+
+        Raises:
+            ArtefactError: the tokenizer has more tokens than the model.
+        """
+        # Cloned outside inference mode: an ordinary tensor.
+        return self._text_features(prompts).clone()
+
+    @torch.inference_mode()
+    def _text_features(self, prompts: Sequence[str]) -> Tensor:
+        model, tokenizer = self.model, self.tokenizer
+        settings = model.config.text_config
+        if len(tokenizer) > settings.vocab_size:
+            raise ArtefactError(
+                f"{self.key}: the tokenizer has {len(tokenizer)} tokens, the model {settings.vocab_size}; "
+                "take both from one place"
+            )
+        features = [torch.zeros(0, model.config.projection_dim, device=self.device.torch_device)]
+        for start in range(0, len(prompts), _TEXTS_AT_ONCE):
+            batch = tokenizer(
+                list(prompts[start : start + _TEXTS_AT_ONCE]),
+                padding=True,
+                truncation=True,
+                max_length=settings.max_position_embeddings,
+                return_tensors="pt",
+            ).to(self.device.torch_device)
+            with self.device.autocast():
+                output = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            # transformers 4 returns the features, transformers 5 an object that holds them.
+            pooled = output if isinstance(output, Tensor) else output.pooler_output
+            features.append(torch.nn.functional.normalize(pooled.float(), dim=-1))
+        return torch.cat(features)
+
+    @property
+    def _tokenizer_key(self) -> str:
+        return self.key.rsplit(".", 1)[0] + ".tokenizer"
+
+    def _random(self) -> CLIPModel:
+        from huggingface_hub import errors
+        from transformers import CLIPConfig, CLIPModel
+
+        # What transformers 5 raises for a value that its configuration refuses is no ValueError.
+        refused = getattr(errors, "StrictDataclassError", ValueError)
+        # Only the CPU's generator draws weights; seeding it alone leaves the others untouched.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._seed)
+            try:
+                return CLIPModel(CLIPConfig(**(self._config or {})))
+            except (refused, TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError) as error:
+                key = self.key.rsplit(".", 1)[0] + ".config"
+                raise ConfigError(f"{key}: makes no CLIP ({_last_line(error)}); see transformers.CLIPConfig") from error
+
+    def _fetch(self, hub_id: str) -> Path:
+        """The directory of a hub id in the hub's cache, fetched where it is not there."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(
+                snapshot_download(hub_id, revision=self._revision, allow_patterns=[*SMALL_FILES, "model*.safetensors*"])
+            )
+            if not _weight_files(folder):
+                # Older repositories have their weights as a PyTorch file only.
+                folder = Path(snapshot_download(hub_id, revision=self._revision, allow_patterns=["pytorch_model*"]))
+        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            revision = f" at revision {self._revision}" if self._revision else ""
+            option = f" --revision {self._revision}" if self._revision else ""
+            raise MissingError(
+                f"{self.key}: got hub id {hub_id!r}{revision}, which is not cached and could not be fetched "
+                f"({_first_line(error)}); with a network run `hf download {hub_id}{option}`, or fetch config.json, "
+                "preprocessor_config.json, vocab.json, merges.txt and model.safetensors or pytorch_model.bin from "
+                f"https://huggingface.co/{hub_id} into a directory and set {self.key}=<that directory>"
+            ) from error
+        return folder
+
+
+def _load(folder: Path, key: str) -> CLIPModel:
+    """The model of a directory, every tensor accounted for."""
+    from transformers import CLIPModel
+
+    try:
+        model, report = CLIPModel.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ArtefactError(
+            f"{folder}: not readable as a CLIP ({_first_line(error)}); fetch the files again, or check {key}"
+        ) from error
+    # Buffers of position numbers, which older files hold, are made anew by the model.
+    wrong = {
+        what: sorted(str(name) for name in report.get(what, ()) if not str(name).endswith("position_ids"))
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(wrong.values()):
+        counts = ", ".join(f"{len(names)} {what.removesuffix('_keys')}" for what, names in wrong.items())
+        first = next(names[0] for names in wrong.values() if names)
+        raise ArtefactError(
+            f"{folder}: not the weights of its config.json ({counts} tensors, first {first}); check {key}"
+        )
+    return model
+
+
+def _weight_patterns() -> tuple[str, ...]:
+    return ("model*.safetensors*", "pytorch_model*")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [p for pattern in _weight_patterns() for p in folder.glob(pattern) if p.suffix in (".safetensors", ".bin")]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _last_line(error: BaseException) -> str:
+    """Where a library wraps an error, the reason stands last."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

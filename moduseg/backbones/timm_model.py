@@ -1,0 +1,272 @@
+"""Building, loading and measuring timm models, for `TimmBackbone`."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moduseg.errors import ArtefactError, ConfigError, MissingError
+from moduseg.runtime.weights import load_state
+
+HEAD_PREFIXES = ("head.", "head_dist.", "classifier.", "fc.", "fc_norm.")
+"""Parameters of classifiers, which a model without one leaves out."""
+_PROBE_CELLS = 64
+
+
+def pretrained_id(name: str) -> str:
+    """The hub id under which timm's weights of a model are published.
+
+    Raises:
+        ConfigError: timm has no such model, or publishes no weights for it.
+    """
+    import timm
+
+    _check_name(name)
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ConfigError(f"backbone.model: got {name!r}; {error}") from error
+    if published is None or not published.hf_hub_id:
+        raise ConfigError(
+            f"backbone.weights: got 'hub', but timm publishes no weights for {name!r}; "
+            "give a path: backbone.weights=<path>"
+        )
+    # timm fills in the id of its own models as `timm/` and expects `<architecture>.<tag>` behind it.
+    hub_id = str(published.hf_hub_id)
+    return hub_id + f"{published.architecture}.{published.tag}" if hub_id.endswith("/") else hub_id
+
+
+def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None, pretrained: bool, seed: int) -> Any:
+    """A timm model without classifier, on the CPU: a ViT that takes any size, or a CNN.
+
+    Args:
+        name: timm's name, with or without `.tag`.
+        kwargs: more arguments for `timm.create_model`.
+        output_stride: of a CNN, in pixels; `None` is the model's own.
+        pretrained: load timm's published weights from the hub or its cache.
+        seed: of the random weights; the caller's random state is left as it was.
+
+    Raises:
+        ConfigError: unknown model or argument, or a model that is neither a plain ViT nor a CNN.
+        MissingError: published weights that cannot be fetched.
+    """
+    import timm
+
+    _check_name(name)
+    arguments = {"num_classes": 0, **kwargs}
+    if output_stride is not None:
+        arguments |= {"output_stride": output_stride}
+    hub_id = pretrained_id(name) if pretrained else ""
+    # Only the CPU's generator draws weights; seeding it alone leaves the others untouched.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            try:
+                model = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, **arguments)
+            except TypeError:
+                # CNNs, and transformers that take any size as they are, do not know the switch.
+                torch.default_generator.manual_seed(seed)
+                model = timm.create_model(name, pretrained=pretrained, **arguments)
+        except (TypeError, NotImplementedError, AssertionError) as error:
+            raise ConfigError(
+                f"backbone.model_kwargs: timm refuses {arguments} for {name!r} ({error}); "
+                "correct backbone.model_kwargs or backbone.output_stride"
+            ) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            if pretrained:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise MissingError(
+                    f"backbone.weights: got 'hub', but {hub_id} could not be fetched ({reason}); with a network "
+                    f"run `huggingface-cli download {hub_id}`, or fetch model.safetensors from "
+                    f"https://huggingface.co/{hub_id} and set backbone.weights=<path of the file>"
+                ) from error
+            raise ConfigError(
+                f"backbone.model: timm cannot build {name!r} with {arguments} ({error}); "
+                "correct backbone.model or backbone.model_kwargs"
+            ) from error
+    if not is_transformer(model) and not _is_cnn(model):
+        raise ConfigError(
+            f"backbone.model: got {name!r} ({type(model).__name__}), expected a ViT with patch tokens or a CNN with a "
+            "feature map; try vit_base_patch14_dinov2 or mobilenetv2_100"
+        )
+    if is_transformer(model) and getattr(getattr(model, "patch_embed", None), "strict_img_size", False):
+        raise ConfigError(
+            f"backbone.model: {name!r} takes images of {model.patch_embed.img_size} only, expected a ViT with "
+            "dynamic_img_size; try a vit_* or eva02_* model"
+        )
+    return model
+
+
+def is_transformer(model: nn.Module) -> bool:
+    """Whether the model has patch tokens (a ViT in timm's sense)."""
+    return all(hasattr(model, name) for name in ("blocks", "num_prefix_tokens", "forward_intermediates"))
+
+
+def patch_side(model: Any) -> int:
+    """Side of a ViT's patch, in pixels."""
+    if hasattr(model, "patch_embed"):
+        return int(model.patch_embed.feat_ratio())
+    side = model.embeds.patch_size  # NaFlex models keep their patches in a module of this name
+    return int(max(side) if isinstance(side, tuple) else side)
+
+
+def _is_cnn(model: nn.Module) -> bool:
+    return (
+        hasattr(model, "forward_features")
+        and not hasattr(model, "patch_embed")
+        and not is_transformer(model)
+        and any(isinstance(module, nn.Conv2d) for module in model.modules())
+    )
+
+
+def check_layer(model: Any, layer: int, name: str) -> None:
+    """Whether a model has the block `layer`.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if not is_transformer(model):
+        if layer != -1:
+            raise ConfigError(f"backbone.layer: got {layer}, expected -1 for the CNN {name!r}; leave it out")
+        return
+    depth = len(model.blocks)
+    if not -depth <= layer < depth:
+        raise ConfigError(
+            f"backbone.layer: got {layer}, expected {-depth}..{depth - 1} for {name!r}; try -1, the last block"
+        )
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a weight file, every tensor of the model accounted for; half precision becomes float32.
+
+    timm's own filter of the architecture runs first, where there is one: it knows the names of other publishers and
+    resizes positional embeddings. Classifier tensors that the model has no place for are left out.
+
+    Raises:
+        ArtefactError: a tensor is missing, left over or of another shape, or the file is damaged.
+    """
+    state = load_state(path)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            state = convert(state, model)
+        except (KeyError, IndexError, AttributeError, RuntimeError, ValueError, AssertionError) as error:
+            raise ArtefactError(
+                f"{path}: not weights of {type(model).__name__} ({type(error).__name__}: {error}); "
+                "check backbone.weights and backbone.model"
+            ) from error
+    expected = model.state_dict()
+    state = {key: value for key, value in state.items() if key in expected or not key.startswith(HEAD_PREFIXES)}
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    faults = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if faults:
+        raise ArtefactError(
+            f"{path}: not weights of this {type(model).__name__}: {'; '.join(faults)}; "
+            "check backbone.weights, backbone.model and backbone.model_kwargs"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+@torch.no_grad()
+def measure_grid(model: Any, name: str) -> tuple[int, float]:
+    """Stride of a CNN's feature map and the centre of its first cell, both in pixels (pixel 0 spans [0, 1]).
+
+    A copy of the model is made linear (averaging convolutions; no norms, activations or gates) and is shown the
+    pixels' own coordinates: what a cell then holds is the mean coordinate of what it sees. Weights have no say.
+
+    Raises:
+        ConfigError: the cells do not lie on a regular grid.
+    """
+    device = next(model.parameters()).device
+    probe = _linearise(copy.deepcopy(model))
+    side = int(probe.forward_features(torch.zeros(1, 3, 64, 64, device=device)).shape[-1])
+    stride = 64 // max(side, 1)
+    width = _PROBE_CELLS * stride
+    coordinates = torch.arange(width, device=device).float() + 0.5
+    inputs = torch.stack([torch.ones_like(coordinates), coordinates]).view(2, 1, 1, width).expand(2, 3, stride, width)
+    seen = probe.forward_features(inputs.contiguous())
+    middle = _PROBE_CELLS // 2
+    centres = (seen[1].mean(0)[0] / seen[0].mean(0)[0])[middle - 2 : middle + 3]
+    indices = torch.arange(middle - 2, middle + 3, device=device)
+    # Convolutions move the centre by half pixels; rounding makes it the same on every device.
+    offset = round(2 * float((centres - stride * indices).mean())) / 2
+    if len(centres) != 5 or not torch.allclose(centres, stride * indices + offset, atol=0.2):
+        raise ConfigError(
+            f"backbone.model: the cells of {name!r} do not lie on a regular grid (centres at {centres.tolist()} at "
+            f"stride {stride}); try another CNN, such as mobilenetv2_100, or a ViT"
+        )
+    return stride, offset
+
+
+def _linearise(model: nn.Module) -> Any:
+    """Turn every layer of `model` into a local average, in place."""
+    for module in list(model.modules()):
+        for key, child in module.named_children():
+            kind = type(child)
+            if isinstance(child, nn.MaxPool2d):
+                average = nn.AvgPool2d(child.kernel_size, child.stride, child.padding, child.ceil_mode)
+                setattr(module, key, average)
+            elif (
+                ("Norm" in kind.__name__ and not any(isinstance(m, nn.Conv2d | nn.Linear) for m in child.modules()))
+                or kind.__module__.endswith((".activation", ".activations", ".activations_me"))
+                or key in ("se", "attn_last")
+            ):
+                setattr(module, key, nn.Identity())
+    for key, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.fill_(parameter.shape[0] / parameter.numel())
+        else:
+            parameter.fill_(0.0 if "bias" in key else 1.0)
+    return model.eval()
+
+
+def resample_to_patches(features: Tensor, stride: int, offset: float) -> Tensor:
+    """Bilinear values of a CNN's map at the centres of regular patches.
+
+    Args:
+        features: `[B, C, h, w]` float; cell `i` is centred at pixel `offset + i * stride`.
+        stride, offset: in pixels, as `measure_grid` returns them.
+
+    Returns:
+        `[B, C, h, w]`, cell `i` centred at `(i + 0.5) * stride`; beyond the outermost centres the border is repeated.
+    """
+    if offset == stride / 2:
+        return features
+    shift = 0.5 - offset / stride
+    for dim in (2, 3):
+        size = features.shape[dim]
+        position = (torch.arange(size, device=features.device) + shift).clamp(0, size - 1)
+        low = position.floor().long()
+        high = (low + 1).clamp(max=size - 1)
+        weight = (position - low).view(-1, 1) if dim == 2 else position - low
+        features = features.index_select(dim, low) * (1 - weight) + features.index_select(dim, high) * weight
+    return features
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    if timm.is_model(name.split(".")[0]):
+        return
+    close = difflib.get_close_matches(name, timm.list_models(), 1)
+    raise ConfigError(
+        f"backbone.model: got {name!r}, which timm {timm.__version__} does not have; "
+        f"try {close[0] if close else 'vit_base_patch14_dinov2'}, or look in timm.list_models()"
+    )

@@ -1,0 +1,98 @@
+"""The command line: `moduseg <command> [key=value ...]`, the same as `python scripts/<command>.py [key=value ...]`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+
+import hydra
+from omegaconf import DictConfig
+
+from moduseg.config import Config, compose, config_dir, from_hydra
+from moduseg.errors import ModusegError
+from moduseg.stages.common import count_failures
+
+STAGES = ("propose", "pseudo_masks", "build_bank", "infer", "evaluate")
+"""The stages, in the order of the data."""
+COMMANDS = (*STAGES, "ablate")
+
+
+def entry() -> None:
+    """`moduseg <command> [key=value ...]`."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        got = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+        sys.exit(f"moduseg: got {got!r}, expected one of {', '.join(COMMANDS)}; try: moduseg build_bank")
+    command = sys.argv.pop(1)
+    if command == "ablate":
+        main_table()
+    else:
+        main(command)
+
+
+def main(command: str) -> None:
+    """Run one stage with the overrides of `sys.argv`, and exit.
+
+    The exit code is 0; 1 where images were left out (`failures.jsonl` says which); 2 where nothing could be done, after
+    one line that names the value, what is allowed and the remedy. Options that begin with a dash (`--help`,
+    `--cfg job`, `-m`) are Hydra's.
+    """
+    _log_to_stdout()
+    arguments = sys.argv[1:]
+    if any(argument.startswith("-") for argument in arguments):
+        _run_hydra(command)
+        return
+    sys.exit(guard(lambda: run_config(command, compose(arguments))))
+
+
+def main_table() -> None:
+    """Make the table that `table=<name>` of `sys.argv` names, the other overrides going to every run, and exit."""
+    from moduseg.stages import ablate
+
+    _log_to_stdout(logging.WARNING)
+    names = [a.removeprefix("table=") for a in sys.argv[1:] if a.startswith("table=")]
+    overrides = [a for a in sys.argv[1:] if not a.startswith("table=")]
+
+    def job() -> int:
+        print(ablate.run(names[-1] if names else "", overrides).read_text(encoding="utf-8"))
+        return 0
+
+    sys.exit(guard(job))
+
+
+def guard(job: Callable[[], int]) -> int:
+    """The exit code of `job`; what a user can mend becomes one line on stderr and code 2."""
+    try:
+        return job()
+    except ModusegError as error:
+        print(f"moduseg: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moduseg: interrupted; finished images are kept, run the same command to go on", file=sys.stderr)
+        return 130
+
+
+def _log_to_stdout(level: int = logging.INFO) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("moduseg").setLevel(level)
+
+
+def run_config(command: str, cfg: Config) -> int:
+    """Run the stage on a checked configuration; see `main` for the exit code."""
+    stage = importlib.import_module(f"moduseg.stages.{command}")
+    path = stage.run(cfg)
+    failures = count_failures(path)
+    if failures:
+        print(f"moduseg: {failures} images left out on the way, see failures.jsonl beside {path}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _run_hydra(command: str) -> None:
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+    def job(cfg: DictConfig) -> None:
+        code = guard(lambda: run_config(command, from_hydra(cfg)))
+        if code:
+            sys.exit(code)
+
+    job()

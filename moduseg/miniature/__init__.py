@@ -1,0 +1,1 @@
+"""The embedded world and the three small models trained on it."""

@@ -1,0 +1,43 @@
+"""The contract of a pseudo-mask generator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from moduseg.structures import Proposals, Sample, ScoreMaps
+
+
+class PseudoMaskGenerator(ABC):
+    """Image + image-level labels -> class scores. `__init__` checks its arguments and loads no model."""
+
+    needs_truth: bool = False
+    """Whether `generate` reads `sample.semantic` (an oracle)."""
+    needs_proposals: bool = False
+    """Whether `generate` wants proposals; they are handed over, never recomputed."""
+    is_fitted: bool = False
+    """Whether `fit` has to run over the training set first."""
+
+    @property
+    def digest(self) -> str:
+        """What besides the configuration decides the result: the digest of weights, or of the files read."""
+        return ""
+
+    def fit(self, samples: Callable[[], Iterable[Sample]], num_classes: int) -> dict[str, Tensor]:
+        """Learn from the whole training set, where `is_fitted`; the tensors are stored and given to `load_state`.
+
+        Args:
+            samples: each call starts a new pass over the training images (with labels, without ground truth).
+            num_classes: foreground classes, ids 1..num_classes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not fitted")
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take what `fit` returned."""
+        raise NotImplementedError(f"{type(self).__name__} is not fitted")
+
+    @abstractmethod
+    def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None) -> ScoreMaps:
+        """Scores of the classes in `labels` (ascending ids), background apart, at the size of the image."""

@@ -1,0 +1,105 @@
+"""From class scores to a label map: the background's score, and the vote of proposals."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moduseg.errors import ConfigError
+from moduseg.structures import IGNORE_INDEX, Proposals, ScoreMaps
+
+BackgroundRule = Literal["constant", "power", "given"]
+_BLOCK = 1 << 25
+"""Mask pixels turned into floats at once, which bounds the memory of the vote."""
+
+
+def label_map(score_maps: ScoreMaps, rule: BackgroundRule | str, value: float = 0.5) -> Tensor:
+    """Every pixel's best class, background included.
+
+    Args:
+        score_maps: scores of the present classes, in [0, 1].
+        rule: the background's score. `constant`: `value` everywhere. `power`: `(1 - m) ** value`, `m` the pixel's
+            largest class score (IRN's and AFA's family of rules). `given`: what the generator supplies.
+        value: in [0, 1] for `constant`, above 0 for `power`, unused for `given`.
+
+    Returns:
+        `[H, W]` uint8 on the device of the scores: 0 background, class ids, 255 where `score_maps.ignore`. A tie goes
+        to the background, then to the smaller id.
+
+    Raises:
+        ConfigError: an unknown rule, a value out of range, or `given` where the generator gives no background.
+    """
+    scores = score_maps.scores
+    if rule == "constant" and 0 <= value <= 1:
+        background = scores.new_full(scores.shape[1:], value)
+    elif rule == "power" and value > 0:
+        best = scores.amax(0) if len(scores) else scores.new_zeros(scores.shape[1:])
+        background = (1 - best.clamp(0, 1)) ** value
+    elif rule == "given":
+        if score_maps.background is None:
+            raise ConfigError(
+                "pseudo_masks.background.rule: got 'given', but this generator scores no background; "
+                "try pseudo_masks.background.rule=constant"
+            )
+        background = score_maps.background.to(scores.dtype)
+    elif rule in ("constant", "power"):
+        allowed = "a number in [0, 1]" if rule == "constant" else "a number above 0"
+        raise ConfigError(f"pseudo_masks.background.value: got {value}, expected {allowed} for {rule!r}; try 0.5")
+    else:
+        raise ConfigError(f"pseudo_masks.background.rule: got {rule!r}, expected constant, power or given")
+    ids = torch.tensor((0, *score_maps.class_ids), dtype=torch.uint8, device=scores.device)
+    # argmax takes the first of equal maxima: background, then ascending ids.
+    labels = ids[torch.cat([background[None], scores]).argmax(0)]
+    if score_maps.ignore is not None:
+        labels = labels.masked_fill(score_maps.ignore, IGNORE_INDEX)
+    return labels
+
+
+def region_vote(labels: Tensor, proposals: Proposals, purity: float = 0.0) -> Tensor:
+    """Give every proposal's region the label that most of its pixels have (the paper's refinement of pseudo masks).
+
+    Disjoint proposals need no choice. Where several hold a pixel, it follows the smallest one whose purity, the share
+    of its pixels that have the winning label, is at least `purity`; where none is that pure, the smallest one of all.
+    Equal areas: the one listed first. So nested masks refine each other from coarse to fine.
+
+    Args:
+        labels: `[H, W]` uint8; ignored pixels (255) neither vote nor change.
+        proposals: masks of the same size, on the same device.
+        purity: in [0, 1]; 0 lets the smallest proposal decide.
+
+    Returns:
+        `[H, W]` uint8. Pixels of no proposal keep their label; so do those of a proposal all of whose pixels are
+        ignored. Equal votes go to the smallest id.
+
+    Raises:
+        ValueError: masks of another size, or `purity` outside [0, 1].
+    """
+    masks = proposals.masks
+    if labels.ndim != 2 or masks.shape[1:] != labels.shape:
+        raise ValueError(f"proposals: got {tuple(masks.shape[1:])} masks, expected the map's {tuple(labels.shape)}")
+    if not 0 <= purity <= 1:
+        raise ValueError(f"purity: got {purity}, expected 0..1; try 0")
+    if not len(masks):
+        return labels.clone()
+    flat = labels.flatten()
+    ids = flat.unique()
+    ids = ids[ids != IGNORE_INDEX]
+    if not len(ids):
+        return labels.clone()
+    # float32 counts pixels exactly up to 16 million.
+    one_hot = (flat[:, None] == ids).float()
+    step = max(1, _BLOCK // flat.numel())
+    votes = torch.cat([block.flatten(1).float() @ one_hot for block in masks.split(step)])
+    best, winner = votes.max(1).values, votes.argmax(1)
+    areas = proposals.areas
+    pure = best >= purity * votes.sum(1).clamp(min=1)
+    # Painted from the least to the most decisive: impure before pure, large before small, late before early.
+    order = torch.arange(len(masks), device=masks.device).flip(0)
+    order = order[areas[order].argsort(descending=True, stable=True)]
+    order = order[pure[order].int().argsort(stable=True)]
+    result = flat.clone()
+    for index in order[best[order] > 0]:
+        result = torch.where(masks[index].flatten(), ids[winner[index]], result)
+    return torch.where(flat == IGNORE_INDEX, flat, result).view_as(labels)

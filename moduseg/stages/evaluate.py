@@ -1,0 +1,119 @@
+"""Stage `evaluate`: the figures of a whole run in one place: predictions, pseudo masks, proposals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from moduseg.config import Config
+from moduseg.datasets.base import Dataset
+from moduseg.errors import DataError
+from moduseg.evaluation.proposals import ProposalQuality
+from moduseg.evaluation.tables import markdown_table
+from moduseg.proposers import sa1b
+from moduseg.runtime.artefacts import read_json, write_atomic, write_json
+from moduseg.runtime.weights import file_digest
+from moduseg.stages import build_bank, infer, propose, pseudo_masks
+from moduseg.stages.common import Workspace, count_failures, failures_of, log, plain, safe_name
+
+
+def run(cfg: Config, work: Workspace | None = None) -> Path:
+    """Score predictions of the evaluated split, pseudo masks of the training split, and the proposals.
+
+    Returns:
+        The artefact's folder: `results.json` (`prediction`, `pseudo_masks`, `proposals`, `bank`) and `results.md`.
+
+    Raises:
+        DataError: the evaluated split has no ground truth.
+    """
+    work = work or Workspace(cfg)
+    dataset = work.dataset(work.eval_split)
+    if not dataset.has_truth:
+        raise DataError(
+            f"{dataset.name} {dataset.split}: got no ground truth, expected label maps to score against; "
+            "use scripts/infer.py, which needs none"
+        )
+    predictions = infer.run(cfg, work)
+    proposals = propose.run(cfg, work)
+    masks = pseudo_masks.run(cfg, work)
+    bank = build_bank.run(cfg, work)
+    scored = {"infer": predictions}
+    if work.dataset(work.train_split).has_truth:
+        scored["pseudo_masks"] = masks
+    artefact = work.artefact(
+        "evaluate",
+        f"{cfg.backbone['name']}-{work.eval_split}",
+        {
+            "infer": predictions.name,
+            "proposals": proposals.name,
+            "pseudo_masks": masks.name,
+            "scored": {stage: file_digest(path / "results.json") for stage, path in scored.items()},
+            "evaluation": plain(cfg.as_dict()["evaluation"]),
+        },
+    )
+    file = artefact.path / "results.json"
+    if not (artefact.is_complete and file.is_file()):
+        record: dict[str, Any] = {
+            "prediction": read_json(predictions / "results.json"),
+            "pseudo_masks": read_json(masks / "results.json") if "pseudo_masks" in scored else None,
+            "proposals": _proposal_quality(dataset, proposals, cfg.evaluation.object_min_area),
+            "bank": {"vectors": read_json(bank / "bank.json")["counts"]},
+        }
+        write_json(file, record)
+        write_atomic(artefact.path / "results.md", _table(record).encode())
+        artefact.write_manifest(
+            status="complete",
+            images=len(dataset.ids),
+            failures=count_failures(predictions),
+            inputs={"infer": str(predictions), "propose": str(proposals), "pseudo_masks": str(masks)},
+        )
+    log.info("%s\nevaluate -> %s", (artefact.path / "results.md").read_text(encoding="utf-8").rstrip(), artefact.path)
+    return artefact.path
+
+
+def _proposal_quality(dataset: Dataset, proposals: Path, min_area: int) -> dict[str, Any]:
+    """Recall at IoU 0.5 and mean best IoU of the objects; instances where the data set has them, else components."""
+    quality = ProposalQuality(0.5, min_area)
+    failed = failures_of(proposals, "propose")
+    for image_id in tqdm(dataset.ids, desc="score proposals", unit="img", leave=False):
+        if image_id in failed:
+            continue
+        sample = dataset.load(image_id, truth=True, labels=False)
+        if sample.semantic is None:
+            continue
+        found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), sample.size)
+        with torch.inference_mode():
+            quality.update(sample.semantic, found.masks, sample.instances)
+    return quality.summary()
+
+
+def _table(record: dict[str, Any]) -> str:
+    prediction, masks, proposals = record["prediction"], record["pseudo_masks"], record["proposals"]
+    interval = prediction.get("miou_interval") or {}
+    rows = [("mIoU", _cell(prediction["miou"]))]
+    if interval:
+        rows.append(("mIoU, 95 % interval over images", f"{_cell(interval['low'])} to {_cell(interval['high'])}"))
+    rows += [
+        ("mIoU over classes in the truth", _cell(prediction["miou_classes_in_truth"])),
+        ("pixel accuracy", _cell(prediction["pixel_accuracy"])),
+    ]
+    if masks is not None:
+        rows += [
+            (f"mIoU of pseudo masks on {masks['split']}", _cell(masks["miou"])),
+            (f"the same over classes in the truth of {masks['split']}", _cell(masks["miou_classes_in_truth"])),
+        ]
+    rows += [
+        (f"recall of {proposals['objects']} objects by proposals at IoU 0.5", _cell(proposals["recall"])),
+        ("mean best IoU of proposals", _cell(proposals["mean_best_iou"])),
+        ("proposals an image", _cell(proposals["proposals_per_image"])),
+        ("vectors in the bank", str(sum(record["bank"]["vectors"].values()))),
+    ]
+    head = f"{prediction['dataset']} {prediction['split']}, {prediction['images']} images, percent"
+    return markdown_table((head, "value"), rows)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

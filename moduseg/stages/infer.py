@@ -1,0 +1,98 @@
+"""Stage `infer`: bank + queries -> a label for every pixel of the evaluated split (METHOD, stage 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from moduseg.bank.store import Bank
+from moduseg.config import Config
+from moduseg.datasets.io import write_label_png
+from moduseg.errors import DataError
+from moduseg.proposers import sa1b
+from moduseg.retrieval.pipeline import assemble, label_proposals
+from moduseg.runtime.engine import Files, Loop, sizes
+from moduseg.runtime.weights import file_digest
+from moduseg.stages import build_bank, propose, queries
+from moduseg.stages.common import Workspace, failures_of, finish, log, plain, safe_name
+from moduseg.stages.scoring import needs_scoring, score_label_maps
+from moduseg.structures import Proposals
+
+
+def run(cfg: Config, work: Workspace | None = None) -> Path:
+    """Label the evaluated split by retrieval from the bank.
+
+    Returns:
+        The artefact's folder: `labels/<id>.png`, `failures.jsonl`, `manifest.json`; where the split has ground truth,
+        also `results.json`, `results.md` and `panels/`.
+    """
+    work = work or Workspace(cfg)
+    dataset, settings = work.dataset(work.eval_split), cfg.retrieval
+    bank_path = build_bank.run(cfg, work)
+    vectors = queries.run(cfg, work)
+    proposals = propose.run(cfg, work)
+    stored = Bank.load(bank_path)
+    stored.check_fits(work.backbone.digest, work.backbone.dim, dataset.classes)
+    if 0 < len(stored) < settings.top_k:
+        log.warning(
+            "infer: the bank holds %d vectors, fewer than retrieval.top_k=%d; all of them vote",
+            len(stored),
+            settings.top_k,
+        )
+    bank_settings = cfg.as_dict()["bank"]
+    artefact = work.artefact(
+        "infer",
+        f"{cfg.backbone['name']}-{work.eval_split}",
+        {
+            "dataset": work.dataset_parts(work.eval_split),
+            "queries": vectors.name,
+            "bank": bank_path.name,
+            "bank_sha256": file_digest(bank_path / "bank.safetensors"),
+            "centre": cfg.bank.centre,
+            "shuffle_labels": cfg.bank.shuffle_labels,
+            "outliers": plain(bank_settings["outliers"]) if cfg.bank.outliers.enabled else None,
+            "retrieval": plain(cfg.as_dict()["retrieval"]),
+        },
+    )
+    device = work.device.torch_device
+    bank = stored.for_search(cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels).to(device)
+
+    def load(image_id: str) -> tuple[str, Proposals, Tensor]:
+        found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), dataset.image_size(image_id))
+        pooled = load_tensors((vectors / safe_name(f"vectors/{image_id}", ".safetensors")).read_bytes())["pooled"]
+        if len(pooled) != len(found):
+            raise DataError(
+                f"{image_id}: {len(pooled)} query vectors for {len(found)} proposals; remove {vectors} and run again"
+            )
+        return image_id, found, pooled
+
+    def process(items: list[tuple[str, Proposals, Tensor]]) -> list[Files]:
+        files: list[Files] = []
+        for image_id, found, pooled in items:
+            keep = (found.areas >= settings.min_area) & (found.scores >= settings.min_predicted_iou)
+            labels, scores, _, _ = label_proposals(
+                pooled[keep].to(device), bank.centre, bank.vectors, bank.labels, settings.top_k
+            )
+            label_map, _ = assemble(found.masks[keep].to(device), labels, scores, settings.nms_iou)
+            files.append({safe_name(f"labels/{image_id}", ".png"): write_label_png(label_map.cpu().numpy())})
+        return files
+
+    def stamp(image_id: str) -> list[int]:
+        files = (
+            proposals / safe_name(f"masks/{image_id}", ".json"),
+            vectors / safe_name(f"vectors/{image_id}", ".safetensors"),
+        )
+        return sizes(*files)
+
+    left_out = {**failures_of(proposals, "propose"), **failures_of(vectors, "queries")}
+    with torch.inference_mode():
+        outcome = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "infer", stamp).run()
+    if dataset.has_truth and needs_scoring(work, artefact, outcome):
+        inputs = {"propose": proposals, "build_bank": bank_path, "queries": vectors}
+        score_label_maps(work, artefact, outcome, dataset, proposals, "prediction", inputs)
+    return finish(
+        artefact, outcome, len(dataset.ids), {"build_bank": bank_path, "queries": vectors}, config=cfg.as_dict()
+    )

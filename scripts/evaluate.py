@@ -1,0 +1,6 @@
+"""Run the stage `evaluate`: `python scripts/evaluate.py [key=value ...]`; see `configs/` for the keys."""
+
+from moduseg.cli import main
+
+if __name__ == "__main__":
+    main("evaluate")

@@ -1,0 +1,171 @@
+"""Pseudo masks from files and from ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moduseg.backbones.base import Backbone
+from moduseg.datasets.palette import voc_palette
+from moduseg.errors import ConfigError, DataError, MissingError
+from moduseg.pseudo_masks import build
+from moduseg.pseudo_masks.base import PseudoMaskGenerator
+from moduseg.pseudo_masks.files import FilePseudoMasks
+from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
+from moduseg.pseudo_masks.labels import label_map
+from moduseg.runtime.devices import Device
+from moduseg.structures import Sample
+from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
+
+CPU = Device(torch.device("cpu"))
+
+
+def no_backbone() -> Backbone:
+    raise LookupError("a backbone was asked for")
+
+
+def write(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(array)
+    picture.putpalette(voc_palette().tobytes())
+    picture.save(path)
+
+
+class TestFiles(GeneratorContract):
+    @pytest.fixture
+    def generator(self, tmp_path: Path, device: torch.device) -> FilePseudoMasks:
+        for size in ((24, 40), (19, 33)):
+            for labels in ((), (2,), (2, 4)):
+                item = sample(size, labels, f"{size[0]}-{len(labels)}")
+                assert item.semantic is not None
+                write(tmp_path / f"{item.id}.png", item.semantic)
+        return FilePseudoMasks(str(tmp_path), Device(device), CLASSES)
+
+
+class TestGroundTruth(GeneratorContract):
+    @pytest.fixture
+    def generator(self, device: torch.device) -> GroundTruthPseudoMasks:
+        return GroundTruthPseudoMasks(Device(device))
+
+    def test_needs_truth(self, generator: GroundTruthPseudoMasks) -> None:
+        assert generator.needs_truth
+        with pytest.raises(DataError, match="no ground truth"):
+            generator.generate(Sample("a", sample().image), (2,))
+
+
+MAP = np.array([[0, 1, 2, 255], [5, 5, 0, 2]], np.uint8)
+
+
+def from_file(folder: Path, **arguments: Any) -> PseudoMaskGenerator:
+    write(folder / "sub" / "a.png", MAP)
+    return FilePseudoMasks(str(folder), CPU, CLASSES, **arguments)
+
+
+def from_truth(folder: Path, **arguments: Any) -> PseudoMaskGenerator:
+    return GroundTruthPseudoMasks(CPU, **arguments)
+
+
+@pytest.mark.parametrize("make", [from_file, from_truth])
+@pytest.mark.parametrize(
+    ("filter_labels", "labels", "ids", "expected"),
+    [
+        (True, (2, 5), (2, 5), [[0, 0, 2, 255], [5, 5, 0, 2]]),
+        (True, (), (), [[0, 0, 0, 255], [0, 0, 0, 0]]),
+        (True, (3, 5), (3, 5), [[0, 0, 0, 255], [5, 5, 0, 0]]),
+        (False, (3,), (1, 2, 5), MAP.tolist()),
+    ],
+)
+def test_label_filter(
+    make: Callable[..., PseudoMaskGenerator],
+    filter_labels: bool,
+    labels: tuple[int, ...],
+    ids: tuple[int, ...],
+    expected: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    item = Sample("sub/a", np.zeros((2, 4, 3), np.uint8), labels, MAP)
+    maps = make(tmp_path, filter_labels=filter_labels).generate(item, labels, None)
+    assert maps.class_ids == ids
+    assert label_map(maps, "given").tolist() == expected
+
+
+def test_pattern_and_digest(tmp_path: Path) -> None:
+    item = Sample("a", np.zeros((2, 4, 3), np.uint8), (2,))
+    write(tmp_path / "a_mask.png", MAP)
+    generator = FilePseudoMasks(str(tmp_path), CPU, CLASSES, pattern="{id}_mask.png")
+    assert label_map(generator.generate(item, (2,)), "given").tolist() == [[0, 0, 2, 255], [0, 0, 0, 2]]
+    before = generator.digest
+    write(tmp_path / "a_mask.png", MAP[::-1].copy())
+    assert generator.digest != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (np.zeros((4, 2), np.uint8), r"got \(4, 2\) pixels, expected the image's \(2, 4\)"),
+        (np.full((2, 4), 6, np.uint8), r"got class ids \[6\], expected 0..5 or 255"),
+        (np.zeros((2, 4, 3), np.uint8), "got a RGB picture, expected one channel"),
+        (np.zeros((2, 4), np.uint16), "picture, expected one channel"),
+        (b"", "not readable as a picture"),
+        (b"\x89PNG\r\n\x1a\n broken", "not readable as a picture"),
+    ],
+    ids=["absent", "size", "id", "rgb", "16 bit", "empty", "broken"],
+)
+def test_bad_files(tmp_path: Path, content: np.ndarray | bytes | None, message: str) -> None:
+    file = tmp_path / "a.png"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        Image.fromarray(content).save(file)
+    with pytest.raises(DataError, match=message):
+        FilePseudoMasks(str(tmp_path), CPU, CLASSES).generate(Sample("a", np.zeros((2, 4, 3), np.uint8)), (2,))
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    write(file, np.random.default_rng(0).integers(0, 6, (80, 80)).astype(np.uint8))
+    file.write_bytes(file.read_bytes()[:-900])
+    with pytest.raises(DataError, match="not readable as a picture"):
+        FilePseudoMasks(str(tmp_path), CPU, CLASSES).generate(Sample("a", np.zeros((80, 80, 3), np.uint8)), (2,))
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    generator = build({"name": "files", "folder": str(tmp_path / "no")}, CPU, no_backbone, CLASSES)
+    message = "pseudo_masks.generator.folder: got .*no such folder"
+    with pytest.raises(MissingError, match=message):
+        generator.generate(sample(), (2,), None)
+    with pytest.raises(MissingError, match=message):
+        _ = generator.digest
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"name": "files", "folder": "x", "pattern": "a.png"}, "pattern: got 'a.png'"),
+        ({"name": "files"}, "pseudo_masks.generator.folder: missing"),
+        ({"name": "ground_truth", "folder": "x"}, "folder: unknown key"),
+    ],
+)
+def test_bad_settings(cfg: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(cfg, CPU, no_backbone, CLASSES)
+
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "pseudo_masks"
+
+
+@pytest.mark.parametrize("name", ["cam", "cam_photo", "files", "ground_truth"])
+def test_shipped_configurations_build(name: str) -> None:
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=True)
+    assert isinstance(cfg, dict)
+    assert set(cfg) <= {"generator", "background", "refine"}
+    assert isinstance(build(cfg["generator"], CPU, no_backbone, CLASSES), PseudoMaskGenerator)

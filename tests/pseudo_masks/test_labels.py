@@ -1,0 +1,139 @@
+"""Background rules and the vote of proposals, on hand-sized arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moduseg.errors import ConfigError
+from moduseg.pseudo_masks.labels import label_map, region_vote
+from moduseg.structures import Proposals, ScoreMaps
+
+SCORES = torch.tensor([[[0.9, 0.5, 0.2, 0.6]], [[0.1, 0.4, 0.3, 0.6]]])
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "expected"),
+    [
+        ("constant", 0.45, [3, 3, 0, 3]),  # 0.6 and 0.6: the smaller id
+        ("constant", 0.5, [3, 0, 0, 3]),  # 0.5 and 0.5: the background
+        ("constant", 0.0, [3, 3, 7, 3]),
+        ("constant", 1.0, [0, 0, 0, 0]),
+        ("power", 1.0, [3, 0, 0, 3]),  # 1 - max: 0.1, 0.5 (a tie), 0.7, 0.4
+        ("power", 4.0, [3, 3, 7, 3]),  # 0.7 ** 4 = 0.24
+        ("power", 3.0, [3, 3, 0, 3]),  # 0.7 ** 3 = 0.34
+    ],
+)
+def test_background_rules(rule: str, value: float, expected: list[int], device: torch.device) -> None:
+    labels = label_map(ScoreMaps((3, 7), SCORES.to(device)), rule, value)
+    assert labels.dtype == torch.uint8
+    assert labels.device.type == device.type
+    assert labels.tolist() == [expected]
+
+
+def test_given_background_and_ignore(device: torch.device) -> None:
+    background = torch.tensor([[0.95, 0.5, 0.1, 0.6]], device=device)
+    ignore = torch.tensor([[False, False, True, False]], device=device)
+    assert label_map(ScoreMaps((3, 7), SCORES.to(device), background, ignore), "given").tolist() == [[0, 0, 255, 0]]
+
+
+@pytest.mark.parametrize(("rule", "value"), [("constant", 0.0), ("constant", 0.5), ("power", 2.0)])
+def test_no_class_is_all_background(rule: str, value: float, device: torch.device) -> None:
+    assert label_map(ScoreMaps((), torch.zeros(0, 2, 3, device=device)), rule, value).tolist() == [[0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "message"),
+    [
+        ("constant", 1.5, "background.value: got 1.5"),
+        ("constant", -0.1, "background.value: got -0.1"),
+        ("power", 0.0, "background.value: got 0.0, expected a number above 0"),
+        ("given", 0.5, "scores no background"),
+        ("median", 0.5, "background.rule: got 'median', expected constant, power or given"),
+    ],
+)
+def test_bad_rules(rule: str, value: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        label_map(ScoreMaps((3, 7), SCORES), rule, value)
+
+
+def proposals(device: torch.device, *masks: list[list[int]]) -> Proposals:
+    return Proposals(torch.tensor(masks, device=device).bool())
+
+
+@pytest.mark.parametrize(
+    ("labels", "masks", "expected"),
+    [
+        # disjoint: each takes its majority, pixels of none keep theirs
+        ([[1, 1, 0], [2, 2, 1], [0, 5, 0]], ([[1, 1, 1], [0, 0, 0], [0, 0, 0]], [[0, 0, 0], [1, 1, 1], [0, 0, 0]]),
+         [[1, 1, 1], [2, 2, 2], [0, 5, 0]]),
+        # a tie: the smallest id, background included
+        ([[2, 1, 0]], ([[1, 1, 0]],), [[1, 1, 0]]),
+        ([[2, 0, 1]], ([[1, 1, 0]],), [[0, 0, 1]]),
+        # ignored pixels neither vote nor change; a region of nothing else changes nothing
+        ([[255, 255, 3, 0]], ([[1, 1, 1, 0]],), [[255, 255, 3, 0]]),
+        ([[255, 255, 3, 0]], ([[1, 1, 0, 0]],), [[255, 255, 3, 0]]),
+        # nested: the small one decides inside itself
+        ([[1, 1, 1, 2, 0]], ([[1, 1, 1, 1, 1]], [[0, 0, 0, 1, 1]]), [[1, 1, 1, 0, 0]]),
+        ([[1, 1, 1, 2, 0]], ([[0, 0, 0, 1, 1]], [[1, 1, 1, 1, 1]]), [[1, 1, 1, 0, 0]]),
+        # equal areas: the one listed first
+        ([[1, 1, 2, 2, 2]], ([[1, 1, 1, 0, 0]], [[0, 0, 1, 1, 1]]), [[1, 1, 1, 2, 2]]),
+        ([[1, 1, 2, 2, 2]], ([[0, 0, 1, 1, 1]], [[1, 1, 1, 0, 0]]), [[1, 1, 2, 2, 2]]),
+        # an empty mask
+        ([[1, 2]], ([[0, 0]],), [[1, 2]]),
+        # nothing but ignored pixels
+        ([[255, 255]], ([[1, 1]],), [[255, 255]]),
+    ],
+)  # fmt: skip
+def test_region_vote(
+    labels: list[list[int]], masks: tuple[list[list[int]], ...], expected: list[list[int]], device: torch.device
+) -> None:
+    before = torch.tensor(labels, dtype=torch.uint8, device=device)
+    after = region_vote(before, proposals(device, *masks))
+    assert after.dtype == torch.uint8
+    assert after.tolist() == expected
+    assert before.tolist() == labels
+
+
+@pytest.mark.parametrize(
+    ("purity", "expected"),
+    [
+        (0.0, [[2, 2, 1, 1, 1, 1]]),  # the smallest decides: its tie goes to 1 on the right, to 2 on the left
+        (0.6, [[2, 2, 1, 1, 1, 1]]),  # left is pure (1.0); right (0.5) is not, the whole (4 of 6) is
+        (1.0, [[2, 2, 1, 1, 1, 1]]),
+    ],
+)
+def test_purity_chooses_among_nested(purity: float, expected: list[list[int]]) -> None:
+    labels = torch.tensor([[2, 2, 1, 1, 1, 1]], dtype=torch.uint8)
+    nested = proposals(torch.device("cpu"), [[1] * 6], [[1, 1, 0, 0, 0, 0]], [[0, 0, 0, 0, 1, 1]])
+    assert region_vote(labels, nested, purity).tolist() == expected
+
+
+def test_impure_regions_give_way_to_purer_larger_ones() -> None:
+    labels = torch.tensor([[1, 1, 1, 1, 1, 0, 1, 1]], dtype=torch.uint8)
+    nested = proposals(torch.device("cpu"), [[1] * 8], [[0, 0, 0, 0, 1, 1, 0, 0]])
+    assert region_vote(labels, nested, 0.0).tolist() == [[1, 1, 1, 1, 0, 0, 1, 1]]
+    assert region_vote(labels, nested, 0.8).tolist() == [[1] * 8]
+
+
+def test_region_vote_equals_a_plain_loop(rng: np.random.Generator, device: torch.device) -> None:
+    labels = rng.integers(0, 4, (30, 20)).astype(np.uint8)
+    labels[rng.random((30, 20)) < 0.1] = 255
+    ids = rng.integers(0, 12, (30, 20))
+    masks = np.stack([ids == i for i in range(10)])  # two regions belong to no proposal
+    expected = labels.copy()
+    for mask in masks:
+        counts = np.bincount(labels[mask & (labels != 255)], minlength=4)
+        expected[mask & (labels != 255)] = counts.argmax()
+    found = region_vote(torch.from_numpy(labels).to(device), Proposals(torch.from_numpy(masks).to(device)))
+    assert np.array_equal(found.cpu().numpy(), expected)
+
+
+def test_region_vote_without_proposals_and_with_others() -> None:
+    labels = torch.zeros(2, 3, dtype=torch.uint8)
+    assert region_vote(labels, Proposals(torch.zeros(0, 2, 3, dtype=torch.bool))).tolist() == labels.tolist()
+    with pytest.raises(ValueError, match=r"got \(3, 2\) masks, expected the map's \(2, 3\)"):
+        region_vote(labels, Proposals(torch.zeros(1, 3, 2, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="purity: got 2"):
+        region_vote(labels, Proposals(torch.zeros(1, 2, 3, dtype=torch.bool)), 2)

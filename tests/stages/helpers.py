@@ -1,0 +1,38 @@
+"""A pipeline small enough for a test: oracles on a few scenes, a random backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ORACLES = ("proposer=ground_truth", "pseudo_masks=ground_truth", "backbone=miniature_random")
+
+
+def overrides(outputs: Path, *more: str, train: int = 6, val: int = 4, world: Path | None = None) -> list[str]:
+    """Overrides of the default configuration; the scenes are drawn into `world` (default: `outputs`)."""
+    root = (world or outputs) / f"world-{train}-{val}"
+    return [
+        *ORACLES,
+        f"runtime.outputs={outputs}",
+        "runtime.device=cpu",
+        f"dataset.root={root}",
+        f"dataset.train={train}",
+        f"dataset.val={val}",
+        "runtime.batch_size=2",
+        "retrieval.top_k=1",
+        "evaluation.bootstrap=50",
+        "evaluation.panels=2",
+        *more,
+    ]
+
+
+RESULTS = ("masks/", "labels/", "vectors/", "bank.safetensors", "fit.safetensors", "failures.jsonl", "panels/")
+
+
+def result_bytes(outputs: Path) -> dict[str, bytes]:
+    """What has to be the same however a run came about: everything but records of times and versions."""
+    found = {}
+    for path in sorted(outputs.rglob("*")):
+        relative = path.relative_to(outputs).as_posix()
+        if path.is_file() and any(f"/{part}" in f"/{relative}" for part in RESULTS) and "world-" not in relative:
+            found[relative] = path.read_bytes()
+    return found
