@@ -18,7 +18,7 @@ from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.runtime.weights import file_digest
 from moduseg.stages import build_bank, propose, queries
 from moduseg.stages.common import Workspace, failures_of, finish, log, plain, safe_name
-from moduseg.stages.scoring import needs_scoring, score_label_maps
+from moduseg.stages.scoring import draw_panels, needs_scoring, score_label_maps
 from moduseg.structures import Proposals
 
 
@@ -93,6 +93,9 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     if dataset.has_truth and needs_scoring(work, artefact, outcome):
         inputs = {"propose": proposals, "build_bank": bank_path, "queries": vectors}
         score_label_maps(work, artefact, outcome, dataset, proposals, "prediction", inputs)
+    elif not dataset.has_truth and outcome.changed:
+        done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
+        draw_panels(artefact, dataset, done, proposals, "prediction", cfg.evaluation.panels)
     return finish(
         artefact, outcome, len(dataset.ids), {"build_bank": bank_path, "queries": vectors}, config=cfg.as_dict()
     )

@@ -18,7 +18,7 @@ from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.runtime.weights import file_digest
 from moduseg.stages import propose
 from moduseg.stages.common import Workspace, failures_of, finish, image_file, log, plain, safe_name
-from moduseg.stages.scoring import needs_scoring, score_label_maps
+from moduseg.stages.scoring import draw_panels, needs_scoring, score_label_maps
 from moduseg.structures import Proposals, Sample
 
 
@@ -84,6 +84,9 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     ).run()
     if dataset.has_truth and needs_scoring(work, artefact, outcome):
         score_label_maps(work, artefact, outcome, dataset, inputs.get("propose"), "pseudo mask")
+    elif not dataset.has_truth and outcome.changed:
+        done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
+        draw_panels(artefact, dataset, done, inputs.get("propose"), "pseudo mask", cfg.evaluation.panels)
     return finish(artefact, outcome, len(dataset.ids), inputs, split=split)
 
 

@@ -102,17 +102,26 @@ def score_label_maps(
     table = results_markdown(record)
     write_json(artefact.path / "results.json", record)
     write_atomic(artefact.path / "results.md", table.encode())
-    _draw_panels(artefact, dataset, scored, proposals, what, settings.panels)
+    draw_panels(artefact, dataset, scored, proposals, what, settings.panels)
     log.info("%s\nresults: %s", table.rstrip(), artefact.path / "results.json")
     if settings.panels:
         log.info("panels:  %s", artefact.path / "panels")
     return record
 
 
-def _draw_panels(
+def draw_panels(
     artefact: Artefact, dataset: Dataset, scored: list[str], proposals: Path | None, what: str, count: int
 ) -> None:
-    """Panels of `count` images spread evenly over the split."""
+    """Panels of `count` images spread evenly over the split; truth and errors are left out where there is no truth.
+
+    Args:
+        artefact: holds `labels/<id>.png`; the pictures go to its `panels/`.
+        dataset: the images.
+        scored: ids to choose from.
+        proposals: the artefact of stage `propose`; `None` leaves that column out.
+        what: `prediction` or `pseudo mask`.
+        count: how many.
+    """
     chosen = sorted({int(i) for i in np.linspace(0, len(scored) - 1, min(count, len(scored)))})
     for image_id in (scored[i] for i in chosen):
         sample = dataset.load(image_id, truth=True, labels=False)

@@ -240,3 +240,36 @@ def test_the_api_predicts_what_the_stages_predict(finished: Path) -> None:
         segmenter.predict("missing.png")
     with pytest.raises(ArtefactError, match=r"no bank\.json.*build_bank"):
         Segmenter.from_bank(finished)
+
+
+def test_ones_own_images_without_truth_get_labels_and_panels(finished: Path, tmp_path: Path) -> None:
+    """A folder of tagged images, one of them nested: no ground truth, no scores, but pictures to look at."""
+    import shutil
+
+    world, own = finished / "world-12-8", tmp_path / "own"
+    (own / "images" / "trip").mkdir(parents=True)
+    for index in range(4):
+        name = f"train_{index:05d}.png"
+        shutil.copy(world / "JPEGImages" / name, own / "images" / ("trip" if index % 2 else "") / name)
+    shutil.copy(world / "classes.txt", own / "classes.txt")
+    tags = {e["img_id"]: e["labels"] for e in json.loads((world / "image_labels.json").read_text())["images"]}
+    names = (own / "classes.txt").read_text().split("\n")
+    rows = [
+        f"{'trip/' if i % 2 else ''}train_{i:05d}.png," + ";".join(names[t] for t in tags[f"train_{i:05d}"])
+        for i in range(4)
+    ]
+    (own / "labels.csv").write_text("\n".join(["image,labels", *rows]) + "\n")
+    own_data = [
+        "dataset=folder",
+        f"dataset.root={own}",
+        f"runtime.outputs={tmp_path}",
+        "runtime.device=cpu",
+        "evaluation.panels=2",
+    ]
+    path = infer.run(compose(own_data))
+    assert sorted(p.name for p in path.glob("labels/**/*.png")) == [f"train_{i:05d}.png" for i in range(4)]
+    assert (path / "labels" / "trip" / "train_00001.png").is_file()
+    assert len(list(path.glob("panels/**/*.png"))) == 2
+    assert not (path / "results.json").exists()
+    with pytest.raises(DataError, match=r"got no ground truth"):
+        evaluate.run(compose(own_data))
