@@ -128,7 +128,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how it runs; of these only `seed` can change a result."""
+    """Where and how it runs. Of these `precision` changes results and is part of keys; `seed` draws the intervals."""
 
     outputs: str = "outputs"
     device: str = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from functools import cached_property
@@ -104,8 +105,6 @@ def plain(value: Any) -> Any:
 
 def failures_of(path: Path, stage: str) -> dict[str, str]:
     """The images that an earlier stage could not process, with its error, for the next stage to leave out."""
-    import json
-
     file = path / "failures.jsonl"
     if not file.exists():
         return {}

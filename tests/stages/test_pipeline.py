@@ -189,7 +189,7 @@ def test_only_what_changes_is_made_anew(
 
     shutil.copytree(finished, tmp_path / "copy")
     infer.run(compose(overrides(tmp_path / "copy", *more, train=12, val=8, world=finished)))
-    assert len(list((tmp_path / "copy" / "miniature" / stage).iterdir())) == 2 * 1 if changes else 1
+    assert len(list((tmp_path / "copy" / "miniature" / stage).iterdir())) == (2 if changes else 1)
 
 
 def test_evaluate_gathers_the_figures(tmp_path: Path) -> None:
