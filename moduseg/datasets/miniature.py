@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from moduseg.datasets.labels import RawLabels
 from moduseg.datasets.voc import VocDataset
-from moduseg.miniature.world import CLASSES, WorldConfig, write_voc
+from moduseg.miniature.voc_writer import write_voc
+from moduseg.miniature.world import CLASSES, WorldConfig
 
 
 class MiniatureDataset(VocDataset):

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from moduseg.errors import ConfigError
+from moduseg.miniature.drawing import STUFF
 from moduseg.miniature.weights import save_weights
-from moduseg.miniature.world import CAPTION_TEMPLATES, HUES, NUMBERS, PLURALS, SHAPES, STUFF
+from moduseg.miniature.world import CAPTION_TEMPLATES, HUES, NUMBERS, PLURALS, SHAPES
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer

@@ -35,6 +35,7 @@ from moduseg.miniature.clip import (
     save_clip,
     text_embeddings,
 )
+from moduseg.miniature.drawing import STUFF
 from moduseg.miniature.pool import (
     MODEL_SIZE,
     ScenePool,
@@ -50,7 +51,7 @@ from moduseg.miniature.pool import (
 from moduseg.miniature.quality import dense_text_accuracy, quality_scenes
 from moduseg.miniature.vit import VIT_ARGS, VIT_MEAN, VIT_STD, build_miniature_vit
 from moduseg.miniature.weights import load_weights, weights_path
-from moduseg.miniature.world import CLASSES, HUES, PRETRAIN_SEED, SHAPES, STUFF, describe
+from moduseg.miniature.world import CLASSES, HUES, PRETRAIN_SEED, SHAPES, describe
 
 if TYPE_CHECKING:
     from transformers import CLIPModel

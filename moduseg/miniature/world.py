@@ -12,19 +12,28 @@ whatever was drawn before.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from moduseg.errors import ArtefactError, ConfigError
+from moduseg.errors import ConfigError
+from moduseg.miniature.drawing import (
+    STUFF,
+    TEXTURES,
+    USUAL_PATTERNS,
+    USUAL_TRIMS,
+    axes,
+    circle,
+    fill,
+    hsv,
+    outline,
+    surface,
+    trim,
+)
 
 WORLD_VERSION = 1
 """Raised whenever the same arguments would draw other pixels."""
@@ -179,223 +188,6 @@ def _enumerate(phrases: Sequence[str]) -> str:
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]]) if len(phrases) > 1 else phrases[0]
 
 
-# Outlines -------------------------------------------------------------------------------------------------------------
-
-
-def _circle(radius: float, points: int = 40, start: float = 0.0, stop: float = 2 * math.pi) -> np.ndarray:
-    angles = np.linspace(start, stop, points, endpoint=stop - start < 2 * math.pi - 1e-6)
-    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def _outline(shape: str, rng: np.random.Generator) -> list[np.ndarray]:
-    """Contours of a shape inside the unit circle, each `[P, 2]` float; a second contour is a hole."""
-    if shape == "disc":
-        return [_circle(0.92)]
-    if shape == "ring":
-        return [_circle(1.0), _circle(rng.uniform(0.45, 0.62))]
-    if shape == "star":
-        tips = int(rng.integers(5, 7))
-        angles = np.arange(2 * tips) * math.pi / tips
-        radii = np.where(np.arange(2 * tips) % 2 == 0, 1.08, rng.uniform(0.42, 0.52))
-        return [np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)]
-    if shape == "triangle":
-        angles = np.array([0.0, 2.0, 4.0]) * math.pi / 3 + rng.uniform(-0.2, 0.2, 3)
-        return [1.1 * np.stack([np.cos(angles), np.sin(angles)], axis=1)]
-    if shape == "cross":
-        a = rng.uniform(0.26, 0.38)
-        corners = [
-            (a, a),
-            (a, 1),
-            (-a, 1),
-            (-a, a),
-            (-1, a),
-            (-1, -a),
-            (-a, -a),
-            (-a, -1),
-            (a, -1),
-            (a, -a),
-            (1, -a),
-            (1, a),
-        ]
-        return [np.array(corners)]
-    # Crescent: the outer arc of the unit circle and, walked back, the inner arc of a circle shifted to the right
-    # that meets it at the same two tips.
-    opening = rng.uniform(0.9, 1.15)
-    tip_x, tip_y = math.cos(opening), math.sin(opening)
-    centre = rng.uniform(0.5, 0.68)
-    inner = math.hypot(tip_x - centre, tip_y)
-    half = math.atan2(tip_y, tip_x - centre)
-    outer_arc = _circle(1.0, 30, opening, 2 * math.pi - opening)
-    inner_arc = _circle(inner, 24, half, 2 * math.pi - half)[::-1] + [centre, 0.0]
-    return [np.concatenate([outer_arc, inner_arc]) + [0.2, 0.0]]
-
-
-def _fill(contours: Sequence[np.ndarray], window: tuple[int, int, int, int]) -> np.ndarray:
-    """Anti-aliased coverage of `contours` (image coordinates) on `window` (y0, y1, x0, x1): float32 in [0, 1]."""
-    y0, y1, x0, x1 = window
-    canvas = np.zeros((y1 - y0, x1 - x0), np.uint8)
-    fixed = [np.round((c - [x0, y0]) * 16).astype(np.int32) for c in contours]
-    cv2.fillPoly(canvas, fixed, 255, lineType=cv2.LINE_AA, shift=4)
-    return canvas.astype(np.float32) / 255.0
-
-
-def _hsv(hue: np.ndarray | float, saturation: np.ndarray | float, value: np.ndarray) -> np.ndarray:
-    """RGB float32 `[H, W, 3]` in [0, 1] from hue in degrees and saturation, value in [0, 1] (broadcast over pixels)."""
-    planes = [np.broadcast_to(np.asarray(p, np.float32), value.shape) for p in (np.mod(hue, 360.0), saturation, value)]
-    stacked = np.stack(planes, axis=-1)
-    np.clip(stacked[..., 1:], 0.0, 1.0, out=stacked[..., 1:])
-    return cv2.cvtColor(stacked, cv2.COLOR_HSV2RGB)
-
-
-# Textures -------------------------------------------------------------------------------------------------------------
-
-
-def _noise(rng: np.random.Generator, h: int, w: int, cell_y: float, cell_x: float) -> np.ndarray:
-    """Smooth noise in about [-1, 1] whose features measure `cell_y` x `cell_x` pixels."""
-    grid = rng.uniform(-1.0, 1.0, (max(2, round(h / cell_y) + 1), max(2, round(w / cell_x) + 1))).astype(np.float32)
-    return cv2.resize(grid, (w, h), interpolation=cv2.INTER_CUBIC)
-
-
-def _axes(h: int, w: int, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel coordinates along and across `angle`, each `[H, W]` float32."""
-    y, x = np.mgrid[0:h, 0:w].astype(np.float32)
-    return x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-
-
-def _grass(rng: np.random.Generator, h: int, w: int, s: float) -> np.ndarray:
-    blades = _noise(rng, h, w, 6 * s, 1.5 * s) + 0.5 * _noise(rng, h, w, 3 * s, 1.5 * s)
-    patches = _noise(rng, h, w, 30 * s, 30 * s)
-    return _hsv(rng.uniform(75, 135) + 10 * patches, rng.uniform(0.3, 0.6), rng.uniform(0.35, 0.65) + 0.12 * blades)
-
-
-def _sky(rng: np.random.Generator, h: int, w: int, s: float) -> np.ndarray:
-    clouds = _noise(rng, h, w, 18 * s, 36 * s) + 0.5 * _noise(rng, h, w, 8 * s, 14 * s)
-    haze = np.linspace(0.0, rng.uniform(0.0, 0.25), h, dtype=np.float32)[:, None]
-    return _hsv(
-        rng.uniform(185, 235),
-        rng.uniform(0.3, 0.6) - 0.18 * clouds - haze,
-        rng.uniform(0.7, 0.9) + 0.08 * clouds,
-    )
-
-
-def _sand(rng: np.random.Generator, h: int, w: int, s: float) -> np.ndarray:
-    grain = rng.normal(0.0, 1.0, (h, w)).astype(np.float32)
-    dunes = _noise(rng, h, w, 14 * s, 40 * s)
-    return _hsv(rng.uniform(34, 56), rng.uniform(0.25, 0.5), rng.uniform(0.6, 0.85) + 0.05 * grain + 0.06 * dunes)
-
-
-def _water(rng: np.random.Generator, h: int, w: int, s: float) -> np.ndarray:
-    _, across = _axes(h, w, rng.uniform(-0.2, 0.2))
-    waves = np.sin(across * 2 * math.pi / (rng.uniform(6, 11) * s) + 2.5 * _noise(rng, h, w, 10 * s, 20 * s))
-    return _hsv(rng.uniform(175, 245), rng.uniform(0.35, 0.65) - 0.1 * waves, rng.uniform(0.4, 0.65) + 0.09 * waves)
-
-
-def _brick(rng: np.random.Generator, h: int, w: int, s: float) -> np.ndarray:
-    height, width = rng.uniform(7, 12) * s, rng.uniform(15, 24) * s
-    y, x = np.mgrid[0:h, 0:w].astype(np.float32)
-    row = np.floor(y / height)
-    column = np.floor(x / width + 0.5 * (row % 2))
-    mortar = ((y % height) < 1.3 * s) | (((x + 0.5 * width * (row % 2)) % width) < 1.3 * s)
-    tint = rng.uniform(-1, 1, (64, 64)).astype(np.float32)[row.astype(int) % 64, column.astype(int) % 64]
-    value = np.where(mortar, 0.7, rng.uniform(0.45, 0.65) + 0.08 * tint)
-    return _hsv(rng.uniform(0, 22), np.where(mortar, 0.1, rng.uniform(0.4, 0.65)), value.astype(np.float32))
-
-
-def _wood(rng: np.random.Generator, h: int, w: int, s: float) -> np.ndarray:
-    along, across = _axes(h, w, rng.choice([0.0, math.pi / 2]) + rng.uniform(-0.1, 0.1))
-    grain = np.sin(across / (rng.uniform(1.4, 2.6) * s) + 3.0 * _noise(rng, h, w, 22 * s, 22 * s) + 0.02 * along)
-    plank = (across % (rng.uniform(22, 34) * s)) < 1.2 * s
-    value = rng.uniform(0.45, 0.7) + 0.07 * grain - 0.2 * plank
-    return _hsv(rng.uniform(20, 38), rng.uniform(0.4, 0.65), value.astype(np.float32))
-
-
-def _stone(rng: np.random.Generator, h: int, w: int, s: float) -> np.ndarray:
-    relief = _noise(rng, h, w, 12 * s, 12 * s) + 0.6 * _noise(rng, h, w, 5 * s, 5 * s)
-    cracks = np.abs(_noise(rng, h, w, 26 * s, 26 * s)) < 0.035
-    value = rng.uniform(0.4, 0.7) + 0.09 * relief - 0.18 * cracks
-    return _hsv(rng.uniform(0, 360), rng.uniform(0.02, 0.16), value.astype(np.float32))
-
-
-def _fabric(rng: np.random.Generator, h: int, w: int, s: float) -> np.ndarray:
-    along, across = _axes(h, w, rng.uniform(0, math.pi))
-    period = rng.uniform(8, 16) * s
-    weave = np.sign(np.sin(along * 2 * math.pi / period)) + np.sign(np.sin(across * 2 * math.pi / period))
-    thread = rng.normal(0.0, 0.03, (h, w)).astype(np.float32)
-    return _hsv(rng.uniform(265, 345), rng.uniform(0.22, 0.5), rng.uniform(0.5, 0.75) + 0.07 * weave + thread)
-
-
-_TEXTURES: dict[str, Callable[[np.random.Generator, int, int, float], np.ndarray]] = {
-    "grass": _grass, "sky": _sky, "sand": _sand, "water": _water,
-    "brick": _brick, "wood": _wood, "stone": _stone, "fabric": _fabric,
-}  # fmt: skip
-STUFF: tuple[str, ...] = tuple(_TEXTURES)
-"""Names of the background textures."""
-
-
-_PATTERNS = ("plain", "gradient", "stripes", "dots", "noise")
-_USUAL_PATTERNS = {
-    "disc": "dots", "star": "stripes", "ring": "plain", "triangle": "dots", "crescent": "stripes", "cross": "plain",
-}  # fmt: skip
-
-_TRIMS = ("light", "dark", "none")
-_USUAL_TRIMS = {
-    "disc": "light",
-    "star": "dark",
-    "ring": "light",
-    "triangle": "dark",
-    "crescent": "light",
-    "cross": "dark",
-}
-
-
-def _trim(
-    rng: np.random.Generator, surface: np.ndarray, alpha: np.ndarray, radius: float, usual: str, loyalty: float
-) -> np.ndarray:
-    """`surface` with a light or dark rim inside the outline `alpha`; the `usual` one with chance `loyalty`."""
-    kind = usual if rng.random() < loyalty else _TRIMS[int(rng.integers(len(_TRIMS)))]
-    width = int(np.clip(round(radius * rng.uniform(0.1, 0.2)), 1, 5))
-    lightness = rng.uniform(0.88, 1.0) if kind == "light" else rng.uniform(0.02, 0.16)
-    if kind == "none":
-        return surface
-    # The rim keeps a trace of the object's hue, as paint and shadow do.
-    colour = (lightness * (0.85 + 0.15 * surface.reshape(-1, 3).mean(0))).astype(np.float32)
-    padded = cv2.copyMakeBorder(alpha, width, width, width, width, cv2.BORDER_REPLICATE)
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * width + 1, 2 * width + 1))
-    core = cv2.erode(padded, disc)[width:-width, width:-width]
-    return surface + (1.0 - core)[..., None] * (colour - surface)
-
-
-def _surface(
-    rng: np.random.Generator, h: int, w: int, s: float, hue: float, usual: str = "plain", loyalty: float = 0.0
-) -> np.ndarray:
-    """Surface of an object, `[H, W, 3]` float32 RGB: hue of its family, `usual` pattern with chance `loyalty`."""
-    saturation, value = rng.uniform(0.55, 1.0), rng.uniform(0.55, 1.0)
-    contrast = rng.uniform(0.15, 0.34)
-    pattern = int(rng.integers(5))
-    if rng.random() < loyalty:
-        pattern = _PATTERNS.index(usual)
-    base = np.zeros((h, w), np.float32)
-    if pattern == 1:  # gradient
-        along, _ = _axes(h, w, rng.uniform(0, 2 * math.pi))
-        base = (along - along.mean()) / max(float(np.ptp(along)), 1.0) * 2.0
-    elif pattern == 2:  # stripes
-        along, _ = _axes(h, w, rng.uniform(0, math.pi))
-        base = np.sign(np.sin(along * 2 * math.pi / (rng.uniform(4, 10) * s) + rng.uniform(0, 6)))
-    elif pattern == 3:  # dots
-        along, across = _axes(h, w, rng.uniform(0, math.pi))
-        period = rng.uniform(5, 9) * s
-        base = np.where(np.sin(along * 2 * math.pi / period) * np.sin(across * 2 * math.pi / period) > 0.3, 1.0, -0.4)
-    elif pattern == 4:  # noise
-        base = _noise(rng, h, w, 4 * s, 4 * s)
-    # Half of the patterns modulate lightness, half fade towards white: both happen on real surfaces.
-    if rng.random() < 0.5:
-        return _hsv(hue, saturation, (value - contrast * (0.5 - 0.5 * base)).astype(np.float32))
-    return _hsv(hue, saturation - contrast * (0.5 + 0.5 * base), np.full((h, w), value, np.float32))
-
-
-# Scenes ---------------------------------------------------------------------------------------------------------------
-
-
 def render_scene(seed: int, split: str | int, index: int, config: WorldConfig | None = None) -> Scene:
     """Draw one scene.
 
@@ -440,13 +232,13 @@ def render_scene(seed: int, split: str | int, index: int, config: WorldConfig | 
 
 def _background(rng: np.random.Generator, h: int, w: int, s: float) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
     names = [STUFF[int(i)] for i in rng.permutation(len(STUFF))[: 1 + int(rng.random() < 0.5)]]
-    canvas = _TEXTURES[names[0]](rng, h, w, s)
+    canvas = TEXTURES[names[0]](rng, h, w, s)
     stuff_map = np.zeros((h, w), np.uint8)
     if len(names) == 2:
-        along, across = _axes(h, w, rng.uniform(-0.5, 0.5) + (math.pi / 2 if rng.random() < 0.3 else 0.0))
+        along, across = axes(h, w, rng.uniform(-0.5, 0.5) + (math.pi / 2 if rng.random() < 0.3 else 0.0))
         edge = across - np.quantile(across, rng.uniform(0.3, 0.7)) + 4 * s * np.sin(along / (rng.uniform(8, 30) * s))
         alpha = np.clip(edge + 0.5, 0.0, 1.0).astype(np.float32)[..., None]
-        canvas = canvas * (1 - alpha) + _TEXTURES[names[1]](rng, h, w, s) * alpha
+        canvas = canvas * (1 - alpha) + TEXTURES[names[1]](rng, h, w, s) * alpha
         stuff_map = (alpha[..., 0] > 0.5).astype(np.uint8)
     present = [name for i, name in enumerate(names) if (stuff_map == i).any()]
     return canvas, tuple(present), stuff_map if len(present) == len(names) else np.zeros_like(stuff_map)
@@ -455,9 +247,7 @@ def _background(rng: np.random.Generator, h: int, w: int, s: float) -> tuple[np.
 def _draw_clutter(canvas: np.ndarray, rng: np.random.Generator, s: float) -> None:
     """A thin line, a small blob or a bar in an object colour; it is background."""
     h, w = canvas.shape[:2]
-    colour = _hsv(rng.uniform(0, 360), rng.uniform(0.3, 0.95), np.full((1, 1), rng.uniform(0.4, 0.95), np.float32))[
-        0, 0
-    ]
+    colour = hsv(rng.uniform(0, 360), rng.uniform(0.3, 0.95), np.full((1, 1), rng.uniform(0.4, 0.95), np.float32))[0, 0]
     centre = rng.uniform(0, [w, h])
     angle = rng.uniform(0, math.pi)
     kind = int(rng.integers(3))
@@ -469,9 +259,9 @@ def _draw_clutter(canvas: np.ndarray, rng: np.random.Generator, s: float) -> Non
         half_length, half_width = rng.uniform(6, 14) * s, rng.uniform(1.5, 3.2) * s
     corners = np.array([(1, 1), (-1, 1), (-1, -1), (1, -1)]) * [half_length, half_width]
     if kind == 1 and rng.random() < 0.7:
-        corners = _circle(half_length, 14)
+        corners = circle(half_length, 14)
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    alpha = _fill([corners @ rotation + centre], (0, h, 0, w))[..., None] * np.float32(rng.uniform(0.6, 1.0))
+    alpha = fill([corners @ rotation + centre], (0, h, 0, w))[..., None] * np.float32(rng.uniform(0.6, 1.0))
     canvas += alpha * (colour - canvas)
 
 
@@ -499,13 +289,13 @@ def _objects(canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig) 
         sibling = None
         hue_name, shape = CLASSES[class_id].split()
         linear = _random_linear(rng, radius)
-        contours = [c @ linear + centre for c in _outline(shape, rng)]
+        contours = [c @ linear + centre for c in outline(shape, rng)]
         low = np.maximum(np.floor(contours[0].min(0)) - 2, 0).astype(int)
         high = np.minimum(np.ceil(contours[0].max(0)) + 3, [w, h]).astype(int)
         if (high - low).min() < 3:
             continue
         window = (int(low[1]), int(high[1]), int(low[0]), int(high[0]))
-        alpha = _fill(contours, window)
+        alpha = fill(contours, window)
         view = instances[window[0] : window[1], window[2] : window[3]]
         inside = alpha > 0.5
         area = int(inside.sum())
@@ -516,29 +306,29 @@ def _objects(canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig) 
         if area < max(0.5 * full, 40 * scale**2) or any(visible[i] < 0.5 * areas[i] for i in range(1, len(areas))):
             continue
         jitter = float(np.clip(rng.normal(0.0, config.hue_jitter), -34.0, 34.0))
-        surface = _surface(
+        skin = surface(
             rng,
             alpha.shape[0],
             alpha.shape[1],
             scale,
             60.0 * HUES.index(hue_name) + jitter,
-            _USUAL_PATTERNS[shape],
+            USUAL_PATTERNS[shape],
             config.loyalty,
         )
-        surface = _trim(rng, surface, alpha, radius, _USUAL_TRIMS[shape], config.trim_loyalty)
+        skin = trim(rng, skin, alpha, radius, USUAL_TRIMS[shape], config.trim_loyalty)
         if rng.random() < 0.35:
             _cast_shadow(canvas, contours, rng, scale)
         target = canvas[window[0] : window[1], window[2] : window[3]]
-        target += alpha[..., None] * (surface - target)
+        target += alpha[..., None] * (skin - target)
         classes.append(class_id)
         areas.append(area)
         view[inside] = len(classes)
         if rng.random() < config.cluster:
             sibling = (class_id, centre, radius)
     if not classes:  # practically impossible; a scene without an object would have no tag, so draw one in the middle
-        contours = [c * 0.2 * min(h, w) + [w / 2, h / 2] for c in _outline("disc", rng)]
-        alpha = _fill(contours, (0, h, 0, w))
-        canvas += alpha[..., None] * (_surface(rng, h, w, scale, 0.0) - canvas)
+        contours = [c * 0.2 * min(h, w) + [w / 2, h / 2] for c in outline("disc", rng)]
+        alpha = fill(contours, (0, h, 0, w))
+        canvas += alpha[..., None] * (surface(rng, h, w, scale, 0.0) - canvas)
         instances[alpha > 0.5] = 1
         classes.append(1)
     return instances, classes
@@ -556,14 +346,14 @@ def _random_linear(rng: np.random.Generator, radius: float) -> np.ndarray:
 def _cast_shadow(canvas: np.ndarray, contours: Sequence[np.ndarray], rng: np.random.Generator, s: float) -> None:
     h, w = canvas.shape[:2]
     offset = rng.uniform(2, 5, 2) * s * rng.choice([-1.0, 1.0], 2)
-    shadow = cv2.GaussianBlur(_fill([c + offset for c in contours], (0, h, 0, w)), (0, 0), 1.5 * s)
+    shadow = cv2.GaussianBlur(fill([c + offset for c in contours], (0, h, 0, w)), (0, 0), 1.5 * s)
     canvas *= 1.0 - np.float32(rng.uniform(0.25, 0.5)) * shadow[..., None]
 
 
 def _camera(canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig) -> np.ndarray:
     """Illumination, colour balance, blur and noise; float `[H, W, 3]` to uint8."""
     h, w = canvas.shape[:2]
-    along, _ = _axes(h, w, rng.uniform(0, 2 * math.pi))
+    along, _ = axes(h, w, rng.uniform(0, 2 * math.pi))
     ramp = (along - along.min()) / max(float(np.ptp(along)), 1.0)
     light = 1.0 + rng.uniform(0.0, 0.4) * (ramp - 0.5)
     balance = rng.uniform(0.92, 1.08, 3) * rng.uniform(0.85, 1.12)
@@ -573,100 +363,3 @@ def _camera(canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig) -
         canvas = cv2.GaussianBlur(canvas, (0, 0), sigma)
     noise = rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(rng.uniform(0.2, 1.0) * config.noise)
     return np.clip(np.round((canvas + noise) * 255.0), 0, 255).astype(np.uint8)
-
-
-# On disk --------------------------------------------------------------------------------------------------------------
-
-
-def write_voc(root: Path, seed: int, train: int = 160, val: int = 80, config: WorldConfig | None = None) -> Path:
-    """Write a data set in the layout of PASCAL VOC 2012.
-
-    `JPEGImages/<id>.png` (the folder keeps VOC's name; the files are lossless PNG), `SegmentationClass/<id>.png` and
-    `SegmentationObject/<id>.png` (indexed PNG with the VOC palette), `ImageSets/Segmentation/{train,val}.txt`,
-    `image_labels.json`, `classes.txt` and `world.json` (settings). Every file is written to a temporary name and
-    renamed, the lists last: a call that was killed is completed by the next one, and a complete folder is left alone.
-
-    Args:
-        root: folder to write to, made if absent.
-        seed: world seed; `DATASET_SEEDS` are free of scenes that the miniature models have seen.
-        train, val: number of images of each split, 0 or more.
-        config: settings; the defaults where left out.
-
-    Returns:
-        `root`.
-
-    Raises:
-        ArtefactError: `root` holds a world of other settings.
-        ConfigError: a number is negative.
-    """
-    # Imported here because `moduseg.datasets` serves this world and so imports this module.
-    from moduseg.datasets.palette import voc_palette
-
-    config, root = config or WorldConfig(), Path(root)
-    if min(seed, train, val) < 0:
-        raise ConfigError(f"seed, train, val: got {(seed, train, val)}, expected numbers >= 0; try 0, 160, 80")
-    settings = {"version": WORLD_VERSION, "seed": seed, "train": train, "val": val, "config": asdict(config)}
-    settings = json.loads(json.dumps(settings))
-    _check_settings(root, settings)
-    splits = {"train": train, "val": val}
-    ids = {split: [f"{split}_{i:05d}" for i in range(count)] for split, count in splits.items()}
-    folders = [root / name for name in ("JPEGImages", "SegmentationClass", "SegmentationObject")]
-    lists = [root / "ImageSets" / "Segmentation" / f"{split}.txt" for split in splits]
-    lists += [root / "image_labels.json", root / "classes.txt"]
-    pictures = [folder / f"{img_id}.png" for names in ids.values() for img_id in names for folder in folders]
-    if all(path.is_file() for path in (*lists, *pictures)):
-        return root
-    for folder in (*folders, lists[0].parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    _write_bytes(root / "world.json", (json.dumps(settings, indent=2) + "\n").encode())
-
-    entries = []
-    palette = voc_palette().tobytes()
-    for split, names in ids.items():
-        for index, img_id in enumerate(names):
-            scene = render_scene(seed, split, index, config)
-            for folder, array in zip(
-                folders, (scene.image, scene.semantic, scene.instances.astype(np.uint8)), strict=True
-            ):
-                if not (folder / f"{img_id}.png").is_file():
-                    picture = Image.fromarray(array)
-                    if array.ndim == 2:
-                        picture.putpalette(palette)
-                    _write_picture(folder / f"{img_id}.png", picture)
-            entries.append({"img_id": img_id, "file_name": f"{img_id}.png", "labels": list(scene.labels)})
-    _write_bytes(root / "classes.txt", ("\n".join(CLASSES) + "\n").encode())
-    _write_bytes(root / "image_labels.json", (json.dumps({"images": entries}, indent=1) + "\n").encode())
-    for path, names in zip(lists, ids.values(), strict=False):
-        _write_bytes(path, "".join(f"{name}\n" for name in names).encode())
-    return root
-
-
-def _check_settings(root: Path, settings: dict) -> None:
-    path = root / "world.json"
-    if not path.is_file():
-        return
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ArtefactError(
-            f"{path}: got a file that is not JSON ({error}), expected the settings of a world; remove the folder"
-        ) from error
-    if found != settings:
-        different = sorted(key for key in settings if found.get(key) != settings[key])
-        got = {key: found.get(key) for key in different}
-        raise ArtefactError(
-            f"{root} holds another world: got {got}, expected { ({key: settings[key] for key in different}) }; "
-            "try another folder, or remove this one"
-        )
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
-def _write_picture(path: Path, picture: Image.Image) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)

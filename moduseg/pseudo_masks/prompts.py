@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moduseg.miniature.clip import PROMPT_TEMPLATES
-from moduseg.miniature.world import STUFF
+from moduseg.miniature.drawing import STUFF
 
 IMAGENET_TEMPLATES: tuple[str, ...] = (
     "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a photo of the hard to see {}.",

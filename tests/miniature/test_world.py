@@ -11,6 +11,8 @@ from PIL import Image
 
 from moduseg.datasets.palette import voc_palette
 from moduseg.errors import ArtefactError, ConfigError
+from moduseg.miniature.drawing import STUFF
+from moduseg.miniature.voc_writer import write_voc
 from moduseg.miniature.world import (
     CLASSES,
     DATASET_SEEDS,
@@ -18,12 +20,10 @@ from moduseg.miniature.world import (
     PRETRAIN_SEED,
     QUALITY_SEED,
     SHAPES,
-    STUFF,
     Scene,
     WorldConfig,
     describe,
     render_scene,
-    write_voc,
 )
 
 
