@@ -65,6 +65,8 @@ class VitTraining:
         bfloat16: mixed precision.
         check_every: steps between two measurements of quality, each followed by a save.
         check_scenes: scenes of each split in a measurement.
+        mean_weight: weight, beside the log-sum-exp's, of the loss of logits averaged over the patches of tiles and
+            close-ups: it asks every patch of an object for the class, not only the most telling one.
         start: weights to start from; random ones, with filters in the first layer, where left out.
         head_steps: first steps in which only the head learns; for a model that starts from weights.
     """
@@ -85,6 +87,7 @@ class VitTraining:
     bfloat16: bool = True
     check_every: int = 200
     check_scenes: int = 80
+    mean_weight: float = 0.0
     start: str | None = None
     head_steps: int = 0
 
@@ -140,9 +143,10 @@ class TagHead(nn.Module):
         words = len(HUES) + len(SHAPES)
         self.scene_bias = nn.Parameter(torch.tensor([-6.9] * (len(TAG_NAMES) - words) + [-6.1] * words))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[B, N, C]` tokens to `[B, 24]` logits, without the bias of scenes."""
-        return self.linear(tokens).float().logsumexp(dim=1)
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, N, C]` tokens to `[B, 24]` logits, without the bias of scenes: by log-sum-exp, and by the mean."""
+        logits = self.linear(tokens).float()
+        return logits.logsumexp(dim=1), logits.mean(dim=1)
 
     def loss(self, logits: torch.Tensor, tags: torch.Tensor, scenes: bool) -> torch.Tensor:
         """Scalar loss of `[B, 24]` logits against `[B, 24]` tags in {0, 1}."""
@@ -205,8 +209,10 @@ def train_vit(settings: VitTraining, output: Path, pools: dict[int, ScenePool] |
         pixels = (images if per_input == 1 else mosaic(images)).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             tokens = model.forward_features((pixels - mean) / std)[:, model.num_prefix_tokens :]
-            logits = head(tokens if per_input == 1 else split_mosaic(tokens, side))
+            logits, mean_logits = head(tokens if per_input == 1 else split_mosaic(tokens, side))
         loss = head.loss(logits, tags, scenes=per_input == 1)
+        if settings.mean_weight and per_input > 1:
+            loss = loss + settings.mean_weight * head.loss(mean_logits, tags, scenes=False)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
