@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moduseg.backbones.base import Backbone
+from moduseg.backbones.inputs import to_input
 from moduseg.backbones.timm_model import (
     build_model,
     check_layer,
@@ -25,7 +25,7 @@ from moduseg.backbones.timm_model import (
     pretrained_id,
     resample_to_patches,
 )
-from moduseg.errors import DataError, MissingError
+from moduseg.errors import MissingError
 from moduseg.runtime.devices import Device
 from moduseg.runtime.weights import file_digest, find_weights
 from moduseg.structures import TokenMap
@@ -111,7 +111,7 @@ class TimmBackbone(Backbone):
             MissingError: the weights are not there.
             ArtefactError: the weights are of another model.
         """
-        inputs = [self._resize(image) for image in images]
+        inputs = [to_input(image, self._short_side, self._device.torch_device) for image in images]
         groups: dict[tuple[int, int], list[int]] = {}
         for index, tensor in enumerate(inputs):
             height, width = (-(-side // self.stride) * self.stride for side in tensor.shape[1:])
@@ -161,24 +161,6 @@ class TimmBackbone(Backbone):
             for name, chosen in (("mean", self._mean), ("std", self._std))
         )
         return mean.view(3, 1, 1), std.view(3, 1, 1)
-
-    def _resize(self, image: np.ndarray) -> Tensor:
-        """`[3, H', W']` float32 in [0, 1] on the device, at the size that the model sees before padding."""
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise DataError(
-                f"image: got {image.shape} {image.dtype}, expected [H, W, 3] uint8 RGB with at least one pixel; "
-                "read it with moduseg.datasets.io.read_image"
-            )
-        # Copied: a tensor may not share memory with a read-only or negatively strided array.
-        tensor = torch.from_numpy(np.array(image, order="C")).to(self._device.torch_device)
-        tensor = tensor.permute(2, 0, 1).float() / 255.0
-        if self._short_side is None or self._short_side == min(image.shape[:2]):
-            return tensor
-        scale = self._short_side / min(image.shape[:2])
-        size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
-        return F.interpolate(tensor[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(
-            0, 1
-        )
 
     @torch.inference_mode()
     def _forward(self, inputs: Sequence[Tensor], padded: tuple[int, int]) -> Tensor:

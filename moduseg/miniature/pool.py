@@ -20,7 +20,7 @@ from moduseg.miniature.world import PRETRAIN_SEED, QUALITY_SEED, Scene, WorldCon
 MODEL_SIZE = 128
 """Side of the square that the models are made for, and longest side of a scene."""
 CLOSE_UP = WorldConfig(
-    size=64, detail=2.0, aspects=(1.0,), max_objects=1, radius=(0.14, 0.4), max_clutter=3, cluster=0.1
+    size=64, detail=2.0, aspects=(1.0,), max_objects=1, radius=(0.14, 0.5), max_clutter=3, cluster=0.1
 )
 """Small pictures of one object, drawn at the scale of scenes of 128 pixels."""
 TILE = replace(CLOSE_UP, size=32, detail=4.0, radius=(0.22, 0.5), max_clutter=1, cluster=0.0)

@@ -28,7 +28,7 @@ _EDGE_GAIN = 6.0
 
 
 class SuperpixelProposer(Proposer):
-    """Nested, overlapping masks, the most salient first; every score is 1, as there is no estimate of quality.
+    """Masks, the most salient first: nested where merged, else disjoint; every score is 1, for want of an estimate.
 
     Salience is how unlike its surroundings a region still was when it was merged away, times the root of the colour
     step along its border, times a small power of its area; it decides the order and what `max_proposals` leaves.
@@ -48,6 +48,8 @@ class SuperpixelProposer(Proposer):
         weights: what counts in a merge: likeness of colours, of textures, small size, a well-filled box, and (against
             it) the colour step along the common border.
         max_side: an image with a longer side is segmented at this size, and the masks are scaled up.
+        merge: `False` leaves the superpixels as they are, the largest first; with one scale and space the proposals are
+            then disjoint, and the merging options count for nothing.
 
     Raises:
         ValueError: a value out of range.
@@ -66,6 +68,7 @@ class SuperpixelProposer(Proposer):
         max_proposals: int = 120,
         weights: tuple[float, float, float, float, float] = (2.0, 1.0, 1.0, 1.0, 1.0),
         max_side: int = 400,
+        merge: bool = True,
     ) -> None:
         if not scales or min(scales) <= 0:
             raise ValueError(f"scales: got {list(scales)}, expected numbers above 0; try [15, 50]")
@@ -100,6 +103,7 @@ class SuperpixelProposer(Proposer):
         self.max_proposals = max_proposals
         self.weights = weights
         self.max_side = max_side
+        self.merge = merge
 
     def propose(self, sample: Sample) -> Proposals:
         """At most `max_proposals` masks, in descending salience."""
@@ -119,7 +123,7 @@ class SuperpixelProposer(Proposer):
             for scale in self.scales:
                 labels = felzenszwalb(colours, scale=scale, sigma=self.sigma, min_size=self.min_size, channel_axis=-1)
                 maps.append(labels)
-                trees.append(_merge(labels, view, texture, self.weights))
+                trees.append(_merge(labels, view, texture, self.weights) if self.merge else _leaves(labels))
         pieces, members = self._select(maps, trees, height * width)
         if shrink < 1:
             pieces = cv2.resize(pieces, (width, height), interpolation=cv2.INTER_NEAREST)
@@ -201,6 +205,12 @@ def _texture(image: np.ndarray, sigma: float) -> np.ndarray:
     direction = (np.arctan2(down, across) / (2 * np.pi) + 0.5) * _ORIENTATIONS
     strength = np.digitize(np.hypot(across, down), _MAGNITUDES)
     return (direction.astype(np.int64) % _ORIENTATIONS) * (len(_MAGNITUDES) + 1) + strength
+
+
+def _leaves(labels: np.ndarray) -> _Tree:
+    """The superpixels `0..n-1` of `labels` `[H, W]` themselves; the larger, the more salient."""
+    size = np.bincount(labels.ravel()).astype(np.float64)
+    return _Tree(np.eye(len(size), dtype=bool), size, size / labels.size)
 
 
 def _merge(labels: np.ndarray, view: np.ndarray, texture: np.ndarray, weights: Sequence[float]) -> _Tree:

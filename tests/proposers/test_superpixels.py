@@ -112,3 +112,12 @@ def test_empty_result_has_the_image_size() -> None:
 def test_wrong_values(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match="got"):
         build({"name": "superpixels", key: value}, CPU)
+
+
+def test_unmerged_superpixels_are_disjoint_and_largest_first(scene: tuple[np.ndarray, list[np.ndarray]]) -> None:
+    proposer = SuperpixelProposer(scales=(50,), merge=False, min_area=1, max_area=1, max_proposals=10_000)
+    proposals = proposer.propose(Sample("a", scene[0]))
+    assert len(proposals) > 3
+    # Together they cover every pixel once.
+    assert torch.equal(proposals.masks.sum(0), torch.ones(96, 128, dtype=torch.int64))
+    assert proposals.areas.tolist() == sorted(proposals.areas.tolist(), reverse=True)
