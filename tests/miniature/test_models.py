@@ -184,8 +184,22 @@ def test_phrases_of_a_picture() -> None:
 def test_tag_head_is_the_log_sum_exp_of_patch_logits() -> None:
     head = TagHead(4)
     tokens = torch.randn(2, 5, 4)
-    expected = torch.log(torch.exp(tokens @ head.linear.weight.T + head.linear.bias).sum(1))
-    torch.testing.assert_close(head(tokens), expected)
+    patches = tokens @ head.linear.weight.T + head.linear.bias
+    torch.testing.assert_close(head(tokens), (torch.log(torch.exp(patches).sum(1)), patches.mean(1)))
+
+
+def test_mean_weight_reaches_the_training_of_pictures_of_one_object(
+    pools: dict[int, ScenePool], tmp_path: Path
+) -> None:
+    def train(weight: float, shares: tuple[float, float, float], name: str) -> bytes:
+        settings = VitTraining(
+            steps=2, batch=1, check_scenes=2, mean_weight=weight, first_shares=shares, last_shares=shares
+        )
+        return train_vit(settings, tmp_path / name, pools).read_bytes()
+
+    tiles, scenes = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
+    assert train(0.5, tiles, "a.safetensors") != train(0.0, tiles, "b.safetensors")
+    assert train(0.5, scenes, "c.safetensors") == train(0.0, scenes, "d.safetensors")
 
 
 def test_batched_decoder_equals_segment_anything() -> None:
