@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -49,8 +49,9 @@ from moduseg.miniature.pool import (
     split_mosaic,
 )
 from moduseg.miniature.quality import dense_text_accuracy, quality_scenes
-from moduseg.miniature.vit import VIT_ARGS, VIT_MEAN, VIT_STD, build_miniature_vit
-from moduseg.miniature.weights import load_weights, weights_path
+from moduseg.miniature.teacher import load_teacher, prediction_loss
+from moduseg.miniature.vit import VIT_ARGS
+from moduseg.miniature.weights import load_weights
 from moduseg.miniature.world import CLASSES, HUES, PRETRAIN_SEED, SHAPES, describe
 
 if TYPE_CHECKING:
@@ -156,10 +157,7 @@ def train_clip(settings: ClipTraining, output: Path, pools: dict[int, ScenePool]
     if settings.start is not None:
         load_weights(model, Path(settings.start) / "model.safetensors")
     score = PhraseScore().to(device)
-    teacher = None
-    if settings.teacher is not None:
-        path = weights_path("vit") if settings.teacher == "vit" else Path(settings.teacher)
-        teacher = build_miniature_vit(path).to(device)
+    teacher = load_teacher(settings.teacher, device)
     predict = nn.Linear(model.config.vision_config.hidden_size, VIT_ARGS["embed_dim"]).to(device)
     groups = parameter_groups(nn.ModuleList([model, predict]), settings.weight_decay)
     groups.append({"params": list(score.parameters()), "weight_decay": 0.0})
@@ -263,19 +261,3 @@ def image_features(model: CLIPModel, hidden: torch.Tensor) -> tuple[torch.Tensor
     out = project(model, layer(hidden, attention_mask=None))
     values = layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(hidden[:, 1:])))
     return out[:, 0], out[:, 1:], project(model, values)
-
-
-def prediction_loss(predicted: torch.Tensor, teacher: Any | None, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance to the teacher's patch tokens, each brought to zero mean and unit variance.
-
-    Args:
-        predicted: `[B, N, C]`.
-        teacher: the miniature ViT; without one the loss is zero.
-        pixels: `[B, 3, H, W]` in [0, 1].
-    """
-    if teacher is None:
-        return predicted.new_zeros(())
-    with torch.no_grad():
-        mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (VIT_MEAN, VIT_STD))
-        tokens = teacher.forward_features((pixels - mean) / std)[:, teacher.num_prefix_tokens :]
-    return F.mse_loss(predicted.float(), F.layer_norm(tokens.float(), tokens.shape[-1:]))

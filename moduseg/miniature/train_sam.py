@@ -4,6 +4,10 @@ A point on an object asks for that object's visible pixels, a point on the backg
 Three of the decoder's four outputs compete: the one closest to the truth is trained (binary cross-entropy and dice),
 which leaves the others free to answer the point differently; the fourth, SAM's single-mask output, is trained always.
 The quality head learns the IoU that each output reaches, because the automatic generator filters by it.
+
+What the image encoder's last block gives, before the neck, may also learn to predict the patch tokens of the miniature
+ViT, itself trained from tags alone. Like CLIP, SAM cuts its patches from the pixels, and masks alone are slow to teach
+it textures and shapes. The ViT is not needed afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +31,9 @@ from moduseg.miniature.pool import (
     parameter_groups,
 )
 from moduseg.miniature.quality import quality_scenes, sam_recall
-from moduseg.miniature.sam import SAM_SIZE, build_miniature_sam
+from moduseg.miniature.sam import SAM_PATCH, SAM_SIZE, SAM_WIDTH, build_miniature_sam
+from moduseg.miniature.teacher import load_teacher, prediction_loss
+from moduseg.miniature.vit import VIT_ARGS
 from moduseg.miniature.weights import save_weights
 from moduseg.miniature.world import PRETRAIN_SEED
 
@@ -51,6 +57,10 @@ class SamTraining:
         bfloat16: mixed precision.
         check_every: steps between two measurements of quality, each followed by a save.
         check_scenes: scenes in a measurement.
+        teacher: weights of the miniature ViT whose tokens are predicted: a file, `"vit"` for the shipped ones, or
+            nothing.
+        teacher_weight: weight of that prediction.
+        quality_weight: weight of the IoU regression.
         start: weights to start from; random ones where left out.
     """
 
@@ -67,6 +77,9 @@ class SamTraining:
     bfloat16: bool = True
     check_every: int = 1_000
     check_scenes: int = 24
+    teacher: str | None = None
+    teacher_weight: float = 1.0
+    quality_weight: float = 1.0
     start: str | None = None
 
 
@@ -87,14 +100,22 @@ def train_sam(settings: SamTraining, output: Path, pool: ScenePool | None = None
     scenes = quality_scenes("val", settings.check_scenes)
     device = torch.device(settings.device)
     sam = build_miniature_sam(None if settings.start is None else Path(settings.start)).to(device)
+    teacher = load_teacher(settings.teacher, device)
+    predict = nn.Linear(SAM_WIDTH, VIT_ARGS["embed_dim"]).to(device)
+    hidden: list[torch.Tensor] = []
+    if teacher is not None:
+        sam.image_encoder.blocks[-1].register_forward_hook(lambda *call: hidden.append(call[-1]))
     optimiser = torch.optim.AdamW(
-        parameter_groups(sam, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.99)
+        parameter_groups(nn.ModuleList([sam, predict]), settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.99),
     )
     log = TrainingLog(output.with_suffix(".jsonl"))
 
     def check(step: int, loss: float) -> None:
         sam.eval()
         quality = sam_recall(sam, scenes)
+        hidden.clear()
         log.write(step=step, loss=loss, **quality, seconds=schedule.seconds)
         save_weights(sam.state_dict(), output)
         sam.train()
@@ -106,6 +127,7 @@ def train_sam(settings: SamTraining, output: Path, pool: ScenePool | None = None
         if step and step % settings.check_every == 0:
             check(step, running)
         group, index = pool.batch(rng, settings.batch)
+        hidden.clear()
         images, (instances, stuff) = augment(
             group.images[index], (group.instances[index], group.stuff_maps[index]), rng
         )
@@ -115,12 +137,21 @@ def train_sam(settings: SamTraining, output: Path, pool: ScenePool | None = None
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             embeddings = sam.image_encoder(sam.preprocess(255.0 * images.to(device)))
             logits, quality = decode(sam, embeddings, points.to(device))
-        loss = sam_loss(logits.float(), quality.float(), targets.to(device), images.shape[-2:])
+            teacher_loss = torch.zeros((), device=device)
+            if teacher is not None:
+                # Padding has no tokens to predict.
+                h, w = (side // SAM_PATCH for side in images.shape[-2:])
+                predicted = predict(hidden[0][:, :h, :w]).flatten(1, 2)
+                teacher_loss = prediction_loss(predicted, teacher, images.to(device))
+        masks = sam_loss(
+            logits.float(), quality.float(), targets.to(device), images.shape[-2:], settings.quality_weight
+        )
+        loss = masks + settings.teacher_weight * teacher_loss
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
         optimiser.step()
-        running = float(loss.detach()) if step == 0 else 0.98 * running + 0.02 * float(loss.detach())
+        running = float(masks.detach()) if step == 0 else 0.98 * running + 0.02 * float(masks.detach())
     check(step + 1, running)
     log.close()
     return output
@@ -189,7 +220,13 @@ def decode(sam: Sam, embeddings: torch.Tensor, points: torch.Tensor) -> tuple[to
     return logits, decoder.iou_prediction_head(tokens[:, 0])
 
 
-def sam_loss(logits: torch.Tensor, quality: torch.Tensor, targets: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def sam_loss(
+    logits: torch.Tensor,
+    quality: torch.Tensor,
+    targets: torch.Tensor,
+    shape: Sequence[int],
+    quality_weight: float = 1.0,
+) -> torch.Tensor:
     """Best-of-three mask loss, single-mask loss and IoU regression.
 
     Args:
@@ -197,6 +234,7 @@ def sam_loss(logits: torch.Tensor, quality: torch.Tensor, targets: torch.Tensor,
         quality: `[N, 4]` predicted IoU.
         targets: `[B, P, H, W]` in {0, 1} with `B * P = N`, for the image without padding.
         shape: `(H, W)`.
+        quality_weight: weight of the IoU regression.
 
     Returns:
         Scalar.
@@ -215,4 +253,4 @@ def sam_loss(logits: torch.Tensor, quality: torch.Tensor, targets: torch.Tensor,
         union = (inside | wanted).sum((2, 3)).clamp_min(1)
         iou = (inside & wanted).sum((2, 3)) / union
     best = cost[:, 1:].min(dim=1).values
-    return best.mean() + 0.3 * cost[:, 0].mean() + F.mse_loss(quality, iou)
+    return best.mean() + 0.3 * cost[:, 0].mean() + quality_weight * F.mse_loss(quality, iou)
