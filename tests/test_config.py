@@ -62,7 +62,7 @@ def test_every_table_composes(name: str) -> None:
         (["bank.aggregation=firm"], r"bank\.aggregation: got 'firm'.*one of soft, hard"),
         (["bank.outliers.drop_ratio=1"], r"drop_ratio: got 1\.0, expected 0 <= ratio < 1"),
         (["proposer=sum"], r"proposer/sum"),
-        (["+proposer.scal=[1]"], r"proposer\.scal: unknown key.*did you mean proposer\.scales"),
+        (["proposer=superpixels", "+proposer.scal=[1]"], r"proposer\.scal: unknown key.*did you mean proposer\.scales"),
         (["backbone=miniature_random", "backbone.model=no_such_model"], r"no_such_model"),
         (["dataset.seed=zero"], r"dataset\.seed: got 'zero'"),
         (["+extra=1"], r"extra: unknown key"),

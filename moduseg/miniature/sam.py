@@ -24,9 +24,9 @@ SAM_DECODER_WIDTH = 64
 SAM_GENERATOR: dict[str, Any] = {
     "points_per_side": 14,
     "points_per_batch": 256,
-    "pred_iou_thresh": 0.5,
+    "pred_iou_thresh": 0.4,
     "stability_score_thresh": 0.6,
-    "box_nms_thresh": 0.8,
+    "box_nms_thresh": 0.9,
 }
 """Options of `SamAutomaticMaskGenerator` that suit the miniature."""
 
