@@ -237,13 +237,20 @@ class ClipSource:
 def _load(folder: Path, key: str) -> CLIPModel:
     """The model of a directory, every tensor accounted for."""
     from transformers import CLIPModel
+    from transformers.utils import logging
 
+    # Its bar would break into the one over the images.
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, report = CLIPModel.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise ArtefactError(
             f"{folder}: not readable as a CLIP ({_first_line(error)}); fetch the files again, or check {key}"
         ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     # Buffers of position numbers, which older files hold, are made anew by the model.
     wrong = {
         what: sorted(str(name) for name in report.get(what, ()) if not str(name).endswith("position_ids"))
