@@ -66,7 +66,7 @@ HUE_TEMPLATES: tuple[str, ...] = ("{}", "a {} object", "{} objects", "the {} obj
 
 @dataclass
 class ClipTraining:
-    """Settings of the training; see `configs/model/clip.yaml` for those of the shipped weights.
+    """Settings of the training; the miniature README has those of the shipped weights.
 
     Args:
         steps, minutes: length, see `Schedule`.

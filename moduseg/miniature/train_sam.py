@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SamTraining:
-    """Settings of the training; see `configs/model/sam.yaml` for those of the shipped weights.
+    """Settings of the training; the miniature README has those of the shipped weights.
 
     Args:
         steps, minutes: length, see `Schedule`.

@@ -51,7 +51,7 @@ SIZES = (32, 64, 128)
 
 @dataclass
 class VitTraining:
-    """Settings of the training; see `configs/model/vit.yaml` for those of the shipped weights.
+    """Settings of the training; the miniature README has those of the shipped weights.
 
     Args:
         steps, minutes: length, see `Schedule`.
