@@ -115,7 +115,6 @@ def train_sam(settings: SamTraining, output: Path, pool: ScenePool | None = None
     def check(step: int, loss: float) -> None:
         sam.eval()
         quality = sam_recall(sam, scenes)
-        hidden.clear()
         log.write(step=step, loss=loss, **quality, seconds=schedule.seconds)
         save_weights(sam.state_dict(), output)
         sam.train()
@@ -127,13 +126,13 @@ def train_sam(settings: SamTraining, output: Path, pool: ScenePool | None = None
         if step and step % settings.check_every == 0:
             check(step, running)
         group, index = pool.batch(rng, settings.batch)
-        hidden.clear()
         images, (instances, stuff) = augment(
             group.images[index], (group.instances[index], group.stuff_maps[index]), rng
         )
         points, targets = draw_points(instances, stuff, settings.points, settings.background_points, rng)
         for parameters in optimiser.param_groups:
             parameters["lr"] = settings.learning_rate * factor
+        hidden.clear()  # of earlier steps and of the measurement
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             embeddings = sam.image_encoder(sam.preprocess(255.0 * images.to(device)))
             logits, quality = decode(sam, embeddings, points.to(device))

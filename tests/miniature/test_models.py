@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.miniature.clip import (
     DENSE_MODES,
@@ -40,7 +41,7 @@ from moduseg.miniature.quality import (
     sam_recall,
     vit_tokens,
 )
-from moduseg.miniature.sam import build_miniature_sam
+from moduseg.miniature.sam import SAM_GENERATOR, build_miniature_sam
 from moduseg.miniature.train_clip import PHRASES, ClipTraining, held_phrases, train_clip
 from moduseg.miniature.train_sam import SamTraining, decode, draw_points, train_sam
 from moduseg.miniature.train_vit import TAG_NAMES, TAGS, TagHead, VitTraining, train_vit
@@ -322,6 +323,23 @@ def test_trainings_are_reproducible(name: str, pools: dict[int, ScenePool], tmp_
     lines = [json.loads(line) for line in first.with_suffix(".jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
     {"vit": build_miniature_vit, "sam": build_miniature_sam}[name](first)
+
+
+def test_teacher_reaches_the_training_of_sam(pools: dict[int, ScenePool], tmp_path: Path) -> None:
+    def train(teacher: str | None, weight: float, name: str) -> bytes:
+        settings = SamTraining(
+            steps=3, batch=2, check_every=2, check_scenes=2, teacher=teacher, teacher_weight=weight, seed=PRETRAIN_SEED
+        )
+        return train_sam(settings, tmp_path / name, pools[128]).read_bytes()
+
+    alone = train(None, 1.0, "alone.safetensors")
+    assert train("vit", 1.0, "taught.safetensors") != alone
+    assert train("vit", 0.0, "unheard.safetensors") == alone
+
+
+def test_generator_options_are_those_of_the_configuration() -> None:
+    proposer = compose(["proposer=sam_miniature"]).proposer
+    assert {name: proposer[name] for name in SAM_GENERATOR} == SAM_GENERATOR
 
 
 def test_clip_training(pools: dict[int, ScenePool], tmp_path: Path) -> None:
