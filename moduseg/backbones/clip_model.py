@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import pickle
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +15,9 @@ from torch import Tensor
 
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.runtime.devices import Device
-from moduseg.runtime.weights import file_digest, find_weights
+from moduseg.runtime.hub import first_line as _first_line
+from moduseg.runtime.hub import model_digest, model_folder
+from moduseg.runtime.weights import find_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """OpenAI's normalisation of inputs in [0, 1], for directories without a preprocessor file."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-SMALL_FILES = ("*config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 _TEXTS_AT_ONCE = 128
 
 
@@ -77,33 +74,15 @@ class ClipSource:
         folders = [] if self.weights == "random" else [self.folder]
         if self._tokenizer_folder is not None:
             folders.append(find_weights(self._tokenizer_folder, self._tokenizer_key))
-        total = hashlib.sha256()
-        for folder in folders:
-            for path in sorted({p for pattern in (*SMALL_FILES, *_weight_patterns()) for p in folder.glob(pattern)}):
-                total.update(f"{path.name}:{file_digest(path)}\n".encode())
         if self.weights == "random":
-            return f"random-{self._seed}" + (f"-{total.hexdigest()}" if folders else "")
-        return total.hexdigest()
+            return f"random-{self._seed}" + (f"-{model_digest(*folders)}" if folders else "")
+        return model_digest(*folders)
 
     @cached_property
     def folder(self) -> Path:
         """The directory of the weights, fetched from the hub where need be; not for `random`."""
-        text = os.path.expandvars(self.weights)
-        if unset := re.search(r"\$\{?(\w+)", text):
-            raise MissingError(
-                f"{self.key}: got {self.weights!r}, but the environment variable {unset[1]} is not set; set it to the "
-                f"directory of a CLIP, or give it: {self.key}=<directory>"
-            )
-        if HUB_ID.fullmatch(text) and not text.startswith("miniature/") and not Path(text).exists():
-            folder = self._fetch(text)
-        else:
-            folder = find_weights(text, self.key)
-        if not (folder / "config.json").is_file() or not _weight_files(folder):
-            raise MissingError(
-                f"{self.key}: {folder} holds no config.json with model.safetensors or pytorch_model.bin; "
-                f"set {self.key}=<directory of a CLIP as save_pretrained writes it>"
-            )
-        return folder
+        companions = TOKENIZER_FILES if self._tokenizer_folder is None else ()
+        return model_folder(self.weights, self.key, self._revision, "CLIP", companions)
 
     @cached_property
     def model(self) -> CLIPModel:
@@ -210,29 +189,6 @@ class ClipSource:
                 key = self.key.rsplit(".", 1)[0] + ".config"
                 raise ConfigError(f"{key}: makes no CLIP ({_last_line(error)}); see transformers.CLIPConfig") from error
 
-    def _fetch(self, hub_id: str) -> Path:
-        """The directory of a hub id in the hub's cache, fetched where it is not there."""
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            folder = Path(
-                snapshot_download(hub_id, revision=self._revision, allow_patterns=[*SMALL_FILES, "model*.safetensors*"])
-            )
-            if not _weight_files(folder):
-                # Older repositories have their weights as a PyTorch file only.
-                folder = Path(snapshot_download(hub_id, revision=self._revision, allow_patterns=["pytorch_model*"]))
-        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-            revision = f" at revision {self._revision}" if self._revision else ""
-            option = f" --revision {self._revision}" if self._revision else ""
-            raise MissingError(
-                f"{self.key}: got hub id {hub_id!r}{revision}, which is not cached and could not be fetched "
-                f"({_first_line(error)}); with a network run `hf download {hub_id}{option}`, or fetch config.json, "
-                "preprocessor_config.json, vocab.json, merges.txt and model.safetensors or pytorch_model.bin from "
-                f"https://huggingface.co/{hub_id} into a directory and set {self.key}=<that directory>"
-            ) from error
-        return folder
-
 
 def _load(folder: Path, key: str) -> CLIPModel:
     """The model of a directory, every tensor accounted for."""
@@ -263,18 +219,6 @@ def _load(folder: Path, key: str) -> CLIPModel:
             f"{folder}: not the weights of its config.json ({counts} tensors, first {first}); check {key}"
         )
     return model
-
-
-def _weight_patterns() -> tuple[str, ...]:
-    return ("model*.safetensors*", "pytorch_model*")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return [p for pattern in _weight_patterns() for p in folder.glob(pattern) if p.suffix in (".safetensors", ".bin")]
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _last_line(error: BaseException) -> str:

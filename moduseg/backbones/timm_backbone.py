@@ -18,11 +18,12 @@ from moduseg.backbones.inputs import to_input
 from moduseg.backbones.timm_model import (
     build_model,
     check_layer,
+    hub_alternative,
     is_transformer,
     load_weights,
     measure_grid,
     patch_side,
-    pretrained_id,
+    published_file,
     resample_to_patches,
 )
 from moduseg.errors import MissingError
@@ -40,7 +41,8 @@ class TimmBackbone(Backbone):
         model: timm's name of the model (`vit_base_patch14_dinov2`, `mobilenetv2_100`).
         device: where the model runs and in which precision; tokens are float32 there.
         weights: a path (`~` and `$VARIABLE` are expanded when the file is first needed), `miniature/<file>` for one
-            that the package carries, `hub` for timm's published weights, or `random`.
+            that the package carries, an address (`moduseg.runtime.weights.find_weights`), `hub` for timm's published
+            weights, or `random`.
         model_kwargs: more arguments for `timm.create_model` (`{img_size: 128, patch_size: 8}`).
         mean, std: of the RGB channels in [0, 1]; those of the model's `pretrained_cfg` where left out.
         layer: block of a ViT whose output is taken, counted from 0 or, negative, from the end; the final norm follows.
@@ -48,6 +50,7 @@ class TimmBackbone(Backbone):
         short_side: the image is resized until its short side has this many pixels; native size where left out.
         batch_size: images of one padded size that share a forward pass.
         seed: of `random` weights.
+        revision: branch, tag or commit of the hub's repository, for `hub`.
 
     Raises:
         ValueError: a number out of range.
@@ -66,6 +69,7 @@ class TimmBackbone(Backbone):
         short_side: int | None = None,
         batch_size: int = 8,
         seed: int = 0,
+        revision: str | None = None,
     ) -> None:
         if not weights:
             raise ValueError("weights: got an empty text, expected a path, hub or random; try weights=random")
@@ -76,21 +80,19 @@ class TimmBackbone(Backbone):
             raise ValueError(f"std: got {std}, expected numbers above 0; try 0.5 for each channel")
         self._name, self._device, self._weights, self._seed = model, device, weights, seed
         self._kwargs, self._mean, self._std = dict(model_kwargs or {}), mean, std
-        self._layer, self._output_stride = layer, output_stride
+        self._layer, self._output_stride, self._revision = layer, output_stride, revision
         self._short_side, self._batch_size = short_side, batch_size
 
     @property
     def digest(self) -> str:
-        """sha256 of the weight file; `random-<seed>`; or `hub-<id>` with timm's hub id, which names the training run.
+        """sha256 of the weight file, fetched where need be; or `random-<seed>`.
 
         Raises:
-            MissingError: there is no such file.
+            MissingError: there is no such file, and none can be fetched.
             ConfigError: timm has no such model, or no published weights for it.
         """
         if self._weights == "random":
             return f"random-{self._seed}"
-        if self._weights == "hub":
-            return f"hub-{pretrained_id(self._name)}"
         return file_digest(self._path())
 
     @property
@@ -127,18 +129,20 @@ class TimmBackbone(Backbone):
         return [maps[index] for index in range(len(images))]
 
     def _path(self) -> Path:
+        if self._weights == "hub":
+            return published_file(self._name, self._revision, KEY)
         text = os.path.expandvars(self._weights)
         if unset := re.search(r"\$\{?(\w+)", text):
             raise MissingError(
                 f"{KEY}: got {self._weights!r}, but the environment variable {unset[1]} is not set; set it to the path "
-                f"of the weights of {self._name}, or give the path: {KEY}=<path>"
+                f"of the weights of {self._name}, or give the path: {KEY}=<path>{hub_alternative(self._name, KEY)}"
             )
         return find_weights(text, KEY)
 
     @cached_property
     def _model(self) -> Any:
-        path = None if self._weights in ("random", "hub") else self._path()
-        model = build_model(self._name, self._kwargs, self._output_stride, self._weights == "hub", self._seed)
+        path = None if self._weights == "random" else self._path()
+        model = build_model(self._name, self._kwargs, self._output_stride, False, self._seed)
         check_layer(model, self._layer, self._name)
         if path is not None:
             load_weights(model, path)

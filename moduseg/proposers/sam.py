@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from moduseg.errors import ArtefactError, DataError, MissingError
 from moduseg.proposers.base import Proposer
 from moduseg.runtime.devices import Device
-from moduseg.runtime.weights import file_digest, find_weights, load_state
+from moduseg.runtime.download import fetch
+from moduseg.runtime.weights import ADDRESSES, file_digest, find_weights, load_state
 from moduseg.structures import Proposals, Sample
 
 if TYPE_CHECKING:
@@ -27,7 +28,13 @@ PUBLISHED = {
     "vit_l": "sam_vit_l_0b3195.pth",
     "vit_h": "sam_vit_h_4b8939.pth",
 }
-"""Names of the published weight files, by model."""
+"""Names of the published weight files, by model; the digits are the beginning of the file's MD5."""
+SHA256 = {
+    "vit_b": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    "vit_l": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    "vit_h": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+}
+"""Their digests, as those who have the files agree; the publisher names none."""
 ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 
@@ -41,7 +48,8 @@ class SamProposer(Proposer):
     Args:
         device: where the model runs. Precision holds for the image encoder; prompts and masks stay in float32.
         model: `vit_b`, `vit_l`, `vit_h`, or `miniature` (moduseg/miniature/README.md).
-        checkpoint: path of the weights (`~` allowed), `miniature/sam.safetensors`, or `random`.
+        checkpoint: `published` (fetched from where the model's authors publish it), an address
+            (`moduseg.runtime.weights.find_weights`), a path (`~` allowed), `miniature/sam.safetensors`, or `random`.
         points_per_side: points along each side of the image.
         points_per_batch: points that share a pass of the mask decoder; changes speed and memory only.
         pred_iou_thresh: least predicted IoU, in [0, 1].
@@ -79,6 +87,10 @@ class SamProposer(Proposer):
     ) -> None:
         if not checkpoint:
             raise ValueError("checkpoint: got an empty text, expected a path or random; try miniature/sam.safetensors")
+        if checkpoint == "published" and model not in PUBLISHED:
+            raise ValueError(
+                f"checkpoint: got 'published', but the package carries model={model}; try miniature/sam.safetensors"
+            )
         for name, number, low, high in (
             ("points_per_side", points_per_side, 1, 1024),
             ("points_per_batch", points_per_batch, 1, 1 << 20),
@@ -119,7 +131,7 @@ class SamProposer(Proposer):
         """sha256 of the checkpoint, or `random-<seed>`.
 
         Raises:
-            MissingError: there is no such file.
+            MissingError: there is no such file, and none can be fetched.
         """
         return f"random-{self._seed}" if self._checkpoint == "random" else file_digest(self._path())
 
@@ -197,6 +209,10 @@ class SamProposer(Proposer):
         return sam.eval()
 
     def _path(self) -> Path:
+        if self._checkpoint == "published":
+            return fetch(ADDRESS + PUBLISHED[self._name], KEY, SHA256[self._name], "published")
+        if self._checkpoint.startswith(ADDRESSES):
+            return find_weights(self._checkpoint, KEY)
         try:
             return find_weights(self._checkpoint, KEY)
         except MissingError as error:
@@ -208,7 +224,7 @@ class SamProposer(Proposer):
                 ) from error
             raise MissingError(
                 f"{KEY}: got {self._checkpoint!r}, no such file; fetch {file} from {ADDRESS}{file} and set "
-                f"{KEY}=<path of {file}>"
+                f"{KEY}=<path of {file}>, or set {KEY}=published"
             ) from error
 
 

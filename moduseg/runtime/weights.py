@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
+import re
 from pathlib import Path
 
 import torch
@@ -11,40 +10,45 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moduseg.errors import ArtefactError, MissingError
+from moduseg.errors import ArtefactError, ConfigError, MissingError
+from moduseg.runtime.digests import file_digest
+from moduseg.runtime.download import fetch
+from moduseg.runtime.hub import hub_file
 
+__all__ = ["ADDRESSES", "file_digest", "find_weights", "load_state"]
 
-@lru_cache(maxsize=64)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, hexadecimal; read once for each size and modification time.
-
-    Raises:
-        MissingError: there is no such file.
-    """
-    if not path.is_file():
-        raise MissingError(f"{path}: no such file; check the path")
-    stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+ADDRESSES = ("https://", "http://", "hf://")
+"""How names of weights begin that are not on this machine."""
 
 
 def find_weights(path: str, key: str) -> Path:
-    """The file that a configuration's `weights` names.
+    """The file that a configuration's `weights` names, fetched into the cache folder where it has an address.
 
     Args:
-        path: a path (`~` allowed), or `miniature/<file>` for one that the package carries.
+        path: one of
+            a path (`~` allowed),
+            `miniature/<file>`, which the package carries,
+            `https://<host>/<path>/<file>`, with `#sha256=<64 digits>` behind it where the digest is known,
+            `hf://<owner>/<name>[@<revision>]/<file>`, a file of the hub.
         key: the configuration key, for the message.
 
     Raises:
-        MissingError: there is no such file or folder.
+        MissingError: there is no such file or folder, and none can be fetched.
+        ConfigError: an address that is none.
+        ArtefactError: a file of another digest.
+        StorageError: a fetched file cannot be written.
     """
+    if path.startswith(("https://", "http://")):
+        url, _, fragment = path.partition("#")
+        digest = re.fullmatch(r"sha256=([0-9a-f]{64})", fragment.lower())
+        if fragment and digest is None:
+            raise ConfigError(f"{key}: got {path!r}, expected #sha256=<64 hexadecimal digits> behind the address")
+        return fetch(url, key, digest[1] if digest else None, path)
+    if path.startswith("hf://"):
+        named = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)", path)
+        if named is None:
+            raise ConfigError(f"{key}: got {path!r}, expected hf://<owner>/<name>@<revision>/<file>")
+        return hub_file(named[1], [named[3]], named[2], key, path)
     if path.startswith("miniature/"):
         found = Path(__file__).parent.parent / "miniature" / "weights" / path.removeprefix("miniature/")
     else:

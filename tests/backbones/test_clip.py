@@ -242,6 +242,7 @@ def test_hub_id_offline_is_one_line(revision: str | None, tmp_path: Path, monkey
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("MODUSEG_HOME", str(tmp_path / "home"))
     backbone = ClipBackbone(CPU, "openai/clip-vit-base-patch16", revision=revision)
     with pytest.raises(MissingError, match=r"got hub id 'openai/clip-vit-base-patch16'") as caught:
         backbone.tokens([picture(16, 16)])

@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 
 from moduseg.backbones import build
 from moduseg.backbones.timm_backbone import TimmBackbone
-from moduseg.backbones.timm_model import _linearise, build_model, measure_grid, resample_to_patches
+from moduseg.backbones.timm_model import (
+    _linearise,
+    build_model,
+    measure_grid,
+    pretrained_id,
+    resample_to_patches,
+)
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError
 from moduseg.runtime.devices import Device
 from tests.backbones.contract import BackboneContract, picture
@@ -325,8 +331,9 @@ def test_errors_while_building(arguments: dict[str, Any], message: str) -> None:
         ("vit_small_patch14_dinov2.lvd142m", "timm/vit_small_patch14_dinov2.lvd142m"),
     ],
 )
-def test_published_weights_have_a_digest(model: str, hub_id: str) -> None:
-    assert TimmBackbone(model, CPU, weights="hub").digest == f"hub-{hub_id}"
+def test_published_weights_have_an_id(model: str, hub_id: str) -> None:
+    """That they are found, fetched and named by their digest: tests/runtime/test_hub.py."""
+    assert pretrained_id(model) == hub_id
 
 
 @pytest.mark.parametrize(
@@ -338,6 +345,7 @@ def test_unpublished_weights(model: str, message: str) -> None:
 
 
 def test_published_weights_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODUSEG_HOME", str(tmp_path / "home"))
     # What HF_HUB_OFFLINE=1 and an empty HF_HOME set; the hub's client reads them when it is imported.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -346,7 +354,10 @@ def test_published_weights_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         backbone.tokens([picture(16, 16)])
     message = str(raised.value)
     assert "\n" not in message
-    assert message.startswith("backbone.weights: got 'hub', but timm/test_vit.r160_in1k could not be fetched")
+    assert message.startswith(
+        "backbone.weights: got 'hub', but model.safetensors of timm/test_vit.r160_in1k is not here"
+    )
+    assert f"{tmp_path}/home/huggingface.co/timm/test_vit.r160_in1k/main" in message
     assert "https://huggingface.co/timm/test_vit.r160_in1k" in message
     assert "backbone.weights=<path of the file>" in message
 
@@ -385,8 +396,10 @@ def test_mobilenetv2_names_key_and_variable(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("MODUSEG_MOBILENETV2", raising=False)
     backbone = build(shipped("mobilenetv2"), CPU)
     for use in (lambda: backbone.digest, lambda: backbone.tokens([picture(16, 16)])):
-        with pytest.raises(MissingError, match=r"backbone\.weights.*MODUSEG_MOBILENETV2 is not set"):
+        with pytest.raises(MissingError, match=r"backbone\.weights.*MODUSEG_MOBILENETV2 is not set") as raised:
             use()
+        assert "backbone.weights=hub to fetch" in str(raised.value)
+        assert "https://huggingface.co/timm/mobilenetv2_100.ra_in1k" in str(raised.value)
 
 
 def test_mobilenetv2_loads() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import resource
 import time
 from collections.abc import Sequence
@@ -16,10 +18,12 @@ from safetensors.torch import save_file
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.miniature.sam import build_miniature_sam
 from moduseg.proposers import build
-from moduseg.proposers.sam import PUBLISHED, SamProposer, single_precision_transform
+from moduseg.proposers import sam as sam_module
+from moduseg.proposers.sam import PUBLISHED, SHA256, SamProposer, single_precision_transform
 from moduseg.runtime.devices import Device
 from moduseg.structures import Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
+from tests.serving import go_online, serve
 
 # Random weights predict nothing of worth, so the filters are opened until masks survive.
 OPEN: dict[str, Any] = {
@@ -173,6 +177,63 @@ def test_missing_checkpoint_says_what_to_fetch(model: str) -> None:
             use()
         assert expected in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_published_checkpoints_are_fetched_from_their_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODUSEG_HOME", str(tmp_path))
+    content = b"a checkpoint"
+    with serve() as site:
+        go_online(monkeypatch)
+        monkeypatch.setattr(sam_module, "ADDRESS", f"{site.address}/segment_anything/")
+        monkeypatch.setitem(SHA256, "vit_b", hashlib.sha256(content).hexdigest())
+        for model in ("vit_b", "vit_l"):
+            site.files[f"/segment_anything/{PUBLISHED[model]}"] = content
+        proposer = SamProposer(CPU, model="vit_b", checkpoint="published")
+        assert not site.asked
+        assert proposer.digest == proposer.digest == SHA256["vit_b"]
+        assert len(site.asked) == 1
+        with pytest.raises(ArtefactError, match=rf"proposer\.checkpoint: .*expected {SHA256['vit_l']}"):
+            _ = SamProposer(CPU, model="vit_l", checkpoint="published").digest
+
+
+def test_a_checkpoint_by_address_and_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODUSEG_HOME", str(tmp_path / "home"))
+    torch.manual_seed(7)
+    sam = build_miniature_sam()
+    save_file(sam.state_dict(), tmp_path / "sam.safetensors")
+    with serve() as site:
+        go_online(monkeypatch)
+        site.files["/sam.safetensors"] = (tmp_path / "sam.safetensors").read_bytes()
+        digest = hashlib.sha256(site.files["/sam.safetensors"]).hexdigest()
+        checkpoint = f"{site.address}/sam.safetensors#sha256={digest}"
+        proposer = SamProposer(CPU, **{**OPEN, "checkpoint": checkpoint})
+        for name, tensor in proposer.generator.predictor.model.state_dict().items():
+            assert torch.equal(tensor, sam.state_dict()[name]), name
+        assert proposer.digest == digest
+        with pytest.raises(MissingError, match=r"^proposer\.checkpoint: got 'http.*404"):
+            _ = SamProposer(CPU, **{**OPEN, "checkpoint": f"{site.address}/none.safetensors"}).digest
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_offline(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODUSEG_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = PUBLISHED[model]
+    with pytest.raises(MissingError, match=r"^proposer\.checkpoint: got 'published', but .* is not here") as caught:
+        _ = build({"name": "sam", "model": model, "checkpoint": "published"}, CPU).digest
+    for text in (
+        f"https://dl.fbaipublicfiles.com/segment_anything/{file}",
+        f"into {tmp_path}/dl.fbaipublicfiles.com/segment_anything",
+        f"proposer.checkpoint=<path of {file}>",
+    ):
+        assert text in str(caught.value)
+
+
+def test_published_checkpoints_have_digests() -> None:
+    assert SHA256.keys() == PUBLISHED.keys()
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in SHA256.values())
+    with pytest.raises(ConfigError, match="got 'published', but the package carries model=miniature"):
+        build({"name": "sam", "model": "miniature", "checkpoint": "published"}, CPU)
 
 
 @pytest.mark.parametrize(
