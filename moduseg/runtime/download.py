@@ -111,7 +111,9 @@ def fetch(url: str, key: str, sha256: str | None = None, value: str | None = Non
     return target
 
 
-def not_here(key: str, got: str, what: str, reason: str, fetching: str, folder: Path, otherwise: str) -> MissingError:
+def not_here(
+    key: str, got: str, what: str, reason: str, fetching: str, folder: Path | str, otherwise: str
+) -> MissingError:
     """The line for weights that are neither here nor to be had.
 
     Args:

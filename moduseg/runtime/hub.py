@@ -119,22 +119,20 @@ def hub_folder(
         return own
 
     option = f" --revision {revision}" if revision else ""
-    parts = (
-        "config.json, preprocessor_config.json, the tokenizer's files (vocab.json, merges.txt) where there are any, "
-    )
     fetching = (
-        f"{parts}and model.safetensors or pytorch_model.bin from {page(hub_id, revision)}, or run "
-        f"`hf download {hub_id}{option} --local-dir <folder>` where there is a network, and put the files"
+        "config.json, preprocessor_config.json, the tokenizer's files (vocab.json, merges.txt) where there are any and "
+        f"model.safetensors (or pytorch_model.bin) from {page(hub_id, revision)}"
     )
+    place = f"{own} (`hf download {hub_id}{option} --local-dir {own}` does it where there is a network)"
     name = f"hub id {hub_id!r}{f' at revision {revision}' if revision else ''}"
 
     def missing(reason: str) -> MissingError:
-        return not_here(key, name, f"its {what}", reason, fetching, own, "<directory with these files>")
+        return not_here(key, name, f"its {what}", reason, fetching, place, "<directory with these files>")
 
-    folder = _fetch(hub_id, revision, own, get, missing, _is_whole)
-    for file in weight_files(folder):
+    _fetch(hub_id, revision, own, get, missing, _is_whole)
+    for file in weight_files(own):
         _check(own, file.name, key)
-    return folder
+    return own
 
 
 def hub_file(

@@ -1,0 +1,150 @@
+"""Every shipped preset on a machine that has nothing: one line says what is missing, where it is and where to put it.
+
+New presets are found by themselves. One that needs neither weights nor a folder is added to `NEEDS_NOTHING`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moduseg import cli
+from moduseg.config import compose, config_dir
+from tests.serving import go_online
+from tests.stages.helpers import overrides
+
+STAGES = {"dataset": "propose", "proposer": "propose", "backbone": "build_bank", "pseudo_masks": "pseudo_masks"}
+"""The first stage that uses what a group configures."""
+PRESETS = [(group, path.stem) for group in STAGES for path in sorted((config_dir() / group).glob("*.yaml"))]
+NEEDS_NOTHING = {
+    ("dataset", "miniature"),
+    ("proposer", "ground_truth"),
+    ("proposer", "sam_miniature"),
+    ("proposer", "superpixels"),
+    ("proposer", "superpixels_photo"),
+    ("backbone", "clip_miniature"),
+    ("backbone", "miniature"),
+    ("backbone", "miniature_random"),
+    ("pseudo_masks", "cam"),
+    ("pseudo_masks", "cam_photo"),
+    ("pseudo_masks", "clip_dense"),
+    ("pseudo_masks", "ground_truth"),
+}
+NEEDS_SOMETHING = [preset for preset in PRESETS if preset not in NEEDS_NOTHING]
+
+
+def names(presets: list[tuple[str, str]]) -> list[str]:
+    return [f"{group}={name}" for group, name in presets]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the scenes of the miniature world are drawn, once."""
+    return tmp_path_factory.mktemp("world")
+
+
+@pytest.fixture(autouse=True)
+def _a_machine_with_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("MODUSEG_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MODUSEG_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger()
+    handlers = logger.handlers[:]
+    yield
+    logger.handlers[:] = handlers  # the command sends the log to a stdout that is gone after the test
+
+
+def run(
+    group: str, name: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[object, list[str]]:
+    """Exit code of the command, and its lines on stderr without progress bars."""
+    if (group, name) == ("dataset", "miniature") or group != "dataset":
+        arguments = overrides(Path("outputs"), f"{group}={name}", train=2, val=1, world=world)
+    else:
+        arguments = [f"dataset={name}", "proposer=superpixels", "runtime.device=cpu"]
+    monkeypatch.setattr("sys.argv", [STAGES[group], *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(STAGES[group])
+    lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().err)]
+    return ended.value.code, [line for line in lines if line and not re.search(r"\|.*\[\S+<.*\]$", line)]
+
+
+def check(group: str, name: str, code: object, lines: list[str], home: Path) -> None:
+    """One line, with key, value, address or folder, and remedy."""
+    assert code == 2, lines
+    assert len(lines) == 1, lines
+    (line,) = lines
+    key = r"pseudo_masks\.generator" if group == "pseudo_masks" else group
+    assert re.match(rf"moduseg: error: {key}\.\w+: got \S", line)
+    cfg = getattr(compose([f"{group}={name}"]), group)
+    settings = cfg.generator if group == "pseudo_masks" else cfg
+    needs_folder = next((settings[k] for k in ("root", "folder") if k in settings), None)
+    if needs_folder is not None:
+        assert needs_folder in line
+        assert re.search(rf"set {key}\.\w+=<|data/README\.md", line)
+    else:
+        assert re.search(r"https://[\w.-]+/\S+", line), line
+        assert re.search(r"\w\.(safetensors|pth|pt|bin|npz)\b", line), line
+        assert f"into {home}" in line or "environment variable" in line, line
+        assert re.search(rf"{key}\.\w+=<", line), line
+
+
+def test_the_list_of_what_needs_nothing_is_up_to_date() -> None:
+    assert set(PRESETS) >= NEEDS_NOTHING
+    assert {group for group, _ in NEEDS_SOMETHING} == set(STAGES)
+
+
+@pytest.mark.parametrize(("group", "name"), NEEDS_SOMETHING, ids=names(NEEDS_SOMETHING))
+def test_missing_and_offline(
+    group: str,
+    name: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def touched(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket, "getaddrinfo", touched)
+    monkeypatch.setattr(socket.socket, "connect", touched)
+    code, lines = run(group, name, world, monkeypatch, capsys)
+    check(group, name, code, lines, tmp_path / "home")
+
+
+@pytest.mark.parametrize(("group", "name"), NEEDS_SOMETHING, ids=names(NEEDS_SOMETHING))
+def test_missing_and_no_network(
+    group: str,
+    name: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> Any:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    go_online(monkeypatch)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    code, lines = run(group, name, world, monkeypatch, capsys)
+    check(group, name, code, lines, tmp_path / "home")
+    if "https://" in lines[0] and "environment variable" not in lines[0]:
+        assert "could not be fetched (" in lines[0]
+
+
+@pytest.mark.parametrize(("group", "name"), sorted(NEEDS_NOTHING), ids=names(sorted(NEEDS_NOTHING)))
+def test_what_needs_nothing_runs(
+    group: str, name: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(group, name, world, monkeypatch, capsys) == (0, [])
