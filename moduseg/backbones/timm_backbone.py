@@ -18,14 +18,13 @@ from moduseg.backbones.inputs import to_input
 from moduseg.backbones.timm_model import (
     build_model,
     check_layer,
-    hub_alternative,
     is_transformer,
     load_weights,
     measure_grid,
     patch_side,
-    published_file,
     resample_to_patches,
 )
+from moduseg.backbones.timm_published import hub_alternative, published_file
 from moduseg.errors import MissingError
 from moduseg.runtime.devices import Device
 from moduseg.runtime.weights import file_digest, find_weights
@@ -45,12 +44,12 @@ class TimmBackbone(Backbone):
             weights, or `random`.
         model_kwargs: more arguments for `timm.create_model` (`{img_size: 128, patch_size: 8}`).
         mean, std: of the RGB channels in [0, 1]; those of the model's `pretrained_cfg` where left out.
+        revision: branch, tag or commit of the hub's weights; timm's main branch where left out.
         layer: block of a ViT whose output is taken, counted from 0 or, negative, from the end; the final norm follows.
         output_stride: of a CNN, in pixels; its own (mostly 32) where left out.
         short_side: the image is resized until its short side has this many pixels; native size where left out.
         batch_size: images of one padded size that share a forward pass.
         seed: of `random` weights.
-        revision: branch, tag or commit of the hub's repository, for `hub`.
 
     Raises:
         ValueError: a number out of range.
@@ -80,8 +79,9 @@ class TimmBackbone(Backbone):
             raise ValueError(f"std: got {std}, expected numbers above 0; try 0.5 for each channel")
         self._name, self._device, self._weights, self._seed = model, device, weights, seed
         self._kwargs, self._mean, self._std = dict(model_kwargs or {}), mean, std
-        self._layer, self._output_stride, self._revision = layer, output_stride, revision
+        self._layer, self._output_stride = layer, output_stride
         self._short_side, self._batch_size = short_side, batch_size
+        self._revision = revision
 
     @property
     def digest(self) -> str:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from moduseg.errors import ArtefactError, ConfigError, MissingError
-from moduseg.runtime.hub import hub_file, page
 from moduseg.runtime.weights import load_state
 
 HEAD_PREFIXES = ("head.", "head_dist.", "classifier.", "fc.", "fc_norm.")
@@ -42,36 +41,6 @@ def pretrained_id(name: str) -> str:
     # timm fills in the id of its own models as `timm/` and expects `<architecture>.<tag>` behind it.
     hub_id = str(published.hf_hub_id)
     return hub_id + f"{published.architecture}.{published.tag}" if hub_id.endswith("/") else hub_id
-
-
-def published_file(name: str, revision: str | None, key: str) -> Path:
-    """The file of timm's published weights of a model, fetched from the hub where it is not here.
-
-    Args:
-        name: timm's name, with or without `.tag`.
-        revision: branch, tag or commit of the hub's repository; what timm names, mostly `main`, where left out.
-        key: the configuration key, for messages.
-
-    Raises:
-        ConfigError: see `pretrained_id`.
-        MissingError, ArtefactError, StorageError: see `moduseg.runtime.hub.hub_file`.
-    """
-    import timm
-
-    hub_id, _, named = pretrained_id(name).partition("@")
-    given = getattr(timm.get_pretrained_cfg(name), "hf_hub_filename", None) or "pytorch_model.bin"
-    safe = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
-    preferred = safe.get(given, given.rpartition(".")[0] + ".safetensors")
-    return hub_file(hub_id, list(dict.fromkeys([preferred, given])), revision or named or None, key, "hub")
-
-
-def hub_alternative(name: str, key: str) -> str:
-    """The end of a message about weights that are missing: where timm publishes those of a model, if it does."""
-    try:
-        hub_id = pretrained_id(name).partition("@")[0]
-    except ConfigError:
-        return ""
-    return f", or {key}=hub to fetch model.safetensors from {page(hub_id)}"
 
 
 def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None, pretrained: bool, seed: int) -> Any:
