@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moduseg.backbones.base import Backbone
-from moduseg.backbones.clip_model import ClipSource
+from moduseg.backbones.clip_model import Activation, ClipSource
 from moduseg.backbones.dense_clip import Affinity, check_variant, cosine_similarity, dense_tokens
 from moduseg.backbones.inputs import to_input
 from moduseg.runtime.devices import Device
@@ -156,6 +156,7 @@ class ClipBackbone(Backbone):
         batch_size: images of one padded size that share a forward pass.
         gaussian_std: of `naclip`, in patches.
         seed: of `random` weights.
+        activation: `quick_gelu` or `gelu`, see `ClipSource`; what `config.json` says where left out.
 
     Raises:
         ValueError: a value out of range.
@@ -174,10 +175,11 @@ class ClipBackbone(Backbone):
         batch_size: int = 8,
         gaussian_std: float = 5.0,
         seed: int = 0,
+        activation: Activation | None = None,
     ) -> None:
         if variant == "proxyclip":
             raise ValueError("variant: got 'proxyclip', which pseudo_masks=clip_dense runs; try naclip")
-        self._source = ClipSource(weights, device, revision, config, tokenizer, seed)
+        self._source = ClipSource(weights, device, revision, config, tokenizer, seed, activation=activation)
         self._encoder = ClipEncoder(self._source, variant, project, short_side, batch_size, gaussian_std)
 
     @property

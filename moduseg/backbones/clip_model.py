@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -20,8 +21,10 @@ from moduseg.runtime.hub import model_digest, model_folder
 from moduseg.runtime.weights import find_weights
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+log = logging.getLogger("moduseg")
+Activation = Literal["quick_gelu", "gelu"]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """OpenAI's normalisation of inputs in [0, 1], for directories without a preprocessor file."""
@@ -42,6 +45,9 @@ class ClipSource:
         tokenizer: directory of a tokenizer; that of the weights where left out.
         seed: of `random` weights.
         key: the configuration key of `weights`, for messages.
+        activation: of both encoders' MLPs, as they were trained: `quick_gelu` (OpenAI, MetaCLIP) or `gelu` (OpenCLIP's
+            own). It goes before what `config.json` says, with a warning where they differ: conversions of MetaCLIP have
+            been published with the wrong one. What `config.json` says where left out.
 
     Raises:
         ValueError: arguments that do not go together.
@@ -56,12 +62,14 @@ class ClipSource:
         tokenizer: str | None = None,
         seed: int = 0,
         key: str = "backbone.weights",
+        activation: Activation | None = None,
     ) -> None:
         if not weights:
             raise ValueError("weights: got an empty text, expected a directory, a hub id or random; try miniature/clip")
         if (config is not None) and weights != "random":
             raise ValueError(f"config: got one beside weights={weights}, expected it with weights=random only")
         self.weights, self.device, self.key = weights, device, key
+        self._activation = activation
         self._revision, self._config, self._tokenizer_folder, self._seed = revision, config, tokenizer, seed
 
     @property
@@ -93,7 +101,7 @@ class ClipSource:
             ArtefactError: damaged files, another model's, or tensors missing or left over.
             ConfigError: a `config` that makes no CLIP.
         """
-        model = self._random() if self.weights == "random" else _load(self.folder, self.key)
+        model = self._random() if self.weights == "random" else _load(self.folder, self.key, self._activation)
         return model.float().eval().requires_grad_(False).to(self.device.torch_device)
 
     @cached_property
@@ -184,22 +192,37 @@ class ClipSource:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self._seed)
             try:
-                return CLIPModel(CLIPConfig(**(self._config or {})))
+                return CLIPModel(_activate(CLIPConfig(**(self._config or {})), self._activation, self.key))
             except (refused, TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError) as error:
                 key = self.key.rsplit(".", 1)[0] + ".config"
                 raise ConfigError(f"{key}: makes no CLIP ({_last_line(error)}); see transformers.CLIPConfig") from error
 
 
-def _load(folder: Path, key: str) -> CLIPModel:
+def _activate(config: CLIPConfig, activation: Activation | None, key: str) -> CLIPConfig:
+    """The configuration with its encoders' activation set to what they were trained with."""
+    for part in (config.text_config, config.vision_config):
+        if activation is not None and part.hidden_act != activation:
+            log.warning(
+                "%s: the %s has %s in its configuration and runs with %s, as %s says",
+                *(key, part.model_type, part.hidden_act, activation, key.rsplit(".", 1)[0] + ".activation"),
+            )
+            part.hidden_act = activation
+    return config
+
+
+def _load(folder: Path, key: str, activation: Activation | None = None) -> CLIPModel:
     """The model of a directory, every tensor accounted for."""
-    from transformers import CLIPModel
+    from transformers import CLIPConfig, CLIPModel
     from transformers.utils import logging
 
     # Its bar would break into the one over the images.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, report = CLIPModel.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+        config = _activate(CLIPConfig.from_pretrained(str(folder), local_files_only=True), activation, key)
+        model, report = CLIPModel.from_pretrained(
+            str(folder), config=config, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise ArtefactError(
             f"{folder}: not readable as a CLIP ({_first_line(error)}); fetch the files again, or check {key}"

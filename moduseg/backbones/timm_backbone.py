@@ -7,17 +7,19 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moduseg.backbones.base import Backbone
+from moduseg.backbones.facets import attention_width, check_facet, query_plus_key
 from moduseg.backbones.inputs import to_input
 from moduseg.backbones.timm_model import (
     build_model,
-    check_layer,
+    check_layers,
     is_transformer,
     load_weights,
     measure_grid,
@@ -25,7 +27,8 @@ from moduseg.backbones.timm_model import (
     resample_to_patches,
 )
 from moduseg.backbones.timm_published import hub_alternative, published_file
-from moduseg.errors import MissingError
+from moduseg.backbones.windows import over_windows
+from moduseg.errors import ConfigError, MissingError
 from moduseg.runtime.devices import Device
 from moduseg.runtime.weights import file_digest, find_weights
 from moduseg.structures import TokenMap
@@ -44,11 +47,20 @@ class TimmBackbone(Backbone):
             weights, or `random`.
         model_kwargs: more arguments for `timm.create_model` (`{img_size: 128, patch_size: 8}`).
         mean, std: of the RGB channels in [0, 1]; those of the model's `pretrained_cfg` where left out.
-        revision: branch, tag or commit of the hub's weights; timm's main branch where left out.
+        revision: branch, tag or commit of the hub's repository, for `hub`.
         layer: block of a ViT whose output is taken, counted from 0 or, negative, from the end; the final norm follows.
+        layers: several blocks instead, in this order: each one's tokens go through the final norm, are brought to
+            length 1, so that all count alike in a cosine, and are put side by side.
+        facet: `tokens`, the output of the blocks; or `qk`, the sum of query and key in their attention, the heads side
+            by side, brought to length 1 (METHOD, CorrCLIP: affinities of a DINO ViT).
         output_stride: of a CNN, in pixels; its own (mostly 32) where left out.
         short_side: the image is resized until its short side has this many pixels; native size where left out.
-        batch_size: images of one padded size that share a forward pass.
+        window: side in pixels of the windows that a larger image is seen through, a multiple of the patch; the whole
+            image at once where left out. A window is an image of its own to the model; a patch in several windows has
+            the mean of its tokens (before they are brought to length 1).
+        stride: step of the windows in pixels, a multiple of the patch; about half a window where left out. The last
+            window of a row or column ends with the padded image.
+        batch_size: images of one padded size, or windows of them, that share a forward pass.
         seed: of `random` weights.
 
     Raises:
@@ -69,19 +81,33 @@ class TimmBackbone(Backbone):
         batch_size: int = 8,
         seed: int = 0,
         revision: str | None = None,
+        layers: list[int] | None = None,
+        facet: Literal["tokens", "qk"] = "tokens",
+        window: int | None = None,
+        stride: int | None = None,
     ) -> None:
         if not weights:
             raise ValueError("weights: got an empty text, expected a path, hub or random; try weights=random")
-        for name, value in (("output_stride", output_stride), ("short_side", short_side), ("batch_size", batch_size)):
+        for name, value in (("output_stride", output_stride), ("short_side", short_side), ("batch_size", batch_size),
+                            ("window", window), ("stride", stride)):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected 1 or more")
+        if facet not in ("tokens", "qk"):
+            raise ValueError(f"facet: got {facet!r}, expected tokens or qk; try tokens")
+        if stride is not None and (window is None or stride > window):
+            raise ValueError(f"stride: got {stride}, expected 1 to the window's {window} pixels; leave it out")
+        if layers is not None and (not layers or layer != -1):
+            raise ValueError(
+                f"layers: got {layers} beside layer={layer}, expected one block or more, and no layer; "
+                f"try layers={[*layers, layer]}"
+            )
         if std is not None and min(std) <= 0:
             raise ValueError(f"std: got {std}, expected numbers above 0; try 0.5 for each channel")
         self._name, self._device, self._weights, self._seed = model, device, weights, seed
         self._kwargs, self._mean, self._std = dict(model_kwargs or {}), mean, std
-        self._layer, self._output_stride = layer, output_stride
+        self._layers, self._facet, self._output_stride = layers or [layer], facet, output_stride
         self._short_side, self._batch_size = short_side, batch_size
-        self._revision = revision
+        self._revision, self._window, self._step = revision, window, stride
 
     @property
     def digest(self) -> str:
@@ -98,7 +124,9 @@ class TimmBackbone(Backbone):
     @property
     def dim(self) -> int:
         """Channels `C` of a token; builds the model."""
-        return int(self._model.num_features)
+        model = self._model
+        width = attention_width(model.blocks[self._blocks[0]]) if self._facet == "qk" else model.num_features
+        return int(width or 0) * len(self._layers)
 
     @property
     def stride(self) -> int:
@@ -143,7 +171,9 @@ class TimmBackbone(Backbone):
     def _model(self) -> Any:
         path = None if self._weights == "random" else self._path()
         model = build_model(self._name, self._kwargs, self._output_stride, False, self._seed)
-        check_layer(model, self._layer, self._name)
+        blocks = check_layers(model, self._layers, self._name)
+        if self._facet == "qk":
+            check_facet(model, blocks, self._name)
         if path is not None:
             load_weights(model, path)
         return model.eval().requires_grad_(False).to(self._device.torch_device)
@@ -155,6 +185,25 @@ class TimmBackbone(Backbone):
             stride = patch_side(self._model)
             return stride, stride / 2
         return measure_grid(self._model, self._name)
+
+    @cached_property
+    def _blocks(self) -> tuple[int, ...]:
+        """The ViT's blocks that are taken, counted from 0."""
+        return check_layers(self._model, self._layers, self._name)
+
+    @cached_property
+    def _windows(self) -> tuple[int, int] | None:
+        """Side and step of the windows in patches."""
+        if self._window is None:
+            return None
+        step = self._step if self._step is not None else max(self._window // 2 // self.stride, 1) * self.stride
+        for name, pixels in (("window", self._window), ("stride", step)):
+            if pixels % self.stride:
+                raise ConfigError(
+                    f"backbone.{name}: got {pixels}, expected a multiple of the patch of {self.stride} pixels, so that "
+                    f"windows begin where patches do; try {-(-pixels // self.stride) * self.stride}"
+                )
+        return self._window // self.stride, step // self.stride
 
     @cached_property
     def _normalisation(self) -> tuple[Tensor, Tensor]:
@@ -174,17 +223,55 @@ class TimmBackbone(Backbone):
             row[:, : tensor.shape[1], : tensor.shape[2]] = tensor
         mean, std = self._normalisation
         batch = (batch - mean) / std
+        if self._windows is None:
+            features = self._features(batch)
+        else:
+            features = over_windows(batch, self.stride, *self._windows, self._batch_size, self._features)
+        if self._facet == "qk" or len(self._layers) > 1:
+            features = F.normalize(features.unflatten(3, (len(self._layers), -1)), dim=-1).flatten(3)
+        return features
+
+    def _features(self, batch: Tensor) -> Tensor:
+        """`[B, h, w, C]` float32 of normalised inputs of one size, in one pass; several layers side by side."""
         model = self._model
         with self._device.autocast():
-            if is_transformer(model):
-                features = model.forward_intermediates(batch, indices=[self._layer % len(model.blocks)], norm=True,
-                                                       intermediates_only=True, output_fmt="NCHW")[0]  # fmt: skip
-                if isinstance(model.norm, nn.Identity) and isinstance(getattr(model, "fc_norm", None), nn.Module):
-                    # Models that pool by the mean keep their final norm behind the pooling.
-                    features = model.fc_norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            else:
+            if not is_transformer(model):
                 features = model.forward_features(batch)
+            else:
+                features = self._queries_and_keys(batch) if self._facet == "qk" else self._outputs(batch)
         features = features.float()
         if not is_transformer(model):
-            features = resample_to_patches(features, *self._grid)
-        return features.permute(0, 2, 3, 1)
+            features = resample_to_patches(features, *self._grid).permute(0, 2, 3, 1)
+        return features
+
+    def _outputs(self, batch: Tensor) -> Tensor:
+        """A ViT's block outputs after the final norm, `[B, h, w, C]`."""
+        model = self._model
+        found = model.forward_intermediates(
+            batch, indices=list(self._blocks), norm=True, stop_early=True, intermediates_only=True, output_fmt="NCHW"
+        )
+        # They come in the order of the blocks.
+        by_block = dict(zip(sorted(self._blocks), found, strict=True))
+        outputs = [by_block[block].permute(0, 2, 3, 1) for block in self._blocks]
+        if isinstance(model.norm, nn.Identity) and isinstance(getattr(model, "fc_norm", None), nn.Module):
+            # Models that pool by the mean keep their final norm behind the pooling.
+            outputs = [model.fc_norm(output) for output in outputs]
+        return torch.cat(outputs, dim=-1)
+
+    def _queries_and_keys(self, batch: Tensor) -> Tensor:
+        """Query plus key of each patch in a ViT's blocks, `[B, h, w, C]`."""
+        model = self._model
+        entered: dict[int, Tensor] = {}
+        hooks = [
+            model.blocks[block].attn.register_forward_pre_hook(
+                lambda _, arguments, block=block: entered.__setitem__(block, arguments[0])
+            )
+            for block in self._blocks
+        ]
+        try:
+            model.forward_intermediates(batch, indices=list(self._blocks), stop_early=True, intermediates_only=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        sums = [query_plus_key(model.blocks[b].attn, entered[b])[:, model.num_prefix_tokens :] for b in self._blocks]
+        return torch.cat(sums, dim=-1).unflatten(1, (batch.shape[2] // self.stride, batch.shape[3] // self.stride))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.runtime.weights import load_state
 
-HEAD_PREFIXES = ("head.", "head_dist.", "classifier.", "fc.", "fc_norm.")
-"""Parameters of classifiers, which a model without one leaves out."""
+HEAD_PREFIXES = ("head.", "head_dist.", "classifier.", "fc.", "fc_norm.", "attn_pool.")
+"""Parameters of classifiers and of their pooling, which a model without them leaves out."""
 _PROBE_CELLS = 64
 
 
@@ -101,6 +101,11 @@ def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None,
             f"backbone.model: {name!r} takes images of {model.patch_embed.img_size} only, expected a ViT with "
             "dynamic_img_size; try a vit_* or eva02_* model"
         )
+    if "_radio_" in name and hasattr(model, "patch_embed"):
+        raise ConfigError(
+            f"backbone.model: {name!r} has its positions resampled for one input size, expected the model that keeps "
+            f"all of them; try {name.replace('vit_', 'naflexvit_', 1)}"
+        )
     return model
 
 
@@ -126,21 +131,31 @@ def _is_cnn(model: nn.Module) -> bool:
     )
 
 
-def check_layer(model: Any, layer: int, name: str) -> None:
-    """Whether a model has the block `layer`.
+def check_layers(model: Any, layers: Sequence[int], name: str) -> tuple[int, ...]:
+    """The blocks `layers` of a model, counted from 0, in the order given; of a CNN, none.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: a block that the model has not, or one named twice.
     """
     if not is_transformer(model):
-        if layer != -1:
-            raise ConfigError(f"backbone.layer: got {layer}, expected -1 for the CNN {name!r}; leave it out")
-        return
+        if list(layers) != [-1]:
+            raise ConfigError(
+                f"backbone.layer: got {', '.join(map(str, layers))}, expected -1 for the CNN {name!r}; leave it out"
+            )
+        return ()
     depth = len(model.blocks)
-    if not -depth <= layer < depth:
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise ConfigError(
+                f"backbone.layer: got {layer}, expected {-depth}..{depth - 1} for {name!r}; try -1, the last block"
+            )
+    counted = tuple(layer % depth for layer in layers)
+    if len(set(counted)) < len(counted):
         raise ConfigError(
-            f"backbone.layer: got {layer}, expected {-depth}..{depth - 1} for {name!r}; try -1, the last block"
+            f"backbone.layers: got {list(layers)}, which names a block of {name!r} twice, expected different ones; "
+            f"try {sorted(set(counted))}"
         )
+    return counted
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
