@@ -30,20 +30,20 @@ def attention_width(block: Any) -> int | None:
 
 
 def check_facet(model: Any, layers: tuple[int, ...], name: str) -> None:
-    """Whether the blocks `layers` of a ViT (counted from 0) have queries and keys that can be added up.
+    """Whether the blocks `layers` of a model (counted from 0; none of a CNN) have queries and keys to add up.
 
     Raises:
-        ConfigError: they have not, or the model is no ViT.
+        ConfigError: they have not.
     """
-    for layer in layers:
-        blocks = getattr(model, "blocks", None)
-        if blocks is None or attention_width(blocks[layer]) is None:
-            what = type(getattr(blocks[layer], "attn", None)).__name__ if blocks is not None else "no"
-            raise ConfigError(
-                f"backbone.facet: got 'qk' for {name!r}, whose block {layer} has {what} attention, expected attention "
-                "with a fused qkv, or with q_proj and k_proj of one width; try facet=tokens, or the model "
-                "vit_base_patch8_224.dino"
-            )
+    without = [
+        type(getattr(model.blocks[i], "attn", None)).__name__ for i in layers if not attention_width(model.blocks[i])
+    ]
+    if without or not layers:
+        raise ConfigError(
+            f"backbone.facet: got 'qk' for {name!r}, which has {without[0] if without else 'no'} attention, expected "
+            "attention with a fused qkv, or with q_proj and k_proj of one width; try facet=tokens, or the model "
+            "vit_base_patch8_224.dino"
+        )
 
 
 def query_plus_key(attention: Any, tokens: Tensor) -> Tensor:

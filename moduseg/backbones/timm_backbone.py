@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.facets import attention_width, check_facet, query_plus_key
 from moduseg.backbones.inputs import to_input
+from moduseg.backbones.positions import check_positions, resampled_positions
 from moduseg.backbones.timm_model import (
     build_model,
     check_layers,
@@ -55,6 +57,8 @@ class TimmBackbone(Backbone):
             by side, brought to length 1 (METHOD, CorrCLIP: affinities of a DINO ViT).
         output_stride: of a CNN, in pixels; its own (mostly 32) where left out.
         short_side: the image is resized until its short side has this many pixels; native size where left out.
+        antialias: of learned positions where they are brought to another grid than the trained one: `False` as DINO and
+            DINOv2 without registers are published; timm's way where left out. See `moduseg.backbones.positions`.
         window: side in pixels of the windows that a larger image is seen through, a multiple of the patch; the whole
             image at once where left out. A window is an image of its own to the model; a patch in several windows has
             the mean of its tokens (before they are brought to length 1).
@@ -83,6 +87,7 @@ class TimmBackbone(Backbone):
         revision: str | None = None,
         layers: list[int] | None = None,
         facet: Literal["tokens", "qk"] = "tokens",
+        antialias: bool | None = None,
         window: int | None = None,
         stride: int | None = None,
     ) -> None:
@@ -108,6 +113,7 @@ class TimmBackbone(Backbone):
         self._layers, self._facet, self._output_stride = layers or [layer], facet, output_stride
         self._short_side, self._batch_size = short_side, batch_size
         self._revision, self._window, self._step = revision, window, stride
+        self._antialias = antialias
 
     @property
     def digest(self) -> str:
@@ -174,6 +180,8 @@ class TimmBackbone(Backbone):
         blocks = check_layers(model, self._layers, self._name)
         if self._facet == "qk":
             check_facet(model, blocks, self._name)
+        if self._antialias is not None:
+            check_positions(model, self._name)
         if path is not None:
             load_weights(model, path)
         return model.eval().requires_grad_(False).to(self._device.torch_device)
@@ -234,7 +242,10 @@ class TimmBackbone(Backbone):
     def _features(self, batch: Tensor) -> Tensor:
         """`[B, h, w, C]` float32 of normalised inputs of one size, in one pass; several layers side by side."""
         model = self._model
-        with self._device.autocast():
+        grid = (batch.shape[2] // self.stride, batch.shape[3] // self.stride)
+        own = self._antialias is not None
+        positions = resampled_positions(model, grid, bool(self._antialias)) if own else nullcontext()
+        with self._device.autocast(), positions:
             if not is_transformer(model):
                 features = model.forward_features(batch)
             else:
