@@ -325,6 +325,5 @@ def test_revision_of_published_weights(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     backbone = TimmBackbone("test_vit", CPU, weights="hub", revision="abc123")
-    assert backbone.digest == "hub-timm/test_vit.r160_in1k@abc123"
-    with pytest.raises(MissingError, match=r"timm/test_vit\.r160_in1k could not be fetched.*--revision abc123"):
+    with pytest.raises(MissingError, match=r"timm/test_vit\.r160_in1k.*abc123"):
         tokens(backbone, picture(16, 16))
