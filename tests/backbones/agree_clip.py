@@ -80,9 +80,10 @@ def compare_clip(folder: Path) -> list[Row]:
         state = clip_state(model.state_dict())
         tokenizer = CLIPTokenizer.from_pretrained(place)
         text = {"context_length": 20, "vocab_size": len(tokenizer), "width": 32, "heads": HEADS, "layers": DEPTH}
-        title, pair = f"CLIP, {activation}", "transformers, open_clip"
+        title = f"CLIP, {activation}"
         plain, projected = (ClipBackbone(CPU, str(place), project=project) for project in (False, True))
         for size in ((24, 24), (28, 40), (26, 37), (17, 15)):
+            pair = "transformers, open_clip" + (" given its positions" if size != (24, 24) else "")
             inputs = padded_input(picture(*size), 4)
             vision = {"layers": DEPTH, "width": 32, "head_width": 16, "patch_size": 4, "output_tokens": True}
             other = open_clip.CLIP(
@@ -103,5 +104,5 @@ def compare_clip(folder: Path) -> list[Row]:
             rows.append(Row(title, pair, "image embedding", label, relative_error(ours, pooled)))
         ids = tokenizer(list(PROMPTS), padding="max_length", max_length=20, return_tensors="pt")["input_ids"]
         error = relative_error(projected.text_features(PROMPTS), other.encode_text(ids, normalize=True))
-        rows.append(Row(title, pair, "text embedding", f"{len(PROMPTS)} prompts", error))
+        rows.append(Row(title, "transformers, open_clip", "text embedding", f"{len(PROMPTS)} prompts", error))
     return rows

@@ -182,7 +182,9 @@ def compare_siglip(folder: Path) -> list[Row]:
     rows = []
     for size in ((64, 64), (80, 112), (77, 99)):
         theirs = model(padded_input(picture(*size), 16), interpolate_pos_encoding=True).last_hidden_state[0]
-        rows.append(row("SigLIP", "timm, transformers", "patch tokens", size, backbone, picture(*size), theirs))
+        rows.append(
+            row("SigLIP, antialias=false", "timm, transformers", "patch tokens", size, backbone, picture(*size), theirs)
+        )
     return rows
 
 
