@@ -5,15 +5,14 @@
                       "predicted_iou": float, "stability_score": float}, ...]}
 
 Files from elsewhere may leave out the scores, may be the bare list of annotations that the SAM tools write, and may
-hold uncompressed run lengths or polygons. They are not trusted: the run lengths are decoded and checked here, because
-the decoder of pycocotools believes whatever the string says, beyond the end of its buffers.
+hold uncompressed run lengths or polygons. They are not trusted: `moduseg.runtime.rle` decodes and checks the run
+lengths, because the decoder of pycocotools believes whatever the string says, beyond the end of its buffers.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ import numpy as np
 import torch
 
 from moduseg.errors import DataError
+from moduseg.runtime.rle import checked_runs, polygon_runs
 from moduseg.structures import Proposals
 
 MAX_PIXELS = 100_000_000
 """Largest image whose masks are read when the caller does not know its size."""
 MAX_MASK_PIXELS = 1 << 31
 """Largest number of pixels in all the masks of one file together, a byte each in memory."""
-_MAX_CHARACTERS = 7
-"""Characters of one run length in the compressed form: 5 bits each, and counts have 32 bits."""
 
 
 def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
@@ -128,41 +126,6 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
     return Proposals(masks, torch.tensor(scores, dtype=torch.float32), torch.tensor(stability, dtype=torch.float32))
 
 
-def decode_counts(text: str) -> np.ndarray:
-    """Run lengths from COCO's compressed string, as `[R]` int64; the first run is of zeros.
-
-    Each number is a sequence of characters from `0` to `o` that carry 5 bits each, lowest first, and one that says
-    whether more follow; from the fourth number on it is the difference to the number two before.
-
-    Raises:
-        ValueError: a character out of range, an unfinished or over-long number, a negative run length.
-    """
-    try:
-        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
-    except UnicodeEncodeError as error:
-        raise ValueError("a character out of range") from error
-    if not len(codes):
-        return np.zeros(0, dtype=np.int64)
-    if codes.min() < 0 or codes.max() > 63:
-        raise ValueError("a character out of range")
-    ends = np.flatnonzero((codes & 32) == 0)
-    if not len(ends) or ends[-1] != len(codes) - 1:
-        raise ValueError("the string stops inside a number")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    if (ends - starts).max() >= _MAX_CHARACTERS:
-        raise ValueError("a number of more than 32 bits")
-    position = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    values = np.add.reduceat((codes & 31) << (5 * position), starts)
-    negative = (codes[ends] & 16) != 0
-    values = values - np.where(negative, np.int64(1) << (5 * (ends - starts + 1)), 0)
-    counts = values.copy()
-    counts[1::2] = np.cumsum(values[1::2])
-    counts[2::2] = np.cumsum(values[2::2])
-    if counts.min() < 0:
-        raise ValueError("a negative run length")
-    return counts
-
-
 def _parts(data: Any, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The `image` object (empty where absent) and the annotations."""
     image: Any = {}
@@ -229,41 +192,17 @@ def _runs(segmentation: Any, size: tuple[int, int], at: str) -> np.ndarray:
         )
     pixels = size[0] * size[1]
     try:
-        if isinstance(counts, list):
-            if not all(type(c) is int and 0 <= c <= pixels for c in counts):
-                raise ValueError(f"a run length that is not a whole number from 0 to {pixels}")
-            runs = np.array(counts, dtype=np.int64)
-        elif isinstance(counts, str | bytes):
-            runs = decode_counts(counts if isinstance(counts, str) else counts.decode("latin-1"))
-        else:
-            raise ValueError(f"'counts' of type {type(counts).__name__}")
-        # One by one first: a sum of large numbers could wrap around to the right one.
-        if (len(runs) and runs.max() > pixels) or int(runs.sum()) != pixels:
-            raise ValueError(f"run lengths that do not sum to {pixels} pixels")
+        runs = checked_runs(counts.decode("latin-1") if isinstance(counts, bytes) else counts, pixels)
     except ValueError as error:
         raise DataError(f"{at}: broken run-length encoding, it has {error}; write the proposals again") from error
     return runs
 
 
 def _polygon_runs(polygons: list[Any], size: tuple[int, int], at: str) -> np.ndarray:
-    from pycocotools import mask as coco
-
-    longest = 2 * max(size)
-    for polygon in polygons:
-        good = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        if not good or not all(_is_number(c) and abs(c) <= longest for c in polygon):
-            raise DataError(
-                f"{at}: a polygon is {_short(polygon)}, expected x, y, x, y, ... of three points or more, within "
-                f"{longest} pixels of the image; write the proposals again"
-            )
-        # The rasteriser takes memory in proportion to the outline, whatever lies inside the image.
-        points = list(zip(polygon[0::2], polygon[1::2], strict=True))
-        if sum(math.dist(p, q) for p, q in pairwise([*points, points[0]])) > 100 * sum(size) + 1000:
-            raise DataError(f"{at}: a polygon's outline is longer than 100 times the image's; simplify the polygon")
-    if not polygons:
-        raise DataError(f"{at}: 'segmentation' is an empty list, expected polygons; write the proposals again")
-    merged = coco.merge(coco.frPyObjects(polygons, *size))
-    return decode_counts(merged["counts"].decode("ascii"))
+    try:
+        return polygon_runs(polygons, size)
+    except ValueError as error:
+        raise DataError(f"{at}: {error}; write the proposals again") from error
 
 
 def _score(annotation: dict[str, Any], key: str, at: str) -> float:

@@ -13,6 +13,7 @@ from pycocotools import mask as coco
 
 from moduseg.errors import DataError
 from moduseg.proposers import sa1b
+from moduseg.runtime.rle import decode_counts
 from moduseg.structures import Proposals
 
 SIZE = (37, 53)
@@ -68,7 +69,7 @@ def test_counts_agree_with_pycocotools(rng: np.random.Generator) -> None:
     for _ in range(50):
         size = tuple(rng.integers(1, 400, 2))
         mask = np.asfortranarray(rng.random(size) < rng.choice([0.001, 0.1, 0.5, 0.999]))
-        counts = sa1b.decode_counts(coco.encode(mask.astype(np.uint8))["counts"].decode())
+        counts = decode_counts(coco.encode(mask.astype(np.uint8))["counts"].decode())
         flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
         np.testing.assert_array_equal(flat.reshape(size, order="F"), mask)
 

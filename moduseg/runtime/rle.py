@@ -1,0 +1,109 @@
+"""COCO's run-length encoding of masks, decoded without trust.
+
+The decoder of pycocotools believes whatever the string says, beyond the end of its buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+_MAX_CHARACTERS = 7
+"""Characters of one run length in the compressed form: 5 bits each, and counts have 32 bits."""
+
+
+def decode_counts(text: str) -> np.ndarray:
+    """Run lengths from COCO's compressed string, as `[R]` int64; the first run is of zeros.
+
+    Each number is a sequence of characters from `0` to `o` that carry 5 bits each, lowest first, and one that says
+    whether more follow; from the fourth number on it is the difference to the number two before.
+
+    Raises:
+        ValueError: a character out of range, an unfinished or over-long number, a negative run length.
+    """
+    try:
+        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError as error:
+        raise ValueError("a character out of range") from error
+    if not len(codes):
+        return np.zeros(0, dtype=np.int64)
+    if codes.min() < 0 or codes.max() > 63:
+        raise ValueError("a character out of range")
+    ends = np.flatnonzero((codes & 32) == 0)
+    if not len(ends) or ends[-1] != len(codes) - 1:
+        raise ValueError("the string stops inside a number")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if (ends - starts).max() >= _MAX_CHARACTERS:
+        raise ValueError("a number of more than 32 bits")
+    position = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    values = np.add.reduceat((codes & 31) << (5 * position), starts)
+    negative = (codes[ends] & 16) != 0
+    values = values - np.where(negative, np.int64(1) << (5 * (ends - starts + 1)), 0)
+    counts = values.copy()
+    counts[1::2] = np.cumsum(values[1::2])
+    counts[2::2] = np.cumsum(values[2::2])
+    if counts.min() < 0:
+        raise ValueError("a negative run length")
+    return counts
+
+
+def checked_runs(counts: object, pixels: int) -> np.ndarray:
+    """Run lengths, `[R]` int64 from zeros on, of a list of numbers or of a compressed string.
+
+    Args:
+        counts: as JSON gives it; nothing about it is assumed.
+        pixels: what the run lengths have to sum to.
+
+    Raises:
+        ValueError: they do not, or a run length is out of range or no whole number.
+    """
+    if isinstance(counts, list):
+        if not all(type(c) is int and 0 <= c <= pixels for c in counts):
+            raise ValueError(f"a run length that is not a whole number from 0 to {pixels}")
+        runs = np.array(counts, dtype=np.int64)
+    elif isinstance(counts, str):
+        runs = decode_counts(counts)
+    else:
+        raise ValueError(f"'counts' of type {type(counts).__name__}")
+    # One by one first: a sum of large numbers could wrap around to the right one.
+    if (len(runs) and runs.max() > pixels) or int(runs.sum()) != pixels:
+        raise ValueError(f"run lengths that do not sum to {pixels} pixels")
+    return runs
+
+
+def polygon_runs(polygons: list[Any], size: tuple[int, int]) -> np.ndarray:
+    """Run lengths, `[R]` int64 from zeros on, of the union of polygons as pycocotools rasterises them.
+
+    Args:
+        polygons: as JSON gives them, each `x, y, x, y, ...` in pixels; nothing about them is assumed.
+        size: `(H, W)` of the image.
+
+    Raises:
+        ValueError: no polygon, one of fewer than three points, one that is no list of numbers, or one so far outside
+            or so long that rasterising it would fill the memory.
+    """
+    from pycocotools import mask as coco
+
+    longest = 2 * max(size)
+    for polygon in polygons:
+        good = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        if not good or not all(_is_finite(c) and abs(c) <= longest for c in polygon):
+            raise ValueError(
+                f"a polygon is {' '.join(str(polygon).split())[:60]}, expected x, y, x, y, ... of three points or "
+                f"more, within {longest} pixels of the image"
+            )
+        # The rasteriser takes memory in proportion to the outline, whatever lies inside the image.
+        points = list(zip(polygon[0::2], polygon[1::2], strict=True))
+        if sum(math.dist(p, q) for p, q in pairwise([*points, points[0]])) > 100 * sum(size) + 1000:
+            raise ValueError("a polygon's outline is longer than 100 times the image's")
+    if not polygons:
+        raise ValueError("'segmentation' is an empty list, expected polygons")
+    merged = coco.merge(coco.frPyObjects(polygons, *size))
+    return decode_counts(merged["counts"].decode("ascii"))
+
+
+def _is_finite(value: object) -> bool:
+    return (type(value) is int and abs(value) < 1 << 62) or (type(value) is float and math.isfinite(value))
