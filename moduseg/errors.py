@@ -15,6 +15,10 @@ class DataError(ModusegError):
     """A file or an image cannot be used. In a stage it costs that image only, and is recorded."""
 
 
+class LabelIdError(DataError):
+    """A label map holds an id that its data set does not have."""
+
+
 class MissingError(ModusegError):
     """A folder, a file or a set of weights that the run needs is not there."""
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from moduseg.datasets.ade20k import Ade20kDataset
 from moduseg.datasets.base import Dataset
+from moduseg.datasets.cityscapes import CityscapesDataset
+from moduseg.datasets.coco import CocoDataset
 from moduseg.datasets.coco150 import Coco150Dataset
 from moduseg.datasets.folder import FolderDataset
 from moduseg.datasets.miniature import MiniatureDataset
@@ -17,6 +20,9 @@ from moduseg.runtime.construct import build_named
 __all__ = ["DATASETS", "Dataset", "build"]
 
 DATASETS: dict[str, type[Dataset]] = {
+    "ade20k": Ade20kDataset,
+    "cityscapes": CityscapesDataset,
+    "coco": CocoDataset,
     "coco150": Coco150Dataset,
     "folder": FolderDataset,
     "miniature": MiniatureDataset,

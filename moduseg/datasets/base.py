@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from moduseg.datasets.io import read_image, read_index_png, read_label_png, read_size
-from moduseg.datasets.labels import RawLabels, check_ids, resolve_labels
-from moduseg.errors import DataError, MissingError
+from moduseg.datasets.labels import (
+    LABEL_SUFFIXES,
+    Label,
+    LabelFile,
+    check_ids,
+    find_label_file,
+    read_label_file,
+    resolve_labels,
+)
+from moduseg.errors import DataError, LabelIdError, MissingError
 from moduseg.structures import IGNORE_INDEX, Sample
+
+log = logging.getLogger("moduseg")
 
 
 class Dataset(ABC):
@@ -21,19 +33,39 @@ class Dataset(ABC):
 
     Making one reads nothing; lists, class names and label files are read when first asked for.
 
+    Args:
+        root: its folder.
+        split: which part of it.
+        labels: where image-level labels come from. `auto`: the data set's own label file, and where it has none the
+            masks; `masks`: the classes in the masks; one of `extra_sources`; else a `.json`, `.csv` or `.npy` file, or
+            a folder of files named by split, below `root` or absolute.
+
     Attributes:
         name: short name, used in folder names and results.
-        split: which part of the data set this is.
-        root: its folder.
+        extra_sources: values of `labels` that only this data set knows (`xml`, `instances`).
+        has_background: whether id 0 is a class of the ground truth. Where it is not (ADE20K, Cityscapes), truth holds
+            `1..C` and 255 only; a predicted 0 says that nothing covered the pixel. Counting it as a miss of the true
+            class is the strict number, leaving such pixels out the flattering one (METHOD, published numbers); the
+            background itself is no class to average over.
+        masks_optional: whether single images may go without ground truth.
+
+    Raises:
+        ValueError: no root or split, or `labels` is none of these.
     """
 
     name: str = ""
+    extra_sources: ClassVar[tuple[str, ...]] = ()
+    has_background: ClassVar[bool] = True
+    masks_optional: ClassVar[bool] = False
 
-    def __init__(self, root: str, split: str) -> None:
+    def __init__(self, root: str, split: str, labels: str = "auto") -> None:
         if not root or not split:
             raise ValueError(f"root, split: got {root!r}, {split!r}, expected a folder and the name of a split")
+        if not labels or Path(labels).suffix.lower() not in ("", *LABEL_SUFFIXES):
+            raise ValueError(f"labels: got {labels!r}, expected {self._known_sources()}; try auto")
         self.root = Path(root).expanduser()
         self.split = split
+        self.labels = labels
 
     # What a backend supplies ------------------------------------------------------------------------------------------
 
@@ -45,8 +77,26 @@ class Dataset(ABC):
     def _read_classes(self) -> tuple[str, ...]:
         """Class names by id, background first."""
 
-    def _read_labels(self) -> tuple[RawLabels, str] | None:
-        """Image-level labels as stored, and the file they come from; `None` where there is no file."""
+    def _read_labels(self) -> LabelFile | None:
+        """The data set's own file of image-level labels; `None` where there is none."""
+        return None
+
+    def _read_annotated(self, id: str) -> tuple[tuple[Label, ...], str] | None:
+        """Labels of one image from the source that `labels` names, one of `extra_sources`, and the file they are in."""
+        raise NotImplementedError
+
+    def label_names(self, id: str) -> tuple[str, ...]:
+        """What an image may be called in a label file, first the id."""
+        return (id,)
+
+    @property
+    def list_name(self) -> str:
+        """What files of this split are called, without suffix."""
+        return self.split
+
+    @property
+    def published_size(self) -> int | None:
+        """Images in the split that published numbers refer to; `None` where nobody says."""
         return None
 
     @abstractmethod
@@ -74,11 +124,24 @@ class Dataset(ABC):
         Raises:
             MissingError: a folder or list is absent.
             DataError: an id leaves the folder, or is listed twice.
+
+        A split whose size is not the published one is used, with a warning.
         """
         ids, where = self._read_ids()
         if not ids:
             raise MissingError(
                 f"{where}: got no image for split {self.split!r}, expected one or more; see data/README.md"
+            )
+        expected = self.published_size
+        if expected is not None and expected != len(ids):
+            log.warning(
+                "%s: got %d images, the published split %r of %s has %d; results are not comparable with published "
+                "ones",
+                where,
+                len(ids),
+                self.split,
+                self.name,
+                expected,
             )
         return check_ids(ids, where)
 
@@ -100,9 +163,14 @@ class Dataset(ABC):
 
     @property
     def label_source(self) -> str:
-        """Where image-level labels come from: `json`, `csv`, `masks` or `none`."""
-        if self._labels is not None:
-            return Path(self._labels[1]).suffix.removeprefix(".").lower()
+        """Where image-level labels come from: `masks`, `json`, `csv`, `npy`, one of `extra_sources`, or `none`.
+
+        A JSON file that says what it was made from (those of `scripts/prepare_data.py` do) is called by that.
+        """
+        if self.labels in self.extra_sources:
+            return self.labels
+        if self.label_file is not None:
+            return self.label_file.source
         return "masks" if self.has_truth else "none"
 
     def __len__(self) -> int:
@@ -115,11 +183,39 @@ class Dataset(ABC):
             DataError: a label is unknown or out of range, or the mask it is read from is damaged.
         """
         self._check(id)
-        if self._labels is None:
-            semantic = self._read_semantic(id)
+        if self._labels_in_masks:
+            semantic = self.semantic_of(id)
             return None if semantic is None else present_classes(semantic)
-        entry = self._labels[0].get(id)
-        return None if entry is None else resolve_labels(entry, self.classes, id, self._labels[1])
+        found = self._stored_labels(id)
+        return None if found is None else resolve_labels(found[0], self.classes, id, found[1])
+
+    def semantic_of(self, id: str) -> np.ndarray | None:
+        """`[H, W]` uint8 ground truth of an image, 0..C and 255; `None` where it has none.
+
+        Raises:
+            LabelIdError: it holds an id that is no class.
+            DataError: it is damaged.
+        """
+        self._check(id)
+        semantic = self._read_semantic(id)
+        if semantic is not None:
+            found = np.flatnonzero(np.bincount(semantic.ravel(), minlength=256)[:IGNORE_INDEX])
+            if len(found) and int(found[-1]) > self.num_classes:
+                raise LabelIdError(
+                    f"{self.mask_path(id)}: image {id!r} has label id {int(found[-1])}, expected 0..{self.num_classes} "
+                    f"or 255 as there are {self.num_classes} classes beside background; correct the mask or the class "
+                    "list"
+                )
+        return semantic
+
+    def instances_of(self, id: str) -> np.ndarray | None:
+        """`[H, W]` int32 ground-truth objects of an image, 0 where there is none; `None` where it has no such truth.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        self._check(id)
+        return self._read_instances(id)
 
     def load(self, id: str, truth: bool = False, labels: bool = True) -> Sample:
         """One image with its image-level labels.
@@ -134,8 +230,8 @@ class Dataset(ABC):
         """
         self._check(id)
         image = read_image(self.image_path(id))
-        semantic = self._read_semantic(id) if truth else None
-        instances = self._read_instances(id) if truth else None
+        semantic = self.semantic_of(id) if truth else None
+        instances = self.instances_of(id) if truth else None
         for what, array in (("label map", semantic), ("instance map", instances)):
             if array is not None and array.shape != image.shape[:2]:
                 raise DataError(
@@ -144,7 +240,7 @@ class Dataset(ABC):
                 )
         if not labels:
             known = None
-        elif semantic is not None and self._labels is None:
+        elif semantic is not None and self._labels_in_masks:
             known = present_classes(semantic)
         else:
             known = self.labels_of(id)
@@ -164,17 +260,64 @@ class Dataset(ABC):
         Ids, classes, image-level labels and the sizes in bytes of masks count; paths and times do not, so copies on
         other machines agree. Images are left to the loop of the stages, which redoes the batch of one that changed.
         """
-        labels = self._labels[0] if self._labels is not None else {}
         rows = []
         for id in self.ids:
-            truth = [_bytes_of(path) for path in (self.mask_path(id), self.instance_path(id))]
-            rows.append([id, *truth, sorted(str(v) for v in labels[id]) if id in labels else None])
+            try:
+                stored = None if self._labels_in_masks else self._stored_labels(id)
+            except DataError:
+                stored = None  # the loop of the stages says what is wrong with it
+            rows.append([id, *self._truth_stamp(id), None if stored is None else sorted(str(v) for v in stored[0])])
         content = json.dumps([self.classes, self.label_source, rows])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
-    def _labels(self) -> tuple[RawLabels, str] | None:
-        return self._read_labels()
+    def label_file(self) -> LabelFile | None:
+        """The file that image-level labels are read from; `None` where they come from elsewhere.
+
+        Raises:
+            MissingError: `labels` names a file that is not there.
+            DataError: it cannot be used.
+        """
+        if self.labels == "auto":
+            return self._read_labels()
+        if self.labels == "masks" or self.labels in self.extra_sources:
+            return None
+        path = find_label_file(self.root / Path(self.labels).expanduser(), self.list_name)
+        if path is None:
+            raise MissingError(
+                f"dataset.labels: got {self.labels!r}, no such file or folder with {self.list_name}.json below "
+                f"{self.root}; expected {self._known_sources()}; set dataset.labels=auto, or run "
+                "scripts/prepare_data.py"
+            )
+        return read_label_file(path)
+
+    @property
+    def _labels_in_masks(self) -> bool:
+        return self.labels not in self.extra_sources and self.label_file is None
+
+    def _stored_labels(self, id: str) -> tuple[tuple[Label, ...], str] | None:
+        """Labels of one image as stored in a file, and that file."""
+        if self.labels in self.extra_sources:
+            return self._read_annotated(id)
+        file = self.label_file
+        key = next((key for key in self.label_names(id) if file is not None and key in file.entries), None)
+        if file is None or key is None:
+            return None
+        if file.classes not in (None, self.num_classes):
+            raise DataError(
+                f"{file.where}: got vectors of {file.classes} entries, expected {self.num_classes} as there are "
+                f"{self.num_classes} classes beside background; take the file that belongs to {self.name}"
+            )
+        return file.entries[key], file.where
+
+    def _truth_stamp(self, id: str) -> list[Any]:
+        """What tells whether the ground truth of an image has changed, JSON values."""
+        return [_bytes_of(path) for path in (self.mask_path(id), self.instance_path(id))]
+
+    @classmethod
+    def _known_sources(cls) -> str:
+        words = ", ".join(("auto", "masks", *cls.extra_sources))
+        return f"{words}, a {', '.join(LABEL_SUFFIXES)} file, or a folder of them named by split"
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -191,14 +334,7 @@ class Dataset(ABC):
         path = self.mask_path(id)
         if path is None or not path.is_file():
             return None
-        semantic = read_label_png(path)
-        found = np.flatnonzero(np.bincount(semantic.ravel(), minlength=256)[:IGNORE_INDEX])
-        if len(found) and int(found[-1]) > self.num_classes:
-            raise DataError(
-                f"{path}: image {id!r} has label id {int(found[-1])}, expected 0..{self.num_classes} or 255 as there "
-                f"are {self.num_classes} classes beside background; correct the mask or the class list"
-            )
-        return semantic
+        return read_label_png(path)
 
     def _read_instances(self, id: str) -> np.ndarray | None:
         path = self.instance_path(id)

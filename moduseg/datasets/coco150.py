@@ -46,7 +46,8 @@ class Coco150Dataset(VocDataset):
             self.split = f"train2017-{'only' if self._held_out else 'without'}-fold-{fold}-of-{folds}"
 
     @property
-    def _list_name(self) -> str:
+    def list_name(self) -> str:
+        """Name of the list; folds are cut from `train2017`."""
         return self.split if self.fold is None else "train2017"
 
     def _read_ids(self) -> tuple[list[str], str]:

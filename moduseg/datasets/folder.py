@@ -9,7 +9,7 @@ from pathlib import Path
 from moduseg.datasets.base import Dataset, require_folder
 from moduseg.datasets.io import IMAGE_SUFFIXES
 from moduseg.datasets.labels import (
-    RawLabels,
+    LabelFile,
     check_classes,
     names_in,
     read_classes,
@@ -33,12 +33,11 @@ class FolderDataset(Dataset):
     Args:
         root: the folder that holds all of it.
         split: `train`, `val`, or the name of a list.
+        labels: where image-level labels come from, see `Dataset`.
     """
 
     name = "folder"
-
-    def __init__(self, root: str, split: str) -> None:
-        super().__init__(root, split)
+    masks_optional = True
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -76,8 +75,8 @@ class FolderDataset(Dataset):
         taken = {self._id_of(line.removeprefix("images/")) for line in read_list(other)} if other.is_file() else set()
         ids = [id for id in files if id not in taken]
         if self.split == "train":
-            if self._labels is not None:
-                ids = [id for id in ids if id in self._labels[0]]
+            if self.label_file is not None:
+                ids = [id for id in ids if id in self.label_file.entries]
             elif (self.root / "masks").is_dir():
                 ids = [id for id in ids if self._mask(id).is_file()]
             else:
@@ -97,20 +96,20 @@ class FolderDataset(Dataset):
         if path.is_file():
             return read_classes(path)
         require_folder(self.root, "dataset.root", _LAYOUT)
-        names = names_in(self._labels[0]) if self._labels is not None else None
-        if names is None:
+        file = self.label_file
+        names = names_in(file.entries) if file is not None else None
+        if file is None or names is None:
             raise MissingError(
                 f"dataset.root: got '{self.root}' without classes.txt, and no label file with names to take them from; "
                 "expected class names, one a line, background first; write classes.txt (data/README.md)"
             )
-        return check_classes(["background", *(n for n in names if n != "background")], self._labels[1])  # type: ignore[index]
+        return check_classes(["background", *(n for n in names if n != "background")], file.where)
 
-    def _read_labels(self) -> tuple[RawLabels, str] | None:
-        for name in ("labels.json", "labels.csv"):
-            path = self.root / name
-            if path.is_file():
-                return read_label_file(path), str(path)
-        return None
+    def _read_labels(self) -> LabelFile | None:
+        found = [self.root / name for name in ("labels.json", "labels.csv") if (self.root / name).is_file()]
+        if len(found) > 1:
+            raise DataError(f"{self.root}: got labels.json and labels.csv, expected one of them; set dataset.labels")
+        return read_label_file(found[0]) if found else None
 
     def image_path(self, id: str) -> Path:
         self._check(id)

@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -80,6 +81,20 @@ def read_label_png(path: Path) -> np.ndarray:
     if ids.size and int(ids.max()) > 255:
         raise DataError(f"{path}: got label id {int(ids.max())}, expected ids 0..255; store an 8-bit indexed PNG")
     return ids.astype(np.uint8)
+
+
+def label_png_kind(path: Path) -> Literal["voc", "indexed", "grey", "colour"]:
+    """How a label map is stored, from its header: indexed with the VOC palette, with another one, grey, or in colours.
+
+    Raises:
+        DataError: the file is absent, empty, or no image.
+    """
+    with _open(path, decode=False) as picture:
+        if picture.mode == "P":
+            palette = np.array(picture.getpalette() or [], dtype=np.uint8)
+            same = len(palette) >= 3 and np.array_equal(palette, voc_palette().ravel()[: len(palette)])
+            return "voc" if same else "indexed"
+        return "colour" if picture.mode in ("RGB", "RGBA", "CMYK", "YCbCr") else "grey"
 
 
 def read_index_png(path: Path) -> np.ndarray:

@@ -8,9 +8,11 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from moduseg.datasets.io import IMAGE_SUFFIXES
+from moduseg.datasets.pickled import read_pickled_labels
 from moduseg.errors import DataError
 
 MAX_CLASSES = 254
@@ -19,6 +21,25 @@ MAX_CLASSES = 254
 Label = int | str
 RawLabels = dict[str, tuple[Label, ...]]
 """Image id -> labels as stored, ids or names; checked image by image, so that a wrong one costs only its own."""
+LABEL_SUFFIXES = (".json", ".csv", ".npy")
+"""Endings of label files."""
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """Image-level labels read from one file.
+
+    Attributes:
+        entries: labels by image id, as stored.
+        where: the file, for messages.
+        source: what results call them: the source that the file states, else its ending (`json`, `csv`, `npy`).
+        classes: foreground classes that the file was written for, where it says so (the length of its vectors).
+    """
+
+    entries: RawLabels
+    where: str
+    source: str
+    classes: int | None = None
 
 
 def read_text(path: Path) -> str:
@@ -102,17 +123,30 @@ def check_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_label_file(path: Path) -> RawLabels:
-    """Image-level labels of a `.json` or `.csv` file, ids or names as stored.
+def read_label_file(path: Path) -> LabelFile:
+    """Image-level labels of a `.json`, `.csv` or `.npy` file, ids or names as stored.
 
     JSON: `{"a/b": ["dog", 3]}` or `{"images": [{"img_id": "a/b", "labels": [1, 3]}]}` (`file_name` without suffix where
-    `img_id` is absent). CSV: header `image,labels`, labels separated by `;` (ids also by spaces); rows of the same
-    image are joined.
+    `img_id` is absent; beside `images`, `source` may say where the labels were taken from). CSV: header `image,labels`,
+    labels separated by `;` (ids also by spaces); rows of the same image are joined. NPY: a pickled dictionary of 0/1
+    vectors (`cls_labels.npy`), see `moduseg.datasets.pickled`.
 
     Raises:
         DataError: not that format; the message names the entry.
     """
-    return _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        entries, classes = read_pickled_labels(path)
+        return LabelFile(dict(entries), str(path), "npy", classes)
+    if suffix == ".json":
+        return LabelFile(*_read_json(path))
+    return LabelFile(_read_csv(path), str(path), "csv")
+
+
+def find_label_file(path: Path, split: str) -> Path | None:
+    """`path` if it is a label file, or the file of `split` in it if it is a folder; `None` where there is none."""
+    candidates = (path / f"{split}{suffix}" for suffix in LABEL_SUFFIXES) if path.is_dir() else (path,)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def resolve_labels(raw: Sequence[Label], classes: Sequence[str], image_id: str, where: str) -> tuple[int, ...]:
@@ -150,7 +184,7 @@ def resolve_labels(raw: Sequence[Label], classes: Sequence[str], image_id: str, 
     return tuple(sorted(ids))
 
 
-def _read_json(path: Path) -> RawLabels:
+def _read_json(path: Path) -> tuple[RawLabels, str, str]:
     try:
         data = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -159,7 +193,11 @@ def _read_json(path: Path) -> RawLabels:
     if not isinstance(data, dict):
         raise DataError(f"{path}: got a {type(data).__name__} at the top, {layout}; correct the file")
     entries: list[tuple[object, object]] = list(data.items())
+    source = "json"
     if isinstance(data.get("images"), list) and all(isinstance(entry, dict) for entry in data["images"]):
+        source = data.get("source", source)
+        if not isinstance(source, str) or not re.fullmatch(r"[a-z0-9_-]{1,40}", source):
+            raise DataError(f"{path}: got source {source!r}, expected a word such as masks, xml, predicted; correct it")
         entries = [(e.get("img_id", e.get("file_name")), e.get("labels")) for e in data["images"]]
     labels: RawLabels = {}
     for name, values in entries:
@@ -168,7 +206,7 @@ def _read_json(path: Path) -> RawLabels:
             raise DataError(f"{path}: entry {name!r} has labels {values!r}, {layout}; correct the entry")
         key = without_suffix(name)
         labels[key] = (*labels.get(key, ()), *values)
-    return labels
+    return labels, str(path), source
 
 
 def _read_csv(path: Path) -> RawLabels:

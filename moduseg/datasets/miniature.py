@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moduseg.datasets.labels import RawLabels
+from moduseg.datasets.labels import LabelFile
 from moduseg.datasets.voc import VocDataset
 from moduseg.miniature.voc_writer import write_voc
 from moduseg.miniature.world import CLASSES, WorldConfig
@@ -40,6 +40,6 @@ class MiniatureDataset(VocDataset):
     def _read_classes(self) -> tuple[str, ...]:
         return CLASSES
 
-    def _read_labels(self) -> tuple[RawLabels, str] | None:
+    def _read_labels(self) -> LabelFile | None:
         self._known  # noqa: B018  - the ids write the world, and its label file with it
         return super()._read_labels()

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 from moduseg.datasets.base import Dataset, find_image, require_folder
-from moduseg.datasets.labels import RawLabels, read_classes, read_label_file, read_list, without_suffix
-from moduseg.errors import MissingError
+from moduseg.datasets.classes import VOC_CLASSES
+from moduseg.datasets.labels import Label, LabelFile, read_classes, read_label_file, read_list, without_suffix
+from moduseg.errors import DataError, MissingError
 
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-PUBLISHED_SIZES = {"train": 1464, "train_aug": 10582, "val": 1449}
+PUBLISHED_SIZES = {"train": 1464, "train_aug": 10582, "val": 1449, "trainval": 2913, "test": 1456}
 """Images in the splits that published numbers refer to (METHOD, data protocol)."""
+LIST_NAMES = {"train_aug": ("train_aug", "trainaug"), "trainaug": ("trainaug", "train_aug")}
+"""What lists are called, where there is more than one custom."""
 
 
 class VocDataset(Dataset):
     """A folder in VOC layout.
 
-    Image-level labels come from `<root>/image_labels.json` where it exists, else from the masks.
+    Image-level labels come from `<root>/image_labels.json` where it exists, else from the masks. `labels=xml` takes the
+    objects of `<annotation_dir>/<id>.xml`, difficult ones included, as those who train on image-level labels of VOC do.
 
     Args:
         root: the folder that holds the others.
-        split: name of a list in `list_dir`, without `.txt`.
-        image_dir, mask_dir, instance_dir, list_dir: folders below `root`; masks and instances may be absent.
+        split: name of a list in `list_dir`, without `.txt`; `train_aug` is also found as `trainaug.txt`.
+        image_dir, mask_dir, instance_dir, list_dir, annotation_dir: folders below `root`; masks, instances and
+            annotations may be absent.
         suffixes: image suffixes, tried in order.
         classes_file: class names below `root`, background first; `None` for VOC's twenty.
+        labels: where image-level labels come from, see `Dataset`; also `xml`.
     """
 
     name = "voc"
+    extra_sources = ("xml",)
 
     def __init__(
         self,
@@ -42,8 +46,10 @@ class VocDataset(Dataset):
         list_dir: str = "ImageSets/Segmentation",
         suffixes: tuple[str, ...] = (".jpg", ".png"),
         classes_file: str | None = None,
+        annotation_dir: str = "Annotations",
+        labels: str = "auto",
     ) -> None:
-        super().__init__(root, split)
+        super().__init__(root, split, labels)
         if not suffixes or not all(s.startswith(".") for s in suffixes):
             raise ValueError(f"suffixes: got {suffixes}, expected endings with their dot; try ['.jpg', '.png']")
         self.image_dir = image_dir
@@ -52,33 +58,37 @@ class VocDataset(Dataset):
         self.list_dir = list_dir
         self.suffixes = tuple(suffixes)
         self.classes_file = classes_file
+        self.annotation_dir = annotation_dir
+        self._annotated: dict[str, tuple[str, ...]] = {}
 
     def _layout(self) -> str:
         return f"{self.image_dir}/, {self.list_dir}/<split>.txt and, for truth, {self.mask_dir}/"
 
     @property
-    def _list_name(self) -> str:
-        return self.split
+    def published_size(self) -> int | None:
+        """Images in the published split of VOC 2012; `None` for other classes and other lists."""
+        if self.classes_file is not None or self.name != "voc":
+            return None
+        return PUBLISHED_SIZES.get(self.split.replace("trainaug", "train_aug"))
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether there is a folder of semantic ground truth; that of VOC's test split was never published."""
+        return super().has_truth and (self.split != "test" or (self._mask(self.ids[0])).is_file())
 
     def _read_ids(self) -> tuple[list[str], str]:
         require_folder(self.root, "dataset.root", self._layout())
         require_folder(self.root / self.image_dir, "dataset.image_dir", self._layout())
-        path = self.root / self.list_dir / f"{self._list_name}.txt"
-        if not path.is_file():
-            found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
+        folder = self.root / self.list_dir
+        names = LIST_NAMES.get(self.list_name, (self.list_name,))
+        path = next((folder / f"{name}.txt" for name in names if (folder / f"{name}.txt").is_file()), None)
+        if path is None:
+            found = ", ".join(sorted(p.stem for p in folder.glob("*.txt"))) or "none"
             raise MissingError(
-                f"dataset split: got {self.split!r}, no such list {path}; expected one of: {found}; set "
-                "dataset.train_split / dataset.val_split (data/README.md)"
+                f"dataset split: got {self.split!r}, no such list {folder / names[0]}.txt; expected one of: {found}; "
+                "set dataset.train_split / dataset.val_split (data/README.md)"
             )
-        ids = [self._id_of(line) for line in read_list(path)]
-        expected = PUBLISHED_SIZES.get(self.split)
-        if self.classes_file is None and self.name == "voc" and expected not in (None, len(ids)):
-            warnings.warn(
-                f"{path}: got {len(ids)} images, the published split {self.split!r} has {expected}; results are not "
-                "comparable with published ones",
-                stacklevel=2,
-            )
-        return ids, str(path)
+        return [self._id_of(line) for line in read_list(path)], str(path)
 
     def _id_of(self, line: str) -> str:
         # Lists of the augmented split often read "/JPEGImages/<id>.jpg /SegmentationClassAug/<id>.png"; the devkit's
@@ -100,15 +110,32 @@ class VocDataset(Dataset):
             )
         return read_classes(path)
 
-    def _read_labels(self) -> tuple[RawLabels, str] | None:
+    def _read_labels(self) -> LabelFile | None:
         path = self.root / "image_labels.json"
-        return (read_label_file(path), str(path)) if path.is_file() else None
+        return read_label_file(path) if path.is_file() else None
+
+    def _read_annotated(self, id: str) -> tuple[tuple[Label, ...], str] | None:
+        path = self.root / self.annotation_dir / f"{id}.xml"
+        if id not in self._annotated:
+            require_folder(self.root / self.annotation_dir, "dataset.annotation_dir", "<id>.xml of each image")
+            if not path.is_file():
+                return None
+            self._annotated[id] = read_voc_xml(path)
+        return self._annotated[id], str(path)
+
+    def label_names(self, id: str) -> tuple[str, ...]:
+        """What an image may be called in a label file, first the id."""
+        # Some files of labels count VOC's images: 2007_000032 is 2007000032.
+        return (id, id.replace("_", "", 1)) if re.fullmatch(r"\d{4}_\d{6}", id) else (id,)
 
     def image_path(self, id: str) -> Path:
         self._check(id)
         return find_image(self.root / self.image_dir, id, self.suffixes)
 
     def mask_path(self, id: str) -> Path | None:
+        return self._mask(id)
+
+    def _mask(self, id: str) -> Path:
         return self.root / self.mask_dir / f"{id}.png"
 
     def instance_path(self, id: str) -> Path | None:
@@ -116,3 +143,25 @@ class VocDataset(Dataset):
 
     def _truth_folder(self, path: Path) -> Path:
         return self.root / self.mask_dir
+
+
+def read_voc_xml(path: Path) -> tuple[str, ...]:
+    """The distinct object names of a VOC annotation, in the order of the file; parts of objects do not count.
+
+    Raises:
+        DataError: unreadable, not XML, or not an annotation.
+    """
+    remedy = "expected <annotation> with <object><name>; fetch it again"
+    try:
+        content = path.read_bytes()
+        if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+            raise DataError(f"{path}: declares entities, which no annotation needs; {remedy}")
+        root = ElementTree.fromstring(content)
+    except OSError as error:
+        raise DataError(f"{path}: unreadable ({error.strerror}); check the file and its permissions") from error
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise DataError(f"{path}: not XML ({error}), {remedy}") from error
+    names = [(found.findtext("name") or "").strip() for found in root.iterfind("object")]
+    if root.tag != "annotation" or not all(names):
+        raise DataError(f"{path}: got <{root.tag}> with {names.count('')} unnamed objects, {remedy}")
+    return tuple(dict.fromkeys(names))

@@ -45,15 +45,27 @@ BACKGROUND_WORDS: dict[str, tuple[str, ...]] = {
     ),
     "coco": (*_SCENERY, "building", "cloud", "floor", "hill", "rail"),
     "miniature": STUFF,
+    "none": (),
 }  # fmt: skip
-"""What a background may be made of, by data set."""
+"""What a background may be made of, by data set; `none` is for ADE20K and Cityscapes, which have no background."""
 
 CLASS_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "names": {},
     "voc": {"boat": ("ship",), "diningtable": ("table",), "person": ("people",)},
     "coco": {"person": ("people",)},
-}
-"""Words that stand for a class in place of its official name, by data set; `names` has none."""
+    "ade20k": {
+        "windowpane": ("window",), "earth": ("ground",), "base": ("pedestal",), "signboard": ("sign",),
+        "grandstand": ("grandstand", "covered stand"), "case": ("display case", "showcase"), "blind": ("window blind",),
+        "hovel": ("hut", "shack"), "light": ("light source",),
+        "television receiver": ("television",), "apparel": ("clothes",), "bannister": ("banister",),
+        "buffet": ("sideboard",), "conveyer belt": ("conveyor belt",), "washer": ("washing machine",),
+        "plaything": ("toy",), "minibike": ("motorbike",), "tank": ("storage tank",), "trade name": ("brand name",),
+        "screen": ("projection screen",), "hood": ("exhaust hood",), "ashcan": ("trash can",),
+    },
+    "cityscapes": {"vegetation": ("tree", "hedge", "vegetation"), "terrain": ("grass", "soil", "terrain")},
+}  # fmt: skip
+"""Words that stand for a class in place of its official name, by data set; `names` has none. VOC's and COCO's are the
+paper's; those of ADE20K (plainer names of the same thing) and Cityscapes (what its definitions name) are our own."""
 
 
 def templates_of(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.config import compose
+from moduseg.config import compose, config_dir
 from moduseg.datasets import DATASETS, Dataset, build
 from moduseg.datasets.io import write_label_png
 from moduseg.datasets.labels import check_ids, read_classes, read_label_file, resolve_labels
@@ -91,9 +91,37 @@ def test_truth_is_given_only_where_asked_for(voc: Path) -> None:
     assert _voc(voc).load("a_2", labels=False).labels is None
 
 
-def test_sizes_of_published_splits_are_checked(voc: Path) -> None:
-    with pytest.warns(UserWarning, match=r"got 3 images, the published split 'train' has 1464"):
-        assert _voc(voc, "train").ids == ("a_1", "a_2", "a_3")
+@pytest.mark.parametrize(
+    ("split", "published"), [("train", 1464), ("train_aug", 10582), ("val", 1449), ("trainval", 2913), ("test", 1456)]
+)
+def test_sizes_of_published_splits_are_checked(
+    voc: Path, split: str, published: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    (voc / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("a_1\na_2\n")
+    assert _voc(voc, split).ids == ("a_1", "a_2")
+    assert f"got 2 images, the published split '{split}' of voc has {published}" in caplog.text
+
+
+def test_lists_that_nobody_published_are_used_in_silence(voc: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(_voc(voc, "mini")) == 1
+    (voc / "c.txt").write_text("background\ncat\n")
+    assert len(_voc(voc, "train", classes_file="c.txt")) == 3
+    assert caplog.text == ""
+
+
+def test_the_augmented_list_has_two_names(voc: Path) -> None:
+    line = "/JPEGImages/a_3.jpg /SegmentationClassAug/a_3.png\n"
+    (voc / "ImageSets" / "Segmentation" / "trainaug.txt").write_text(line)
+    assert _voc(voc, "train_aug").ids == _voc(voc, "trainaug").ids == ("a_3",)
+    assert _voc(voc, "train_aug").published_size == 10582
+
+
+def test_voc_test_has_no_truth(voc: Path) -> None:
+    """The folder of masks is there for the other splits."""
+    _picture(voc / "JPEGImages" / "t_1.jpg")
+    (voc / "ImageSets" / "Segmentation" / "test.txt").write_text("t_1\n")
+    data = _voc(voc, "test")
+    assert (data.has_truth, data.label_source, data.labels_of("t_1")) == (False, "none", None)
 
 
 def test_label_file_wins_over_masks(voc: Path) -> None:
@@ -308,7 +336,7 @@ def test_broken_label_files(tmp_path: Path, name: str, content: bytes, words: st
 def test_csv_forms(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("\ufeffLabels, Image \n1 2,a.jpg\n3;4,b\n,c\nred car;dog,d\n", encoding="utf-8")
     expected = {"a": ("1", "2"), "b": ("3", "4"), "c": (), "d": ("red car", "dog")}
-    assert read_label_file(tmp_path / "l.csv") == expected
+    assert read_label_file(tmp_path / "l.csv").entries == expected
 
 
 def test_names_resolve_before_numbers() -> None:
@@ -339,19 +367,30 @@ def test_broken_class_lists(tmp_path: Path, content: str, words: str) -> None:
 # Configurations, miniature, coco150 -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(DATASETS))
+SHIPPED = sorted(path.stem for path in (config_dir() / "dataset").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configurations_build(name: str) -> None:
     # Composed with the rest, because a root may be given in terms of `runtime.outputs`.
     cfg = compose([f"dataset={name}"]).dataset
     for split in (cfg["train_split"], cfg["val_split"]):
         data = build(cfg, split)
-        assert (data.name, data.split) == (name, split)
+        assert (data.name, data.split) == ({"voc_aug": "voc"}.get(name, name), split)
+
+
+def test_every_data_set_has_a_configuration() -> None:
+    assert {compose([f"dataset={name}"]).dataset["name"] for name in SHIPPED} == set(DATASETS)
 
 
 @pytest.mark.parametrize(
     ("cfg", "split", "words"),
     [
-        ({"name": "vocc"}, "val", "dataset.name: got 'vocc', expected one of coco150, folder, miniature, voc"),
+        (
+            {"name": "vocc"},
+            "val",
+            "dataset.name: got 'vocc', expected one of ade20k, cityscapes, coco, coco150",
+        ),
         ({"name": "voc"}, "val", "dataset.root: missing"),
         ({"name": "voc", "root": "x", "maskdir": "y"}, "val", "did you mean dataset.mask_dir"),
         ({"name": "voc", "root": 3}, "val", "dataset.root: got 3"),

@@ -1,0 +1,209 @@
+"""`cls_labels.npy`: a pickled dictionary, read without running anything that it contains.
+
+A pickle is a program that names functions and calls them. Here every name that NumPy writes for an array is answered
+with an inert stand-in that keeps its arguments, every other name ends the reading, and the arrays are made afterwards
+from the plain bytes that the stand-ins kept.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moduseg.errors import DataError
+
+MAX_BYTES = 1 << 30
+"""Larger files are refused; the largest known one, of COCO's 123,287 images, has some 60 MB."""
+_MAGIC = b"\x93NUMPY"
+_REMEDY = "expected a dictionary from image ids to 0/1 vectors, as numpy.save writes it; save the labels as JSON"
+_DAMAGE = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, OverflowError,
+    ImportError, MemoryError, RecursionError, UnicodeError,
+)  # fmt: skip
+
+
+class _Dtype:
+    """`numpy.dtype(code)`: the code, and the byte order that its state adds."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: object) -> None:
+        self.code = str(code)
+        self.order: Any = "="
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError("a malformed data type")
+        self.order = state[1]
+
+    def plain(self) -> np.dtype:
+        """The type, if it is one of numbers, truth values or text."""
+        kind, size = self.code[:1], self.code[1:]
+        if kind not in "biufUS" or not size.isdigit() or not (kind in "US" or 1 <= int(size) <= 16):
+            raise pickle.UnpicklingError(f"the data type {self.code[:20]!r}")
+        return np.dtype(self.code).newbyteorder(self.order)
+
+
+class _Array:
+    """An array or a scalar: what it takes to make it."""
+
+    __slots__ = ("data", "dtype", "fortran", "shape")
+
+    def __init__(self, shape: Any = (), dtype: Any = None, fortran: Any = False, data: Any = b"") -> None:
+        self.shape, self.dtype, self.fortran, self.data = shape, dtype, fortran, data
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise pickle.UnpicklingError("a malformed array")
+        _, self.shape, self.dtype, self.fortran, self.data = state
+
+    def single(self) -> object:
+        """The one object that an array of objects holds."""
+        if type(self.dtype) is not _Dtype or not self.dtype.code.startswith("O") or not isinstance(self.data, list):
+            raise pickle.UnpicklingError("an array that holds no object")
+        if len(self.data) != 1:
+            raise pickle.UnpicklingError(f"an array of {len(self.data)} objects")
+        return self.data[0]
+
+    def plain(self) -> np.ndarray:
+        """The array, made from its bytes."""
+        shape, data = self.shape, self.data
+        if isinstance(data, str):  # what Python 2 called bytes
+            data = data.encode("latin-1")
+        good = isinstance(shape, tuple) and all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape)
+        if type(self.dtype) is not _Dtype or not good or not isinstance(data, bytes | bytearray):
+            raise pickle.UnpicklingError("a malformed array")
+        dtype = self.dtype.plain()
+        if math.prod(shape) * dtype.itemsize != len(data):
+            raise pickle.UnpicklingError(f"{len(data)} bytes for an array of {shape}")
+        flat = np.frombuffer(bytes(data), dtype=dtype)
+        return flat.reshape(shape, order="F" if self.fortran is True else "C")
+
+
+class _Name:
+    """What a pickle may call. An instance, not a function or class, so that a pickle cannot set attributes on it."""
+
+    __slots__ = ("_make",)
+    _make: Callable[..., object]
+
+    def __init__(self, make: Callable[..., object]) -> None:
+        object.__setattr__(self, "_make", make)
+
+    def __call__(self, *arguments: object) -> object:
+        return self._make(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("a state for a function")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise pickle.UnpicklingError("an attribute for a function")
+
+
+def _encode(text: object, encoding: object = "latin1") -> bytes:
+    # Bytes under the protocols of Python 2 are written as text and encoded again.
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"the encoding {encoding!r}")
+    return text.encode("latin-1")
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    return _Array(shape, dtype, order == "F", data)
+
+
+_CORE = {
+    "_reconstruct": _Name(lambda *arguments: _Array()),
+    "scalar": _Name(lambda dtype, data=b"": _Array((), dtype, False, data)),
+}
+_NAMES: Mapping[tuple[str, str], _Name] = {
+    ("numpy", "ndarray"): _Name(lambda *arguments: _Array()),
+    ("numpy", "dtype"): _Name(lambda code, *flags: _Dtype(code)),
+    ("_codecs", "encode"): _Name(_encode),
+    **{(f"numpy.{core}.multiarray", name): made for core in ("core", "_core") for name, made in _CORE.items()},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _Name(_from_buffer) for core in ("core", "_core")},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NAMES:
+            raise pickle.UnpicklingError(f"the name {f'{module}.{name}'[:80]!r}, which no array needs")
+        return _NAMES[module, name]
+
+    def persistent_load(self, pid: object) -> Any:
+        raise pickle.UnpicklingError("a reference to something outside")
+
+
+def read_pickled_labels(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Image-level labels of a `cls_labels.npy` (or of a plain pickle) as weakly supervised methods pass them on.
+
+    Args:
+        path: a `.npy` file of one object, or a pickle: a dictionary from image ids, text or whole numbers, to vectors
+            of zeros and ones, entry `i` for class `i + 1`.
+
+    Returns:
+        Ids as text -> ascending class ids `1..C`, and `C`, the length of every vector.
+
+    Raises:
+        DataError: the file cannot be read, names anything but NumPy's arrays, or holds something else; one line.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path}: got {path.stat().st_size} bytes, expected at most {MAX_BYTES}; {_REMEDY}")
+        content = _unpickle(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: unreadable ({error.strerror}); check the file and its permissions") from error
+    except _DAMAGE as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: refused to read further, it has {why}; {_REMEDY}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: got {type(content).__name__.strip('_').lower()} of something else; {_REMEDY}")
+    labels: dict[str, tuple[int, ...]] = {}
+    lengths: set[int] = set()
+    for key, value in content.items():
+        try:
+            name, vector = _key(key), _vector(value)
+        except _DAMAGE as error:
+            raise DataError(f"{path}: entry {str(key)[:60]!r} has {error}; {_REMEDY}") from error
+        lengths.add(len(vector))
+        labels[name] = tuple(int(i) + 1 for i in np.flatnonzero(vector))
+    if len(lengths) != 1:
+        found = f"vectors of {min(lengths)} to {max(lengths)} entries" if lengths else "no entry"
+        raise DataError(f"{path}: got {found}, expected vectors of one length; {_REMEDY}")
+    return labels, lengths.pop()
+
+
+def _unpickle(data: bytes) -> object:
+    file = io.BytesIO(data)
+    if data.startswith(_MAGIC):
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of the format")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if not dtype.hasobject or math.prod(shape) != 1:
+            raise ValueError(f"an array {shape} of {dtype}")
+    content = _Unpickler(file, encoding="latin1").load()
+    return content.single() if type(content) is _Array else content
+
+
+def _key(key: object) -> str:
+    if type(key) is _Array:
+        key = key.plain().item()
+    if isinstance(key, bytes):
+        key = key.decode("utf-8")
+    if type(key) not in (str, int):
+        raise ValueError(f"a key of type {type(key).__name__}")
+    return str(key)
+
+
+def _vector(value: object) -> np.ndarray:
+    vector = value.plain() if type(value) is _Array else np.asarray(value if isinstance(value, list) else None)
+    if vector.ndim != 1 or vector.dtype.kind not in "biuf" or not np.isin(vector, (0, 1)).all():
+        raise ValueError("no vector of zeros and ones")
+    return vector
