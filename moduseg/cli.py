@@ -16,7 +16,9 @@ from moduseg.stages.common import count_failures
 
 STAGES = ("propose", "pseudo_masks", "build_bank", "infer", "evaluate")
 """The stages, in the order of the data."""
-COMMANDS = (*STAGES, "ablate")
+TOOLS = ("prepare_data", "check_data")
+"""What is run on a data set before the stages."""
+COMMANDS = (*STAGES, *TOOLS, "ablate")
 
 
 def entry() -> None:
@@ -81,6 +83,8 @@ def _log_to_stdout(level: int = logging.INFO) -> None:
 def run_config(command: str, cfg: Config) -> int:
     """Run the stage on a checked configuration; see `main` for the exit code."""
     stage = importlib.import_module(f"moduseg.stages.{command}")
+    if command in TOOLS:
+        return int(stage.main(cfg))
     path = stage.run(cfg)
     failures = count_failures(path)
     if failures:
