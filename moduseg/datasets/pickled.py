@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -179,16 +180,16 @@ def read_pickled_labels(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
 
 
 def _unpickle(data: bytes) -> object:
-    file = io.BytesIO(data)
+    start = 0
     if data.startswith(_MAGIC):
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"version {version} of the format")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        if not dtype.hasobject or math.prod(shape) != 1:
-            raise ValueError(f"an array {shape} of {dtype}")
-    content = _Unpickler(file, encoding="latin1").load()
+        # Magic, version (2 bytes), length of the header (2 bytes in version 1, else 4), header, pickle.
+        wide = data[6:7] != b"\x01"
+        first = 12 if wide else 10
+        start = first + int.from_bytes(data[8:first], "little")
+        header = data[first:start].decode("latin-1")
+        if not re.search(r"'descr': '\|O'", header) or not re.search(r"'shape': \((1,)?\)", header):
+            raise ValueError(f"an array that is no single object, {' '.join(header.split())[:100]}")
+    content = _Unpickler(io.BytesIO(data[start:]), encoding="latin1").load()
     return content.single() if type(content) is _Array else content
 
 

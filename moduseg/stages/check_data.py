@@ -76,7 +76,8 @@ class Report:
 def main(cfg: Config) -> int:
     """Check both splits, print the table; 1 where something is broken, else 0."""
     report = run(cfg)
-    log.info("%s\nproblems: %s", report.table, report.path / "problems.jsonl")
+    print(report.table, end="")
+    log.info("problems: %s", report.path / "problems.jsonl")
     return 1 if report.broken else 0
 
 

@@ -6,9 +6,7 @@ Written below the root of the data set, each file whole or not at all; what is t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -101,9 +99,9 @@ def _write_labels(dataset: Dataset, failed: dict[str, str]) -> None:
         log.info("prepare_data: %s %s: labels were there -> %s", dataset.name, dataset.split, path)
         return
     journal = path.with_name(f".{path.stem}.jsonl")
-    known: dict[str, list[int]] = dict(_read_journal(journal, made_from))
-    if not known:
-        _write(journal, (json.dumps(made_from) + "\n").encode())
+    known = _read_journal(journal, made_from)
+    # Written anew, because a killed run may have left half a line at its end.
+    _write(journal, "".join(json.dumps(line) + "\n" for line in (made_from, *known.items())).encode())
     wrong = 0
     try:
         with journal.open("a", encoding="utf-8") as notes:
@@ -146,18 +144,15 @@ def _is_made_from(path: Path, made_from: dict[str, str]) -> bool:
         return False
 
 
-def _read_journal(path: Path, made_from: dict[str, str]) -> Iterator[Any]:
+def _read_journal(path: Path, made_from: dict[str, str]) -> dict[str, list[int]]:
     """What a killed run of the same split found; the line that it died in is left out."""
     if not path.is_file():
-        return
+        return {}
     lines = path.read_bytes().split(b"\n")[:-1]
     try:
-        if not lines or json.loads(lines[0]) != made_from:
-            return
-        entries = [json.loads(line) for line in lines[1:]]
-    except ValueError:
-        return
-    yield from entries
+        return dict(json.loads(line) for line in lines[1:]) if json.loads(lines[0]) == made_from else {}
+    except (ValueError, TypeError, IndexError):
+        return {}
 
 
 def _write(path: Path, data: bytes) -> None:
