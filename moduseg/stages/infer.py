@@ -38,9 +38,11 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     stored.check_fits(work.backbone.digest, work.backbone.dim, dataset.classes)
     if 0 < len(stored) < settings.top_k:
         log.warning(
-            "infer: the bank holds %d vectors, fewer than retrieval.top_k=%d; all of them vote",
+            "infer: the bank holds %d vectors, fewer than retrieval.top_k=%d; all of them vote, so that the label with "
+            "the most vectors wins everywhere; set retrieval.top_k to at most the images of the rarest class (%d)",
             len(stored),
             settings.top_k,
+            min(count for count in stored.counts.values() if count),
         )
     bank_settings = cfg.as_dict()["bank"]
     artefact = work.artefact(
@@ -96,6 +98,8 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     elif not dataset.has_truth and outcome.changed:
         done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
         draw_panels(artefact, dataset, done, proposals, "prediction", cfg.evaluation.panels)
+        if cfg.evaluation.panels:
+            log.info("panels:  %s", artefact.path / "panels")
     return finish(
         artefact, outcome, len(dataset.ids), {"build_bank": bank_path, "queries": vectors}, config=cfg.as_dict()
     )
