@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from moduseg.datasets import io as reading
-from moduseg.datasets.io import read_image, read_index_png, read_label_png, read_size, write_label_png, write_rgb_png
+from moduseg.datasets.io import (
+    label_png_kind,
+    read_image,
+    read_index_png,
+    read_label_png,
+    read_size,
+    write_label_png,
+    write_rgb_png,
+)
 from moduseg.datasets.palette import voc_palette
 from moduseg.errors import DataError
 
@@ -248,3 +256,15 @@ def test_instance_maps_keep_16_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, ids)
     with pytest.raises(DataError, match="expected an indexed or grey"):
         read_index_png(_save(tmp_path / "b.png", np.zeros((2, 2, 3), dtype=np.uint8)))
+
+
+def test_how_label_maps_are_stored(tmp_path: Path) -> None:
+    ids = np.array([[0, 1, 20, 255]], dtype=np.uint8)
+    (tmp_path / "voc.png").write_bytes(write_label_png(ids))
+    with Image.open(tmp_path / "voc.png") as picture:
+        picture.putpalette([0, 0, 0, 9, 9, 9] * 128)
+        picture.save(tmp_path / "indexed.png")
+    _save(tmp_path / "grey.png", ids)
+    _save(tmp_path / "colour.png", voc_palette()[ids])
+    for kind in ("voc", "indexed", "grey", "colour"):
+        assert label_png_kind(tmp_path / f"{kind}.png") == kind
