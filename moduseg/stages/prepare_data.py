@@ -109,15 +109,16 @@ def _write_labels(dataset: Dataset, failed: dict[str, str]) -> None:
                 if id in known or id in failed:
                     continue
                 try:
-                    known[id] = list(dataset.labels_of(id) or ())
+                    labels = dataset.labels_of(id)
                 except DataError as error:
                     failed[id], wrong = str(error), wrong + 1
                     continue
+                known[id] = None if labels is None else list(labels)
                 notes.write(json.dumps([id, known[id]]) + "\n")
                 notes.flush()
     except OSError as error:
         raise _cannot_write(journal, error) from error
-    images = [{"img_id": id, "labels": known[id]} for id in dataset.ids if id in known]
+    images = [{"img_id": id, "labels": known[id]} for id in dataset.ids if known.get(id) is not None]
     # Where an image failed, the record of what it was made from is left out, so that the next run tries again.
     record = {"source": source, "images": images}
     write = record if any(id in failed for id in dataset.ids) else {**record, "made_from": made_from}
@@ -144,8 +145,8 @@ def _is_made_from(path: Path, made_from: dict[str, str]) -> bool:
         return False
 
 
-def _read_journal(path: Path, made_from: dict[str, str]) -> dict[str, list[int]]:
-    """What a killed run of the same split found; the line that it died in is left out."""
+def _read_journal(path: Path, made_from: dict[str, str]) -> dict[str, list[int] | None]:
+    """What a killed run of the same split found (`None`: no label known); the line that it died in is left out."""
     if not path.is_file():
         return {}
     lines = path.read_bytes().split(b"\n")[:-1]

@@ -162,6 +162,18 @@ def test_labels_follow_the_masks(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["images"][0]["labels"] == list(range(1, 21))
 
 
+def test_images_without_labels_stay_without(tmp_path: Path) -> None:
+    """Nothing known is not the same as nothing there."""
+    for i in range(3):
+        picture(tmp_path / "images" / f"{i}.png", noise(i))
+    (tmp_path / "labels.csv").write_text("image,labels\n0,cat;dog\n1,\n")
+    prepare_data.run(compose(_options("folder", tmp_path, tmp_path / "outputs")))
+    made = json.loads((tmp_path / "image_labels" / "val.json").read_text())
+    assert [(e["img_id"], e["labels"]) for e in made["images"]] == [("0", [1, 2]), ("1", [])]
+    assert made["source"] == "csv"
+    assert (tmp_path / "lists" / "val.txt").read_text() == "0\n1\n2\n"
+
+
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at the third image, in the middle of a line; the images before it are not read again."""
     root = write_voc(tmp_path / "VOC2012")
