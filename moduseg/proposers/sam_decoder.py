@@ -1,0 +1,159 @@
+"""`segment_anything`'s SAM as a promptable model: its modules and weights, run with less work.
+
+The mask decoder is run step by step: until the first image update every point attends to the same image, whose keys,
+values and queries are projected once; masks are decoded only of points one of whose predicted IoUs passes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moduseg.proposers.grid import Decoded, Embedded, Promptable
+from moduseg.runtime.devices import Device
+
+if TYPE_CHECKING:
+    from segment_anything.modeling import Sam
+
+
+class PackagedSam(Promptable):
+    """A SAM of `segment_anything`, on its device and in evaluation mode.
+
+    Args:
+        sam: the model; the attention of its image encoder is replaced by one that computes the same.
+        device: precision holds for the image encoder; prompts and masks stay in float32.
+    """
+
+    def __init__(self, sam: Sam, device: Device) -> None:
+        self._sam, self._device = sam, device
+        for block in sam.image_encoder.blocks:
+            block.attn = _Attention(block.attn)
+        self.threshold = sam.mask_threshold
+
+    @property
+    def device(self) -> torch.device:
+        return self._device.torch_device
+
+    @property
+    def side(self) -> int:
+        """Side of the model's square input, in pixels."""
+        return int(self._sam.image_encoder.img_size)
+
+    def embed(self, image: np.ndarray) -> Embedded:
+        from segment_anything.utils.transforms import ResizeLongestSide
+
+        resized = torch.from_numpy(ResizeLongestSide(self.side).apply_image(image)).to(self.device)
+        pixels = self._sam.preprocess(resized.permute(2, 0, 1)[None])
+        with self._device.autocast():
+            features = self._sam.image_encoder(pixels)
+        size, input_size = (image.shape[0], image.shape[1]), (resized.shape[0], resized.shape[1])
+        return Embedded(features.float(), size, input_size, self.side)
+
+    def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
+        prompts, decoder = self._sam.prompt_encoder, self._sam.mask_decoder
+        labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
+        sparse, dense = prompts(points=(points[:, None], labels), boxes=None, masks=None)
+        outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([outputs.expand(len(points), -1, -1), sparse], dim=1)
+        queries, keys = _two_way(decoder.transformer, embedded.features + dense[:1], prompts.get_dense_pe(), tokens)
+        # The first mask token is for several prompts at once; a single point has the others.
+        scores = decoder.iou_prediction_head(queries[:, 0])[:, 1:]
+        passed = scores > least if least > 0 else torch.ones_like(scores, dtype=torch.bool)
+        (rows,) = passed.any(1).nonzero(as_tuple=True)
+        grid = embedded.features.shape[-2:]
+        upscaled = decoder.output_upscaling(keys[rows].transpose(1, 2).unflatten(2, grid))
+        hyper = torch.stack(
+            [mlp(queries[rows, 1 + token]) for token, mlp in enumerate(decoder.output_hypernetworks_mlps) if token > 0],
+            dim=1,
+        )
+        logits = (hyper @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        return Decoded(logits[passed[rows]], scores[passed])
+
+
+def _two_way(transformer: Any, image: Tensor, image_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`TwoWayTransformer` for many prompts on one image.
+
+    Args:
+        transformer: `segment_anything.modeling.TwoWayTransformer`.
+        image, image_pe: `[1, C, h, w]`, the embedding (with that of no mask) and its positions.
+        tokens: `[P, T, C]`.
+
+    Returns:
+        Tokens `[P, T, C]` and image `[P, h * w, C]`.
+    """
+    keys, key_pe = image.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2)
+    queries = tokens
+    for layer in transformer.layers:
+        if layer.skip_first_layer_pe:
+            queries = layer.norm1(_attend(layer.self_attn, queries, queries, queries))
+        else:
+            query = queries + tokens
+            queries = layer.norm1(queries + _attend(layer.self_attn, query, query, queries))
+        key = keys + key_pe
+        queries = layer.norm2(queries + _attend(layer.cross_attn_token_to_image, queries + tokens, key, keys))
+        queries = layer.norm3(queries + layer.mlp(queries))
+        # In the first layer `keys` has one row, which serves all prompts; from here on each prompt has its own.
+        keys = layer.norm4(keys + _attend(layer.cross_attn_image_to_token, key, queries + tokens, queries))
+    query = queries + tokens
+    queries = queries + _attend(transformer.final_attn_token_to_image, query, keys + key_pe, keys)
+    return transformer.norm_final_attn(queries), keys
+
+
+def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`segment_anything`'s attention, where one row of queries, or of keys and values, may serve all prompts."""
+    heads = attention.num_heads
+    q = attention.q_proj(query).unflatten(2, (heads, -1)).transpose(1, 2)
+    k = attention.k_proj(key).unflatten(2, (heads, -1)).transpose(1, 2)
+    v = attention.v_proj(value).unflatten(2, (heads, -1)).transpose(1, 2)
+    prompts, length = len(q), q.shape[2]
+    if len(k) == 1 < prompts:
+        # One image for all prompts: their tokens are one long row of queries.
+        q = q.transpose(0, 1).flatten(1, 2)[None]
+        out = F.scaled_dot_product_attention(q, k, v)[0].unflatten(1, (prompts, length)).transpose(0, 1)
+    elif q.device.type == "cpu" and k.shape[2] < 64:
+        # With few keys, softmax over the last dimension is what takes the time on a CPU.
+        weights = (k @ (q / math.sqrt(q.shape[-1])).transpose(2, 3)).softmax(2)
+        out = weights.transpose(2, 3) @ v
+    else:
+        out = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
+    result: Tensor = attention.out_proj(out.transpose(1, 2).flatten(2))
+    return result
+
+
+class _Attention(nn.Module):
+    """The image encoder's attention with relative positions, through the fused kernels of PyTorch.
+
+    Args:
+        attention: `segment_anything.modeling.image_encoder.Attention`, whose parameters it shares under their names.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.num_heads: int = attention.num_heads
+        self.scale: float = attention.scale
+        self.use_rel_pos: bool = attention.use_rel_pos
+        self.qkv: nn.Linear = attention.qkv
+        self.proj: nn.Linear = attention.proj
+        if self.use_rel_pos:
+            self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` -> `[B, H, W, C]`."""
+        from segment_anything.modeling.image_encoder import get_rel_pos
+
+        batch, height, width, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        bias = None
+        if self.use_rel_pos:
+            grid = q.unflatten(2, (height, width))
+            rows = torch.einsum("bnhwc,hkc->bnhwk", grid, get_rel_pos(height, height, self.rel_pos_h).to(q.dtype))
+            columns = torch.einsum("bnhwc,wkc->bnhwk", grid, get_rel_pos(width, width, self.rel_pos_w).to(q.dtype))
+            bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        result: Tensor = self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
+        return result

@@ -1,0 +1,252 @@
+"""Our mask generation against `SamAutomaticMaskGenerator`: the same masks, on trained and on random weights."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moduseg import datasets
+from moduseg.config import compose
+from moduseg.errors import DataError
+from moduseg.proposers import build, grid
+from moduseg.proposers.grid import Decoded, Embedded, GridOptions, Promptable, generate
+from moduseg.proposers.sam import SamProposer
+from moduseg.runtime.devices import Device
+from moduseg.structures import Proposals, Sample
+from tests.proposers.contract import CPU, ProposerContract, sample
+from tests.proposers.test_sam import OPEN
+
+MINIATURE = {k: v for k, v in compose(["proposer=sam_miniature"]).proposer.items() if k != "name"}
+
+
+class TestContract(ProposerContract):
+    def config(self, folder: Path, samples: Sequence[Sample]) -> dict[str, object]:
+        return {"name": "sam", "engine": "grid", **OPEN}
+
+    def test_finds_what_is_plain(self, tmp_path: Path) -> None:
+        """With the weights of the miniature, whose world has objects of such colours."""
+        picture = sample(96, 128)
+        masks = build({"name": "sam", "engine": "grid", **MINIATURE}, CPU).propose(picture).masks.numpy()
+        truth = picture.semantic == 1
+        assert max((m & truth).sum() / (m | truth).sum() for m in masks) > 0.8
+
+
+def matched(ours: Proposals, theirs: Proposals) -> tuple[float, float]:
+    """Share of their masks that ours match at IoU 0.98, and of ours that match none of theirs."""
+    a, b = (p.masks.flatten(1).float() for p in (ours, theirs))
+    shared = a @ b.T
+    good = shared / (a.sum(1)[:, None] + b.sum(1)[None] - shared) >= 0.98
+    return good.any(0).float().mean().item(), 1 - good.any(1).float().mean().item()
+
+
+def both(picture: Sample, options: dict[str, Any], device: torch.device) -> tuple[Proposals, Proposals]:
+    """Proposals of our engine and of the packaged one."""
+    ours, theirs = (
+        SamProposer(Device(device), **{**options, "engine": engine}).propose(picture) for engine in ("grid", "packaged")
+    )
+    return ours, theirs
+
+
+def agree(ours: Proposals, theirs: Proposals) -> None:
+    assert len(theirs) > 1
+    share, extra = matched(ours, theirs)
+    assert share >= 0.98
+    assert extra <= 0.02
+    if len(ours) == len(theirs):
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.stability, theirs.stability, rtol=0.02, atol=0.01)
+
+
+@lru_cache
+def scenes(count: int) -> list[Sample]:
+    dataset = datasets.build(compose([f"dataset.val={count}", "dataset.train=1"]).dataset, "val")
+    return [dataset.load(i) for i in dataset.ids]
+
+
+def test_masks_of_the_miniature(device: torch.device) -> None:
+    """The shipped weights and settings, on scenes of three shapes."""
+    pictures = scenes(3)
+    assert len({picture.size for picture in pictures}) > 1
+    for picture in pictures:
+        agree(*both(picture, MINIATURE, device))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stability_score_thresh": 0.8, "pred_iou_thresh": 0.0},
+        {"stability_score_thresh": 0.0, "pred_iou_thresh": 0.8, "points_per_batch": 7},
+        {"stability_score_offset": 0.3, "stability_score_thresh": 0.9},
+        {"box_nms_thresh": 0.5},
+        {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2},
+        {"crop_n_layers": 1, "crop_overlap_ratio": 0.1, "crop_nms_thresh": 0.6, "points_per_side": 6},
+        {"min_mask_region_area": 40},
+        {"crop_n_layers": 1, "min_mask_region_area": 30, "points_per_side": 6},
+    ],
+    ids=lambda options: ",".join(options),
+)
+@pytest.mark.parametrize("times", [1, 2])
+def test_every_filter_and_crop(device: torch.device, options: dict[str, Any], times: int) -> None:
+    """On a scene as it is and at twice its size, larger than the model's input."""
+    (picture,) = scenes(1)
+    picture = Sample("a", np.kron(picture.image, np.ones((times, times, 1), np.uint8)))
+    agree(*both(picture, {**MINIATURE, "points_per_side": 8, **options}, device))
+
+
+@pytest.mark.parametrize("options", [{}, {"stability_score_thresh": 0.5, "stability_score_offset": 0.002}])
+@pytest.mark.parametrize("size", [(70, 100), (150, 90)])
+def test_masks_of_random_weights(device: torch.device, options: dict[str, Any], size: tuple[int, int]) -> None:
+    """Images smaller and larger than the input, upright and lying."""
+    agree(*both(sample(*size), {**OPEN, **options}, device))
+
+
+def test_filter_by_predicted_iou(device: torch.device) -> None:
+    """At the median of what is predicted, half of the masks are never decoded."""
+    picture = sample(80, 60)
+    threshold = SamProposer(Device(device), **OPEN).propose(picture).scores.median().item() + 1e-4
+    ours, theirs = both(picture, {**OPEN, "pred_iou_thresh": threshold}, device)
+    agree(ours, theirs)
+    assert len(ours) < 27
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_nothing_passes(layers: int) -> None:
+    proposals = SamProposer(
+        CPU, **{**OPEN, "engine": "grid", "pred_iou_thresh": 1.0, "crop_n_layers": layers, "min_mask_region_area": 5}
+    ).propose(sample(40, 56))
+    assert proposals.masks.shape == (0, 40, 56)
+    assert proposals.scores.shape == (0,)
+
+
+def test_a_line_of_pixels_is_too_thin() -> None:
+    with pytest.raises(DataError, match=r"folder/a: 1 x 400 pixels are too thin for SAM's 128"):
+        SamProposer(CPU, **OPEN, engine="grid").propose(sample(1, 400))
+
+
+# Each step against the code it replaces
+
+
+@pytest.mark.parametrize("size", [(70, 100), (100, 70), (256, 256)])
+def test_model_and_enlarging(device: torch.device, size: tuple[int, int]) -> None:
+    """Embedding, predicted IoUs and masks at full size, against `SamPredictor` on the same random weights."""
+    picture = sample(*size).image
+    predictor = SamProposer(Device(device), **OPEN).generator.predictor
+    model = SamProposer(Device(device), **OPEN, engine="grid").promptable
+    points = np.random.default_rng(0).random((40, 2)) * [size[1], size[0]]
+    with torch.no_grad():
+        predictor.set_image(picture)
+        coordinates = torch.as_tensor(predictor.transform.apply_coords(points, size), device=device).float()
+        labels = torch.ones(len(points), 1, device=device)
+        masks, scores, _ = predictor.predict_torch(coordinates[:, None], labels, return_logits=True)
+        embedded = model.embed(picture)
+        decoded = model.decode(embedded, coordinates, 0.0)
+        enlarged = torch.cat(list(grid.enlarge(decoded.logits, embedded)))
+    assert relative(embedded.features, predictor.features) < 1e-5
+    assert relative(decoded.scores, scores.flatten()) < 1e-5
+    assert relative(enlarged, masks.flatten(0, 1)) < 1e-4
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("padded", "inner", "target"), [(128, 96, 375), (128, 128, 50), (1024, 768, 375), (None, 7, 90)]
+)
+def test_one_matrix_is_both_steps(padded: int | None, inner: int, target: int, device: torch.device) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 64, 64, device=device)
+    large = logits[None]
+    if padded is not None:
+        large = F.interpolate(large, (padded, padded), mode="bilinear", align_corners=False)[..., :inner, :inner]
+    expected = F.interpolate(large, (target, target), mode="bilinear", align_corners=False)[0]
+    matrix = grid.resize_matrix(64, padded, inner, target, device)
+    torch.testing.assert_close(matrix @ logits @ matrix.T, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [None, 128])
+def test_prefilter_loses_no_mask(padded: int | None) -> None:
+    """Blobs of all sizes and steepnesses: whatever is stable at full size passes at the decoder's."""
+    torch.manual_seed(1)
+    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    centre, radius, steep = torch.rand(400, 2, 1, 1) * 64, torch.rand(400, 1, 1) * 25, torch.rand(400, 1, 1) * 4 + 0.1
+    distance = ((rows - centre[:, 0]) ** 2 + (columns - centre[:, 1]) ** 2).sqrt()
+    logits = (radius - distance) * steep + torch.randn(400, 64, 64) * 0.2
+    size = (90, 128)
+    embedded = Embedded(None, size, (90, 128), padded)
+    for threshold in (0.6, 0.9, 0.95):
+        options = GridOptions(stability_score_thresh=threshold)
+        decoded = Decoded(logits, torch.arange(400.0))
+        exact = grid._measure(decoded, embedded, 0.0, options).scores
+        hopeful = grid._hopeful(decoded, embedded, 0.0, options)
+        assert set(exact.tolist()) <= set(hopeful.scores.tolist())
+        assert 0 < len(exact) < len(hopeful.scores) < 400
+
+
+class Squares(Promptable):
+    """Each point gives the square of pixels around it, and an empty mask of a higher score."""
+
+    threshold = 2.0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def embed(self, image: np.ndarray) -> Embedded:
+        return Embedded(None, (image.shape[0], image.shape[1]), (image.shape[0], image.shape[1]), None)
+
+    def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
+        y, x = torch.meshgrid(*(torch.arange(float(side)) + 0.5 for side in embedded.size), indexing="ij")
+        inside = ((x - points[:, 0, None, None]).abs() < 3) & ((y - points[:, 1, None, None]).abs() < 3)
+        logits = torch.where(inside, 10.0, -10.0)
+        scores = 0.9 - points.sum(1) / 1000
+        return Decoded(torch.cat([logits, torch.full_like(logits, -10)]), torch.cat([scores, scores + 0.05]))
+
+
+def test_points_boxes_and_the_empty_mask_by_hand() -> None:
+    options = GridOptions(points_per_side=2, pred_iou_thresh=0.5)
+    proposals = generate(Squares(), np.zeros((24, 40, 3), np.uint8), options)
+    assert proposals.areas.tolist() == [36] * 4
+    assert proposals.scores.tolist() == pytest.approx([0.9 - s / 1000 for s in (16, 28, 36, 48)])
+    assert proposals.masks[0, 3:9, 7:13].all()
+    assert (proposals.stability == 1).all()
+
+
+def test_masks_that_a_crop_cuts_off_go() -> None:
+    """Crops of 100 pixels in an image of 200: no square nearer than 20 pixels to the border of its crop is kept."""
+    options = GridOptions(points_per_side=5, crop_n_layers=1, crop_overlap_ratio=0, pred_iou_thresh=0.5)
+    proposals = generate(Squares(), np.zeros((200, 200, 3), np.uint8), options)
+    corners = [(m.any(1).nonzero()[0].item(), m.any(0).nonzero()[0].item()) for m in proposals.masks]
+    whole, crops = (17, 57, 97, 137, 177), (7, 27, 47, 67, 127, 147, 167, 187)
+    assert sorted(corners) == sorted([*itertools.product(whole, whole), *itertools.product(crops, crops)])
+
+
+@pytest.mark.slow
+def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    """At least twice as fast as the packaged generator on the miniature, interleaved."""
+    pictures = scenes(12)
+    engines = {name: SamProposer(CPU, **{**MINIATURE, "engine": name}) for name in ("packaged", "grid")}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for picture in [pictures[0], *pictures]:
+        for name, proposer in engines.items():
+            started = time.perf_counter()
+            proposer.propose(picture)
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    ratio = medians["packaged"] / medians["grid"]
+    with capsys.disabled():
+        print(
+            f"\npackaged {medians['packaged']:.3f} s, grid {medians['grid']:.3f} s an image: {ratio:.2f} times as fast"
+        )
+    assert ratio >= 2
