@@ -9,7 +9,9 @@ from moduseg.proposers.base import Proposer
 from moduseg.proposers.files import FileProposer
 from moduseg.proposers.ground_truth import GroundTruthProposer
 from moduseg.proposers.sam import SamProposer
+from moduseg.proposers.sam_transformers import SamTransformersProposer
 from moduseg.proposers.superpixels import SuperpixelProposer
+from moduseg.proposers.universal import UniversalProposer
 from moduseg.runtime.construct import build_named
 from moduseg.runtime.devices import Device
 
@@ -17,7 +19,9 @@ PROPOSERS: dict[str, type[Proposer]] = {
     "files": FileProposer,
     "ground_truth": GroundTruthProposer,
     "sam": SamProposer,
+    "sam_transformers": SamTransformersProposer,
     "superpixels": SuperpixelProposer,
+    "universal": UniversalProposer,
 }
 
 

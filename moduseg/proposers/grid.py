@@ -75,14 +75,14 @@ class Embedded:
         features: what the model's decoder wants.
         size: `(H, W)` of the image in pixels.
         input_size: `(H', W')` of the image at the model's input, padding apart.
-        padded_size: side of the square input that mask logits cover, where they are cut back to `input_size` before
+        padded_size: `(H, W)` of the padded input that mask logits cover, where they are cut back to `input_size` before
             they get the image's size; `None` where they cover the image itself.
     """
 
     features: Any
     size: tuple[int, int]
     input_size: tuple[int, int]
-    padded_size: int | None
+    padded_size: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,9 @@ def enlarge(logits: Tensor, embedded: Embedded) -> Iterator[Tensor]:
         `[n, H, W]` float32, in the order of `logits`.
     """
     height, width = embedded.size
-    rows = resize_matrix(logits.shape[1], embedded.padded_size, embedded.input_size[0], height, logits.device)
-    columns = resize_matrix(logits.shape[2], embedded.padded_size, embedded.input_size[1], width, logits.device)
+    padded = embedded.padded_size or (None, None)
+    rows = resize_matrix(logits.shape[1], padded[0], embedded.input_size[0], height, logits.device)
+    columns = resize_matrix(logits.shape[2], padded[1], embedded.input_size[1], width, logits.device)
     at_once = max(1, CHUNK_PIXELS.get(logits.device.type, CHUNK_PIXELS["cpu"]) // (height * width))
     for chunk in logits.split(at_once):
         yield rows @ (chunk @ columns.T)
@@ -279,9 +280,11 @@ def _hopeful(decoded: Decoded, embedded: Embedded, threshold: float, options: Gr
     """
     if options.stability_score_thresh <= 0:
         return decoded
+    cells = decoded.logits.shape[1:]
+    padded = embedded.padded_size or embedded.input_size
     rows, columns = (
-        cells if embedded.padded_size is None else min(cells, -(-cells * side // embedded.padded_size) + 1)
-        for cells, side in zip(decoded.logits.shape[1:], embedded.input_size, strict=True)
+        min(count, -(-count * inner // outer) + 1)
+        for count, inner, outer in zip(cells, embedded.input_size, padded, strict=True)
     )
     inner = decoded.logits[:, :rows, :columns]
     area = _count(inner > threshold - options.stability_score_offset)

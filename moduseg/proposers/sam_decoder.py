@@ -52,7 +52,7 @@ class PackagedSam(Promptable):
         with self._device.autocast():
             features = self._sam.image_encoder(pixels)
         size, input_size = (image.shape[0], image.shape[1]), (resized.shape[0], resized.shape[1])
-        return Embedded(features.float(), size, input_size, self.side)
+        return Embedded(features.float(), size, input_size, (self.side, self.side))
 
     def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
         prompts, decoder = self._sam.prompt_encoder, self._sam.mask_decoder

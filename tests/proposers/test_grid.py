@@ -175,8 +175,8 @@ def test_one_matrix_is_both_steps(padded: int | None, inner: int, target: int, d
     torch.testing.assert_close(matrix @ logits @ matrix.T, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("padded", [None, 128])
-def test_prefilter_loses_no_mask(padded: int | None) -> None:
+@pytest.mark.parametrize("padded", [None, (128, 128)])
+def test_prefilter_loses_no_mask(padded: tuple[int, int] | None) -> None:
     """Blobs of all sizes and steepnesses: whatever is stable at full size passes at the decoder's."""
     torch.manual_seed(1)
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")

@@ -1,0 +1,195 @@
+"""Proposals of SAM, SAM-HQ, SAM 2, SAM 2.1 and the tracker of SAM 3, as `transformers` has them, under our own grid."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moduseg.errors import ArtefactError
+from moduseg.proposers.base import Proposer
+from moduseg.proposers.grid import Decoded, Embedded, GridOptions, Promptable, check_thickness, generate
+from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, longest_side, prepare
+from moduseg.runtime.devices import Device
+from moduseg.runtime.pretrained import Pretrained
+from moduseg.structures import Proposals, Sample
+
+CLASSES = {
+    "sam": "SamModel",
+    "sam_hq": "SamHQModel",
+    "sam2": "Sam2Model",
+    "sam2_video": "Sam2Model",
+    "sam3_tracker": "Sam3TrackerModel",
+    "sam3_tracker_video": "Sam3TrackerModel",
+    "sam3_video": "Sam3TrackerModel",
+}
+"""By the `model_type` of a `config.json`. The published files of SAM 2 and 3 are of the video models, whose memory and
+detector the image model leaves out."""
+SQUASHED = ("Sam2Model", "Sam3TrackerModel")
+"""These resize an image to a square; the others to a longest side, and pad."""
+
+
+class SamTransformersProposer(Proposer):
+    """Masks of a grid of points, filtered as `SamAutomaticMaskGenerator` does, best predicted IoU first.
+
+    Args:
+        device: where the model runs. Precision holds for the image encoder; prompts and masks stay in float32.
+        weights: a directory as `save_pretrained` writes it, or a hub id such as `facebook/sam2.1-hiera-large`.
+        revision: branch, tag or commit of a hub id.
+        points_per_side, points_per_batch, pred_iou_thresh, stability_score_thresh, stability_score_offset,
+            box_nms_thresh, crop_n_layers, crop_nms_thresh, crop_overlap_ratio, crop_n_points_downscale_factor,
+            min_mask_region_area: see `moduseg.proposers.sam.SamProposer`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        weights: str,
+        revision: str | None = None,
+        points_per_side: int = 32,
+        points_per_batch: int = 64,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        min_mask_region_area: int = 0,
+    ) -> None:
+        self._options = GridOptions(
+            points_per_side,
+            points_per_batch,
+            pred_iou_thresh,
+            stability_score_thresh,
+            stability_score_offset,
+            box_nms_thresh,
+            crop_n_layers,
+            crop_nms_thresh,
+            crop_overlap_ratio,
+            crop_n_points_downscale_factor,
+            min_mask_region_area,
+        )
+        self._device = device
+        self._source = Pretrained(weights, revision, "proposer.weights", "a SAM, SAM-HQ, SAM 2 or SAM 3")
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the model's files.
+
+        Raises:
+            MissingError: they are not there and cannot be fetched.
+        """
+        return self._source.digest
+
+    def propose(self, sample: Sample) -> Proposals:
+        """Masks in descending predicted IoU; `[0, H, W]` where none survives.
+
+        Raises:
+            DataError: an image so thin that nothing of it is left at the model's input size.
+            MissingError: the model is not there and cannot be fetched.
+            ArtefactError: it is another model, or damaged.
+        """
+        if not self.promptable.squash:
+            check_thickness(sample, self.promptable.side)
+        return generate(self.promptable, sample.image, self._options)
+
+    @cached_property
+    def promptable(self) -> HubSam:
+        """The model; loaded on first use.
+
+        Raises:
+            MissingError, ArtefactError: see `propose`.
+        """
+        import transformers
+
+        name = CLASSES.get(self._source.model_type)
+        if name is None:
+            raise ArtefactError(
+                f"{self._source.folder}: config.json names model_type {self._source.model_type!r}, expected one of "
+                f"{', '.join(CLASSES)}; check proposer.weights, or try proposer=mask2former for models without prompts"
+            )
+        cls = getattr(transformers, name, None)
+        if cls is None:
+            raise ArtefactError(
+                f"proposer.weights: transformers {transformers.__version__} has no {name}, which "
+                f"{self._source.weights} needs; upgrade it: pip install -U transformers"
+            )
+        return HubSam(self._source.load(cls), self._device, self._source.preprocessor)
+
+
+class HubSam(Promptable):
+    """A promptable model of `transformers`.
+
+    Args:
+        model: a model of one of the classes in `CLASSES`, in evaluation mode.
+        device: where it is moved to; precision holds for the image encoder.
+        preprocessor: settings of its image processor: `image_mean` and `image_std`.
+    """
+
+    def __init__(self, model: Any, device: Device, preprocessor: dict[str, Any]) -> None:
+        self._model, self._device = model.to(device.torch_device), device
+        self._name = type(model).__name__
+        self.squash = self._name in SQUASHED
+        self.side = int(model.config.prompt_encoder_config.image_size)
+        own = (0.5, 0.5, 0.5) if self._name == "Sam3TrackerModel" else None
+        self._mean = preprocessor.get("image_mean", own or IMAGENET_MEAN)
+        self._std = preprocessor.get("image_std", own or IMAGENET_STD)
+        if self._name == "SamHQModel":
+            _use_the_attended_image(model.mask_decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device.torch_device
+
+    def embed(self, image: np.ndarray) -> Embedded:
+        size, square = (image.shape[0], image.shape[1]), (self.side, self.side)
+        input_size = square if self.squash else longest_side(size, self.side)
+        pixels = prepare(image, input_size, square, self._mean, self._std, self.device)
+        with self._device.autocast():
+            features = self._model.get_image_embeddings(pixels)
+        return Embedded(_to_float(features), size, input_size, None if self.squash else square)
+
+    def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
+        features: dict[str, Any] = {"image_embeddings": embedded.features}
+        if self._name == "SamHQModel":
+            features = dict(zip(("image_embeddings", "intermediate_embeddings"), embedded.features, strict=True))
+        labels = torch.ones(1, len(points), 1, dtype=torch.int, device=points.device)
+        output = self._model(input_points=points[None, :, None], input_labels=labels, multimask_output=True, **features)
+        scores, logits = output.iou_scores[0], output.pred_masks[0]
+        passed = scores > least if least > 0 else torch.ones_like(scores, dtype=torch.bool)
+        return Decoded(logits[passed], scores[passed])
+
+
+def _to_float(value: Any) -> Any:
+    """Tensors in float32, also inside lists and tuples."""
+    if isinstance(value, list | tuple):
+        return [_to_float(v) for v in value]
+    return value.float()
+
+
+def _use_the_attended_image(decoder: Any) -> None:
+    """Mend SAM-HQ's mask decoder as `transformers` 5 has it.
+
+    It upscales the image embedding from before its transformer, with rows and columns exchanged, where SAM and SAM-HQ
+    (Ke et al., Segment Anything in High Quality, NeurIPS 2023) upscale what the transformer made of it. A decoder that
+    does so already computes the same with these hooks.
+    """
+    attended: list[Tensor] = []
+
+    def remember(module: Any, arguments: Any, output: Any) -> None:
+        attended[:] = [output[1]]
+
+    def replace(module: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        (given,) = arguments
+        return (attended.pop().flatten(0, 1).transpose(1, 2).reshape(given.shape),)
+
+    decoder.transformer.register_forward_hook(remember)
+    decoder.upscale_conv1.register_forward_pre_hook(replace)

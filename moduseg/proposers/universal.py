@@ -1,0 +1,210 @@
+"""Mask2Former, OneFormer and EoMT as class-agnostic proposers: what a mask is called is dropped, its score is kept."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moduseg.errors import ArtefactError
+from moduseg.proposers.base import Proposer
+from moduseg.proposers.grid import Embedded, enlarge
+from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, prepare, shortest_side
+from moduseg.runtime.devices import Device
+from moduseg.runtime.pretrained import Pretrained
+from moduseg.structures import Proposals, Sample
+
+CLASSES = {
+    "mask2former": "Mask2FormerForUniversalSegmentation",
+    "oneformer": "OneFormerForUniversalSegmentation",
+    "eomt": "EomtForUniversalSegmentation",
+    "eomt_dinov3": "EomtDinov3ForUniversalSegmentation",
+}
+"""By the `model_type` of a `config.json`."""
+UNUSED = r"^criterion\.|^model\.text_mapper\.|relative_position_index$|position_ids$"
+"""The losses, what reads captions in training, and tables that the models make anew."""
+DEFAULT_SIZE = {
+    "mask2former": {"shortest_edge": 800, "longest_edge": 1333},
+    "oneformer": {"shortest_edge": 800, "longest_edge": 1333},
+    "eomt": {"shortest_edge": 640, "longest_edge": 640},
+    "eomt_dinov3": {"shortest_edge": 640, "longest_edge": 640},
+}
+"""Of the image processors, for directories without their settings."""
+
+
+class UniversalProposer(Proposer):
+    """One mask a query, scored by the probability of its likeliest class times the mean probability of its pixels.
+
+    That is the score of these models' instance segmentation (Cheng et al., Masked-attention Mask Transformer, CVPR
+    2022, section 4.1), things and stuff alike.
+
+    Args:
+        device: where the model runs, and in which precision.
+        weights: a directory as `save_pretrained` writes it, or a hub id such as `tue-mps/coco_panoptic_eomt_large_640`.
+        revision: branch, tag or commit of a hub id.
+        score_thresh: least score, in [0, 1]. Proposals are cached once for several readers: leave it low.
+        mask_thresh: least probability of a mask's pixels, between 0 and 1.
+        disjoint: each pixel goes to the best-scored mask that has it; masks that lose all their pixels go.
+        task: what OneFormer is asked for; the other models have no such input.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        weights: str,
+        revision: str | None = None,
+        score_thresh: float = 0.05,
+        mask_thresh: float = 0.5,
+        disjoint: bool = False,
+        task: Literal["panoptic", "instance", "semantic"] = "panoptic",
+    ) -> None:
+        if not 0 <= score_thresh <= 1:
+            raise ValueError(f"score_thresh: got {score_thresh}, expected 0 to 1; try 0.05")
+        if not 0 < mask_thresh < 1:
+            raise ValueError(f"mask_thresh: got {mask_thresh}, expected a number between 0 and 1; try 0.5")
+        if task not in ("panoptic", "instance", "semantic"):
+            raise ValueError(f"task: got {task!r}, expected panoptic, instance or semantic; try panoptic")
+        self._device, self._task, self._disjoint = device, task, disjoint
+        self._score_thresh, self._threshold = score_thresh, math.log(mask_thresh / (1 - mask_thresh))
+        self._source = Pretrained(weights, revision, "proposer.weights", "a Mask2Former, OneFormer or EoMT")
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the model's files.
+
+        Raises:
+            MissingError: they are not there and cannot be fetched.
+        """
+        return self._source.digest
+
+    @torch.no_grad()
+    def propose(self, sample: Sample) -> Proposals:
+        """Masks in descending score; `[0, H, W]` where none has it.
+
+        Raises:
+            MissingError: the model is not there and cannot be fetched.
+            ArtefactError: it is another model, or damaged.
+        """
+        pixels, frame = self._input(sample.image)
+        with self._device.autocast():
+            output = self.model(pixel_values=pixels, **self._extra)
+        # The last class is "no object".
+        classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1].amax(-1)
+        hopeful = classes >= self._score_thresh
+        classes, logits = classes[hopeful], output.masks_queries_logits[0][hopeful].float()
+        masks, scores, start = [], [], 0
+        for chunk in enlarge(logits, frame):
+            inside = chunk > self._threshold
+            area = inside.sum((1, 2))
+            quality = (chunk.sigmoid() * inside).sum((1, 2)) / (area + 1e-6)
+            score = classes[start : start + len(chunk)] * quality
+            good = (area > 0) & (score >= self._score_thresh)
+            masks.append(inside[good])
+            scores.append(score[good])
+            start += len(chunk)
+        if not masks:
+            return Proposals(torch.zeros((0, *sample.size), dtype=torch.bool))
+        found = Proposals(torch.cat(masks), torch.cat(scores))
+        found = found.select(torch.argsort(found.scores, descending=True, stable=True))
+        return (to_disjoint(found) if self._disjoint else found).to(torch.device("cpu"))
+
+    @cached_property
+    def model(self) -> Any:
+        """The model on its device; loaded on first use.
+
+        Raises:
+            MissingError, ArtefactError: see `propose`.
+        """
+        import transformers
+
+        name = CLASSES.get(self._source.model_type)
+        if name is None:
+            raise ArtefactError(
+                f"{self._source.folder}: config.json names model_type {self._source.model_type!r}, expected one of "
+                f"{', '.join(CLASSES)}; check proposer.weights, or try proposer=sam_transformers for a SAM"
+            )
+        cls = getattr(transformers, name, None)
+        if cls is None:
+            raise ArtefactError(
+                f"proposer.weights: transformers {transformers.__version__} has no {name}, which "
+                f"{self._source.weights} needs; upgrade it: pip install -U transformers"
+            )
+        if self._source.preprocessor.get("do_split_image"):
+            raise ArtefactError(
+                f"{self._source.folder}: a model for semantic segmentation in windows, whose masks are whole classes; "
+                "expected one for panoptic or instance segmentation; try tue-mps/coco_panoptic_eomt_large_640"
+            )
+        return self._source.load(cls, UNUSED).to(self._device.torch_device)
+
+    @cached_property
+    def _extra(self) -> dict[str, Any]:
+        """Further inputs: OneFormer reads its task as text, token by token."""
+        if self._source.model_type != "oneformer":
+            return {}
+        from transformers import CLIPTokenizer
+
+        folder, length = self._source.folder, int(self.model.config.task_seq_len)
+        try:
+            # Without its files, some versions of transformers make a tokenizer that knows no word.
+            if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+                raise FileNotFoundError("no tokenizer.json or vocab.json")
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            text = f"the task is {self._task}"
+            tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(
+                f"{folder}: no tokenizer, with which OneFormer reads its task ({' '.join(str(error).split())[:80]}); "
+                "fetch tokenizer.json, or vocab.json and merges.txt, from where the weights are"
+            ) from error
+        return {"task_inputs": torch.tensor([tokens], device=self._device.torch_device)}
+
+    def _input(self, image: np.ndarray) -> tuple[Tensor, Embedded]:
+        """The model's input, `[1, 3, H', W']`, and how its mask logits lie on the image."""
+        model = self.model
+        settings, kind = self._source.preprocessor, self._source.model_type
+        size = settings.get("size") or DEFAULT_SIZE[kind]
+        if isinstance(size, int):
+            size = {"shortest_edge": size, "longest_edge": settings.get("max_size")}
+        shape = (image.shape[0], image.shape[1])
+        if "height" in size and "width" in size:
+            inner = (int(size["height"]), int(size["width"]))
+        else:
+            inner = shortest_side(shape, int(size["shortest_edge"]), size.get("longest_edge"))
+        if kind == "mask2former" and (step := int(settings.get("size_divisor", 32) or 0)):
+            # Stretched, not padded, to a multiple of what its backbone halves.
+            inner = (-(-inner[0] // step) * step, -(-inner[1] // step) * step)
+        padded = inner
+        if kind.startswith("eomt"):
+            # Its positions are those of one size.
+            side = model.config.image_size
+            padded = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+            inner = (min(inner[0], padded[0]), min(inner[1], padded[1]))
+        mean, std = settings.get("image_mean", IMAGENET_MEAN), settings.get("image_std", IMAGENET_STD)
+        pixels = prepare(image, inner, padded, mean, std, self._device.torch_device, black=kind.startswith("eomt"))
+        return pixels, Embedded(None, shape, inner, padded)
+
+
+def to_disjoint(proposals: Proposals) -> Proposals:
+    """Each pixel to the best-scored mask that has it (METHOD, disjoint proposals: higher score on top).
+
+    Args:
+        proposals: in descending score.
+
+    Returns:
+        What is left of each mask, those without a pixel left out; scores stay.
+    """
+    if not len(proposals):
+        return proposals
+    # Of equal values `argmax` gives the first, which is the best-scored mask.
+    owner = proposals.masks.to(torch.uint8).argmax(0)
+    rank = torch.arange(len(proposals), device=owner.device)
+    masks = proposals.masks & (owner == rank[:, None, None])
+    left = Proposals(masks, proposals.scores, proposals.stability)
+    return left.select(left.areas > 0)

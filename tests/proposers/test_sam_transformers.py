@@ -1,0 +1,383 @@
+"""SAM and its successors through `transformers`: agreement with `segment_anything`, each family, what can go wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
+from moduseg.miniature.sam import build_miniature_sam
+from moduseg.proposers import Proposer, build
+from moduseg.proposers.inputs import IMAGENET_MEAN, longest_side, prepare
+from moduseg.proposers.sam_decoder import PackagedSam
+from moduseg.proposers.sam_transformers import CLASSES, HubSam, SamTransformersProposer
+from moduseg.runtime.devices import Device
+from moduseg.structures import Sample
+from tests.proposers import tiny_models
+from tests.proposers.contract import CPU, ProposerContract, sample
+from tests.proposers.test_grid import MINIATURE, agree, scenes
+
+FAMILIES = ("sam", "sam_hq", "sam2", "sam3_tracker")
+# Random weights predict nothing of worth, so the filters are opened until masks survive.
+OPEN: dict[str, Any] = {
+    "points_per_side": 2,
+    "pred_iou_thresh": 0.0,
+    "stability_score_thresh": 0.0,
+    "box_nms_thresh": 1.0,
+    "crop_nms_thresh": 1.0,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model of one family, as `save_pretrained` writes it."""
+    return tiny_models.save(tiny_models.build_sam(request.param), tmp_path_factory.mktemp(request.param))
+
+
+class _Contract(ProposerContract):
+    family: str
+    directory: str
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _save(cls, tmp_path_factory: pytest.TempPathFactory) -> None:
+        cls.directory = tiny_models.save(tiny_models.build_sam(cls.family), tmp_path_factory.mktemp(cls.family))
+
+    def config(self, folder: Path, samples: Sequence[Sample]) -> dict[str, object]:
+        return {"name": "sam_transformers", "weights": self.directory, **OPEN}
+
+    def test_finds_what_is_plain(self, tmp_path: Path) -> None:
+        """Random weights find nothing in particular; that they find as many masks as there are prompts is tested."""
+        proposals = self.make(tmp_path, []).propose(sample(48, 64))
+        assert 4 < len(proposals) <= 12
+        assert len({m.numpy().tobytes() for m in proposals.masks}) > 4
+
+
+class TestSam(_Contract):
+    family = "sam"
+
+
+class TestSamHq(_Contract):
+    family = "sam_hq"
+
+
+class TestSam2(_Contract):
+    family = "sam2"
+
+
+class TestSam3(_Contract):
+    family = "sam3_tracker"
+
+
+def test_no_mask_survives(directory: str) -> None:
+    proposals = SamTransformersProposer(CPU, directory, **{**OPEN, "pred_iou_thresh": 1.0, "crop_n_layers": 1}).propose(
+        sample(40, 56)
+    )
+    limit = torch.tensor(1.0)
+    assert proposals.masks.shape[1:] == (40, 56)
+    assert (proposals.scores > limit).all()
+    stable = {**OPEN, "stability_score_thresh": 1.0, "stability_score_offset": 100.0}
+    assert SamTransformersProposer(CPU, directory, **stable).propose(sample(40, 56)).masks.shape == (0, 40, 56)
+
+
+def test_batches_of_points(directory: str) -> None:
+    """How many points share a pass changes speed and memory only."""
+    picture = sample(60, 90)
+    plain = SamTransformersProposer(CPU, directory, **OPEN).propose(picture)
+    split = SamTransformersProposer(CPU, directory, **OPEN, points_per_batch=3).propose(picture)
+    torch.testing.assert_close(plain.scores, split.scores)
+    assert (plain.masks == split.masks).float().mean() > 0.999
+
+
+def test_lower_precision_is_for_the_encoder_only(directory: str, device: torch.device) -> None:
+    exact, rough = (
+        SamTransformersProposer(Device(device, precision), directory, **OPEN).propose(sample(48, 64))
+        for precision in ("float32", "bfloat16")
+    )
+    assert rough.scores.dtype == torch.float32
+    assert not torch.equal(rough.scores, exact.scores)
+    assert rough.scores.max().item() == pytest.approx(exact.scores.max().item(), abs=0.2)
+
+
+# Agreement with `segment_anything` on the same weights
+
+
+def _hub_model(state: dict[str, Tensor], family: str = "sam") -> Any:
+    """A model of `transformers` with the weights of `segment_anything`'s SAM; what SAM lacks stays random."""
+    model = tiny_models.build_sam(family)
+    names = model.state_dict().keys()
+    report = model.load_state_dict(tiny_models.transformers_state(state), strict=False)
+    assert not report.unexpected_keys
+    assert family != "sam" or set(names) == set(tiny_models.transformers_state(state))
+    return model
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("size", [(96, 128), (150, 90), (128, 128), (37, 53)])
+def test_agrees_with_segment_anything(size: tuple[int, int], device: torch.device) -> None:
+    """Image embeddings, masks, predicted IoUs: two implementations, one set of random weights, relative error 1e-4."""
+    sam = tiny_models.randomise(build_miniature_sam()).to(device)
+    hub = HubSam(_hub_model(sam.state_dict()), Device(device), {})
+    from segment_anything import SamPredictor
+
+    predictor, image = SamPredictor(sam), sample(*size).image
+    points = np.random.default_rng(0).random((20, 2)) * [size[1], size[0]]
+    with torch.no_grad():
+        predictor.set_image(image)
+        coordinates = torch.as_tensor(predictor.transform.apply_coords(points, size), device=device).float()
+        labels = torch.ones(len(points), 1, device=device)
+        _, scores, logits = predictor.predict_torch(coordinates[:, None], labels, return_logits=True)
+        embedded = hub.embed(image)
+        decoded = hub.decode(embedded, coordinates, 0.0)
+    assert embedded.input_size == predictor.input_size
+    assert _relative(embedded.features, predictor.features) < 1e-4
+    assert _relative(decoded.scores, scores.flatten()) < 1e-4
+    assert _relative(decoded.logits, logits.flatten(0, 1)) < 1e-4
+
+
+def test_the_miniature_gives_the_same_proposals_through_transformers(tmp_path: Path) -> None:
+    """The shipped weights under their names in `transformers`, from a directory, against proposer `sam`."""
+    from moduseg.miniature.weights import load_weights
+    from moduseg.runtime.weights import find_weights
+
+    sam = build_miniature_sam()
+    load_weights(sam, find_weights("miniature/sam.safetensors", "checkpoint"))
+    directory = tiny_models.save(_hub_model(sam.state_dict()), tmp_path)
+    options = {k: v for k, v in MINIATURE.items() if k not in ("model", "checkpoint", "seed")}
+    (picture,) = scenes(1)
+    ours = build({"name": "sam_transformers", "weights": directory, **options}, CPU).propose(picture)
+    agree(ours, build({"name": "sam", **MINIATURE}, CPU).propose(picture))
+
+
+@pytest.mark.parametrize("size", [(96, 128), (150, 90)])
+def test_sam_hq_is_sam_with_one_more_token(size: tuple[int, int]) -> None:
+    """SAM-HQ has one more token than SAM, whose mask is added to SAM's masks.
+
+    With that mask at 0, a SAM of `segment_anything` with five mask tokens instead of four decodes the same masks.
+    `transformers` sorts the masks of a point by predicted IoU.
+    """
+    sam = build_miniature_sam()
+    sam.mask_decoder = type(sam.mask_decoder)(
+        num_multimask_outputs=4, transformer=sam.mask_decoder.transformer, transformer_dim=64, iou_head_hidden_dim=64
+    )
+    tiny_models.randomise(sam.eval())
+    state = sam.state_dict()
+    tokens = state["mask_decoder.mask_tokens.weight"]
+    state["mask_decoder.mask_tokens.weight"] = tokens[:4]
+    for kind in ("weight", "bias"):
+        name = f"mask_decoder.iou_prediction_head.layers.2.{kind}"
+        state[name] = state[name][:4]
+    state = {name: tensor for name, tensor in state.items() if "mlps.4." not in name}
+    model = _hub_model(state, "sam_hq")
+    model.mask_decoder.hq_token.weight.data.copy_(tokens[4:])
+    for parameter in model.mask_decoder.hq_mask_mlp.proj_out.parameters():
+        parameter.data.zero_()
+    plain, hub = PackagedSam(sam, CPU), HubSam(model, CPU, {})
+    image = sample(*size).image
+    with torch.no_grad():
+        embedded = plain.embed(image)
+        points = torch.rand(12, 2) * torch.tensor(embedded.input_size[::-1])
+        theirs = plain.decode(embedded, points, 0.0)
+        ours = hub.decode(hub.embed(image), points, 0.0)
+    scores, order = theirs.scores.view(12, 4)[:, :3].sort(1, descending=True)
+    logits = theirs.logits.unflatten(0, (12, 4))[torch.arange(12)[:, None], order]
+    assert _relative(ours.scores, scores.flatten()) < 1e-4
+    assert _relative(ours.logits, logits.flatten(0, 1)) < 1e-4
+
+
+def test_the_token_of_sam_hq_counts() -> None:
+    model = tiny_models.build_sam("sam_hq")
+    image = sample(96, 128).image
+    points = torch.tensor([[30.0, 40.0]])
+    results = []
+    for scale in (1.0, 2.0):
+        for parameter in model.mask_decoder.hq_mask_mlp.proj_out.parameters():
+            parameter.data.mul_(scale)
+        hub = HubSam(tiny_models.build_sam("sam_hq"), CPU, {})
+        hub._model.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            results.append(hub.decode(hub.embed(image), points, 0.0).logits)
+    assert _relative(*results) > 0.01
+
+
+# Preprocessing
+
+
+@pytest.mark.parametrize("size", [(96, 128), (150, 90), (300, 400), (33, 20)])
+@pytest.mark.parametrize(
+    ("processor", "family", "keys"),
+    [
+        ("SamImageProcessor", "sam", {"size": {"longest_edge": 128}, "pad_size": {"height": 128, "width": 128}}),
+        ("Sam2ImageProcessor", "sam2", {"size": {"height": 128, "width": 128}}),
+        ("Sam3ImageProcessor", "sam3_tracker", {"size": {"height": 112, "width": 112}}),
+    ],
+)
+def test_inputs_are_those_of_the_image_processor(
+    size: tuple[int, int], processor: str, family: str, keys: dict[str, Any]
+) -> None:
+    """Up to one step of 255, by which two rounding resizers may differ; the normalisation is each family's own."""
+    import transformers
+
+    image = sample(*size).image
+    theirs = getattr(transformers, processor)(**keys)
+    expected = theirs(image, return_tensors="pt")["pixel_values"]
+    hub = HubSam(tiny_models.build_sam(family), CPU, {})
+    seen: list[Tensor] = []
+    hub._model.get_image_embeddings = lambda pixels: seen.append(pixels) or pixels
+    hub.embed(image)
+    step = max(1 / (255 * s) for s in theirs.image_std)
+    assert seen[0].shape == expected.shape
+    assert (seen[0] - expected).abs().max() <= 1.01 * step
+
+
+def test_mean_and_deviation_come_from_the_directory(tmp_path: Path) -> None:
+    directory = tiny_models.save(tiny_models.build_sam("sam2"), tmp_path)
+    first = SamTransformersProposer(CPU, directory, **OPEN)
+    assert first.promptable._mean == IMAGENET_MEAN
+    before = first.digest
+    settings = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    second = SamTransformersProposer(CPU, directory, **OPEN)
+    assert second.promptable._mean == [0.1, 0.2, 0.3]
+    assert second.digest != before
+
+
+def test_prepare_by_hand() -> None:
+    image = np.full((2, 4, 3), 255, np.uint8)
+    pixels = prepare(image, (1, 2), (2, 3), (0.5, 0.5, 0.5), (0.5, 0.25, 1.0), torch.device("cpu"))
+    expected = torch.zeros(1, 3, 2, 3)
+    expected[0, :, 0, :2] = torch.tensor([1.0, 2.0, 0.5])[:, None]
+    assert torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((375, 500), (768, 1024)), ((1, 5000), (1, 1024)), ((1024, 1024), (1024, 1024))]
+)
+def test_longest_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert longest_side(size, 1024) == expected
+
+
+# Weights
+
+
+def proposer(directory: str) -> Proposer:
+    return build({"name": "sam_transformers", "weights": directory, **OPEN}, CPU)
+
+
+def test_video_checkpoints_give_their_image_model(tmp_path: Path) -> None:
+    """The published files of SAM 2 are of the video model; what only video needs is left out, nothing is missing."""
+    import transformers
+
+    image_model = tiny_models.build_sam("sam2")
+    config = transformers.Sam2VideoConfig(
+        **tiny_models._sam2_parts(),
+        memory_attention_hidden_size=32,
+        memory_attention_num_layers=1,
+        memory_attention_num_attention_heads=1,
+        memory_attention_feed_forward_hidden_size=32,
+        memory_encoder_hidden_size=32,
+        memory_encoder_output_channels=8,
+        mask_downsampler_embed_dim=32,
+        memory_fuser_embed_dim=32,
+        memory_fuser_intermediate_dim=32,
+    )
+    video = transformers.Sam2VideoModel(config)
+    video.load_state_dict(image_model.state_dict(), strict=False)
+    directory = tiny_models.save(video, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "sam2_video"
+    loaded = SamTransformersProposer(CPU, directory, **OPEN).promptable._model.state_dict()
+    for name, tensor in image_model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    made = build({"name": "sam_transformers", "weights": "facebook/no-such-sam", "revision": "abc"}, CPU)
+    for use in (lambda: made.digest, lambda: made.propose(sample(48, 64))):
+        with pytest.raises(MissingError, match=r"hub id 'facebook/no-such-sam' at revision abc.*hf download") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"1 missing, 0 unexpected, 0 mismatched tensors, first mask_decoder\.iou_token\.weight"),
+        ("left over", r"0 missing, 1 unexpected, 0 mismatched tensors, first extra"),
+        ("shape", r"first mask_decoder\.iou_token\.weight|not readable as"),
+        ("cut off", r"not readable as a SAM"),
+        ("model", r"config\.json names model_type 'clip', expected one of sam, sam_hq"),
+        ("config", r"config\.json: not JSON"),
+    ],
+)
+def test_damaged_directories_are_one_line(tmp_path: Path, change: str, message: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny_models.save(tiny_models.build_sam("sam2"), tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    state = load_file(file)
+    if change == "missing":
+        del state["mask_decoder.iou_token.weight"]
+    elif change == "left over":
+        state["extra"] = torch.zeros(1)
+    elif change == "shape":
+        state["mask_decoder.iou_token.weight"] = torch.zeros(1, 3)
+    save_file(state, file, {"format": "pt"})
+    if change == "cut off":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif change == "model":
+        config.write_text(json.dumps({"model_type": "clip"}))
+    elif change == "config":
+        config.write_text("{")
+    with pytest.raises(ArtefactError, match=message) as caught:
+        proposer(str(tmp_path)).propose(sample(48, 64))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("nowhere/at/all", r"proposer\.weights: got 'nowhere/at/all', no such file"),
+        ("$MODUSEG_NO_SUCH/sam", r"environment variable MODUSEG_NO_SUCH is not set"),
+    ],
+)
+def test_missing_directories(weights: str, message: str) -> None:
+    with pytest.raises(MissingError, match=message):
+        proposer(weights).propose(sample(48, 64))
+
+
+def test_a_directory_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"holds no config\.json with model\.safetensors"):
+        proposer(str(tmp_path)).propose(sample(48, 64))
+
+
+@pytest.mark.parametrize(("key", "value"), [("weights", ""), ("points_per_side", 0), ("box_nms_thresh", 2.0)])
+def test_wrong_values(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: got"):
+        build({"name": "sam_transformers", "weights": "a/b", key: value}, CPU)
+
+
+def test_too_thin_where_the_shape_is_kept(directory: str) -> None:
+    made = SamTransformersProposer(CPU, directory, **OPEN)
+    if made.promptable.squash:
+        assert made.propose(sample(1, 400)).masks.shape[1:] == (1, 400)
+    else:
+        with pytest.raises(DataError, match=r"1 x 400 pixels are too thin for SAM's 128"):
+            made.propose(sample(1, 400))
+
+
+def test_every_family_has_its_class() -> None:
+    import transformers
+
+    for name in CLASSES.values():
+        assert hasattr(transformers, name), name
