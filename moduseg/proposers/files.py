@@ -1,4 +1,5 @@
-"""Proposals made elsewhere: SA-1B JSON files in a folder, as the SAM tools and the `propose` stage write them."""
+"""Proposals made elsewhere, one file an image: SA-1B JSON, as the SAM tools and the `propose` stage write it, or maps of
+ids, as EntitySeg and CorrCLIP users have them."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from moduseg.errors import DataError, MissingError
 from moduseg.proposers.base import Proposer
+from moduseg.proposers.id_maps import SUFFIXES, read_id_map
 from moduseg.proposers.sa1b import read_proposals
 from moduseg.structures import Proposals, Sample
 
@@ -16,7 +18,8 @@ class FileProposer(Proposer):
 
     Args:
         folder: where the files are (`~` allowed).
-        pattern: path of an image's file inside the folder, with `{id}` for the image's id, which may hold sub-folders.
+        pattern: path of an image's file inside the folder, with `{id}` for the image's id, which may hold sub-folders;
+            the suffix is the format: `.npz` and `.png` are maps of ids, everything else is JSON.
 
     Raises:
         ValueError: the pattern has no `{id}`.
@@ -30,7 +33,7 @@ class FileProposer(Proposer):
         self.pattern = pattern
         if not self.folder.is_dir():
             raise MissingError(
-                f"proposer.folder: got {folder!r}, no such folder; set proposer.folder=<folder of SA-1B JSON files>"
+                f"proposer.folder: got {folder!r}, no such folder; set proposer.folder=<folder of proposal files>"
             )
 
     @property
@@ -59,5 +62,7 @@ class FileProposer(Proposer):
                 f"{path}: no proposal file for image {sample.id!r}; write it, or set proposer.pattern (now "
                 f"{self.pattern!r}) to how the files are named"
             )
+        if path.suffix in SUFFIXES:
+            return read_id_map(path, sample.size)
         proposals = read_proposals(path, sample.size)
         return proposals.select(proposals.areas > 0)

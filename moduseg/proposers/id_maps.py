@@ -1,0 +1,143 @@
+"""Proposals as one map of ids, one file an image: `.npz` with `instance_mask`, or a PNG of up to 16 bits.
+
+So EntitySeg and CorrCLIP users have them. Id 0, and any below, is no region; every other id is one proposal, and they
+are disjoint. An `.npz` may hold `scores` beside the map; a PNG has none.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moduseg.errors import DataError
+from moduseg.proposers.sa1b import MAX_MASK_PIXELS, MAX_PIXELS
+from moduseg.structures import Proposals
+
+SUFFIXES = (".npz", ".png")
+MAP_NAME = "instance_mask"
+SCORES_NAME = "scores"
+_AGAIN = "write it again"
+
+
+def read_id_map(path: Path, expected_size: tuple[int, int] | None = None) -> Proposals:
+    """The regions of a map, in ascending id.
+
+    Args:
+        path: an `.npz` or `.png` file.
+        expected_size: `(H, W)` of the image, or `None` to take the map's.
+
+    Returns:
+        Disjoint, non-empty masks on the CPU; scores are 1 where the file has none.
+
+    Raises:
+        DataError: no such file, damaged, another content, or of another size; one line.
+    """
+    ids, scores = _read_npz(path) if path.suffix.lower() == ".npz" else (_read_png(path), None)
+    height, width = ids.shape
+    if expected_size is not None and ids.shape != tuple(expected_size):
+        raise DataError(
+            f"{path}: the map is {height} x {width} (height x width), the image is {expected_size[0]} x "
+            f"{expected_size[1]}; make the proposals from the same file as the image"
+        )
+    found = np.unique(ids)
+    found = found[found > 0]
+    if len(found) * ids.size > MAX_MASK_PIXELS:
+        raise DataError(
+            f"{path}: {len(found)} regions of {height} x {width} pixels are more than the {MAX_MASK_PIXELS} pixels "
+            "that fit in memory; keep fewer regions or a smaller image"
+        )
+    masks = torch.from_numpy(ids) == torch.from_numpy(found)[:, None, None]
+    return Proposals(masks) if scores is None else Proposals(masks, _of_ids(scores, found, path))
+
+
+def _of_ids(scores: np.ndarray, ids: np.ndarray, path: Path) -> torch.Tensor:
+    """The score of each id: one for each region in ascending id, or one for each number from 1."""
+    if len(scores) == len(ids):
+        chosen = scores
+    elif len(ids) == 0 or len(scores) >= ids[-1]:
+        chosen = scores[ids - 1]
+    else:
+        raise DataError(
+            f"{path}: got {len(scores)} {SCORES_NAME!r} for {len(ids)} regions with ids up to {ids[-1]}, expected one "
+            f"for each region in ascending id, or one for each id from 1; {_AGAIN}"
+        )
+    return torch.from_numpy(chosen.astype(np.float32))
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The map as `[H, W]` int64, and `[S]` float64 scores where there are any."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if MAP_NAME not in names:
+                raise DataError(
+                    f"{path}: holds {', '.join(sorted(names)[:5]) or 'nothing'}, expected an array {MAP_NAME!r}; "
+                    f"save it with numpy.savez_compressed(path, {MAP_NAME}=ids)"
+                )
+            ids = _array(archive, MAP_NAME, 2, "iub", path)
+            scores = _array(archive, SCORES_NAME, 1, "fiu", path).astype(np.float64) if SCORES_NAME in names else None
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file, expected a map of ids; {_AGAIN}") from error
+    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: not readable as .npz ({_one_line(error)}); {_AGAIN}") from error
+    if scores is not None and not (np.abs(scores) <= 1e6).all():
+        raise DataError(f"{path}: {SCORES_NAME!r} holds values that are no numbers up to 1e6; {_AGAIN}")
+    if ids.max() > np.iinfo(np.int32).max:
+        raise DataError(f"{path}: got id {ids.max()}, expected ids up to {np.iinfo(np.int32).max}; number them from 1")
+    return ids.astype(np.int64), scores
+
+
+def _array(archive: zipfile.ZipFile, name: str, dimensions: int, kinds: str, path: Path) -> np.ndarray:
+    """An array whose header says that it is what we expect: it is checked before the data are read."""
+    with archive.open(f"{name}.npy") as file:
+        shape, dtype = _header(file)
+    empty = dimensions == 2 and 0 in shape
+    if len(shape) != dimensions or dtype.kind not in kinds or empty:
+        expected = "[H, W] whole numbers" if dimensions == 2 else "[S] numbers"
+        raise DataError(f"{path}: {name!r} is {list(shape)} {dtype}, expected {expected}; {_AGAIN}")
+    if int(np.prod(shape, dtype=np.float64)) > MAX_PIXELS:
+        raise DataError(f"{path}: {name!r} is {list(shape)}, expected {MAX_PIXELS} values at most; {_AGAIN}")
+    with archive.open(f"{name}.npy") as file:
+        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return array
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _read_png(path: Path) -> np.ndarray:
+    """The map as `[H, W]` int64."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(26)
+        with Image.open(path) as picture:
+            if picture.format != "PNG":
+                raise ValueError(f"a {picture.format} file")
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, {MAX_PIXELS} are read at most")
+            mode, ids = picture.mode, np.asarray(picture).astype(np.int64)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file, expected a map of ids; {_AGAIN}") from error
+    except (
+        OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+    ) as error:  # fmt: skip
+        raise DataError(f"{path}: not readable as a PNG ({_one_line(error)}); {_AGAIN}") from error
+    if ids.ndim != 2 or mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        raise DataError(f"{path}: got {mode} pixels, expected a grey or indexed PNG of up to 16 bits with ids in it")
+    # Pillow stretches grey of 2 and 4 bits to 0..255, which would turn id 1 into 85 or 17.
+    return ids // {2: 85, 4: 17}.get(header[24], 1) if mode == "L" else ids
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
