@@ -1,5 +1,5 @@
-"""Proposals made elsewhere, one file an image: SA-1B JSON, as the SAM tools and the `propose` stage write it, or maps of
-ids, as EntitySeg and CorrCLIP users have them."""
+"""Proposals made elsewhere, one file an image: SA-1B JSON, as the SAM tools and the `propose` stage write it, or maps
+of ids, as EntitySeg and CorrCLIP users have them."""
 
 from __future__ import annotations
 
