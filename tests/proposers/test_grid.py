@@ -134,6 +134,16 @@ def test_a_line_of_pixels_is_too_thin() -> None:
         SamProposer(CPU, **OPEN, engine="grid").propose(sample(1, 400))
 
 
+def test_lower_precision_is_for_the_encoder_only(device: torch.device) -> None:
+    exact, rough = (
+        SamProposer(Device(device, precision), **OPEN, engine="grid").propose(sample(48, 64))
+        for precision in ("float32", "bfloat16")
+    )
+    assert rough.scores.dtype == torch.float32
+    assert not torch.equal(rough.scores, exact.scores)
+    assert rough.scores.max().item() == pytest.approx(exact.scores.max().item(), abs=0.05)
+
+
 # Each step against the code it replaces
 
 
