@@ -26,6 +26,9 @@ COMPARISONS = [
     "tests.backbones.agree_vit:compare_siglip",
     "tests.backbones.agree_vit:compare_radio",
     "tests.backbones.agree_clip:compare_clip",
+    "tests.proposers.agree_sam:compare_sam",
+    "tests.proposers.agree_sam:compare_packaged",
+    "tests.proposers.agree_sam:compare_sam_hq",
 ]
 """Where each comparison is; it takes an empty folder and returns its rows."""
 TOLERANCE = 1e-4

@@ -78,7 +78,7 @@ class SamTransformersProposer(Proposer):
             min_mask_region_area,
         )
         self._device = device
-        self._source = Pretrained(weights, revision, "proposer.weights", "a SAM, SAM-HQ, SAM 2 or SAM 3")
+        self._source = Pretrained(weights, revision, "proposer.weights", "SAM")
 
     @property
     def digest(self) -> str:
@@ -86,6 +86,7 @@ class SamTransformersProposer(Proposer):
 
         Raises:
             MissingError: they are not there and cannot be fetched.
+            ArtefactError, StorageError: see `moduseg.runtime.hub.model_folder`.
         """
         return self._source.digest
 

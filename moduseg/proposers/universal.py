@@ -73,7 +73,7 @@ class UniversalProposer(Proposer):
             raise ValueError(f"task: got {task!r}, expected panoptic, instance or semantic; try panoptic")
         self._device, self._task, self._disjoint = device, task, disjoint
         self._score_thresh, self._threshold = score_thresh, math.log(mask_thresh / (1 - mask_thresh))
-        self._source = Pretrained(weights, revision, "proposer.weights", "a Mask2Former, OneFormer or EoMT")
+        self._source = Pretrained(weights, revision, "proposer.weights", "segmentation model")
 
     @property
     def digest(self) -> str:
@@ -81,6 +81,7 @@ class UniversalProposer(Proposer):
 
         Raises:
             MissingError: they are not there and cannot be fetched.
+            ArtefactError, StorageError: see `moduseg.runtime.hub.model_folder`.
         """
         return self._source.digest
 

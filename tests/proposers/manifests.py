@@ -1,11 +1,7 @@
-"""Names and shapes of published checkpoints of SAM, written from the architectures' own code.
-
-`python -m tests.proposers.manifests` writes `tests/manifests/*.json.gz` anew.
-"""
+"""Names and shapes of the published checkpoints of SAM: `python -m tests.proposers.manifests` writes them anew."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import struct
 from pathlib import Path
@@ -13,10 +9,15 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).parents[1] / "manifests"
-SAM = ("sam_vit_b", "sam_vit_l", "sam_vit_h")
+from tests.key_names import META, Shapes, shapes_of, write
+
+SAM = {
+    "sam_vit_b": "sam_vit_b_01ec64.pth",
+    "sam_vit_l": "sam_vit_l_0b3195.pth",
+    "sam_vit_h": "sam_vit_h_4b8939.pth",
+}
 """In the names of `segment_anything`."""
-HUB = ("sam_hq_vit_h", "sam2.1_hiera_large")
+HUB = {"sam_hq_vit_h": "syscv-community/sam-hq-vit-huge", "sam2.1_hiera_large": "facebook/sam2.1-hiera-large"}
 """In the names of `transformers`. That of SAM 2.1 is of the video model, whose file on the hub serves both."""
 PUBLISHED_BYTES = {
     "sam_vit_b": 375e6,
@@ -27,7 +28,7 @@ PUBLISHED_BYTES = {
 }
 """Sizes of the published files, float32, to the digits that are shown beside the downloads."""
 
-_HUGE = {
+HUGE = {
     "hidden_size": 1280,
     "num_hidden_layers": 32,
     "num_attention_heads": 16,
@@ -44,7 +45,7 @@ _HIERA_LARGE = {
     "window_size_per_stage": [8, 4, 16, 8],
     "global_attention_blocks": [23, 33, 43],
 }
-_SAM2_LARGE = {
+SAM2_LARGE = {
     "model_type": "sam2_vision_model",
     "backbone_config": _HIERA_LARGE,
     "backbone_channel_list": [1152, 576, 288, 144],
@@ -52,31 +53,20 @@ _SAM2_LARGE = {
 
 
 def build(name: str) -> Any:
-    """The full-size model, on the `meta` device."""
+    """The full-size model, on the meta device."""
     import transformers
     from segment_anything import sam_model_registry
 
-    with torch.device("meta"):
+    with META.torch_device:
         if name in SAM:
             return sam_model_registry[name.removeprefix("sam_")]()
         if name == "sam_hq_vit_h":
-            config = transformers.SamHQConfig(vision_config=_HUGE, mask_decoder_config={"vit_dim": 1280})
+            config = transformers.SamHQConfig(vision_config=HUGE, mask_decoder_config={"vit_dim": 1280})
             return transformers.SamHQModel(config)
-        return transformers.Sam2VideoModel(transformers.Sam2VideoConfig(vision_config=_SAM2_LARGE))
+        return transformers.Sam2VideoModel(transformers.Sam2VideoConfig(vision_config=SAM2_LARGE))
 
 
-def shapes(model: Any) -> dict[str, list[int]]:
-    """Names and shapes of a model's tensors, in its order."""
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def read(name: str) -> dict[str, list[int]]:
-    """A manifest."""
-    data: dict[str, list[int]] = json.loads(gzip.decompress((FOLDER / f"{name}.json.gz").read_bytes()))
-    return data
-
-
-def write_sparse(path: Path, tensors: dict[str, list[int]]) -> None:
+def write_sparse(path: Path, tensors: Shapes) -> None:
     """A safetensors file of zeros that takes no room on the disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -90,7 +80,6 @@ def write_sparse(path: Path, tensors: dict[str, list[int]]) -> None:
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
-    for manifest in (*SAM, *HUB):
-        text = json.dumps(shapes(build(manifest)), separators=(",", ":")).encode()
-        (FOLDER / f"{manifest}.json.gz").write_bytes(gzip.compress(text, mtime=0))
+    for manifest, published in {**SAM, **HUB}.items():
+        library = "segment-anything" if manifest in SAM else "transformers"
+        write(manifest, published, library, shapes_of(build(manifest).state_dict()))

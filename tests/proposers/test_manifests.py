@@ -20,17 +20,16 @@ from moduseg.proposers.sam import PUBLISHED, SamProposer
 from moduseg.proposers.sam_decoder import PackagedSam
 from moduseg.proposers.sam_transformers import HubSam, SamTransformersProposer
 from moduseg.runtime.devices import Device
+from tests.key_names import META, read, shapes_of
 from tests.proposers import manifests, tiny_models
 from tests.proposers.contract import CPU, sample
 from tests.proposers.test_grid import agree
-
-META = Device(torch.device("meta"))
 
 
 @pytest.mark.parametrize("name", [*manifests.SAM, *manifests.HUB])
 def test_bytes_are_those_of_the_published_file(name: str) -> None:
     """The one thing about a published file that is known without it: its size, which each missing tensor would move."""
-    size = 4 * sum(int(np.prod(shape)) for shape in manifests.read(name).values())
+    size = 4 * sum(int(torch.Size(shape).numel()) for shape in read(name).values())
     assert size == pytest.approx(manifests.PUBLISHED_BYTES[name], rel=0.003)
 
 
@@ -45,17 +44,17 @@ def _proposer(name: str, path: Path, monkeypatch: pytest.MonkeyPatch, state: dic
 
 @pytest.mark.parametrize("name", manifests.SAM)
 def test_published_names_load(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = manifests.read(name)
+    manifest = read(name)
     state = {tensor: torch.empty(shape, device="meta") for tensor, shape in manifest.items()}
     proposer = _proposer(name, tmp_path / PUBLISHED[name.removeprefix("sam_")], monkeypatch, state)
     with torch.device("meta"):
-        assert manifests.shapes(proposer._build()) == manifest
+        assert shapes_of(proposer._build().state_dict()) == manifest
 
 
 @pytest.mark.parametrize("name", manifests.SAM)
 def test_a_checkpoint_without_one_tensor_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = "image_encoder.blocks.5.attn.rel_pos_h"
-    manifest = manifests.read(name)
+    manifest = read(name)
     state = {tensor: torch.empty(shape, device="meta") for tensor, shape in manifest.items() if tensor != lost}
     proposer = _proposer(name, tmp_path / "sam.pth", monkeypatch, state)
     with (
@@ -70,12 +69,12 @@ def test_the_models_of_transformers_have_the_published_names() -> None:
     """SAM-HQ exactly; of SAM 2.1's video model all that the image model has, the rest being declared as not needed."""
     import transformers
 
-    assert manifests.shapes(manifests.build("sam_hq_vit_h")) == manifests.read("sam_hq_vit_h")
-    published = manifests.read("sam2.1_hiera_large")
-    assert manifests.shapes(manifests.build("sam2.1_hiera_large")) == published
+    assert shapes_of(manifests.build("sam_hq_vit_h").state_dict()) == read("sam_hq_vit_h")
+    published = read("sam2.1_hiera_large")
+    assert shapes_of(manifests.build("sam2.1_hiera_large").state_dict()) == published
     with torch.device("meta"):
-        image = transformers.Sam2Model(transformers.Sam2Config(vision_config=manifests._SAM2_LARGE))
-    needed = manifests.shapes(image)
+        image = transformers.Sam2Model(transformers.Sam2Config(vision_config=manifests.SAM2_LARGE))
+    needed = shapes_of(image.state_dict())
     assert {name: published.get(name) for name in needed} == needed
     declared = image._keys_to_ignore_on_load_unexpected
     assert not [name for name in published if name not in needed and not any(re.search(p, name) for p in declared)]
@@ -87,8 +86,8 @@ def test_sam_in_both_libraries_names() -> None:
 
     with torch.device("meta"):
         model = transformers.SamModel(transformers.SamConfig())
-    renamed = {tiny_models.transformers_name(n): shape for n, shape in manifests.read("sam_vit_b").items()}
-    other = manifests.shapes(model)
+    renamed = {tiny_models.transformers_name(n): shape for n, shape in read("sam_vit_b").items()}
+    other = shapes_of(model.state_dict())
     shared = "prompt_encoder.shared_embedding.positional_embedding"
     assert renamed == {name: shape for name, shape in other.items() if name != shared}
 
@@ -96,7 +95,7 @@ def test_sam_in_both_libraries_names() -> None:
 @pytest.mark.slow
 def test_the_published_file_of_sam_2_loads(tmp_path: Path) -> None:
     """A file of its names and its size, all zeros, through our loader; and the same without one tensor."""
-    published = manifests.read("sam2.1_hiera_large")
+    published = read("sam2.1_hiera_large")
     manifests.build("sam2.1_hiera_large").config.save_pretrained(tmp_path)
     manifests.write_sparse(tmp_path / "model.safetensors", published)
     model = SamTransformersProposer(CPU, str(tmp_path)).promptable._model
@@ -122,12 +121,12 @@ def _on_meta(preset: str) -> Any:
 
     with torch.device("meta"):
         if preset == "sam_transformers":
-            config = transformers.SamConfig(vision_config=manifests._HUGE)
+            config = transformers.SamConfig(vision_config=manifests.HUGE)
             model = transformers.SamModel(config).eval()
         elif preset == "sam_hq":
             model = manifests.build("sam_hq_vit_h").eval()
         elif preset == "sam2":
-            model = transformers.Sam2Model(transformers.Sam2Config(vision_config=manifests._SAM2_LARGE)).eval()
+            model = transformers.Sam2Model(transformers.Sam2Config(vision_config=manifests.SAM2_LARGE)).eval()
         else:
             model = transformers.Sam3TrackerModel(transformers.Sam3TrackerConfig()).eval()
     return model, HubSam(model, META, {})

@@ -16,11 +16,12 @@ from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.miniature.sam import build_miniature_sam
 from moduseg.proposers import Proposer, build
 from moduseg.proposers.inputs import IMAGENET_MEAN, longest_side, prepare
-from moduseg.proposers.sam_decoder import PackagedSam
 from moduseg.proposers.sam_transformers import CLASSES, HubSam, SamTransformersProposer
 from moduseg.runtime.devices import Device
 from moduseg.structures import Sample
+from tests.agreement import COMPARISONS, TOLERANCE, find, markdown, relative_error
 from tests.proposers import tiny_models
+from tests.proposers.agree_sam import hub_model
 from tests.proposers.contract import CPU, ProposerContract, sample
 from tests.proposers.test_grid import MINIATURE, agree, scenes
 
@@ -109,40 +110,12 @@ def test_lower_precision_is_for_the_encoder_only(directory: str, device: torch.d
 # Agreement with `segment_anything` on the same weights
 
 
-def _hub_model(state: dict[str, Tensor], family: str = "sam") -> Any:
-    """A model of `transformers` with the weights of `segment_anything`'s SAM; what SAM lacks stays random."""
-    model = tiny_models.build_sam(family)
-    names = model.state_dict().keys()
-    report = model.load_state_dict(tiny_models.transformers_state(state), strict=False)
-    assert not report.unexpected_keys
-    assert family != "sam" or set(names) == set(tiny_models.transformers_state(state))
-    return model
-
-
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-@pytest.mark.parametrize("size", [(96, 128), (150, 90), (128, 128), (37, 53)])
-def test_agrees_with_segment_anything(size: tuple[int, int], device: torch.device) -> None:
-    """Image embeddings, masks, predicted IoUs: two implementations, one set of random weights, relative error 1e-4."""
-    sam = tiny_models.randomise(build_miniature_sam()).to(device)
-    hub = HubSam(_hub_model(sam.state_dict()), Device(device), {})
-    from segment_anything import SamPredictor
-
-    predictor, image = SamPredictor(sam), sample(*size).image
-    points = np.random.default_rng(0).random((20, 2)) * [size[1], size[0]]
-    with torch.no_grad():
-        predictor.set_image(image)
-        coordinates = torch.as_tensor(predictor.transform.apply_coords(points, size), device=device).float()
-        labels = torch.ones(len(points), 1, device=device)
-        _, scores, logits = predictor.predict_torch(coordinates[:, None], labels, return_logits=True)
-        embedded = hub.embed(image)
-        decoded = hub.decode(embedded, coordinates, 0.0)
-    assert embedded.input_size == predictor.input_size
-    assert _relative(embedded.features, predictor.features) < 1e-4
-    assert _relative(decoded.scores, scores.flatten()) < 1e-4
-    assert _relative(decoded.logits, logits.flatten(0, 1)) < 1e-4
+@pytest.mark.parametrize("name", [name for name in COMPARISONS if name.startswith("tests.proposers.")])
+def test_implementations_agree(name: str, tmp_path: Path) -> None:
+    rows = find(name)(tmp_path)
+    assert len({row.size for row in rows}) >= 3
+    assert {row.output for row in rows} == {"image embedding", "predicted IoU", "masks"}
+    assert not [row for row in rows if not row.error < TOLERANCE], markdown(rows)
 
 
 def test_the_miniature_gives_the_same_proposals_through_transformers(tmp_path: Path) -> None:
@@ -152,47 +125,11 @@ def test_the_miniature_gives_the_same_proposals_through_transformers(tmp_path: P
 
     sam = build_miniature_sam()
     load_weights(sam, find_weights("miniature/sam.safetensors", "checkpoint"))
-    directory = tiny_models.save(_hub_model(sam.state_dict()), tmp_path)
+    directory = tiny_models.save(hub_model(sam.state_dict()), tmp_path)
     options = {k: v for k, v in MINIATURE.items() if k not in ("model", "checkpoint", "seed")}
     (picture,) = scenes(1)
     ours = build({"name": "sam_transformers", "weights": directory, **options}, CPU).propose(picture)
     agree(ours, build({"name": "sam", **MINIATURE}, CPU).propose(picture))
-
-
-@pytest.mark.parametrize("size", [(96, 128), (150, 90)])
-def test_sam_hq_is_sam_with_one_more_token(size: tuple[int, int]) -> None:
-    """SAM-HQ has one more token than SAM, whose mask is added to SAM's masks.
-
-    With that mask at 0, a SAM of `segment_anything` with five mask tokens instead of four decodes the same masks.
-    `transformers` sorts the masks of a point by predicted IoU.
-    """
-    sam = build_miniature_sam()
-    sam.mask_decoder = type(sam.mask_decoder)(
-        num_multimask_outputs=4, transformer=sam.mask_decoder.transformer, transformer_dim=64, iou_head_hidden_dim=64
-    )
-    tiny_models.randomise(sam.eval())
-    state = sam.state_dict()
-    tokens = state["mask_decoder.mask_tokens.weight"]
-    state["mask_decoder.mask_tokens.weight"] = tokens[:4]
-    for kind in ("weight", "bias"):
-        name = f"mask_decoder.iou_prediction_head.layers.2.{kind}"
-        state[name] = state[name][:4]
-    state = {name: tensor for name, tensor in state.items() if "mlps.4." not in name}
-    model = _hub_model(state, "sam_hq")
-    model.mask_decoder.hq_token.weight.data.copy_(tokens[4:])
-    for parameter in model.mask_decoder.hq_mask_mlp.proj_out.parameters():
-        parameter.data.zero_()
-    plain, hub = PackagedSam(sam, CPU), HubSam(model, CPU, {})
-    image = sample(*size).image
-    with torch.no_grad():
-        embedded = plain.embed(image)
-        points = torch.rand(12, 2) * torch.tensor(embedded.input_size[::-1])
-        theirs = plain.decode(embedded, points, 0.0)
-        ours = hub.decode(hub.embed(image), points, 0.0)
-    scores, order = theirs.scores.view(12, 4)[:, :3].sort(1, descending=True)
-    logits = theirs.logits.unflatten(0, (12, 4))[torch.arange(12)[:, None], order]
-    assert _relative(ours.scores, scores.flatten()) < 1e-4
-    assert _relative(ours.logits, logits.flatten(0, 1)) < 1e-4
 
 
 def test_the_token_of_sam_hq_counts() -> None:
@@ -207,7 +144,7 @@ def test_the_token_of_sam_hq_counts() -> None:
         hub._model.load_state_dict(model.state_dict())
         with torch.no_grad():
             results.append(hub.decode(hub.embed(image), points, 0.0).logits)
-    assert _relative(*results) > 0.01
+    assert relative_error(*results) > 0.01
 
 
 # Preprocessing
@@ -304,7 +241,9 @@ def test_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     made = build({"name": "sam_transformers", "weights": "facebook/no-such-sam", "revision": "abc"}, CPU)
     for use in (lambda: made.digest, lambda: made.propose(sample(48, 64))):
-        with pytest.raises(MissingError, match=r"hub id 'facebook/no-such-sam' at revision abc.*hf download") as caught:
+        with pytest.raises(
+            MissingError, match=r"^proposer\.weights: got hub id 'facebook/no-such-sam' at revision abc.*hf download"
+        ) as caught:
             use()
         assert "\n" not in str(caught.value)
 
