@@ -199,10 +199,11 @@ class Dataset(ABC):
         self._check(id)
         semantic = self._read_semantic(id)
         if semantic is not None:
-            found = np.flatnonzero(np.bincount(semantic.ravel(), minlength=256)[:IGNORE_INDEX])
-            if len(found) and int(found[-1]) > self.num_classes:
+            # In uint8 the ignored 255 becomes 0 and every other id one more.
+            highest = int((semantic + np.uint8(1)).max(initial=0)) - 1
+            if highest > self.num_classes:
                 raise LabelIdError(
-                    f"{self.mask_path(id)}: image {id!r} has label id {int(found[-1])}, expected 0..{self.num_classes} "
+                    f"{self.mask_path(id)}: image {id!r} has label id {highest}, expected 0..{self.num_classes} "
                     f"or 255 as there are {self.num_classes} classes beside background; correct the mask or the class "
                     "list"
                 )

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from moduseg.datasets.palette import voc_palette
+from moduseg.datasets.png import plain_png_ids
 from moduseg.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -74,6 +75,9 @@ def read_label_png(path: Path) -> np.ndarray:
     Raises:
         DataError: the file cannot be read, holds ids over 255, or colours that the palette does not have.
     """
+    plain = plain_png_ids(Path(path), MAX_PIXELS)
+    if plain is not None:
+        return plain
     with _open(path) as picture:
         if picture.mode in ("RGB", "RGBA"):
             return _from_palette(np.asarray(picture.convert("RGB")), path)

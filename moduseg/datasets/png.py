@@ -1,0 +1,96 @@
+"""The short way to read a label map: an 8-bit indexed or grey PNG whose rows are stored as they are.
+
+Encoders store label maps so, because the other filters of PNG help photographs and not ids; then nothing is left to do
+but inflate. Every other file is left to Pillow.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+GREY, INDEXED = 0, 3
+"""Colour types of a header that hold one value a pixel."""
+_HEADER = struct.Struct(">IIBBBBB")
+_CHUNK = struct.Struct(">I4s")
+HEADER_BYTES = 33
+"""Signature and header chunk."""
+
+
+def png_header(data: bytes) -> tuple[int, int, int, int, int] | None:
+    """`(width, height, bit depth, colour type, interlace method)` of a PNG; `None` where `data` does not begin as one.
+
+    Args:
+        data: the file, or its first `HEADER_BYTES`.
+    """
+    if len(data) < HEADER_BYTES or data[:8] != SIGNATURE or data[12:16] != b"IHDR":
+        return None
+    width, height, depth, colour, _, _, interlace = _HEADER.unpack_from(data, 16)
+    return width, height, depth, colour, interlace
+
+
+def plain_png_ids(path: Path, max_pixels: int) -> np.ndarray | None:
+    """The values of a PNG of the kind described above.
+
+    Args:
+        path: the file.
+        max_pixels: larger pictures are not read.
+
+    Returns:
+        `[H, W]` uint8; `None` for any other kind of file, and for one that is absent or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(HEADER_BYTES)
+            header = png_header(data)
+            if header is None:
+                return None
+            width, height, depth, colour, interlace = header
+            if depth != 8 or colour not in (GREY, INDEXED) or interlace or not 0 < width * height <= max_pixels:
+                return None
+            # No file of this size needs more; what is longer is cut, found to have no end, and left to Pillow.
+            data += file.read(2 * height * (width + 1) + 65536)
+    except OSError:
+        return None
+    packed = _packed_rows(data, needs_palette=colour == INDEXED)
+    rows = None if packed is None else _inflate(packed, height * (width + 1))
+    if rows is None:
+        return None
+    table = np.frombuffer(rows, dtype=np.uint8).reshape(height, width + 1)
+    return None if table[:, 0].any() else table[:, 1:].copy()
+
+
+def _inflate(packed: bytes, length: int) -> bytes | None:
+    """Exactly `length` bytes, or `None`. Whatever a file claims, no more memory is taken than that."""
+    inflate = zlib.decompressobj()
+    try:
+        rows = inflate.decompress(packed, length + 1)
+    except zlib.error:
+        return None
+    return rows if inflate.eof and len(rows) == length else None
+
+
+def _packed_rows(data: bytes, needs_palette: bool) -> bytes | None:
+    """The compressed rows, every chunk's checksum being right and the file whole; else `None`."""
+    parts: list[bytes] = []
+    palette = False
+    position = len(SIGNATURE)
+    while position + 12 <= len(data):
+        length, kind = _CHUNK.unpack_from(data, position)
+        end = position + 8 + length
+        if end + 4 > len(data) or zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return None
+        if kind == b"IDAT":
+            parts.append(data[position + 8 : end])
+        elif kind == b"PLTE":
+            palette = True
+        elif kind == b"IEND":
+            return b"".join(parts) if palette or not needs_palette else None
+        elif kind == b"acTL":  # an animation: which picture is meant is for Pillow to say
+            return None
+        position = end + 4
+    return None
