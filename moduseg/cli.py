@@ -11,14 +11,14 @@ import hydra
 from omegaconf import DictConfig
 
 from moduseg.config import Config, compose, config_dir, from_hydra
-from moduseg.errors import ModusegError
+from moduseg.errors import ConfigError, ModusegError
 from moduseg.stages.common import count_failures
 
 STAGES = ("propose", "pseudo_masks", "build_bank", "infer", "evaluate")
 """The stages, in the order of the data."""
 TOOLS = ("prepare_data", "check_data")
 """What is run on a data set before the stages."""
-COMMANDS = (*STAGES, *TOOLS, "ablate")
+COMMANDS = (*STAGES, *TOOLS, "voc_package", "ablate", "compare")
 
 
 def entry() -> None:
@@ -29,6 +29,8 @@ def entry() -> None:
     command = sys.argv.pop(1)
     if command == "ablate":
         main_table()
+    elif command == "compare":
+        main_compare()
     else:
         main(command)
 
@@ -58,6 +60,27 @@ def main_table() -> None:
 
     def job() -> int:
         print(ablate.run(names[-1] if names else "", overrides).read_text(encoding="utf-8"))
+        return 0
+
+    sys.exit(guard(job))
+
+
+def main_compare() -> None:
+    """Compare the two folders of `sys.argv`, the other arguments being overrides, and exit."""
+    from moduseg.stages import compare
+
+    _log_to_stdout()
+    folders = [a for a in sys.argv[1:] if "=" not in a]
+    overrides = [a for a in sys.argv[1:] if "=" in a]
+
+    def job() -> int:
+        if len(folders) != 2:
+            raise ConfigError(
+                f"compare: got {len(folders)} folders ({', '.join(folders) or 'none'}), expected two; try: python "
+                "scripts/compare.py <folder> <folder> [dataset=<name>]"
+            )
+        named = any(a.startswith(("dataset=", "experiment=")) for a in overrides)
+        compare.run(folders[0], folders[1], compose(overrides), named)
         return 0
 
     sys.exit(guard(job))

@@ -114,16 +114,21 @@ class PseudoMasksConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Figures beside mIoU, and pictures."""
+    """Figures beside mIoU, and pictures. All but `workers` are part of keys."""
 
     bootstrap: int = 1000
+    boundary_width: float = 0.02
+    uncovered: Literal["wrong", "ignore"] = "wrong"
     object_min_area: int = 100
     panels: int = 12
+    workers: int = 0
 
     def __post_init__(self) -> None:
         _between("bootstrap", self.bootstrap, 0, 10**6, "0 leaves the interval out")
+        _between("boundary_width", self.boundary_width, 0, 0.5, "0.02 of the diagonal is usual, 0 leaves it out")
         _between("object_min_area", self.object_min_area, 1, 10**9, "100 pixels is usual")
         _between("panels", self.panels, 0, 10**6, "0 makes none")
+        _between("workers", self.workers, 0, 256, "0 takes one a core, 4 at most")
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,10 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration; the groups of backends stay mappings, checked when the backend is built."""
+    """The whole configuration; the groups of backends stay mappings, checked when the backend is built.
+
+    `predictions` is a folder of label maps made elsewhere, to be scored or packed in place of a run's own.
+    """
 
     dataset: Mapping[str, Any]
     proposer: Mapping[str, Any]
@@ -152,6 +160,7 @@ class Config:
     retrieval: RetrievalConfig
     evaluation: EvaluationConfig
     runtime: RuntimeConfig
+    predictions: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -221,9 +230,14 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
         "evaluation": EvaluationConfig,
         "runtime": RuntimeConfig,
     }
-    values: dict[str, Any] = {}
+    predictions = plain.get("predictions")
+    if not isinstance(predictions, str | None):
+        raise ConfigError(f"predictions: got {predictions!r}, expected a folder; set predictions=<folder>")
+    values: dict[str, Any] = {"predictions": predictions}
     for name in known:
         value = plain.get(name)
+        if name == "predictions":
+            continue
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name}: got {value!r}, expected a group of settings; pick a file with {name}=<file>")
         values[name] = construct(hints[name], value, name) if name in hints else value

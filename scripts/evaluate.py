@@ -1,4 +1,7 @@
-"""Run the stage `evaluate`: `python scripts/evaluate.py [key=value ...]`; see `configs/` for the keys."""
+"""Score a run: `python scripts/evaluate.py [key=value ...]`; see `configs/` for the keys.
+
+With `predictions=<folder>` the PNGs there (<folder>/<id>.png, by whatever tool) are scored on `dataset` instead.
+"""
 
 from moduseg.cli import main
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -129,3 +130,31 @@ def rasterize(masks: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.n
     for i in sorted(range(len(masks)), key=lambda i: (-scores[i], i)):
         canvas[masks[i] & (canvas == 0)] = labels[i]
     return canvas
+
+
+def confusion_of_files(pairs: list[tuple[Path, Path]], size: int) -> np.ndarray:
+    """`[size, size]` of truth and prediction read by Pillow, counted by numpy, one pair after the other."""
+    matrix = np.zeros((size, size), np.int64)
+    for truth_file, prediction_file in pairs:
+        truth, prediction = np.asarray(Image.open(truth_file)), np.asarray(Image.open(prediction_file))
+        counted = truth != 255
+        codes = size * truth[counted].astype(np.int64) + prediction[counted]
+        matrix += np.bincount(codes, minlength=size * size).reshape(size, size)
+    return matrix
+
+
+def boundary(mask: np.ndarray, width: int) -> np.ndarray:
+    """Pixels of a binary mask that `width` erosions by 3 x 3 take away, a frame of zeros around it."""
+    framed = np.pad(mask.astype(np.uint8), 1)
+    eroded = cv2.erode(framed, np.ones((3, 3), np.uint8), iterations=width)[1:-1, 1:-1]
+    return mask & (eroded == 0)
+
+
+def boundary_counts(truth: np.ndarray, prediction: np.ndarray, size: int, width: int) -> np.ndarray:
+    """`[3, size]`: each label's boundaries, what is ignored being of no label in either map."""
+    counts = np.zeros((3, size), np.int64)
+    for label in range(size):
+        true = boundary(truth == label, width)
+        predicted = boundary((prediction == label) & (truth != 255), width)
+        counts[:, label] = (true & predicted).sum(), true.sum(), predicted.sum()
+    return counts

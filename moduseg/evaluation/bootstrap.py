@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from moduseg.evaluation.confusion import Averaged, mean_iou_of_counts
+from moduseg.evaluation.confusion import Averaged, iou_of_counts, mean_iou_of_counts
+
+Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Correct, in the truth, predicted pixels, `[n, S]` each -> `[n, M]` measures in percent."""
 
 _CHUNK = 250
 """Resamples worked on at once, so that memory does not grow with their number."""
@@ -39,6 +42,15 @@ class PairedInterval(Interval):
     """
 
     share_above: float = 0.5
+
+    @property
+    def share_flipped(self) -> float | None:
+        """Share of the resamples in which the difference has the other sign, those without a difference counting half;
+        `None` where there is no difference to flip.
+        """
+        if not self.value or np.isnan(self.value) or np.isnan(self.share_above):
+            return None
+        return 1.0 - self.share_above if self.value > 0 else self.share_above
 
 
 def image_counts(confusions: Sequence[np.ndarray | Tensor]) -> np.ndarray:
@@ -73,7 +85,7 @@ def bootstrap_miou(
         ValueError: no image, another shape, or a number out of range.
     """
     _check(counts, resamples, confidence)
-    drawn = _resampled_miou([counts], resamples, seed, classes)[0]
+    drawn = _resampled([counts], resamples, seed, _mean_of(classes))[0, :, 0]
     low, high = _ends(drawn, confidence)
     return Interval(_miou(counts, classes), low, high, confidence)
 
@@ -94,6 +106,33 @@ def paired_bootstrap(
     Raises:
         ValueError: as `bootstrap_miou`, or runs over different images.
     """
+    _check_pair(first, second, resamples, confidence)
+    drawn = _resampled([first, second], resamples, seed, _mean_of(classes))[..., 0]
+    return _paired(_miou(second, classes) - _miou(first, classes), drawn[1] - drawn[0], confidence)
+
+
+def paired_bootstrap_of_classes(
+    first: np.ndarray, second: np.ndarray, resamples: int = 2000, confidence: float = 0.95, seed: int = 42
+) -> list[PairedInterval]:
+    """`paired_bootstrap` of the IoU of each label, over the same draws.
+
+    A draw in which a label is absent from truth and prediction of one run says nothing of it and is left out.
+
+    Returns:
+        One interval for each of the `S` labels; NaN where a label is absent from one run altogether.
+
+    Raises:
+        ValueError: as `paired_bootstrap`.
+    """
+    _check_pair(first, second, resamples, confidence)
+    drawn = _resampled([first, second], resamples, seed, iou_of_counts)
+    differences = drawn[1] - drawn[0]
+    totals = [counts.sum(0) for counts in (first, second)]
+    values = iou_of_counts(*totals[1]) - iou_of_counts(*totals[0])
+    return [_paired(float(values[i]), differences[:, i], confidence) for i in range(len(values))]
+
+
+def _check_pair(first: np.ndarray, second: np.ndarray, resamples: int, confidence: float) -> None:
     _check(first, resamples, confidence)
     _check(second, resamples, confidence)
     # The pixels in the truth depend on the images alone.
@@ -102,13 +141,14 @@ def paired_bootstrap(
             f"paired runs: got counts {first.shape} and {second.shape} of different truths, expected the same images "
             "in the same order"
         )
-    drawn = _resampled_miou([first, second], resamples, seed, classes)
-    difference = drawn[1] - drawn[0]
-    low, high = _ends(difference, confidence)
-    known = difference[~np.isnan(difference)]
+
+
+def _paired(value: float, differences: np.ndarray, confidence: float) -> PairedInterval:
+    low, high = _ends(differences, confidence)
+    known = differences[~np.isnan(differences)]
     # A draw in which both are equal speaks for neither.
     above = float(np.mean((known > 0) + 0.5 * (known == 0))) if len(known) else float("nan")
-    return PairedInterval(_miou(second, classes) - _miou(first, classes), low, high, confidence, above)
+    return PairedInterval(value, low, high, confidence, above)
 
 
 def _check(counts: np.ndarray, resamples: int, confidence: float) -> None:
@@ -123,20 +163,24 @@ def _miou(counts: np.ndarray, classes: Averaged) -> float:
     return float(mean_iou_of_counts(summed[0], summed[1], summed[2], classes))
 
 
-def _resampled_miou(runs: list[np.ndarray], resamples: int, seed: int, classes: Averaged) -> np.ndarray:
-    """`[runs, resamples]` mIoU in percent."""
+def _mean_of(classes: Averaged) -> Measure:
+    return lambda hits, in_truth, predicted: mean_iou_of_counts(hits, in_truth, predicted, classes)[..., None]
+
+
+def _resampled(runs: list[np.ndarray], resamples: int, seed: int, measure: Measure) -> np.ndarray:
+    """`[runs, resamples, M]`, the measures of every run on every draw, in percent."""
     rng = np.random.default_rng(seed)
     images, _, size = runs[0].shape
     # Sums of pixel counts stay exact in float64 (below 2^53), so the matmul may add in any order.
     flat = [run.reshape(images, -1).astype(np.float64) for run in runs]
-    drawn = np.empty((len(runs), resamples))
+    drawn: list[list[np.ndarray]] = [[] for _ in runs]
     for start in range(0, resamples, _CHUNK):
         stop = min(start + _CHUNK, resamples)
         weights = rng.multinomial(images, np.full(images, 1.0 / images), size=stop - start).astype(np.float64)
-        for i, counts in enumerate(flat):
+        for chunks, counts in zip(drawn, flat, strict=True):
             summed = (weights @ counts).reshape(-1, 3, size)
-            drawn[i, start:stop] = mean_iou_of_counts(summed[:, 0], summed[:, 1], summed[:, 2], classes)
-    return drawn
+            chunks.append(measure(summed[:, 0], summed[:, 1], summed[:, 2]))
+    return np.stack([np.concatenate(chunks) for chunks in drawn])
 
 
 def _ends(values: np.ndarray, confidence: float) -> tuple[float, float]:

@@ -11,24 +11,31 @@ from tqdm import tqdm
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.errors import DataError
+from moduseg.evaluation.counts import FILE
 from moduseg.evaluation.proposals import ProposalQuality
-from moduseg.evaluation.tables import markdown_table
+from moduseg.evaluation.tables import markdown_table, results_markdown
 from moduseg.proposers import sa1b
 from moduseg.runtime.artefacts import read_json, write_atomic, write_json
 from moduseg.runtime.weights import file_digest
-from moduseg.stages import build_bank, infer, propose, pseudo_masks
+from moduseg.stages import build_bank, infer, propose, pseudo_masks, score_predictions
 from moduseg.stages.common import Workspace, count_failures, failures_of, log, plain, safe_name
+from moduseg.stages.scoring import scoring_settings
 
 
 def run(cfg: Config, work: Workspace | None = None) -> Path:
     """Score predictions of the evaluated split, pseudo masks of the training split, and the proposals.
 
+    Where `predictions` names a folder, its PNGs are scored and nothing else (`score_predictions`).
+
     Returns:
-        The artefact's folder: `results.json` (`prediction`, `pseudo_masks`, `proposals`, `bank`) and `results.md`.
+        The artefact's folder: `results.json` (`prediction`, `pseudo_masks`, `proposals`, `bank`), `results.md` and the
+        counts of each image.
 
     Raises:
         DataError: the evaluated split has no ground truth.
     """
+    if cfg.predictions is not None:
+        return score_predictions.run(cfg, work)
     work = work or Workspace(cfg)
     dataset = work.dataset(work.eval_split)
     if not dataset.has_truth:
@@ -51,17 +58,18 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             "proposals": proposals.name,
             "pseudo_masks": masks.name,
             "scored": {stage: file_digest(path / "results.json") for stage, path in scored.items()},
-            "evaluation": plain(cfg.as_dict()["evaluation"]),
+            "evaluation": plain(scoring_settings(cfg)),
         },
     )
     file = artefact.path / "results.json"
-    if not (artefact.is_complete and file.is_file()):
+    if not (artefact.is_complete and file.is_file() and (artefact.path / FILE).is_file()):
         record: dict[str, Any] = {
             "prediction": read_json(predictions / "results.json"),
             "pseudo_masks": read_json(masks / "results.json") if "pseudo_masks" in scored else None,
             "proposals": _proposal_quality(dataset, proposals, cfg.evaluation.object_min_area),
             "bank": {"vectors": read_json(bank / "bank.json")["counts"]},
         }
+        write_atomic(artefact.path / FILE, (predictions / FILE).read_bytes())
         write_json(file, record)
         write_atomic(artefact.path / "results.md", _table(record).encode())
         artefact.write_manifest(
@@ -92,14 +100,17 @@ def _proposal_quality(dataset: Dataset, proposals: Path, min_area: int) -> dict[
 
 def _table(record: dict[str, Any]) -> str:
     prediction, masks, proposals = record["prediction"], record["pseudo_masks"], record["proposals"]
-    interval = prediction.get("miou_interval") or {}
+    interval, contours = prediction.get("miou_interval") or {}, prediction.get("boundary_iou")
     rows = [("mIoU", _cell(prediction["miou"]))]
     if interval:
         rows.append(("mIoU, 95 % interval over images", f"{_cell(interval['low'])} to {_cell(interval['high'])}"))
     rows += [
         ("mIoU over classes in the truth", _cell(prediction["miou_classes_in_truth"])),
         ("pixel accuracy", _cell(prediction["pixel_accuracy"])),
+        ("frequency-weighted IoU", _cell(prediction["frequency_weighted_iou"])),
     ]
+    if contours:
+        rows.append((f"boundary mIoU ({100 * contours['width']:g} % of the diagonal)", _cell(contours["miou"])))
     if masks is not None:
         rows += [
             (f"mIoU of pseudo masks on {masks['split']}", _cell(masks["miou"])),
@@ -112,7 +123,7 @@ def _table(record: dict[str, Any]) -> str:
         ("vectors in the bank", str(sum(record["bank"]["vectors"].values()))),
     ]
     head = f"{prediction['dataset']} {prediction['split']}, {prediction['images']} images, percent"
-    return markdown_table((head, "value"), rows)
+    return f"{markdown_table((head, 'value'), rows)}\n{results_markdown(prediction)}"
 
 
 def _cell(value: float | None) -> str:

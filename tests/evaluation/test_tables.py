@@ -69,7 +69,8 @@ def test_versions_name_what_decides_numbers() -> None:
 
 def test_markdown_of_results() -> None:
     text = results_markdown(_record())
-    head, _, *table = text.splitlines()
+    head, by_class, totals = text.split("\n\n")
+    table = by_class.splitlines()
     assert "**mIoU 42.2 %** (30.0 to 50.0), pixel accuracy 75.0 %" in head
     assert "miniature val, 3 images, image-level labels: json; left out: 2 (a, b)" in head
     assert len({len(line) for line in table}) == 1
@@ -77,6 +78,9 @@ def test_markdown_of_results() -> None:
     assert cells["| dog"] == ["60.0", "75.0", "75.0", "33.3 |"]
     assert cells["| cat"] == ["0.0", "0.0", "-", "0.0 |"]
     assert cells["| a\\|b"] == ["-", "-", "-", "0.0 |"]
+    assert "| mIoU over classes in the truth |  63.3 |" in totals
+    assert "boundary" not in totals
+    assert "uncovered" not in totals
 
 
 def test_markdown_table_is_aligned() -> None:

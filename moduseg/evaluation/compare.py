@@ -1,0 +1,147 @@
+"""Two runs over the same images: what differs, class by class, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moduseg.errors import DataError
+from moduseg.evaluation.bootstrap import PairedInterval, paired_bootstrap, paired_bootstrap_of_classes
+from moduseg.evaluation.confusion import Averaged, Uncovered, iou_of_counts, mean_iou_of_counts
+from moduseg.evaluation.counts import SplitCounts
+from moduseg.evaluation.tables import markdown_table
+
+CONFIDENCE = 0.95
+
+
+def compare(
+    first: SplitCounts,
+    second: SplitCounts,
+    classes: Sequence[str],
+    *,
+    names: tuple[str, str],
+    resamples: int = 1000,
+    seed: int = 42,
+    has_background: bool = True,
+    uncovered: Uncovered = "wrong",
+) -> dict[str, Any]:
+    """The differences `second - first` in percent points, with paired intervals over the images that both scored.
+
+    Args:
+        first, second: counts of the two runs.
+        classes: `S` names, background first.
+        names: what the runs are called.
+        resamples: draws of the images; both runs see the same.
+        seed: of the draws.
+        has_background, uncovered: see `label_counts`.
+
+    Returns:
+        A dictionary fit for JSON: `miou`, `miou_classes_in_truth`, `boundary_miou` (`None` where contours were not
+        counted by both, at one width) and `classes` (name -> entry). An entry holds `first`, `second`, `difference`,
+        `low`, `high` (ends of the 95 % interval), `share_flipped` (share of the draws in which the difference has the
+        other sign, ties counting half; `None` where there is no difference), those of classes also `images`, in whose
+        truth they are.
+
+    Raises:
+        DataError: no image in common, or scored against different truths.
+        ValueError: counts of other labels than `classes`.
+    """
+    if {first.size, second.size} != {len(classes)}:
+        raise ValueError(f"counts: got {first.size} and {second.size} labels, expected {len(classes)} as class names")
+    scored = set(second.ids)
+    common = [image_id for image_id in first.ids if image_id in scored]
+    if not common:
+        raise DataError(
+            f"compare: {names[0]} and {names[1]} have no image in common, expected two runs over the same split; score "
+            "both on one"
+        )
+    left, right = first.select(common), second.select(common)
+    counts = [side.label_counts(has_background, uncovered) for side in (left, right)]
+    if not np.array_equal(counts[0][:, 1], counts[1][:, 1]):
+        odd = int((counts[0][:, 1] != counts[1][:, 1]).any(1).argmax())
+        raise DataError(
+            f"compare: image {common[odd]!r} has another truth in {names[0]} than in {names[1]}, expected the same; "
+            "score both against the same label maps"
+        )
+    each = paired_bootstrap_of_classes(counts[0], counts[1], resamples, CONFIDENCE, seed)
+    ious = [iou_of_counts(*side.sum(0)) for side in counts]
+    images = (counts[0][:, 1] > 0).sum(0)
+    contours = None
+    if left.has_boundary and right.has_boundary and left.widths == right.widths:
+        contours = _mean_entry([side.boundary_counts(has_background) for side in (left, right)], resamples, seed)
+    return {
+        "first": names[0],
+        "second": names[1],
+        "unit": "percent points",
+        "images": len(common),
+        "left_out": sorted(set(first.ids) ^ scored),
+        "resamples": resamples,
+        "seed": seed,
+        "confidence": CONFIDENCE,
+        "miou": _mean_entry(counts, resamples, seed),
+        "miou_classes_in_truth": _mean_entry(counts, resamples, seed, "truth"),
+        "boundary_miou": contours,
+        "classes": {
+            name: {**_entry(float(ious[0][i]), float(ious[1][i]), each[i]), "images": int(images[i])}
+            for i, name in enumerate(classes)
+        },
+    }
+
+
+def compare_markdown(record: Mapping[str, Any]) -> str:
+    """A record of `compare` as Markdown: the means, then a row for each class."""
+    first, second = record["first"], record["second"]
+    head = (
+        f"**{second} against {first}**: {record['images']} images, IoU in percent, difference in percent points, "
+        f"{100 * record['confidence']:g} % interval and share of flipped signs over {record['resamples']} paired "
+        "resamples of the images."
+    )
+    if record["left_out"]:
+        head += f" Left out, scored by one alone: {len(record['left_out'])}."
+    rows = [
+        ("mIoU", *_cells(record["miou"]), record["images"]),
+        ("mIoU over classes in the truth", *_cells(record["miou_classes_in_truth"]), record["images"]),
+    ]
+    if record["boundary_miou"] is not None:
+        rows.append(("boundary mIoU", *_cells(record["boundary_miou"]), record["images"]))
+    rows += [(name, *_cells(entry), entry["images"]) for name, entry in record["classes"].items()]
+    header = ("", first, second, "difference", "low", "high", "flipped", "images")
+    return f"{head}\n\n{markdown_table(header, rows)}"
+
+
+def _mean_entry(
+    counts: Sequence[np.ndarray], resamples: int, seed: int, averaged: Averaged = "either"
+) -> dict[str, float | None]:
+    interval = paired_bootstrap(counts[0], counts[1], resamples, CONFIDENCE, seed, averaged)
+    totals = [side.sum(0) for side in counts]
+    first, second = (float(mean_iou_of_counts(total[0], total[1], total[2], averaged)) for total in totals)
+    return _entry(first, second, interval)
+
+
+def _entry(first: float, second: float, interval: PairedInterval) -> dict[str, float | None]:
+    return {
+        "first": _number(first),
+        "second": _number(second),
+        "difference": _number(interval.value),
+        "low": _number(interval.low),
+        "high": _number(interval.high),
+        "share_flipped": interval.share_flipped,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    sizes = [_text(entry[key]) for key in ("first", "second")]
+    signed = [_text(entry[key], "+.1f") for key in ("difference", "low", "high")]
+    flipped = entry["share_flipped"]
+    return [*sizes, *signed, "-" if flipped is None else f"{100 * flipped:.1f} %"]
+
+
+def _text(value: float | None, form: str = ".1f") -> str:
+    return "-" if value is None else f"{value:{form}}"

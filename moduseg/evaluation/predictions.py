@@ -1,0 +1,111 @@
+"""A folder of label maps that any tool may have written, checked file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moduseg.datasets.io import read_index_png, read_label_png
+from moduseg.datasets.png import HEADER_BYTES, INDEXED, png_header
+from moduseg.errors import DataError, MissingError
+from moduseg.structures import IGNORE_INDEX
+
+_GREY_ALPHA = 4
+_NAMED = 3
+"""Files that a message names."""
+
+
+class PredictionFolder:
+    """`<folder>/<id>.png` for every image of a split: indexed or grey PNGs that hold class ids.
+
+    Args:
+        folder: where they are; files of other names are not looked at.
+        ids: the images.
+        size: labels, background included: ids may be 0..size-1.
+
+    Raises:
+        MissingError: no such folder.
+        DataError: images without a file.
+    """
+
+    def __init__(self, folder: Path, ids: Sequence[str], size: int) -> None:
+        self.folder, self.ids, self.size = folder, tuple(ids), size
+        if not folder.is_dir():
+            got = "a file" if folder.exists() else "no such folder"
+            raise MissingError(
+                f"predictions: got '{folder}', {got}; expected a folder of <id>.png; set predictions=<folder>"
+            )
+        absent = [image_id for image_id in self.ids if not self.path(image_id).is_file()]
+        if absent:
+            more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
+            inside = (folder / "labels").is_dir()
+            remedy = f"try predictions={folder / 'labels'}" if inside else "write them, or score a split without them"
+            raise DataError(
+                f"{self.path(absent[0])}: no such file; got predictions for {len(self.ids) - len(absent)} of "
+                f"{len(self.ids)} images of the split, expected one <id>.png for each; missing "
+                f"{', '.join(absent[:_NAMED])}{more}; {remedy}"
+            )
+
+    def path(self, image_id: str) -> Path:
+        """The file of an image."""
+        return self.folder / f"{image_id}.png"
+
+    def read(self, image_id: str, expected: tuple[int, int]) -> np.ndarray:
+        """The class ids of an image.
+
+        Args:
+            image_id: one of `ids`.
+            expected: `(H, W)` that they must have.
+
+        Returns:
+            `[H, W]` uint8 in 0..size-1.
+
+        Raises:
+            DataError: the file is no PNG, damaged, a colour picture, of another size, or holds 255 or an id that is no
+                class.
+        """
+        path = self.path(image_id)
+        labels = self._read(path)
+        if labels.shape != expected:
+            raise DataError(
+                f"{path}: got {labels.shape[1]} x {labels.shape[0]} pixels, expected {expected[1]} x {expected[0]} as "
+                "its image has; resize it with nearest neighbour, or predict at the size of the image"
+            )
+        if int(labels.max(initial=0)) >= self.size:
+            raise DataError(self._wrong_ids(path, labels))
+        return labels.astype(np.uint8, copy=False)
+
+    def _read(self, path: Path) -> np.ndarray:
+        try:
+            with path.open("rb") as file:
+                header = png_header(file.read(HEADER_BYTES))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}), expected a PNG; check the file") from error
+        remedy = "store the class ids as an indexed or 8-bit grey PNG"
+        if header is None:
+            raise DataError(f"{path}: got a file that is not a PNG, expected class ids 0..{self.size - 1}; {remedy}")
+        _, _, depth, colour, _ = header
+        if colour not in (0, INDEXED, _GREY_ALPHA):
+            kind = "RGBA" if colour == 6 else "RGB"
+            raise DataError(
+                f"{path}: got a colour picture ({kind}), expected class ids 0..{self.size - 1}, not colours; {remedy}"
+            )
+        return read_index_png(path) if depth == 16 else read_label_png(path)
+
+    def _wrong_ids(self, path: Path, labels: np.ndarray) -> str:
+        wrong = labels >= self.size
+        row, column = np.unravel_index(int(wrong.argmax()), wrong.shape)
+        value = int(labels[row, column])
+        where = f"in {int(wrong.sum())} pixels, the first at row {row}, column {column}"
+        allowed = f"expected class ids 0..{self.size - 1}"
+        if value == IGNORE_INDEX:
+            return (
+                f"{path}: got {IGNORE_INDEX} (ignored) {where}; {allowed}, a prediction labels every pixel; write 0 "
+                "where nothing is predicted"
+            )
+        return (
+            f"{path}: got label id {value} {where}; {allowed} as there are {self.size - 1} classes beside background; "
+            "map its ids to the data set's (see its class list)"
+        )

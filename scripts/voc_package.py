@@ -1,0 +1,9 @@
+"""Pack predictions for the VOC 2012 server: `python scripts/voc_package.py dataset=voc dataset.val_split=test [...]`.
+
+With `predictions=<folder>` the PNGs there are packed, else the run's own are, made first where they are not there.
+"""
+
+from moduseg.cli import main
+
+if __name__ == "__main__":
+    main("voc_package")
