@@ -69,6 +69,9 @@ def test_every_table_composes(name: str) -> None:
         (["pseudo_masks.background.rule=magic"], r"rule: got 'magic'.*one of"),
         (["runtime.device=gpu"], r"runtime\.device: got 'gpu'"),
         (["runtime.batch_size=0"], r"batch_size: got 0"),
+        (["evaluation.boundary_width=2"], r"boundary_width: got 2\.0, expected 0 to 0\.5"),
+        (["evaluation.uncovered=maybe"], r"evaluation\.uncovered: got 'maybe'.*one of wrong, ignore"),
+        (["evaluation.workers=-1"], r"workers: got -1, expected 0 to 256"),
     ],
 )
 def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:

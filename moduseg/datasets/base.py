@@ -157,9 +157,15 @@ class Dataset(ABC):
 
     @property
     def has_truth(self) -> bool:
-        """Whether there is a folder of semantic ground truth (single images may still lack theirs)."""
-        path = self.mask_path(self.ids[0])
-        return path is not None and self._truth_folder(path).is_dir()
+        """Whether an image of the split has semantic ground truth (others may lack theirs).
+
+        VOC's `test` has none, though its folder holds the masks of other splits.
+        """
+        first = self.mask_path(self.ids[0])
+        if first is None or not self._truth_folder(first).is_dir():
+            return False
+        paths = (self.mask_path(id) for id in self.ids)
+        return any(path is not None and path.is_file() for path in paths)
 
     @property
     def label_source(self) -> str:

@@ -388,3 +388,24 @@ def test_coco150_folds_split_the_training_images() -> None:
         assert val.load(val.ids[0], truth=True).semantic is not None
         held_out += val.ids
     assert sorted(held_out) == sorted(everything)
+
+
+def test_truth_without_its_photograph(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{name}.png").write_bytes(b"not a picture")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "classes.txt").write_text("background\ndog\n")
+    data = _folder(tmp_path, "val")
+    assert not data.has_truth  # a folder of masks, none of them of this split
+    assert data.has_background
+    labels = np.array([[0, 1, 255]], dtype=np.uint8)
+    (tmp_path / "masks" / "b.png").write_bytes(write_label_png(labels))
+    (tmp_path / "masks" / "c.png").write_bytes(write_label_png(labels + np.uint8(1)))
+    assert data.has_truth
+    assert data.semantic("a") is None
+    np.testing.assert_array_equal(data.semantic("b"), labels)
+    with pytest.raises(DataError, match=r"c\.png: image 'c' has label id 2, expected 0\.\.1 or 255"):
+        data.semantic("c")
+    with pytest.raises(DataError, match="image 'd': not in split"):
+        data.semantic("d")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moduseg.evaluation.bootstrap import bootstrap_miou, image_counts, paired_bootstrap
+from moduseg.evaluation.bootstrap import PairedInterval, bootstrap_miou, image_counts, paired_bootstrap
 from moduseg.evaluation.confusion import miou
 
 
@@ -93,3 +93,12 @@ def test_paired_runs(rng: np.random.Generator) -> None:
 def test_arguments(shape: tuple[int, ...], resamples: int, confidence: float) -> None:
     with pytest.raises(ValueError, match="got"):
         bootstrap_miou(np.ones(shape, dtype=np.int64), resamples, confidence)
+
+
+@pytest.mark.parametrize(
+    ("value", "share_above", "expected"),
+    [(2.0, 0.9, 0.1), (-2.0, 0.1, 0.1), (2.0, 0.4, 0.6), (0.0, 0.5, None), (float("nan"), 0.5, None)],
+)
+def test_share_of_flipped_signs(value: float, share_above: float, expected: float | None) -> None:
+    found = PairedInterval(value, -1.0, 3.0, share_above=share_above).share_flipped
+    assert found == (None if expected is None else pytest.approx(expected))

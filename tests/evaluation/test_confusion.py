@@ -5,7 +5,17 @@ import pytest
 import torch
 
 from moduseg.errors import DataError
-from moduseg.evaluation.confusion import ConfusionMatrix, frequency_weighted_iou, iou, miou, pixel_accuracy
+from moduseg.evaluation import confusion
+from moduseg.evaluation.confusion import (
+    ConfusionMatrix,
+    count_pixels,
+    frequency_weighted_iou,
+    iou,
+    label_counts,
+    miou,
+    pixel_accuracy,
+    share_of_counts,
+)
 
 
 def _slow(truth: np.ndarray, prediction: np.ndarray, size: int) -> np.ndarray:
@@ -98,3 +108,87 @@ def test_arguments() -> None:
         miou(np.eye(2), "all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"got \(2, 3\)"):
         iou(np.zeros((2, 3)))
+
+
+def _blocks(rng: np.random.Generator, labels: list[int], shape: tuple[int, int] = (24, 40)) -> np.ndarray:
+    """A label map of 8 x 8 blocks, whose runs are long."""
+    cells = rng.choice(labels, (shape[0] // 8, shape[1] // 8)).astype(np.uint8)
+    return np.kron(cells, np.ones((8, 8), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [1, 5, 255])
+@pytest.mark.parametrize("kind", ["blocks", "noise", "one pixel", "one column", "all ignored"])
+def test_bytes_are_counted_as_any_integers_are(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, size: int, kind: str
+) -> None:
+    shape = {"one pixel": (1, 1), "one column": (9, 1)}.get(kind, (24, 40))
+    monkeypatch.setattr(confusion, "EXACT_FLOAT32", 100)  # parts, as of a huge picture
+    if kind == "blocks":
+        truth, prediction = _blocks(rng, [*range(min(size, 9)), 255]), _blocks(rng, list(range(min(size, 9))))
+    else:
+        truth, prediction = rng.integers(0, size, shape).astype(np.uint8), rng.integers(0, size, shape).astype(np.uint8)
+        truth[rng.random(shape) < 0.2] = 255
+    if kind == "all ignored":
+        truth[:] = 255
+    found = count_pixels(truth, prediction, size)
+    np.testing.assert_array_equal(found, _slow(truth, prediction, size))
+    np.testing.assert_array_equal(found, count_pixels(truth.astype(np.int32), prediction, size))
+    assert found.dtype == torch.int64
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_bytes_out_of_range_are_refused(rng: np.random.Generator, noise: bool) -> None:
+    draw = (lambda: rng.integers(0, 3, (24, 40)).astype(np.uint8)) if noise else (lambda: _blocks(rng, [0, 1, 2]))
+    for place, value, words in (
+        ("truth", 3, "truth has label id 3"),
+        ("prediction", 255, "prediction has label id 255"),
+    ):
+        maps = {"truth": draw(), "prediction": draw()}
+        maps["truth"][0, 0] = 255  # even below an ignored pixel
+        maps[place][0, 1 if place == "truth" else 0] = value
+        with pytest.raises(DataError, match=words):
+            count_pixels(maps["truth"], maps["prediction"], 3, "img_7")
+
+
+def test_iou_agrees_with_torchmetrics(rng: np.random.Generator) -> None:
+    """Per class; torchmetrics gives 0 to a class in neither, which ours leaves out as NaN."""
+    from torchmetrics.classification import MulticlassJaccardIndex
+
+    theirs = MulticlassJaccardIndex(num_classes=7, average=None, ignore_index=255)
+    ours = ConfusionMatrix(7)
+    for _ in range(4):
+        truth = rng.choice([0, 1, 2, 3, 5, 255], (15, 20)).astype(np.uint8)
+        prediction = np.where(rng.random(truth.shape) < 0.6, truth, rng.choice([0, 1, 2, 4], truth.shape))
+        prediction = np.where(prediction == 255, 0, prediction).astype(np.uint8)
+        ours.update(truth, prediction)
+        theirs.update(torch.from_numpy(prediction).long(), torch.from_numpy(truth).long())
+    expected, found = 100 * theirs.compute().double().numpy(), ours.iou()
+    present = np.arange(7) != 6
+    np.testing.assert_allclose(found[present], expected[present], rtol=1e-6)
+    assert np.isnan(found[6])
+    assert expected[6] == 0
+    assert ours.miou() == pytest.approx(expected[present].mean())
+
+
+STRICT = np.array(  # label 0 is no class; 10 + 20 pixels of classes 1 and 2 were left uncovered
+    [[0, 0, 0, 0], [10, 60, 30, 0], [20, 0, 40, 0], [0, 0, 0, 0]]
+)
+
+
+def test_without_background_uncovered_pixels_are_wrong_or_ignored() -> None:
+    wrong, ignored = (label_counts(STRICT, False, rule) for rule in ("wrong", "ignore"))  # type: ignore[arg-type]
+    np.testing.assert_allclose(confusion.iou_of_counts(*wrong), [np.nan, 60.0, 100 * 40 / 90, np.nan])
+    np.testing.assert_allclose(confusion.iou_of_counts(*ignored), [np.nan, 100 * 60 / 90, 100 * 40 / 70, np.nan])
+    assert confusion.mean_iou_of_counts(*wrong) == pytest.approx((60 + 400 / 9) / 2)
+    assert confusion.pixel_accuracy_of_counts(*wrong) == pytest.approx(100 * 100 / 160)
+    assert confusion.pixel_accuracy_of_counts(*ignored) == pytest.approx(100 * 100 / 130)
+    # With a background, label 0 is a class that was predicted and never right.
+    np.testing.assert_allclose(iou(STRICT), [0, 60, 100 * 40 / 90, np.nan])
+    stacked = label_counts(np.stack([STRICT, STRICT]), False, "ignore")
+    np.testing.assert_array_equal(stacked, [ignored, ignored])
+
+
+def test_precision_and_recall_are_shares() -> None:
+    hits, in_truth, predicted = label_counts(STRICT)
+    np.testing.assert_allclose(share_of_counts(hits, predicted), [0, 100, 100 * 40 / 70, np.nan])
+    np.testing.assert_allclose(share_of_counts(hits, in_truth), [np.nan, 60, 100 * 40 / 60, np.nan])

@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from moduseg.evaluation.bootstrap import Interval
-from moduseg.evaluation.published import BENCHMARKS, PUBLISHED, TABLES, published_markdown, published_rows
-from moduseg.evaluation.tables import markdown_table, results_markdown, results_record, versions
+from moduseg.evaluation.published import (
+    BENCHMARKS,
+    LATER,
+    PAPER,
+    PUBLISHED,
+    PUBLISHED_COSTS,
+    TABLES,
+    published_markdown,
+    published_rows,
+)
+from moduseg.evaluation.tables import BoundaryFigures, markdown_table, results_markdown, results_record, versions
 
 CLASSES = ("background", "dog", "a|b", "cat")
 MATRIX = np.array([[6, 1, 0, 1], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
@@ -42,6 +51,33 @@ def test_results_hold_what_is_promised() -> None:
     assert record["miou_interval"] == {"low": 30.0, "high": 50.0, "confidence": 0.95, "over": "images"}
     for key in ("dataset", "split", "images", "label_source", "config", "versions", "seed"):
         assert record[key]
+
+
+def test_precision_recall_and_contours_of_each_class() -> None:
+    contours = BoundaryFigures(np.array([[2, 1, 0, 0], [4, 1, 0, 0], [4, 3, 0, 2]]), 0.02, [8, 12, 9])
+    record = json.loads(json.dumps(_record(boundary=contours), allow_nan=False))
+    assert record["precision"] == {"background": pytest.approx(600 / 7), "dog": 75.0, "a|b": None, "cat": 0.0}
+    assert record["recall"] == {"background": 75.0, "dog": 75.0, "a|b": None, "cat": None}
+    assert record["boundary_iou"] == {
+        "miou": pytest.approx((100 / 3 + 100 / 3 + 0) / 3),
+        "iou": {"background": pytest.approx(100 / 3), "dog": pytest.approx(100 / 3), "a|b": None, "cat": 0.0},
+        "width": 0.02,
+        "width_of": "the image's diagonal",
+        "width_pixels": [8, 12],
+    }
+    assert "| boundary mIoU (2 % of the diagonal, 8 to 12 pixels) |  22.2 |" in results_markdown(record)
+
+
+def test_without_background_both_numbers_are_reported() -> None:
+    strict, flattering = (_record(has_background=False, uncovered=rule) for rule in ("wrong", "ignore"))
+    # The row of label 0 does not count; of class 1, 1 pixel of 4 was left uncovered.
+    assert strict["uncovered"] == {"rule": "wrong", "share": 25.0, "miou_wrong": 75.0, "miou_ignored": 100.0}
+    assert (strict["miou"], flattering["miou"]) == (75.0, 100.0)
+    assert (strict["miou_classes_in_truth"], strict["pixel_accuracy"]) == (75.0, 75.0)
+    assert strict["iou"] == {"background": None, "dog": 75.0, "a|b": None, "cat": None}
+    text = results_markdown(strict)
+    assert "| mIoU, uncovered pixels counted as wrong |  75.0 |" in text
+    assert "| uncovered pixels                        |  25.0 |" in text
 
 
 def test_empty_results_are_null_not_nan() -> None:
@@ -127,3 +163,40 @@ def test_published_data_is_consistent() -> None:
         assert value[table, method, "voc/val"] == full
     for table in TABLES:
         assert any(published_rows(table, benchmark) for benchmark in BENCHMARKS)
+
+
+@pytest.mark.parametrize(
+    ("table", "benchmark", "values"),
+    [
+        ("main", "voc/val", [86.3, 82.5, 79.5, 79.3, 78.4, 78.2, 76.4, 76.4]),
+        ("main", "voc/test", [86.6, 82.4, 79.6, 79.0, 78.5, 77.5, 77.2, 75.0]),
+        ("main", "coco/val", [56.7, 54.1, 50.6, 49.8, 50.3, 47.1, 47.4]),
+        ("main", "ade20k/val", [44.7]),
+        ("main", "cityscapes/val", [66.0]),
+        ("ablation", "voc/val", [84.3, 84.6, 85.2, 86.3]),
+        ("backbone", "voc/val", [82.9, 84.7, 85.3, 86.3]),
+        ("backbone", "coco/val", [51.0, 53.5, 55.8, 56.7]),
+        ("proposer", "voc/val", [86.3, 82.6]),
+        ("upper bound", "voc/val", [86.3, 86.7, 95.7]),
+        ("images per class", "voc/val", [69.8, 80.2, 86.3]),
+        ("pseudo masks", "voc/train", [68.7, 78.8, 76.6, 82.4]),
+        ("pseudo masks", "coco/train", [42.5, 54.6, 55.1, 60.2]),
+    ],
+)
+def test_every_published_table_is_there(table: str, benchmark: str, values: list[float]) -> None:
+    assert [value for _, value, _ in published_rows(table, benchmark)] == values
+
+
+def test_every_published_figure_names_its_source() -> None:
+    assert {row.source for row in PUBLISHED} == {PAPER, LATER}
+    assert {row.benchmark for row in PUBLISHED if row.source == LATER} == {"ade20k/val", "cityscapes/val"}
+    assert [row.note for row in PUBLISHED if row.benchmark == "cityscapes/val"] == [
+        "uncovered pixels ignored, which flatters"
+    ]
+    costs = {row.method: (row.minutes, row.gpu_memory_gb, row.source) for row in PUBLISHED_COSTS}
+    assert costs == {
+        "CLIMS": (1068, None, PAPER),
+        "MCTformer+": (1496, None, PAPER),
+        "WeCLIP": (270, None, PAPER),
+        "ModuSeg": (84, 5.3, PAPER),
+    }
