@@ -25,7 +25,16 @@ def overrides(outputs: Path, *more: str, train: int = 6, val: int = 4, world: Pa
     ]
 
 
-RESULTS = ("masks/", "labels/", "vectors/", "bank.safetensors", "fit.safetensors", "failures.jsonl", "panels/")
+RESULTS = (
+    "masks/",
+    "labels/",
+    "vectors/",
+    "bank.safetensors",
+    "confusion.safetensors",
+    "fit.safetensors",
+    "failures.jsonl",
+    "panels/",
+)
 
 
 def result_bytes(outputs: Path) -> dict[str, bytes]:
