@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.clip_model import Activation, ClipSource
-from moduseg.backbones.dense_clip import Affinity, check_variant, cosine_similarity, dense_tokens
+from moduseg.backbones.dense_clip import GIVEN, Affinity, Branches, check_variant, cosine_similarity, dense_tokens
 from moduseg.backbones.inputs import to_input
+from moduseg.backbones.regions import merge_table, region_grid
 from moduseg.runtime.devices import Device
 from moduseg.structures import TokenMap
 
@@ -29,6 +30,8 @@ class ClipEncoder:
         batch_size: images of one padded size that share a forward pass.
         gaussian_std: of `naclip`, in patches.
         gamma, beta: of `proxyclip`.
+        branches: of `corrclip`.
+        merge_eps: of `corrclip`, the distance up to which regions are merged; see `moduseg.backbones.regions`.
 
     Raises:
         ValueError: a value out of range.
@@ -44,6 +47,8 @@ class ClipEncoder:
         gaussian_std: float = 5.0,
         gamma: float = 3.0,
         beta: float = 1.2,
+        branches: Branches | None = None,
+        merge_eps: float = 0.2,
     ) -> None:
         check_variant(variant)
         for name, number in (("short_side", short_side), ("batch_size", batch_size)):
@@ -52,7 +57,10 @@ class ClipEncoder:
         for name, value in (("gaussian_std", gaussian_std), ("gamma", gamma)):
             if not value > 0:
                 raise ValueError(f"{name}: got {value}, expected a number above 0")
+        if not merge_eps >= 0:
+            raise ValueError(f"merge_eps: got {merge_eps}, expected 0 or more; the paper uses 0.2")
         self.source, self.variant = source, variant
+        self._branches, self._merge_eps = branches or Branches(), merge_eps
         self._project, self._short_side, self._batch_size = project, short_side, batch_size
         self._gaussian_std, self._gamma, self._beta = gaussian_std, gamma, beta
 
@@ -67,26 +75,38 @@ class ClipEncoder:
         config = self.source.model.config
         return int(config.projection_dim if self._project else config.vision_config.hidden_size)
 
-    def encode(self, images: Sequence[np.ndarray], proxies: Sequence[TokenMap] | None = None) -> list[TokenMap]:
+    def encode(
+        self,
+        images: Sequence[np.ndarray],
+        proxies: Sequence[TokenMap] | None = None,
+        regions: Sequence[Tensor] | None = None,
+    ) -> list[TokenMap]:
         """Token maps of images, `[H, W, 3]` uint8 RGB each; padded with black at the bottom and right.
 
         Args:
             images: of any sizes.
-            proxies: for `proxyclip`, token maps of the same images by another backbone, of any stride; the result then
-                lies on their grids.
+            proxies: for `proxyclip` and `corrclip`, token maps of the same images by another backbone, of any stride;
+                the result then lies on their grids.
+            regions: for `corrclip`, `[H, W]` int64 ids of the same images, -1 for no region.
 
         Returns:
             float32 maps on the device, not normalised.
 
         Raises:
             DataError: an array that is not `[H, W, 3]` uint8 with at least one pixel.
-            MissingError, ArtefactError, ConfigError: see `ClipSource.model`.
-            ValueError: proxies missing, superfluous, or of other images.
+            MissingError, ArtefactError, ConfigError: see `ClipSource.model` and `Branches.blocks`.
+            ValueError: proxies or regions missing, superfluous, or of other images.
         """
-        if (proxies is not None) != (self.variant == "proxyclip"):
-            raise ValueError(f"proxies: variant {self.variant!r}; proxyclip needs them, the other variants take none")
+        if (proxies is not None) != (self.variant in GIVEN):
+            raise ValueError(
+                f"proxies: variant {self.variant!r}; {' and '.join(GIVEN)} need them, the other variants take none"
+            )
+        if (regions is not None) != (self.variant == "corrclip"):
+            raise ValueError(f"regions: variant {self.variant!r}; corrclip needs them, the other variants take none")
         if proxies is not None and [p.image_size for p in proxies] != [i.shape[:2] for i in images]:
             raise ValueError("proxies: expected one token map for each image, made from that image")
+        if regions is not None and [tuple(r.shape) for r in regions] != [i.shape[:2] for i in images]:
+            raise ValueError("regions: expected one id map for each image, of its size")
         inputs = [to_input(image, self._short_side, self.source.device.torch_device) for image in images]
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, tensor in enumerate(inputs):
@@ -99,7 +119,8 @@ class ClipEncoder:
             for start in range(0, len(members), self._batch_size):
                 batch = members[start : start + self._batch_size]
                 chosen = [proxies[i] for i in batch] if proxies is not None else None
-                grids = self._forward([inputs[i] for i in batch], (key[0], key[1]), chosen)
+                found = [regions[i] for i in batch] if regions is not None else None
+                grids = self._forward([inputs[i] for i in batch], (key[0], key[1]), chosen, found)
                 for index, grid in zip(batch, grids, strict=True):
                     height, width = inputs[index].shape[1:]
                     # Cloned outside inference mode: an ordinary tensor that keeps the batch out of memory.
@@ -110,7 +131,13 @@ class ClipEncoder:
         return [maps[index] for index in range(len(images))]
 
     @torch.inference_mode()
-    def _forward(self, inputs: Sequence[Tensor], padded: tuple[int, int], proxies: Sequence[TokenMap] | None) -> Tensor:
+    def _forward(
+        self,
+        inputs: Sequence[Tensor],
+        padded: tuple[int, int],
+        proxies: Sequence[TokenMap] | None,
+        regions: Sequence[Tensor] | None,
+    ) -> Tensor:
         """`[B, h, w, C]` float32 from inputs that share one padded size."""
         batch = torch.zeros(len(inputs), 3, *padded, device=self.source.device.torch_device)
         for row, tensor in zip(batch, inputs, strict=True):
@@ -123,6 +150,8 @@ class ClipEncoder:
                 *self._resampling(inputs[0], padded, proxies[0]),
                 self._gamma,
                 self._beta,
+                *self._region_grids(inputs[0], padded, proxies, regions),
+                self._branches,
             )
         with self.source.device.autocast():
             tokens = dense_tokens(
@@ -140,6 +169,24 @@ class ClipEncoder:
         )
         return rows, columns
 
+    def _region_grids(
+        self, tensor: Tensor, padded: tuple[int, int], proxies: Sequence[TokenMap], regions: Sequence[Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Merged regions on the grid of the proxies and on this model's, `[B, n]` each."""
+        if regions is None:
+            return None, None
+        own = (padded[0] // self.stride, padded[1] // self.stride)
+        theirs, ours = [], []
+        for proxy, ids in zip(proxies, regions, strict=True):
+            ids = ids.to(tensor.device)
+            fine = region_grid(ids, proxy.tokens.shape[:2], proxy.stride, proxy.input_size)  # type: ignore[arg-type]
+            coarse = region_grid(ids, own, self.stride, (tensor.shape[1], tensor.shape[2]))
+            count = int(ids.max()) + 1
+            table = merge_table(proxy.tokens.to(tensor.device), fine, count, self._merge_eps)
+            theirs.append(table[fine].flatten())
+            ours.append(table[coarse].flatten())
+        return torch.stack(theirs), torch.stack(ours)
+
 
 class ClipBackbone(Backbone):
     """Patch tokens of a CLIP image encoder.
@@ -150,7 +197,7 @@ class ClipBackbone(Backbone):
         revision: branch, tag or commit of a hub id.
         config: `CLIPConfig`'s arguments, for `random`.
         tokenizer: directory of another tokenizer, for texts.
-        variant: how the last block is run (`proxyclip` needs a second backbone: `pseudo_masks=clip_dense` has it).
+        variant: how the last block is run; `proxyclip` and `corrclip` need a second backbone, which `pseudo_masks` has.
         project: tokens in the space of the texts instead of the encoder's own.
         short_side: the image is resized until its short side has this many pixels; native size where left out.
         batch_size: images of one padded size that share a forward pass.
@@ -177,8 +224,8 @@ class ClipBackbone(Backbone):
         seed: int = 0,
         activation: Activation | None = None,
     ) -> None:
-        if variant == "proxyclip":
-            raise ValueError("variant: got 'proxyclip', which pseudo_masks=clip_dense runs; try naclip")
+        if variant in GIVEN:
+            raise ValueError(f"variant: got {variant!r}, which pseudo_masks=clip_dense or corrclip runs; try naclip")
         self._source = ClipSource(weights, device, revision, config, tokenizer, seed, activation=activation)
         self._encoder = ClipEncoder(self._source, variant, project, short_side, batch_size, gaussian_std)
 

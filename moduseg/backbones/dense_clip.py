@@ -1,4 +1,4 @@
-"""Dense features of a CLIP image encoder: one forward pass, the last block as an option (METHOD, CorrCLIP's relatives).
+"""Dense features of a CLIP image encoder: one forward pass, the last block as an option (METHOD, CorrCLIP).
 
 Functions on a `transformers.CLIPModel`, built of the model's own layers. The class token comes first in every hidden
 state. It takes part as a key and a value in `plain`, `sclip`, `clearclip` and `naclip`; under `maskclip` every token
@@ -8,20 +8,65 @@ sees itself only; a given affinity holds between patches, so there it is left ou
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from moduseg.errors import ConfigError
+
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
-Variant = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "proxyclip"]
+Variant = Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "proxyclip", "corrclip"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
 """`plain` the model as it is; `maskclip` each value by itself; `sclip` softmax(qq) + softmax(kk), residual and MLP
-kept; `clearclip` softmax(qq); `naclip` softmax(kk + Gaussian); `proxyclip` an affinity of other tokens. All
-but `plain` and `sclip` drop the residual and the MLP."""
+kept; `clearclip` softmax(qq); `naclip` softmax(kk + Gaussian); `proxyclip` an affinity of other tokens; `corrclip` an
+affinity inside regions, and two more branches. All but `plain` and `sclip` drop the residual and the MLP."""
+GIVEN: tuple[str, ...] = ("proxyclip", "corrclip")
+"""The variants whose attention comes from another model."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """CorrCLIP's settings (METHOD, CorrCLIP, 3 and 4).
+
+    Attributes:
+        temperature: factor of the similarities in the softmax.
+        spatial, semantic: weights of the two branches beside the main one; 0 leaves a branch out.
+        spatial_blocks: first and last block, 0-based, whose outputs the spatial branch averages; `None` takes those of
+            the published code, which names 5..9 of 12 blocks, 10..21 of 24, and from the third to the third last else.
+    """
+
+    temperature: float = 4.0
+    spatial: float = 1.0
+    semantic: float = 0.5
+    spatial_blocks: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: got {self.temperature}, expected a number above 0; the paper uses 4")
+        for name, usual in (("spatial", 1.0), ("semantic", 0.5)):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 or more; the paper uses {usual}")
+        if self.spatial_blocks is not None and not 0 <= self.spatial_blocks[0] <= self.spatial_blocks[1]:
+            raise ValueError(f"spatial_blocks: got {list(self.spatial_blocks)}, expected [first, last]; try [5, 9]")
+
+    def blocks(self, depth: int) -> tuple[int, int]:
+        """`spatial_blocks` of an encoder of `depth` blocks.
+
+        Raises:
+            ConfigError: blocks that it has not; the last block does not count, since it is not run.
+        """
+        usual = {12: (5, 9), 24: (10, 21), 32: (2, 29)}.get(depth, (min(2, max(depth - 3, 0)), max(depth - 3, 0)))
+        first, last = self.spatial_blocks or usual
+        if last > depth - 2:
+            raise ConfigError(
+                f"spatial_blocks: got [{first}, {last}], expected blocks 0..{depth - 2} of an encoder of {depth}; "
+                "leave it out"
+            )
+        return first, last
 
 
 @dataclass(frozen=True)
@@ -33,6 +78,9 @@ class Affinity:
         rows: `[h', h]` float, weights that resample CLIP's patch rows to the affinity's, or `None` for the same grid.
         columns: `[w', w]`, the same across.
         gamma, beta: of `proxy_attention`.
+        regions: `[B, n]` int64, the region of each patch, 0 and up, -1 for none; of `corrclip`.
+        patch_regions: `[B, h * w]` int64, the same on CLIP's grid, where it is another; of `corrclip`.
+        branches: of `corrclip`.
     """
 
     similarity: Tensor
@@ -40,6 +88,9 @@ class Affinity:
     columns: Tensor | None = None
     gamma: float = 3.0
     beta: float = 1.2
+    regions: Tensor | None = None
+    patch_regions: Tensor | None = None
+    branches: Branches = field(default_factory=Branches)
 
 
 def check_variant(variant: str) -> None:
@@ -63,7 +114,7 @@ def dense_tokens(
         pixel_values: `[B, 3, H, W]` normalised; sides are multiples of the patch. Positional embeddings are
             interpolated where the size is not the pre-trained one.
         variant: one of `VARIANTS`.
-        affinity: for `proxyclip`, and for nothing else.
+        affinity: for `proxyclip` and `corrclip`, and for nothing else.
         gaussian_std: standard deviation of `naclip`'s neighbourhood, in patches.
         project: after the final norm, project into the space of the texts.
 
@@ -74,10 +125,13 @@ def dense_tokens(
     Raises:
         ValueError: an unknown variant, or an affinity missing or superfluous.
     """
-    hidden = block_inputs(model, pixel_values)[-1]
+    states = block_inputs(model, pixel_values)
     patch = model.config.vision_config.patch_size
     grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
-    return finish(model, last_block(model, hidden, grid, variant, affinity, gaussian_std), project)
+    if variant == "corrclip" and affinity is not None:
+        features = branch_sum(model, states, grid, affinity)
+        return model.visual_projection(features) if project else features
+    return finish(model, last_block(model, states[-1], grid, variant, affinity, gaussian_std), project)
 
 
 def block_inputs(model: CLIPModel, pixel_values: Tensor) -> list[Tensor]:
@@ -120,14 +174,15 @@ def last_block(
         `[B, h, w, C]` patches, before the final norm.
     """
     check_variant(variant)
-    if (affinity is not None) != (variant == "proxyclip"):
+    if (affinity is not None) != (variant in GIVEN):
         raise ValueError(
-            f"affinity: got {'one' if affinity else 'none'} for variant {variant!r}; proxyclip needs an affinity, "
-            "the other variants take none"
+            f"affinity: got {'one' if affinity else 'none'} for variant {variant!r}; {' and '.join(GIVEN)} need an "
+            "affinity, the other variants take none"
         )
     layer = model.vision_model.encoder.layers[-1]
     if affinity is not None:
-        return attend_given(layer, hidden, grid, proxy_attention(affinity), affinity.rows, affinity.columns)
+        weights = proxy_attention(affinity) if variant == "proxyclip" else scope_attention(affinity)
+        return attend_given(layer, hidden, grid, weights, affinity.rows, affinity.columns)
     if variant == "plain":
         out = run_block(layer, hidden)
     elif variant == "maskclip":
@@ -201,6 +256,104 @@ def proxy_attention(affinity: Affinity) -> Tensor:
     logits = affinity.gamma * (similarity - affinity.beta * similarity.mean((1, 2), keepdim=True))
     itself = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
     return logits.masked_fill((logits < 0) & ~itself, float("-inf")).softmax(-1)
+
+
+def scope_attention(affinity: Affinity) -> Tensor:
+    """CorrCLIP's attention `[B, n, n]`, rows sum to 1: softmax of the scaled similarities inside the scope.
+
+    Patches of one region see each other, those of different regions never. A pair with a patch of no region sees each
+    other where its similarity is above the mean of all pairs. A patch always sees itself.
+    """
+    similarity, regions = affinity.similarity.float(), affinity.regions
+    if regions is None or regions.shape != similarity.shape[:2]:
+        got = None if regions is None else tuple(regions.shape)
+        raise ValueError(f"regions: got {got}, expected {tuple(similarity.shape[:2])}, one id for each patch")
+    free = regions < 0
+    near = similarity > similarity.mean((1, 2), keepdim=True)
+    seen = torch.where(free[:, :, None] | free[:, None], near, regions[:, :, None] == regions[:, None])
+    seen |= torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
+    return (affinity.branches.temperature * similarity).masked_fill(~seen, float("-inf")).softmax(-1)
+
+
+def branch_sum(model: CLIPModel, states: list[Tensor], grid: tuple[int, int], affinity: Affinity) -> Tensor:
+    """CorrCLIP's features before the projection: main, spatial and semantic branch, each after the final norm.
+
+    Args:
+        model: a CLIP.
+        states: of `block_inputs`.
+        grid: `(h, w)`.
+        affinity: with regions.
+
+    Returns:
+        `[B, h', w', C]`.
+    """
+    layers, branches = model.vision_model.encoder.layers, affinity.branches
+    weights = scope_attention(affinity)
+
+    def attend(hidden: Tensor) -> Tensor:
+        mixed = attend_given(layers[-1], hidden, grid, weights, affinity.rows, affinity.columns)
+        return finish(model, mixed, project=False)
+
+    total = attend(states[-1])
+    if branches.spatial:
+        first, last = branches.blocks(len(layers))
+        # Entry i + 1 is the output of block i.
+        total = total + branches.spatial * attend(torch.stack(states[first + 1 : last + 2]).mean(0))
+    if branches.semantic:
+        slots, members = region_members(affinity, grid)
+        tokens = finish(model, region_tokens(model, states, members), project=False)
+        spread = tokens.gather(1, slots[:, :, None].expand(-1, -1, tokens.shape[2]))
+        total = total + branches.semantic * spread.view_as(total)
+    return total
+
+
+def region_members(affinity: Affinity, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Which of CLIP's patches belong to each region.
+
+    A region too small for the centre of any of CLIP's patches has those that its own patches lie in.
+
+    Returns:
+        `slots` `[B, n]` int64, 0 for no region, else id + 1; `members` `[B, R, h * w]` bool, a row for each slot.
+    """
+    regions = affinity.regions
+    if regions is None:
+        raise ValueError("regions: got none, which corrclip needs; give one id for each patch")
+    slots = regions + 1
+    count = int(slots.max()) + 1
+    if affinity.rows is None or affinity.columns is None or affinity.patch_regions is None:
+        return slots, nn.functional.one_hot(slots, count).mT.bool()
+    # Regions that the finer or coarser grid alone knows are none.
+    coarse = torch.where(affinity.patch_regions + 1 < count, affinity.patch_regions + 1, 0)
+    members = nn.functional.one_hot(coarse, count).mT.bool()
+    holder = (affinity.rows.argmax(1)[:, None] * grid[1] + affinity.columns.argmax(1)).flatten()
+    touched = torch.zeros_like(members).flatten(1).scatter(1, slots * members.shape[2] + holder, True)
+    return slots, members | (touched.view_as(members) & ~members.any(2, keepdim=True))
+
+
+def region_tokens(model: CLIPModel, states: list[Tensor], members: Tensor) -> Tensor:
+    """One copy of the class token for each region, which sees the class token and the patches of its region.
+
+    The copies are carried through whole blocks beside the others, which never see them.
+
+    Args:
+        model: a CLIP.
+        states: of `block_inputs`.
+        members: `[B, R, h * w]` bool.
+
+    Returns:
+        `[B, R, C]`, the copies' outputs of the last block, before the final norm.
+    """
+    hidden_by_mask = ~nn.functional.pad(members, (1, 0), value=True)[:, None]
+    token = states[0][:, :1].expand(-1, members.shape[1], -1)
+    for layer, hidden in zip(model.vision_model.encoder.layers, states, strict=True):
+        module = layer.self_attn
+        normed = layer.layer_norm1(hidden)
+        query = _heads(module, module.q_proj(layer.layer_norm1(token)))
+        key, value = (_heads(module, proj(normed)) for proj in (module.k_proj, module.v_proj))
+        logits = (query.shape[-1] ** -0.5 * query @ key.mT).masked_fill(hidden_by_mask, float("-inf"))
+        token = token + module.out_proj((_softmax(logits) @ value).transpose(1, 2).flatten(2))
+        token = token + layer.mlp(layer.layer_norm2(token))
+    return token
 
 
 def cosine_similarity(tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pseudo masks from a CLIP's patches compared with words (METHOD, CorrCLIP and its relatives)."""
+"""Pseudo masks from a CLIP's patches compared with words (METHOD, CorrCLIP's relatives)."""
 
 from __future__ import annotations
 
@@ -6,32 +6,21 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-import cv2
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.clip import ClipEncoder
 from moduseg.backbones.clip_model import ClipSource
-from moduseg.backbones.dense_clip import Variant
-from moduseg.backbones.upsample import upsample
-from moduseg.errors import ConfigError, DataError
-from moduseg.pseudo_masks.base import PseudoMaskGenerator
-from moduseg.pseudo_masks.prompts import background_words_of, class_words_of, templates_of
+from moduseg.pseudo_masks.clip_words import KEY, ClipWordsGenerator
 from moduseg.runtime.devices import Device
-from moduseg.structures import Proposals, Sample, ScoreMaps
-
-KEY = "pseudo_masks.generator.weights"
+from moduseg.structures import TokenMap
 
 
-class ClipDenseGenerator(PseudoMaskGenerator):
-    """Every pixel's probability of each word, over the words of the present classes and of the background.
+class ClipDenseGenerator(ClipWordsGenerator):
+    """Every pixel's probability of each word, by a CLIP whose last block is run in one of several ways.
 
-    Patch features and texts are compared by cosine; the similarities are brought to the pixels (bilinear), averaged
-    over the windows, and scaled; words of classes outside the image-level labels are left out *before* the softmax over
-    words. A class has the probability of its best word, and so has the background.
+    Proposals are not looked at.
 
     Args:
         device: where everything runs.
@@ -41,7 +30,8 @@ class ClipDenseGenerator(PseudoMaskGenerator):
         revision: branch, tag or commit of a hub id.
         config: `CLIPConfig`'s arguments, for `random`.
         tokenizer: directory of another tokenizer.
-        variant: how the last block is run; see `moduseg.backbones.dense_clip.VARIANTS`.
+        variant: how the last block is run; see `moduseg.backbones.dense_clip.VARIANTS`, of which
+            `corrclip` is a generator of its own.
         templates: preset (`imagenet`, `miniature`, `single`) or sentences with `{}`; a word's feature is the normalised
             mean over them.
         class_words: preset of renamed classes (`names`, `voc`, `coco`), or a mapping from a class to its word or words.
@@ -73,7 +63,7 @@ class ClipDenseGenerator(PseudoMaskGenerator):
         revision: str | None = None,
         config: dict[str, Any] | None = None,
         tokenizer: str | None = None,
-        variant: Variant = "naclip",
+        variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "proxyclip"] = "naclip",
         templates: str | list[str] = "imagenet",
         class_words: str | dict[str, Any] | None = None,
         word_merge: Literal["max", "mean"] = "max",
@@ -89,24 +79,22 @@ class ClipDenseGenerator(PseudoMaskGenerator):
         beta: float = 1.2,
         seed: int = 0,
     ) -> None:
-        if not logit_scale > 0:
-            raise ValueError(f"logit_scale: got {logit_scale}, expected a number above 0; the paper uses 40")
-        if window is not None and not 1 <= stride <= window:
-            raise ValueError(f"stride: got {stride}, expected 1 to the window's {window}; the paper uses 112 of 336")
-        if short_side is not None and short_side < 1:
-            raise ValueError(f"short_side: got {short_side}, expected 1 or more, or null for the image's own size")
-        self._make_backbone, self._device = backbone, device
-        self._source = ClipSource(weights, device, revision, config, tokenizer, seed, KEY)
-        self._encoder = ClipEncoder(
-            self._source, variant, batch_size=batch_size, gaussian_std=gaussian_std, gamma=gamma, beta=beta
+        self._make_backbone = backbone
+        source = ClipSource(weights, device, revision, config, tokenizer, seed, KEY)
+        super().__init__(
+            ClipEncoder(source, variant, batch_size=batch_size, gaussian_std=gaussian_std, gamma=gamma, beta=beta),
+            classes,
+            templates,
+            class_words,
+            word_merge,
+            background_words,
+            filter_labels,
+            logit_scale,
+            window,
+            stride,
+            short_side,
+            batch_size,
         )
-        self._templates = templates_of(templates)
-        self._class_words = class_words_of(class_words, classes)
-        self._background_words = background_words_of(background_words)
-        self._merge_words = word_merge == "mean"
-        self._filter, self._logit_scale = filter_labels, logit_scale
-        self._window, self._stride, self._short_side = window, stride, short_side
-        self._batch_size = batch_size
 
     @property
     def digest(self) -> str:
@@ -117,98 +105,9 @@ class ClipDenseGenerator(PseudoMaskGenerator):
         """
         return self._source.digest + (f"+{self._proxy.digest}" if self._encoder.variant == "proxyclip" else "")
 
-    def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None = None) -> ScoreMaps:
-        """Probabilities of the classes in `labels` and of the background, `[0, 1]`; proposals are not looked at.
-
-        Maps need not add up to 1: a class's or the background's other words keep their share.
-
-        Raises:
-            DataError: a label that is no class.
-            ConfigError: neither a label nor a background word is left to score.
-            MissingError, ArtefactError: the weights are not there, or of another model.
-        """
-        count = len(self._class_words)
-        if wrong := [label for label in labels if not 1 <= label <= count]:
-            raise DataError(f"{sample.id}: got labels {wrong}, expected 1..{count}; check the class list")
-        ids = tuple(labels) if self._filter else tuple(range(1, count + 1))
-        texts, owner = self._texts
-        # Words of absent classes would be at minus infinity: leaving them out is the same, and less work.
-        present = [position for position, label in enumerate(owner) if label == 0 or label in ids]
-        if not present:
-            raise ConfigError(
-                "pseudo_masks.generator.background_words: got none, and the image has no label; name a background word"
-            )
-        with torch.inference_mode():
-            probability = (self._logit_scale * self._similarities(sample.image, texts[present])).softmax(0)
-            of = [[row for row, position in enumerate(present) if owner[position] == label] for label in (0, *ids)]
-            maps = [probability[rows].amax(0) for rows in of if rows]
-        size = sample.size
-        background = maps.pop(0).clone() if of[0] else None
-        scores = torch.stack(maps).clone() if maps else torch.zeros((0, *size), device=probability.device)
-        return ScoreMaps(ids, scores, background)
-
     @cached_property
     def _proxy(self) -> Backbone:
         return self._make_backbone()
 
-    @cached_property
-    def _texts(self) -> tuple[Tensor, list[int]]:
-        """Normalised features `[Q, D]` of all words, and whose word each is (0: the background's)."""
-        rows: list[Tensor] = []
-        owner: list[int] = []
-        for label, words in enumerate((self._background_words, *self._class_words)):
-            if not words:
-                continue
-            prompts = [template.format(word) for word in words for template in self._templates]
-            features = self._source.text_features(prompts).unflatten(0, (len(words), -1))
-            features = F.normalize(features.mean(1), dim=-1)
-            if label and self._merge_words:
-                features = F.normalize(features.mean(0, keepdim=True), dim=-1)
-            rows.append(features)
-            owner += [label] * len(features)
-        return torch.cat(rows), owner
-
-    def _similarities(self, image: np.ndarray, texts: Tensor) -> Tensor:
-        """Cosines `[Q, H, W]` of every pixel of the image, averaged over the windows that hold it."""
-        resized = resize_short_side(image, self._short_side)
-        height, width = resized.shape[:2]
-        total = torch.zeros(len(texts), height, width, device=texts.device)
-        seen = torch.zeros(height, width, device=texts.device)
-        boxes = window_boxes(height, width, self._window, self._stride)
-        for start in range(0, len(boxes), self._batch_size):
-            batch = boxes[start : start + self._batch_size]
-            crops = [resized[top:bottom, left:right] for top, bottom, left, right in batch]
-            proxies = self._proxy.tokens(crops) if self._encoder.variant == "proxyclip" else None
-            maps = self._encoder.encode(crops, proxies)
-            for (top, bottom, left, right), token_map in zip(batch, maps, strict=True):
-                cosines = F.normalize(token_map.tokens, dim=-1) @ texts.T
-                total[:, top:bottom, left:right] += upsample(cosines.permute(2, 0, 1), token_map)
-                seen[top:bottom, left:right] += 1
-        mean = total / seen
-        if mean.shape[1:] != image.shape[:2]:
-            mean = F.interpolate(mean[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
-        return mean
-
-
-def resize_short_side(image: np.ndarray, short_side: int | None) -> np.ndarray:
-    """`[H, W, 3]` uint8 with `short_side` pixels on its short side; the image itself where left out."""
-    if short_side is None or short_side == min(image.shape[:2]):
-        return image
-    scale = short_side / min(image.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-
-
-def window_boxes(height: int, width: int, window: int | None, stride: int) -> list[tuple[int, int, int, int]]:
-    """`(top, bottom, left, right)` of the windows that cover an image, row by row.
-
-    A window reaches no further than the image: the last one of each row and column is moved back to end at the border.
-    """
-    if window is None:
-        return [(0, height, 0, width)]
-
-    def spans(side: int) -> list[tuple[int, int]]:
-        starts = list(range(0, max(side - window, 0), stride)) + [max(side - window, 0)]
-        return [(start, min(start + window, side)) for start in starts]
-
-    return [(*rows, *columns) for rows in spans(height) for columns in spans(width)]
+    def _encode(self, crops: list[np.ndarray], regions: list[Tensor] | None) -> list[TokenMap]:
+        return self._encoder.encode(crops, self._proxy.tokens(crops) if self._encoder.variant == "proxyclip" else None)

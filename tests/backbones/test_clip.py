@@ -158,7 +158,7 @@ def test_proxies_decide_the_grid(clip_folder: Path, device: torch.device) -> Non
         assert (token_map.stride, token_map.input_size) == (3, proxy.input_size)
         (alone,) = encoder.encode([image], [proxy])
         torch.testing.assert_close(token_map.tokens, alone.tokens, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="proxyclip needs them"):
+    with pytest.raises(ValueError, match="proxyclip and corrclip need them"):
         encoder.encode(images)
     with pytest.raises(ValueError, match="made from that image"):
         encoder.encode(images, proxies[::-1])

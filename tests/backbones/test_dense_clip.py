@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moduseg.backbones.dense_clip import (
+    GIVEN,
     VARIANTS,
     Affinity,
     attend_given,
@@ -127,10 +128,9 @@ def test_sclip_keeps_residual_and_mlp(clip: Any, pixels: torch.Tensor) -> None:
 
 def test_variants_differ(clip: Any, pixels: torch.Tensor) -> None:
     similarity = cosine_similarity(torch.randn(2, *GRID, 6, generator=torch.Generator().manual_seed(3)))
-    results = [
-        dense_tokens(clip, pixels, v, Affinity(similarity.to(pixels.device)) if v == "proxyclip" else None)
-        for v in VARIANTS
-    ]
+    regions = torch.arange(35, device=pixels.device).expand(2, -1) // 10
+    affinity = Affinity(similarity.to(pixels.device), regions=regions)
+    results = [dense_tokens(clip, pixels, v, affinity if v in GIVEN else None) for v in VARIANTS]
     for i, first in enumerate(results):
         assert first.shape == (2, *GRID, 24)
         assert first.isfinite().all()
@@ -186,7 +186,7 @@ def test_mistakes(clip: Any, pixels: torch.Tensor) -> None:
     hidden = block_inputs(clip, pixels)[-1]
     with pytest.raises(ValueError, match=r"variant: got 'dense', expected one of plain, maskclip"):
         dense_tokens(clip, pixels, "dense")
-    with pytest.raises(ValueError, match=r"proxyclip needs an affinity"):
+    with pytest.raises(ValueError, match=r"proxyclip and corrclip need an affinity"):
         dense_tokens(clip, pixels, "proxyclip")
     with pytest.raises(ValueError, match=r"take none"):
         dense_tokens(clip, pixels, "naclip", Affinity(torch.ones(2, 35, 35)))

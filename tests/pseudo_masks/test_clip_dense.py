@@ -17,7 +17,8 @@ from moduseg.backbones.timm_backbone import TimmBackbone
 from moduseg.errors import ConfigError, DataError, MissingError
 from moduseg.miniature.clip import build_tokenizer
 from moduseg.pseudo_masks import build
-from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator, resize_short_side, window_boxes
+from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator
+from moduseg.pseudo_masks.clip_words import resize_short_side, window_boxes
 from moduseg.pseudo_masks.labels import label_map, region_vote
 from moduseg.pseudo_masks.prompts import BACKGROUND_WORDS, IMAGENET_TEMPLATES, class_words_of
 from moduseg.runtime.devices import Device
@@ -79,7 +80,7 @@ class TestContract(GeneratorContract):
         return generator
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "corrclip"])
 def test_every_variant(make: Make, variant: str) -> None:
     generator = make(variant=variant)
     for size in ((24, 40), (19, 33), (5, 3), (1, 1), (1, 40)):
