@@ -99,17 +99,28 @@ class RetrievalConfig:
 class BackgroundConfig:
     """What score the background gets against the classes: see `moduseg.pseudo_masks.labels.label_map`."""
 
-    rule: Literal["constant", "power", "given"] = "constant"
+    rule: Literal["constant", "power", "threshold", "given", "words", "probability"] = "constant"
     value: float = 0.5
+    low: float | None = None
 
 
 @dataclass(frozen=True)
 class PseudoMasksConfig:
-    """A generator, and how its scores become labels."""
+    """A generator, and how its scores become labels: what follows `generator` is changed without running a model.
+
+    `dilations` and `iterations` are those of `pamr` and `par`; see `moduseg.pseudo_masks.refine`.
+    """
 
     generator: Mapping[str, Any]
     background: BackgroundConfig = field(default_factory=BackgroundConfig)
-    refine: Literal["none", "region_vote"] = "none"
+    refine: Literal["none", "region_vote", "pamr", "par"] = "none"
+    dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    iterations: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.dilations or min(self.dilations) < 1:
+            raise ValueError(f"dilations: got {list(self.dilations)}, expected pixels >= 1; the papers use 1 to 24")
+        _between("iterations", self.iterations, 0, 1000, "the papers use 10")
 
 
 @dataclass(frozen=True)

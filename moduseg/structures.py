@@ -145,6 +145,15 @@ class ScoreMaps:
         if list(self.class_ids) != sorted(set(self.class_ids)) or any(c < 1 for c in self.class_ids):
             raise ValueError(f"score maps: got class ids {self.class_ids}, expected ascending foreground ids >= 1")
 
+    def to(self, device: torch.device) -> ScoreMaps:
+        """The same maps on another device."""
+        return ScoreMaps(
+            self.class_ids,
+            self.scores.to(device),
+            None if self.background is None else self.background.to(device),
+            None if self.ignore is None else self.ignore.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class Prediction:

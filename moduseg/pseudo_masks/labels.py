@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,19 +11,31 @@ from torch import Tensor
 from moduseg.errors import ConfigError
 from moduseg.structures import IGNORE_INDEX, Proposals, ScoreMaps
 
-BackgroundRule = Literal["constant", "power", "given"]
+BackgroundRule = Literal["constant", "power", "threshold", "given", "words", "probability"]
+RULES = get_args(BackgroundRule)
 _BLOCK = 1 << 25
 """Mask pixels turned into floats at once, which bounds the memory of the vote."""
 
 
-def label_map(score_maps: ScoreMaps, rule: BackgroundRule | str, value: float = 0.5) -> Tensor:
+def label_map(
+    score_maps: ScoreMaps,
+    rule: BackgroundRule | str,
+    value: float = 0.5,
+    low: float | None = None,
+    refine: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Every pixel's best class, background included.
 
     Args:
         score_maps: scores of the present classes, in [0, 1].
-        rule: the background's score. `constant`: `value` everywhere. `power`: `(1 - m) ** value`, `m` the pixel's
-            largest class score (IRN's and AFA's family of rules). `given`: what the generator supplies.
-        value: in [0, 1] for `constant`, above 0 for `power`, unused for `given`.
+        rule: how the background competes. `constant`, `power`, `given`, `words`: see `with_background`. `threshold`:
+            classes win where they beat a background of `value`, the background wins where it beats them with `low`,
+            pixels between the two are ignored (255), as AFA (Ru et al., 2022) makes its pseudo labels. `probability`:
+            as `given`, where the generator supplies a background; besides, a pixel whose best score is below `value`
+            is background (CorrCLIP's threshold).
+        value: in [0, 1], but above 0 for `power`; unused for `given` and `words`.
+        low: of `threshold`, at most `value`; `value` where left out, which makes it `constant`.
+        refine: changes the scores `[1 + R, H, W]`, background first, before they are compared.
 
     Returns:
         `[H, W]` uint8 on the device of the scores: 0 background, class ids, 255 where `score_maps.ignore`. A tie goes
@@ -31,30 +44,63 @@ def label_map(score_maps: ScoreMaps, rule: BackgroundRule | str, value: float = 
     Raises:
         ConfigError: an unknown rule, a value out of range, or `given` where the generator gives no background.
     """
+    if rule == "threshold":
+        floor = value if low is None else low
+        if not 0 <= floor <= value <= 1:
+            raise ConfigError(
+                f"pseudo_masks.background.low: got {floor} with value {value}, expected 0 <= low <= value <= 1; "
+                "try low 0.35 and value 0.55"
+            )
+        sure, bare = (label_map(score_maps, "constant", v, refine=refine) for v in (value, floor))
+        return torch.where((sure == 0) & (bare != 0), IGNORE_INDEX, sure)
+    stacked = with_background(score_maps, rule, value)
+    if refine is not None:
+        stacked = refine(stacked)
+    ids = torch.tensor((0, *score_maps.class_ids), dtype=torch.uint8, device=stacked.device)
+    # The first of equal maxima: background, then ascending ids.
+    labels = ids[stacked.argmax(0)]
+    if rule == "probability":
+        labels = labels.masked_fill(stacked.amax(0) < value, 0)
+    if score_maps.ignore is not None:
+        labels = labels.masked_fill(score_maps.ignore, IGNORE_INDEX)
+    return labels
+
+
+def with_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: float = 0.5) -> Tensor:
+    """Scores of the background and of the classes, `[1 + R, H, W]`.
+
+    Args:
+        score_maps: scores of the present classes, in [0, 1].
+        rule: the background's score. `constant`: `value` everywhere. `power`: `(1 - m) ** value`, `m` the pixel's
+            largest class score (IRN's and AFA's family of rules). `given`: what the generator supplies; `words`: the
+            same, of a generator that has words for the background. `probability`: the same, or 0 where there is none.
+        value: see `label_map`.
+
+    Raises:
+        ConfigError: see `label_map`; `threshold` is two backgrounds, and made there.
+    """
     scores = score_maps.scores
     if rule == "constant" and 0 <= value <= 1:
         background = scores.new_full(scores.shape[1:], value)
     elif rule == "power" and value > 0:
         best = scores.amax(0) if len(scores) else scores.new_zeros(scores.shape[1:])
         background = (1 - best.clamp(0, 1)) ** value
-    elif rule == "given":
+    elif rule in ("given", "words"):
         if score_maps.background is None:
             raise ConfigError(
-                "pseudo_masks.background.rule: got 'given', but this generator scores no background; "
+                f"pseudo_masks.background.rule: got {rule!r}, but this generator scores no background; "
                 "try pseudo_masks.background.rule=constant"
             )
         background = score_maps.background.to(scores.dtype)
-    elif rule in ("constant", "power"):
-        allowed = "a number in [0, 1]" if rule == "constant" else "a number above 0"
+    elif rule == "probability" and 0 <= value <= 1:
+        given = score_maps.background
+        background = scores.new_zeros(scores.shape[1:]) if given is None else given.to(scores.dtype)
+    elif rule in ("constant", "power", "probability"):
+        allowed = "a number above 0" if rule == "power" else "a number in [0, 1]"
         raise ConfigError(f"pseudo_masks.background.value: got {value}, expected {allowed} for {rule!r}; try 0.5")
     else:
-        raise ConfigError(f"pseudo_masks.background.rule: got {rule!r}, expected constant, power or given")
-    ids = torch.tensor((0, *score_maps.class_ids), dtype=torch.uint8, device=scores.device)
-    # argmax takes the first of equal maxima: background, then ascending ids.
-    labels = ids[torch.cat([background[None], scores]).argmax(0)]
-    if score_maps.ignore is not None:
-        labels = labels.masked_fill(score_maps.ignore, IGNORE_INDEX)
-    return labels
+        raise ConfigError(f"pseudo_masks.background.rule: got {rule!r}, expected one of {', '.join(RULES)}; try given")
+    return torch.cat([background[None], scores])
 
 
 def region_vote(labels: Tensor, proposals: Proposals, purity: float = 0.0) -> Tensor:

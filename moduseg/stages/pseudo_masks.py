@@ -1,25 +1,32 @@
-"""Stage `pseudo_masks`: training images + image-level labels -> label maps, as PNG with the VOC palette."""
+"""Stage `pseudo_masks`: class scores -> label maps of the training images, as PNG with the VOC palette."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+import numpy as np
+import torch
+from torch import Tensor
 
-from moduseg.config import Config
+from moduseg.config import Config, PseudoMasksConfig
+from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
 from moduseg.proposers import sa1b
 from moduseg.pseudo_masks.labels import label_map, region_vote
-from moduseg.runtime.artefacts import Artefact, digest_of, write_atomic
+from moduseg.pseudo_masks.refine import pamr, par
+from moduseg.pseudo_masks.store import SUFFIX, unpack
 from moduseg.runtime.engine import Files, Loop, sizes
-from moduseg.runtime.weights import file_digest
-from moduseg.stages import propose
-from moduseg.stages.common import Workspace, failures_of, finish, image_file, log, plain, safe_name
+from moduseg.stages import propose, scores
+from moduseg.stages.common import Workspace, failures_of, finish, image_file, plain, safe_name
 from moduseg.stages.scoring import draw_panels, needs_scoring, score_label_maps
-from moduseg.structures import Proposals, Sample
+from moduseg.structures import Proposals, ScoreMaps
+
+DIFFUSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int], int], Tensor]] = {"pamr": pamr, "par": par}
+Ingredients = tuple[str, ScoreMaps, np.ndarray | None, Proposals | None]
+"""Of one image: id, scores, the image and the proposals, where the refiner looks at them."""
 
 
 def run(cfg: Config, work: Workspace | None = None) -> Path:
@@ -30,107 +37,124 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         also `results.json`, `results.md` and `panels/`.
     """
     work = work or Workspace(cfg)
-    split, settings, generator = work.train_split, cfg.pseudo_masks, work.generator
+    split, settings = work.train_split, cfg.pseudo_masks
     dataset = work.dataset(split)
-    inputs: dict[str, Path] = {}
-    wants_proposals = generator.needs_proposals or settings.refine == "region_vote"
-    if wants_proposals:
+    inputs = {"scores": scores.run(cfg, work)}
+    if settings.refine == "region_vote":
         inputs["propose"] = propose.run(cfg, work, split)
-    left_out = failures_of(inputs["propose"], "propose") if wants_proposals else {}
-    fit_digest = _fit(cfg, work, left_out) if generator.is_fitted else ""
+    # The proposals are shown in the panels of generators that use them, too.
+    shown = propose.run(cfg, work, split) if work.generator.needs_proposals else inputs.get("propose")
+    left_out = {i: e for stage, path in inputs.items() for i, e in failures_of(path, stage).items()}
     artefact = work.artefact(
         "pseudo_masks",
         f"{settings.generator['name']}-{split}",
         {
-            "dataset": work.dataset_parts(split),
-            "pseudo_masks": {
-                "generator": plain(settings.generator),
-                "background": {"rule": settings.background.rule, "value": settings.background.value},
-                "refine": settings.refine,
-            },
-            "digest": generator.digest,
-            "fit": fit_digest,
-            "proposals": inputs["propose"].name if wants_proposals else "",
-            "precision": work.device.precision,
+            "scores": inputs["scores"].name,
+            "background": plain(cfg.as_dict()["pseudo_masks"]["background"]),
+            "refine": [settings.refine, list(settings.dilations), settings.iterations]
+            if settings.refine in DIFFUSIONS
+            else settings.refine,
+            "proposals": inputs["propose"].name if "propose" in inputs else "",
         },
     )
+    load = partial(ingredients, dataset, settings, inputs["scores"], inputs.get("propose"))
 
-    def load(image_id: str) -> tuple[Sample, Proposals | None]:
-        sample = dataset.load(image_id, truth=generator.needs_truth)
-        if sample.labels is None:
-            raise DataError(f"{image_id}: no image-level labels; add them, or take the image out of the {split} list")
-        proposals = None
-        if wants_proposals:
-            file = inputs["propose"] / safe_name(f"masks/{image_id}", ".json")
-            proposals = sa1b.read_proposals(file, sample.size)
-        return sample, proposals
-
-    def process(items: list[tuple[Sample, Proposals | None]]) -> list[Files]:
-        files: list[Files] = []
-        for sample, proposals in items:
-            scores = generator.generate(sample, sample.labels or (), proposals)
-            labels = label_map(scores, settings.background.rule, settings.background.value)
-            if settings.refine == "region_vote" and proposals is not None:
-                labels = region_vote(labels, proposals.to(labels.device))
-            files.append({safe_name(f"labels/{sample.id}", ".png"): write_label_png(labels.cpu().numpy())})
-        return files
+    def process(items: list[Ingredients]) -> list[Files]:
+        device = work.device.torch_device
+        return [
+            {safe_name(f"labels/{item[0]}", ".png"): write_label_png(labels(item, settings, device).cpu().numpy())}
+            for item in items
+        ]
 
     def stamp(image_id: str) -> list[int]:
-        masks = [inputs["propose"] / safe_name(f"masks/{image_id}", ".json")] if wants_proposals else []
-        return sizes(image_file(dataset, image_id), *masks)
+        files = [inputs["scores"] / safe_name(f"maps/{image_id}", SUFFIX)]
+        if "propose" in inputs:
+            files.append(inputs["propose"] / safe_name(f"masks/{image_id}", ".json"))
+        return sizes(image_file(dataset, image_id), *files)
 
     outcome = Loop(
         artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, f"pseudo masks {split}", stamp
     ).run()
     if dataset.has_truth and needs_scoring(work, artefact, outcome):
-        score_label_maps(work, artefact, outcome, dataset, inputs.get("propose"), "pseudo mask")
+        score_label_maps(work, artefact, outcome, dataset, shown, "pseudo mask", inputs)
     elif not dataset.has_truth and outcome.changed:
         done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
-        draw_panels(artefact, dataset, done, inputs.get("propose"), "pseudo mask", cfg.evaluation.panels)
+        draw_panels(artefact, dataset, done, shown, "pseudo mask", cfg.evaluation.panels)
     return finish(artefact, outcome, len(dataset.ids), inputs, split=split)
 
 
-def _fit(cfg: Config, work: Workspace, left_out: dict[str, str]) -> str:
-    """Fit the generator on the training images that can be read, or load what an earlier run fitted; its digest.
+def apply(
+    dataset: Dataset,
+    settings: PseudoMasksConfig,
+    stored: Path,
+    proposals: Path | None = None,
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Label maps of stored scores under any background rule and refiner: no model runs and nothing is written.
 
-    The images that took part are part of the key: when a broken image is mended, the fit is made anew.
+    A rule or a threshold that is chosen by looking at the maps' quality is chosen on `dataset`'s split: report it on
+    another one.
+
+    Args:
+        dataset: the split that was scored.
+        settings: rule and refiner; the generator is not looked at.
+        stored: the artefact of stage `scores`.
+        proposals: the artefact of stage `propose`, for `region_vote`.
+        device: where it happens.
+
+    Yields:
+        Id and `[H, W]` uint8 label map of each image that has scores, in the order of the data set.
+
+    Raises:
+        ConfigError: a rule or value that is not allowed.
+        DataError: a damaged file, or no proposals for `region_vote`.
     """
-    dataset, generator = work.dataset(work.train_split), work.generator
-    usable = []
+    failed = failures_of(stored, "scores")
     for image_id in dataset.ids:
-        if image_id in left_out:
-            continue
-        try:
-            dataset.load(image_id)
-        except DataError as error:
-            log.warning("pseudo_masks: fitted without %s: %s", image_id, error)
-            continue
-        usable.append(image_id)
-    artefact = work.artefact(
-        "fit",
-        f"{cfg.pseudo_masks.generator['name']}-{work.train_split}",
-        {
-            "dataset": work.dataset_parts(work.train_split),
-            "generator": plain(cfg.pseudo_masks.generator),
-            "digest": generator.digest,
-            "images": digest_of(usable),
-            "precision": work.device.precision,
-        },
-    )
-    file = artefact.path / "fit.safetensors"
-    if not (artefact.is_complete and _is_whole(artefact, file)):
-
-        def samples() -> Iterator[Sample]:
-            for image_id in usable:
-                yield dataset.load(image_id)
-
-        state = generator.fit(samples, dataset.num_classes)
-        write_atomic(file, save_tensors({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
-        artefact.write_manifest(status="complete", images=len(usable), sha256=file_digest(file))
-        log.info("fit: %d images -> %s", len(usable), artefact.path)
-    generator.load_state(load_tensors(file.read_bytes()))
-    return file_digest(file)
+        if image_id not in failed:
+            item = ingredients(dataset, settings, stored, proposals, image_id)
+            yield image_id, labels(item, settings, device or torch.device("cpu"))
 
 
-def _is_whole(artefact: Artefact, file: Path) -> bool:
-    return file.is_file() and file_digest(file) == artefact.manifest.get("sha256")
+def ingredients(
+    dataset: Dataset, settings: PseudoMasksConfig, stored: Path, proposals: Path | None, image_id: str
+) -> Ingredients:
+    """What the labels of one image are made of, on the CPU.
+
+    Raises:
+        DataError: a file that is missing, damaged or of another size.
+    """
+    file = stored / safe_name(f"maps/{image_id}", SUFFIX)
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; run scripts/pseudo_masks.py again")
+    maps = unpack(file.read_bytes(), name=str(file))
+    size = (maps.scores.shape[1], maps.scores.shape[2])
+    found = image = None
+    if settings.refine == "region_vote":
+        if proposals is None:
+            raise DataError(f"{image_id}: no proposals, which refine=region_vote needs; name their artefact")
+        found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), size)
+    if settings.refine in DIFFUSIONS:
+        image = dataset.load(image_id, truth=False, labels=False).image
+        if image.shape[:2] != size:
+            raise DataError(f"{image_id}: scores are {size}, expected the image's {image.shape[:2]}; make them again")
+    return image_id, maps, image, found
+
+
+def labels(item: Ingredients, settings: PseudoMasksConfig, device: torch.device) -> Tensor:
+    """`[H, W]` uint8 label map of one image's scores, on the device.
+
+    Raises:
+        ConfigError: see `moduseg.pseudo_masks.labels.label_map`.
+    """
+    _, maps, image, proposals = item
+    rule, refine = settings.background, None
+    if settings.refine in DIFFUSIONS and image is not None:
+        pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1).float() / 255
+        diffuse = DIFFUSIONS[settings.refine]
+
+        def refine(stacked: Tensor) -> Tensor:
+            return diffuse(stacked, pixels, settings.dilations, settings.iterations)
+
+    result = label_map(maps.to(device), rule.rule, rule.value, rule.low, refine)
+    return result if proposals is None else region_vote(result, proposals.to(device))

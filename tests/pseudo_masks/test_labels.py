@@ -50,12 +50,55 @@ def test_no_class_is_all_background(rule: str, value: float, device: torch.devic
         ("constant", -0.1, "background.value: got -0.1"),
         ("power", 0.0, "background.value: got 0.0, expected a number above 0"),
         ("given", 0.5, "scores no background"),
-        ("median", 0.5, "background.rule: got 'median', expected constant, power or given"),
+        ("words", 0.5, "scores no background"),
+        ("probability", -0.5, "background.value: got -0.5, expected a number in"),
+        ("threshold", 1.5, "background.low: got 1.5 with value 1.5, expected 0 <= low <= value <= 1"),
+        ("median", 0.5, "background.rule: got 'median', expected one of constant, power, threshold, given"),
     ],
 )
 def test_bad_rules(rule: str, value: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         label_map(ScoreMaps((3, 7), SCORES), rule, value)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "expected"),
+    [
+        (0.55, 0.35, [3, 255, 0, 3]),  # 0.5 lies between, 0.3 is below both, 0.6 beats both
+        (0.55, None, [3, 0, 0, 3]),
+        (0.5, 0.0, [3, 255, 255, 3]),
+    ],
+)
+def test_two_thresholds(value: float, low: float | None, expected: list[int], device: torch.device) -> None:
+    maps = ScoreMaps((3, 7), SCORES.to(device))
+    assert label_map(maps, "threshold", value, low).tolist() == [expected]
+    ignore = torch.tensor([[True, False, False, False]], device=device)
+    maps = ScoreMaps((3, 7), SCORES.to(device), None, ignore)
+    assert label_map(maps, "threshold", value, low).tolist() == [[255, *expected[1:]]]
+    with pytest.raises(ConfigError, match=r"low: got 0\.9 with value"):
+        label_map(maps, "threshold", value, 0.9)
+
+
+def test_words_and_their_probability(device: torch.device) -> None:
+    background = torch.tensor([[0.95, 0.1, 0.1, 0.1]], device=device)
+    maps = ScoreMaps((3, 7), SCORES.to(device), background)
+    assert label_map(maps, "words").tolist() == label_map(maps, "given").tolist() == [[0, 3, 7, 3]]
+    assert label_map(maps, "probability", 0.4).tolist() == [[0, 3, 0, 3]]
+    assert label_map(maps, "probability", 0.0).tolist() == [[0, 3, 7, 3]]
+    assert label_map(ScoreMaps((3, 7), SCORES.to(device)), "probability", 0.55).tolist() == [[3, 0, 0, 3]]
+
+
+def test_refining_comes_before_the_comparison(device: torch.device) -> None:
+    seen = []
+
+    def swap(stacked: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(stacked.shape))
+        return stacked[[0, 2, 1]]
+
+    maps = ScoreMaps((3, 7), SCORES.to(device))
+    assert label_map(maps, "constant", 0.45, refine=swap).tolist() == [[7, 7, 0, 3]]
+    assert label_map(maps, "threshold", 0.55, 0.35, refine=swap).tolist() == [[7, 255, 0, 3]]
+    assert set(seen) == {(3, 1, 4)}
 
 
 def proposals(device: torch.device, *masks: list[list[int]]) -> Proposals:

@@ -27,6 +27,7 @@ def overrides(outputs: Path, *more: str, train: int = 6, val: int = 4, world: Pa
 
 RESULTS = (
     "masks/",
+    "maps/",
     "labels/",
     "vectors/",
     "bank.safetensors",

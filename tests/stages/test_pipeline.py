@@ -25,7 +25,7 @@ from moduseg.stages import build_bank, evaluate, infer, propose
 from moduseg.stages.common import count_failures
 from tests.stages.helpers import ORACLES, overrides, result_bytes
 
-STAGES = ("propose", "pseudo_masks", "build_bank", "queries", "infer")
+STAGES = ("propose", "scores", "pseudo_masks", "build_bank", "queries", "infer")
 
 
 @pytest.fixture(scope="module")
@@ -140,14 +140,14 @@ def test_a_broken_image_is_recorded_and_the_run_goes_on(tmp_path: Path, finished
     assert {p.name: p.read_bytes() for p in (path / "labels").iterdir()} == expected
 
 
-@pytest.mark.parametrize("stage", ["propose", "pseudo_masks", "build_bank", "queries", "infer"])
+@pytest.mark.parametrize("stage", ["propose", "scores", "pseudo_masks", "build_bank", "queries", "infer"])
 def test_a_file_truncated_between_runs_is_made_again(tmp_path: Path, finished: Path, stage: str) -> None:
     import shutil
 
     shutil.copytree(finished, tmp_path / "copy")
     target = next(
         p
-        for kind in ("masks", "labels", "vectors")
+        for kind in ("masks", "maps", "labels", "vectors")
         for p in sorted(stage_folder(tmp_path / "copy", stage).glob(f"{kind}/*"))
     )
     whole = target.read_bytes()
@@ -176,6 +176,11 @@ def test_a_damaged_bank_is_merged_again(tmp_path: Path, finished: Path) -> None:
         (["bank.outliers.enabled=false"], "build_bank", False),
         (["bank.outliers.enabled=false"], "infer", True),
         (["bank.purify.enabled=false"], "build_bank", True),
+        (["pseudo_masks.background.rule=probability"], "scores", False),
+        (["pseudo_masks.background.rule=probability"], "pseudo_masks", True),
+        (["pseudo_masks.refine=par"], "scores", False),
+        (["pseudo_masks.refine=par"], "build_bank", True),
+        (["pseudo_masks.iterations=3"], "pseudo_masks", False),
         (["bank.purify.enabled=false"], "queries", False),
         (["bank.aggregation=hard"], "queries", True),
         (["bank.centre=true"], "queries", False),
