@@ -9,7 +9,9 @@ from moduseg.backbones.base import Backbone
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.cam import CamGenerator
 from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator
+from moduseg.pseudo_masks.corrclip import CorrClipGenerator
 from moduseg.pseudo_masks.files import FilePseudoMasks
+from moduseg.pseudo_masks.fusion import FusionGenerator
 from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
 from moduseg.runtime.construct import build_named
 from moduseg.runtime.devices import Device
@@ -17,7 +19,9 @@ from moduseg.runtime.devices import Device
 GENERATORS: dict[str, type[PseudoMaskGenerator]] = {
     "cam": CamGenerator,
     "clip_dense": ClipDenseGenerator,
+    "corrclip": CorrClipGenerator,
     "files": FilePseudoMasks,
+    "fusion": FusionGenerator,
     "ground_truth": GroundTruthPseudoMasks,
 }
 
