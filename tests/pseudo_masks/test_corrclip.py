@@ -194,6 +194,18 @@ def test_the_runs_backbone_serves_where_no_affinity_is_named(make: Make) -> None
     assert own.digest.endswith("+random-0")
 
 
+def test_half_precision_is_close(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    item, proposals = sample(), halves((24, 40))
+    full = make().generate(item, (2, 4), proposals).scores
+    generator = make()
+    half = Device(torch.device("cpu"), "bfloat16")
+    monkeypatch.setattr(generator._source, "device", half)
+    scores = generator.generate(item, (2, 4), proposals).scores
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, full)
+    torch.testing.assert_close(scores, full, atol=0.02, rtol=0.05)
+
+
 def build_affinity() -> Backbone:
     from moduseg.backbones import build as build_backbone
 

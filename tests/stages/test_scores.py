@@ -18,6 +18,7 @@ from moduseg.stages.common import Workspace, count_failures
 from tests.stages.helpers import overrides
 
 CAM = "pseudo_masks=cam"
+QUIET = ("evaluation.panels=0", "evaluation.bootstrap=0")
 RULES = [("constant", 0.3, None), ("power", 2.0, None), ("threshold", 0.6, 0.2), ("probability", 0.75, None)]
 
 
@@ -35,7 +36,7 @@ def changed(cfg: Config, rule: str, value: float, low: float | None, refine: str
 @pytest.mark.parametrize("refine", ["none", "region_vote", "pamr", "par"])
 def test_rules_and_refiners_run_no_model(refine: str, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rule and refiner from one artefact of scores; what `apply` gives is what the stage writes."""
-    cfg = compose(overrides(outputs, CAM))
+    cfg = compose(overrides(outputs, CAM, *QUIET))
     stored, proposals = scores.run(cfg), propose.run(cfg, split="train")
     work = Workspace(cfg)
     dataset = work.dataset("train")
@@ -59,7 +60,7 @@ def test_rules_and_refiners_run_no_model(refine: str, outputs: Path, monkeypatch
 
 
 def test_what_is_stored(outputs: Path) -> None:
-    cfg = compose(overrides(outputs, CAM))
+    cfg = compose(overrides(outputs, CAM, *QUIET))
     folder = scores.run(cfg)
     files = sorted((folder / "maps").iterdir())
     assert [f.name for f in files] == [f"train_{i:05d}{SUFFIX}" for i in range(6)]
@@ -75,7 +76,7 @@ def test_a_damaged_score_file_costs_its_image_only(tmp_path: Path, outputs: Path
     import shutil
 
     shutil.copytree(outputs, tmp_path / "copy")
-    cfg = compose(overrides(tmp_path / "copy", CAM, world=outputs))
+    cfg = compose(overrides(tmp_path / "copy", CAM, *QUIET, world=outputs))
     folder = scores.run(cfg)
     file = folder / "maps" / f"train_00001{SUFFIX}"
     content = bytearray(file.read_bytes())
@@ -93,7 +94,7 @@ def test_a_damaged_score_file_costs_its_image_only(tmp_path: Path, outputs: Path
 
 
 def test_mistakes(outputs: Path) -> None:
-    cfg = compose(overrides(outputs, CAM))
+    cfg = compose(overrides(outputs, CAM, *QUIET))
     stored, dataset = scores.run(cfg), Workspace(cfg).dataset("train")
     with pytest.raises(DataError, match="no proposals, which refine=region_vote needs"):
         next(pseudo_masks.apply(dataset, changed(cfg, "constant", 0.5, None, "region_vote").pseudo_masks, stored))
