@@ -35,6 +35,8 @@ NEEDS_NOTHING = {
     ("pseudo_masks", "cam"),
     ("pseudo_masks", "cam_photo"),
     ("pseudo_masks", "clip_dense"),
+    ("pseudo_masks", "corrclip_miniature"),
+    ("pseudo_masks", "fusion"),
     ("pseudo_masks", "ground_truth"),
 }
 NEEDS_SOMETHING = [preset for preset in PRESETS if preset not in NEEDS_NOTHING]

@@ -409,26 +409,3 @@ def test_mobilenetv2_loads() -> None:
     (token_map,) = backbone.tokens([picture(50, 70)])
     assert token_map.tokens.shape == (4, 5, 1280)
     assert (backbone.stride, backbone._grid[1]) == (16, 0.5)
-
-
-# Facets ---------------------------------------------------------------------------------------------------------------
-
-
-def test_query_plus_key_of_a_block() -> None:
-    """The layer's own rows for query and key, on what its block's first norm gives."""
-    image = picture(32, 40)
-    model = build_model("vit_tiny_patch16_224", TINY, None, False, 3).eval()
-    inputs = (torch.from_numpy(image).permute(2, 0, 1)[None] / 255.0 - 0.5) / 0.5
-    block = model.blocks[-1]
-    seen: list[torch.Tensor] = []
-    block.norm1.register_forward_hook(lambda module, given, output: seen.append(output))
-    with torch.no_grad():
-        model.forward_features(inputs)
-        weight, bias = block.attn.qkv.weight.view(3, 16, 16), block.attn.qkv.bias.view(3, 16)
-        expected = seen[0][0, 1:] @ (weight[0] + weight[1]).T + bias[0] + bias[1]
-    (found,) = vit(seed=3, facet="qk").tokens([image])
-    torch.testing.assert_close(found.tokens, expected.view(4, 5, 16), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="facet: got 'keys', expected tokens or qk"):
-        vit(facet="keys")
-    with pytest.raises(ConfigError, match=r"facet: got 'qk', but 'mobilenetv2_035' has no qkv layer"):
-        TimmBackbone("mobilenetv2_035", CPU, facet="qk").tokens([image])

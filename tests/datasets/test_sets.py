@@ -403,9 +403,9 @@ def test_truth_without_its_photograph(tmp_path: Path) -> None:
     (tmp_path / "masks" / "b.png").write_bytes(write_label_png(labels))
     (tmp_path / "masks" / "c.png").write_bytes(write_label_png(labels + np.uint8(1)))
     assert data.has_truth
-    assert data.semantic("a") is None
-    np.testing.assert_array_equal(data.semantic("b"), labels)
+    assert data.semantic_of("a") is None
+    np.testing.assert_array_equal(data.semantic_of("b"), labels)
     with pytest.raises(DataError, match=r"c\.png: image 'c' has label id 2, expected 0\.\.1 or 255"):
-        data.semantic("c")
+        data.semantic_of("c")
     with pytest.raises(DataError, match="image 'd': not in split"):
-        data.semantic("d")
+        data.semantic_of("d")
