@@ -107,7 +107,7 @@ class Segmenter:
         pooled = aggregate(tokens.tokens, weights, normalize=False)
         bank = self._search
         labels, scores, neighbours, similarities = label_proposals(
-            pooled, bank.centre, bank.vectors, bank.labels, settings.top_k
+            pooled, bank.centre, bank.vectors, bank.labels, settings.top_k, settings.vote_temperature
         )
         label_map, kept = assemble(found.masks, labels, scores, settings.nms_iou)
         # Neighbours are rows of the stored bank, not of the filtered one.

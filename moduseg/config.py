@@ -87,12 +87,17 @@ class RetrievalConfig:
     nms_iou: float = 0.4
     min_area: int = 300
     min_predicted_iou: float = 0.0
+    vote_temperature: float | None = None
 
     def __post_init__(self) -> None:
         _between("top_k", self.top_k, 1, 10**6, "the paper uses 25")
         _between("nms_iou", self.nms_iou, 0, 1, "the paper uses 0.4")
         _between("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
         _between("min_predicted_iou", self.min_predicted_iou, 0, 1, "0 keeps every proposal")
+        if self.vote_temperature is not None and self.vote_temperature <= 0:
+            raise ValueError(
+                f"vote_temperature: got {self.vote_temperature}, expected more than 0, or null for equal votes"
+            )
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from typing import Any
 
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.clip import ClipBackbone
+from moduseg.backbones.concat import ConcatBackbone
 from moduseg.backbones.timm_backbone import TimmBackbone
 from moduseg.runtime.construct import build_named
 from moduseg.runtime.devices import Device
 
-BACKBONES: dict[str, type[Backbone]] = {"clip": ClipBackbone, "timm": TimmBackbone}
+BACKBONES: dict[str, type[Backbone]] = {"clip": ClipBackbone, "concat": ConcatBackbone, "timm": TimmBackbone}
 
 __all__ = ["BACKBONES", "Backbone", "TimmBackbone", "build"]
 

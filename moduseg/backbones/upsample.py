@@ -29,16 +29,48 @@ def upsample(maps: Tensor, token_map: TokenMap) -> Tensor:
             f"maps: got {tuple(maps.shape)}, expected [R, h, w] on the grid {tuple(token_map.tokens.shape[:2])}"
         )
     rows, columns = (
-        _interpolation(image, source, cells, token_map.stride, maps)
-        for image, source, cells in zip(token_map.image_size, token_map.input_size, maps.shape[1:], strict=True)
+        _interpolation(_centres(pixels, maps) / pixels * source, cells, token_map.stride)
+        for pixels, source, cells in zip(token_map.image_size, token_map.input_size, maps.shape[1:], strict=True)
     )
     # Two small matrix products, which are exact and repeatable on every device.
     return rows @ maps @ columns.T
 
 
-def _interpolation(pixels: int, source: int, cells: int, stride: int, like: Tensor) -> Tensor:
-    """`[pixels, cells]` weights of each cell at each pixel centre along one axis."""
-    centres = (torch.arange(pixels, device=like.device, dtype=like.dtype) + 0.5) * (source / pixels)
+def regrid(token_map: TokenMap, target: TokenMap) -> Tensor:
+    """Bilinear values of one map's tokens at the patch centres of another map of the same image.
+
+    The two may have other strides and input sizes; what lies at one place of the image stays there. Beyond the
+    outermost centres the border is repeated.
+
+    Args:
+        token_map: the tokens, `[h, w, C]`.
+        target: the grid `h' x w'`; its tokens are not read.
+
+    Returns:
+        `[h', w', C]`, the type and device of `token_map`'s tokens.
+
+    Raises:
+        ValueError: the maps are of images of other sizes.
+    """
+    if token_map.image_size != target.image_size:
+        raise ValueError(f"token maps: got images of {token_map.image_size} and {target.image_size}, expected one size")
+    tokens = token_map.tokens
+    rows, columns = (
+        _interpolation(_centres(cells, tokens) * (target.stride / theirs * ours), tokens.shape[axis], token_map.stride)
+        for axis, (cells, theirs, ours) in enumerate(
+            zip(target.tokens.shape[:2], target.input_size, token_map.input_size, strict=True)
+        )
+    )
+    down = (rows @ tokens.flatten(1)).unflatten(1, tokens.shape[1:])
+    return columns @ down
+
+
+def _centres(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device, dtype=like.dtype) + 0.5
+
+
+def _interpolation(centres: Tensor, cells: int, stride: int) -> Tensor:
+    """`[n, cells]` weights of each cell at `n` places of the input along one axis, given in its pixels."""
     position = (centres / stride - 0.5).clamp(0, cells - 1)
-    distance = (position[:, None] - torch.arange(cells, device=like.device, dtype=like.dtype)).abs()
+    distance = (position[:, None] - (_centres(cells, centres) - 0.5)).abs()
     return (1 - distance).clamp(min=0)

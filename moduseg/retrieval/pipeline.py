@@ -12,7 +12,12 @@ from moduseg.retrieval.vote import vote
 
 
 def label_proposals(
-    pooled: Tensor, centre: Tensor | None, bank_vectors: Tensor, bank_labels: Tensor, top_k: int
+    pooled: Tensor,
+    centre: Tensor | None,
+    bank_vectors: Tensor,
+    bank_labels: Tensor,
+    top_k: int,
+    temperature: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Search the bank for each proposal and let the neighbours vote.
 
@@ -22,6 +27,7 @@ def label_proposals(
         bank_vectors: `[B, C]` float, centred (if at all) and L2-normalised.
         bank_labels: `[B]` integers, 0 background, 1..C.
         top_k: neighbours wanted; `k = min(top_k, B)` are used.
+        temperature: of the vote, see `vote`.
 
     Returns:
         `labels [N]` int64, `scores [N]` float32, `neighbours [N, k]` int64 (rows of the bank, nearest first) and
@@ -52,7 +58,7 @@ def label_proposals(
     if k and len(found):
         queries = pooled[found] if centre is None else pooled[found] - centre
         similarities[found], neighbours[found] = search(queries, bank_vectors, top_k)
-        labels[found], scores[found] = vote(bank_labels[neighbours[found]], similarities[found])
+        labels[found], scores[found] = vote(bank_labels[neighbours[found]], similarities[found], temperature)
     return labels, scores, neighbours, similarities
 
 

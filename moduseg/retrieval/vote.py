@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def vote(neighbour_labels: Tensor, similarities: Tensor) -> tuple[Tensor, Tensor]:
+def vote(neighbour_labels: Tensor, similarities: Tensor, temperature: float | None = None) -> tuple[Tensor, Tensor]:
     """The label of each query.
 
     The label with most neighbours wins; a tie goes to the larger summed similarity (in float64), a full tie to the
@@ -15,19 +15,23 @@ def vote(neighbour_labels: Tensor, similarities: Tensor) -> tuple[Tensor, Tensor
     Args:
         neighbour_labels: `[N, k]` integers >= 0, nearest first; 0 is background, a label like any other. `k` may be 0.
         similarities: `[N, k]` float.
+        temperature: where given, a neighbour's vote weighs `exp((similarity - largest) / temperature)` in place of 1: a
+            softmax over the neighbours, so that a far one counts little and a large k does no harm. Not in the paper.
 
     Returns:
         `labels [N]` int64 and `scores [N]` float32, the mean similarity of the winning label's neighbours; label 0 and
         score 0 where there are no neighbours.
 
     Raises:
-        ValueError: shapes that do not fit, or a negative label.
+        ValueError: shapes that do not fit, a negative label, or a temperature that is not positive.
     """
     if neighbour_labels.ndim != 2 or neighbour_labels.shape != similarities.shape:
         raise ValueError(
             f"vote: got labels {tuple(neighbour_labels.shape)} and similarities {tuple(similarities.shape)}, expected "
             "[N, k] twice"
         )
+    if temperature is not None and temperature <= 0:
+        raise ValueError(f"vote: got temperature {temperature}, expected more than 0; leave it out for equal votes")
     count, k = neighbour_labels.shape
     device = neighbour_labels.device
     if neighbour_labels.numel() == 0:
@@ -44,7 +48,11 @@ def vote(neighbour_labels: Tensor, similarities: Tensor) -> tuple[Tensor, Tensor
     ranks = torch.arange(k, device=device).expand_as(labels)
     first = torch.full(shape, k, device=device).scatter_reduce(1, labels, ranks, "amin")
 
-    tied = votes == votes.amax(1, keepdim=True)
+    ballots: Tensor = votes
+    if temperature is not None:
+        weights = ((similarities - similarities.amax(1, keepdim=True)).to(wide) / temperature).exp()
+        ballots = torch.zeros(shape, dtype=wide, device=device).scatter_add(1, labels, weights)
+    tied = ballots == ballots.amax(1, keepdim=True)
     best = sums.masked_fill(~tied, -torch.inf)
     tied &= best == best.amax(1, keepdim=True)
     winner = first.masked_fill(~tied, k).argmin(1, keepdim=True)

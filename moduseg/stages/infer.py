@@ -76,7 +76,12 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         for image_id, found, pooled in items:
             keep = (found.areas >= settings.min_area) & (found.scores >= settings.min_predicted_iou)
             labels, scores, _, _ = label_proposals(
-                pooled[keep].to(device), bank.centre, bank.vectors, bank.labels, settings.top_k
+                pooled[keep].to(device),
+                bank.centre,
+                bank.vectors,
+                bank.labels,
+                settings.top_k,
+                settings.vote_temperature,
             )
             label_map, _ = assemble(found.masks[keep].to(device), labels, scores, settings.nms_iou)
             files.append({safe_name(f"labels/{image_id}", ".png"): write_label_png(label_map.cpu().numpy())})

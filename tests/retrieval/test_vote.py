@@ -46,6 +46,29 @@ def test_equals_loop(k: int, device: torch.device, rng: np.random.Generator) -> 
     np.testing.assert_allclose(scores.cpu().numpy(), [score for _, score in expected], atol=1e-7)
 
 
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0])
+def test_weighted_equals_loop(temperature: float, device: torch.device, rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 4, (100, 9))
+    similarities = -np.sort(-rng.uniform(0, 1, (100, 9)), axis=1).astype(np.float32)
+    found, scores = vote(
+        torch.from_numpy(labels).to(device), torch.from_numpy(similarities).to(device), temperature=temperature
+    )
+    for row, (own, near) in enumerate(zip(labels, similarities.astype(np.float64), strict=True)):
+        ballots = [sum(np.exp(s / temperature) for s, c in zip(near, own, strict=True) if c == k) for k in range(4)]
+        winner = int(np.argmax(ballots))
+        assert int(found[row]) == winner
+        assert float(scores[row]) == pytest.approx(near[own == winner].mean(), abs=1e-6)
+
+
+def test_temperature_by_hand(device: torch.device) -> None:
+    """One near neighbour beats two far ones when it is cold, and no longer when it is warm."""
+    labels, near = torch.tensor([[3, 5, 5]], device=device), torch.tensor([[0.75, 0.5, 0.5]], device=device)
+    assert [int(vote(labels, near, temperature=t)[0]) for t in (0.1, 1.0)] == [3, 5]
+    assert int(vote(labels, near)[0]) == 5
+    with pytest.raises(ValueError, match="got temperature 0"):
+        vote(labels, near, temperature=0)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 def test_nothing_to_count(shape: tuple[int, int], device: torch.device) -> None:
     labels, scores = vote(torch.zeros(shape, dtype=torch.int64, device=device), torch.zeros(shape, device=device))
