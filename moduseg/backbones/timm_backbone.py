@@ -176,7 +176,7 @@ class TimmBackbone(Backbone):
     @cached_property
     def _model(self) -> Any:
         path = None if self._weights == "random" else self._path()
-        model = build_model(self._name, self._kwargs, self._output_stride, False, self._seed)
+        model = build_model(self._name, self._kwargs, self._output_stride, self._seed)
         blocks = check_layers(model, self._layers, self._name)
         if self._facet == "qk":
             check_facet(model, blocks, self._name)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moduseg.errors import ArtefactError, ConfigError, MissingError
+from moduseg.errors import ArtefactError, ConfigError
 from moduseg.runtime.weights import load_state
 
 HEAD_PREFIXES = ("head.", "head_dist.", "classifier.", "fc.", "fc_norm.", "attn_pool.")
@@ -43,19 +43,17 @@ def pretrained_id(name: str) -> str:
     return hub_id + f"{published.architecture}.{published.tag}" if hub_id.endswith("/") else hub_id
 
 
-def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None, pretrained: bool, seed: int) -> Any:
+def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None, seed: int) -> Any:
     """A timm model without classifier, on the CPU: a ViT that takes any size, or a CNN.
 
     Args:
         name: timm's name, with or without `.tag`.
         kwargs: more arguments for `timm.create_model`.
         output_stride: of a CNN, in pixels; `None` is the model's own.
-        pretrained: load timm's published weights from the hub or its cache.
         seed: of the random weights; the caller's random state is left as it was.
 
     Raises:
         ConfigError: unknown model or argument, or a model that is neither a plain ViT nor a CNN.
-        MissingError: published weights that cannot be fetched.
     """
     import timm
 
@@ -63,30 +61,22 @@ def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None,
     arguments = {"num_classes": 0, **kwargs}
     if output_stride is not None:
         arguments |= {"output_stride": output_stride}
-    hub_id = pretrained_id(name) if pretrained else ""
     # Only the CPU's generator draws weights; seeding it alone leaves the others untouched.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
             try:
-                model = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, **arguments)
+                model = timm.create_model(name, dynamic_img_size=True, **arguments)
             except TypeError:
                 # CNNs, and transformers that take any size as they are, do not know the switch.
                 torch.default_generator.manual_seed(seed)
-                model = timm.create_model(name, pretrained=pretrained, **arguments)
+                model = timm.create_model(name, **arguments)
         except (TypeError, NotImplementedError, AssertionError) as error:
             raise ConfigError(
                 f"backbone.model_kwargs: timm refuses {arguments} for {name!r} ({error}); "
                 "correct backbone.model_kwargs or backbone.output_stride"
             ) from error
         except (OSError, ValueError, RuntimeError) as error:
-            if pretrained:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise MissingError(
-                    f"backbone.weights: got 'hub', but {hub_id} could not be fetched ({reason}); with a network "
-                    f"run `huggingface-cli download {hub_id}`, or fetch model.safetensors from "
-                    f"https://huggingface.co/{hub_id} and set backbone.weights=<path of the file>"
-                ) from error
             raise ConfigError(
                 f"backbone.model: timm cannot build {name!r} with {arguments} ({error}); "
                 "correct backbone.model or backbone.model_kwargs"

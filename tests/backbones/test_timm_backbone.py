@@ -88,7 +88,7 @@ class TestCnn(BackboneContract):
 def test_vit_tokens_are_the_final_patch_tokens() -> None:
     backbone = vit(seed=3)
     image = picture(32, 40)
-    model = build_model("vit_tiny_patch16_224", TINY, None, False, 3).eval()
+    model = build_model("vit_tiny_patch16_224", TINY, None, 3).eval()
     inputs = (torch.from_numpy(image).permute(2, 0, 1)[None] / 255.0 - 0.5) / 0.5
     with torch.no_grad():
         expected = model.forward_features(inputs)[0, 1:].view(4, 5, 16)
@@ -161,12 +161,12 @@ def test_vit_impulse_lights_its_patch() -> None:
     ],
 )
 def test_cnn_grid(name: str, output_stride: int | None, stride: int, offset: float) -> None:
-    assert measure_grid(build_model(name, {}, output_stride, False, 0), name) == (stride, offset)
+    assert measure_grid(build_model(name, {}, output_stride, 0), name) == (stride, offset)
 
 
 def test_cnn_grid_agrees_with_gradients() -> None:
     """What the model, non-linear as it is, sees from one cell is centred where `measure_grid` says."""
-    model = build_model("mobilenetv2_035", {}, 16, False, 0).eval()
+    model = build_model("mobilenetv2_035", {}, 16, 0).eval()
     stride, offset = measure_grid(model, "mobilenetv2_035")
     generator = torch.Generator().manual_seed(0)
     centroids = []
@@ -222,7 +222,7 @@ def test_random_weights_are_seeded_and_leave_the_generator_alone() -> None:
 
 
 def write_weights(path: Path, seed: int = 5, **kwargs: Any) -> dict[str, torch.Tensor]:
-    state = build_model("vit_tiny_patch16_224", TINY | kwargs, None, False, seed).state_dict()
+    state = build_model("vit_tiny_patch16_224", TINY | kwargs, None, seed).state_dict()
     save_file({key: value.contiguous() for key, value in state.items()}, path)
     return state
 
@@ -264,7 +264,7 @@ def test_classifier_is_left_out(tmp_path: Path) -> None:
 
 def test_batch_counters_may_be_missing(tmp_path: Path) -> None:
     file = tmp_path / "cnn.safetensors"
-    state = build_model("resnet10t", {}, None, False, 0).state_dict()
+    state = build_model("resnet10t", {}, None, 0).state_dict()
     save_file({k: v.contiguous() for k, v in state.items() if not k.endswith("num_batches_tracked")}, file)
     backbone = TimmBackbone("resnet10t", CPU, weights=str(file))
     assert backbone.dim == 512

@@ -147,7 +147,7 @@ def test_hooks_are_taken_off() -> None:
 
 def test_queries_and_keys_of_the_biases_alone() -> None:
     """With no weights what is left of a fused projection is its first two biases."""
-    attention = build_model("vit_tiny_patch16_224", TINY, None, False, 0).blocks[0].attn.requires_grad_(False)
+    attention = build_model("vit_tiny_patch16_224", TINY, None, 0).blocks[0].attn.requires_grad_(False)
     assert isinstance(attention.q_norm, Identity)
     attention.qkv.weight.zero_()
     attention.qkv.bias.copy_(torch.arange(48.0))
@@ -312,7 +312,7 @@ def test_radio_of_one_size_is_refused() -> None:
 def test_pooling_that_is_not_built_is_left_out(tmp_path: Path) -> None:
     """SigLIP's files hold an attention pool, which a model of tokens need not have."""
     kwargs = {**SMALL, "img_size": 48}
-    state = build_model("vit_base_patch16_siglip_224", kwargs, None, False, 0).state_dict()
+    state = build_model("vit_base_patch16_siglip_224", kwargs, None, 0).state_dict()
     assert any(name.startswith("attn_pool.") for name in state)
     file = tmp_path / "siglip.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
