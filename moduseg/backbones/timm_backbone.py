@@ -22,6 +22,7 @@ from moduseg.backbones.positions import check_positions, resampled_positions
 from moduseg.backbones.timm_model import (
     build_model,
     check_layers,
+    cnn_map,
     is_transformer,
     load_weights,
     measure_grid,
@@ -51,6 +52,7 @@ class TimmBackbone(Backbone):
         mean, std: of the RGB channels in [0, 1]; those of the model's `pretrained_cfg` where left out.
         revision: branch, tag or commit of the hub's repository, for `hub`.
         layer: block of a ViT whose output is taken, counted from 0 or, negative, from the end; the final norm follows.
+            Of a CNN, the stage (of timm's `feature_info`, from 0) whose map is taken; -1 is the map behind them all.
         layers: several blocks instead, in this order: each one's tokens go through the final norm, are brought to
             length 1, so that all count alike in a cosine, and are put side by side.
         facet: `tokens`, the output of the blocks; or `qk`, the sum of query and key in their attention, the heads side
@@ -131,6 +133,8 @@ class TimmBackbone(Backbone):
     def dim(self) -> int:
         """Channels `C` of a token; builds the model."""
         model = self._model
+        if not is_transformer(model) and self._blocks:
+            return int(model.feature_info[self._blocks[0]]["num_chs"])
         width = attention_width(model.blocks[self._blocks[0]]) if self._facet == "qk" else model.num_features
         return int(width or 0) * len(self._layers)
 
@@ -192,7 +196,7 @@ class TimmBackbone(Backbone):
         if is_transformer(self._model):
             stride = patch_side(self._model)
             return stride, stride / 2
-        return measure_grid(self._model, self._name)
+        return measure_grid(self._model, self._name, self._blocks)
 
     @cached_property
     def _blocks(self) -> tuple[int, ...]:
@@ -247,7 +251,7 @@ class TimmBackbone(Backbone):
         positions = resampled_positions(model, grid, bool(self._antialias)) if own else nullcontext()
         with self._device.autocast(), positions:
             if not is_transformer(model):
-                features = model.forward_features(batch)
+                features = cnn_map(model, batch, self._blocks)
             else:
                 features = self._queries_and_keys(batch) if self._facet == "qk" else self._outputs(batch)
         features = features.float()

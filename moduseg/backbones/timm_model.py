@@ -122,17 +122,22 @@ def _is_cnn(model: nn.Module) -> bool:
 
 
 def check_layers(model: Any, layers: Sequence[int], name: str) -> tuple[int, ...]:
-    """The blocks `layers` of a model, counted from 0, in the order given; of a CNN, none.
+    """The blocks `layers` of a model, counted from 0, in the order given; of a CNN, the stage, or none for `[-1]`.
 
     Raises:
-        ConfigError: a block that the model has not, or one named twice.
+        ConfigError: a block or stage that the model has not, one named twice, or several stages of a CNN.
     """
     if not is_transformer(model):
-        if list(layers) != [-1]:
+        if list(layers) == [-1]:
+            return ()
+        stages = len(getattr(model, "feature_info", ())) if hasattr(model, "forward_intermediates") else 0
+        if len(layers) != 1 or not 0 <= layers[0] < stages:
+            choice = f"-1, its last map, or one stage of 0..{stages - 1}" if stages else "-1"
             raise ConfigError(
-                f"backbone.layer: got {', '.join(map(str, layers))}, expected -1 for the CNN {name!r}; leave it out"
+                f"backbone.layer: got {', '.join(map(str, layers))}, expected {choice} for the CNN {name!r}; "
+                "leave it out, or join several with backbone=concat"
             )
-        return ()
+        return (layers[0],)
     depth = len(model.blocks)
     for layer in layers:
         if not -depth <= layer < depth:
@@ -189,8 +194,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def cnn_map(model: Any, batch: Tensor, stages: Sequence[int]) -> Tensor:
+    """`[B, C, h, w]`, a CNN's last map, or that of the stage which `check_layers` returned."""
+    if not stages:
+        return model.forward_features(batch)
+    found = model.forward_intermediates(batch, indices=list(stages), intermediates_only=True, stop_early=True)
+    return found[0]
+
+
 @torch.no_grad()
-def measure_grid(model: Any, name: str) -> tuple[int, float]:
+def measure_grid(model: Any, name: str, stages: Sequence[int] = ()) -> tuple[int, float]:
     """Stride of a CNN's feature map and the centre of its first cell, both in pixels (pixel 0 spans [0, 1]).
 
     A copy of the model is made linear (averaging convolutions; no norms, activations or gates) and is shown the
@@ -201,12 +214,12 @@ def measure_grid(model: Any, name: str) -> tuple[int, float]:
     """
     device = next(model.parameters()).device
     probe = _linearise(copy.deepcopy(model))
-    side = int(probe.forward_features(torch.zeros(1, 3, 64, 64, device=device)).shape[-1])
+    side = int(cnn_map(probe, torch.zeros(1, 3, 64, 64, device=device), stages).shape[-1])
     stride = 64 // max(side, 1)
     width = _PROBE_CELLS * stride
     coordinates = torch.arange(width, device=device).float() + 0.5
     inputs = torch.stack([torch.ones_like(coordinates), coordinates]).view(2, 1, 1, width).expand(2, 3, stride, width)
-    seen = probe.forward_features(inputs.contiguous())
+    seen = cnn_map(probe, inputs.contiguous(), stages)
     middle = _PROBE_CELLS // 2
     centres = (seen[1].mean(0)[0] / seen[0].mean(0)[0])[middle - 2 : middle + 3]
     indices = torch.arange(middle - 2, middle + 3, device=device)

@@ -181,6 +181,30 @@ def test_cnn_grid_agrees_with_gradients() -> None:
     assert abs(np.mean(centroids) - 7.5 * stride) > 4  # and clearly not at the patch's centre
 
 
+def test_a_stage_of_a_cnn(device: torch.device) -> None:
+    options = {"model": "mobilenetv2_035", "weights": "random", "output_stride": 16, "device": Device(device)}
+    backbone = TimmBackbone(layer=4, **options)
+    image = np.random.default_rng(0).integers(0, 256, (96, 80, 3), dtype=np.uint8)
+    token_map = backbone.tokens([image])[0]
+    model = build_model("mobilenetv2_035", {}, 16, 0).eval().to(device)
+    # The last stage is what the head convolution takes in: both ways to it agree.
+    mean, std = (torch.tensor(model.pretrained_cfg[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
+    batch = (torch.from_numpy(image).to(device).permute(2, 0, 1)[None] / 255 - mean) / std
+    with torch.no_grad():
+        stage = model.blocks(model.bn1(model.conv_stem(batch)))
+        expected = resample_to_patches(stage, *measure_grid(model, "mobilenetv2_035", (4,)))
+    assert backbone.dim == token_map.tokens.shape[2] == stage.shape[1] < model.num_features
+    torch.testing.assert_close(token_map.tokens, expected[0].permute(1, 2, 0), atol=1e-5, rtol=1e-4)
+    coarse = build_model("mobilenetv2_035", {}, None, 0)
+    assert [measure_grid(coarse, "mobilenetv2_035", (i,))[0] for i in range(5)] == [2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("layers", [[5], [-2], [1, 4]])
+def test_a_stage_that_the_cnn_has_not(layers: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"expected -1, its last map, or one stage of 0..4 for the CNN"):
+        _ = TimmBackbone(model="mobilenetv2_035", weights="random", layers=layers, device=CPU).dim
+
+
 @pytest.mark.parametrize("offset", [0.5, 5.0, 8.0, 15.5])
 def test_resampling_puts_a_ramp_at_patch_centres(offset: float) -> None:
     """A map that holds its cells' own coordinates holds the patches' afterwards, up to the repeated border."""
