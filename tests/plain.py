@@ -1,4 +1,7 @@
-"""The steps of METHOD.md as they read, one mask at a time in numpy and OpenCV. Slow, and easy to check."""
+"""The steps of METHOD.md as they read, one mask at a time in numpy and OpenCV.
+
+Tests compare results with it, the benchmark times.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,12 @@ def purify(label_map: np.ndarray, kernel_size: int, iterations: int, ignore_inde
 
 
 def patch_coverage(mask: np.ndarray, patch_size: int) -> np.ndarray:
-    """Each patch's covered pixels, counted, over the pixels of a whole patch."""
-    height, width = mask.shape
-    rows = range(0, height, patch_size)
-    columns = range(0, width, patch_size)
-    counts = [[mask[y : y + patch_size, x : x + patch_size].sum() for x in columns] for y in rows]
-    return (np.array(counts) / patch_size**2).astype(np.float32)
+    """The mask, padded to whole patches, resized to the patch grid by area."""
+    rows, columns = (-(-side // patch_size) for side in mask.shape)
+    padded = np.zeros((rows * patch_size, columns * patch_size), np.float32)
+    padded[: mask.shape[0], : mask.shape[1]] = mask
+    means = cv2.resize(padded, (columns, rows), interpolation=cv2.INTER_AREA)
+    return np.rint(means * patch_size**2) / np.float32(patch_size**2)  # whole pixels, whatever the resizing rounded
 
 
 def resized_coverage(mask: np.ndarray, input_size: tuple[int, int], stride: int) -> np.ndarray:
@@ -68,13 +71,11 @@ def resized_coverage(mask: np.ndarray, input_size: tuple[int, int], stride: int)
 
 
 def pool(tokens: np.ndarray, coverage: np.ndarray, normalize: bool = True) -> np.ndarray:
-    """`sum(W * F) / sum(W)` of one mask, in float64."""
-    total = np.zeros(tokens.shape[2])
-    for i, j in np.ndindex(coverage.shape):
-        total += coverage[i, j].astype(np.float64) * tokens[i, j]
+    """`sum(W * F) / sum(W)` of one mask."""
+    total = (coverage[:, :, None] * tokens).sum((0, 1))
     if coverage.sum() == 0:
         return total
-    vector = total / coverage.sum(dtype=np.float64)
+    vector = total / coverage.sum()
     return vector / np.linalg.norm(vector) if normalize else vector
 
 
@@ -116,8 +117,10 @@ def suppress(masks: np.ndarray, labels: np.ndarray, scores: np.ndarray, iou_thre
     kept: list[int] = []
     for i in sorted(range(len(masks)), key=lambda i: (-scores[i], i)):
         for j in kept:
+            if labels[i] != labels[j]:
+                continue
             union = (masks[i] | masks[j]).sum()
-            if labels[i] == labels[j] and union and (masks[i] & masks[j]).sum() / union > iou_threshold:
+            if union and (masks[i] & masks[j]).sum() / union > iou_threshold:
                 break
         else:
             kept.append(i)

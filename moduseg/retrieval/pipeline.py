@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moduseg.retrieval.rasterize import rasterize
+from moduseg.retrieval.bits import PackedMasks
+from moduseg.retrieval.rasterize import check_labels, rasterize, rasterize_id_map, rasterize_packed
 from moduseg.retrieval.search import search
-from moduseg.retrieval.suppress import suppress
+from moduseg.retrieval.suppress import (
+    PACKED,
+    check_scored_masks,
+    check_threshold,
+    descending,
+    suppress,
+    suppress_packed,
+)
 from moduseg.retrieval.vote import vote
 
 
@@ -78,5 +86,34 @@ def assemble(masks: Tensor, labels: Tensor, scores: Tensor, nms_iou: float) -> t
     Raises:
         ValueError: shapes that do not fit, a label outside 0..254 or a threshold outside [0, 1].
     """
-    kept = suppress(masks, labels, scores, nms_iou)
-    return rasterize(masks[kept], labels[kept], scores[kept]), kept
+    if masks.device.type not in PACKED:
+        kept = suppress(masks, labels, scores, nms_iou)
+        return rasterize(masks[kept], labels[kept], scores[kept]), kept
+    check_scored_masks(masks, labels, scores)
+    check_threshold(nms_iou)
+    check_labels(labels)
+    packed = PackedMasks.of(masks)  # once for both
+    kept = suppress_packed(packed, labels, scores, nms_iou)
+    return rasterize_packed(packed.select(kept.numpy()), labels[kept], scores[kept]), kept
+
+
+def assemble_id_map(id_map: Tensor, labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`assemble` of disjoint proposals given as one map: nothing is suppressed, whatever the threshold.
+
+    Args:
+        id_map: `[H, W]` integers below `N`: the proposal of each pixel, negative where there is none.
+        labels: `[N]` integers, 0..254.
+        scores: `[N]` float.
+
+    Returns:
+        `label_map [H, W]` uint8 and `kept [N]` int64, in descending score.
+
+    Raises:
+        ValueError: a label outside 0..254, or as many scores as there are no labels.
+    """
+    if id_map.ndim != 2 or scores.shape != labels.shape:
+        raise ValueError(
+            f"assemble: got a map {tuple(id_map.shape)}, labels {tuple(labels.shape)} and scores "
+            f"{tuple(scores.shape)}, expected [H, W], [N] and [N]"
+        )
+    return rasterize_id_map(id_map, labels), descending(scores)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moduseg.retrieval.suppress import check_scored_masks, descending
+from moduseg.retrieval.bits import PackedMasks
+from moduseg.retrieval.suppress import PACKED, check_scored_masks, descending
 
 _BLOCK = 1 << 22
 """Mask pixels looked at together, which bounds the memory."""
@@ -29,8 +30,9 @@ def rasterize(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
         ValueError: shapes that do not fit, or a label outside 0..254.
     """
     check_scored_masks(masks, labels, scores)
-    if bool(((labels < 0) | (labels > 254)).any()):
-        raise ValueError(f"labels: got {labels.tolist()}, expected 0..254 (0 background, 255 is reserved for ignore)")
+    check_labels(labels)
+    if masks.device.type in PACKED:
+        return rasterize_packed(PackedMasks.of(masks), labels, scores)
     height, width = masks.shape[1:]
     order = descending(scores)
     order = order[labels[order] > 0]
@@ -46,4 +48,35 @@ def rasterize(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
         part = masks[order, start : start + step]
         winner[start : start + step] = (part.to(dtype) * number).amax(0)
     table = torch.cat((labels.new_zeros(1), labels[order].flip(0))).to(torch.uint8)
-    return table[winner]
+    return table.index_select(0, winner.flatten()).view_as(winner)
+
+
+def rasterize_packed(masks: PackedMasks, labels: Tensor, scores: Tensor) -> Tensor:
+    """`rasterize` of packed masks, with `labels` and `scores` on the CPU; nothing is checked."""
+    order = descending(scores)
+    order = order[labels[order] > 0]
+    return torch.from_numpy(masks.select(order.numpy()).paint(labels[order].to(torch.uint8).numpy()))
+
+
+def rasterize_id_map(id_map: Tensor, labels: Tensor) -> Tensor:
+    """`rasterize` of disjoint masks, for which the scores do not matter: one look-up table.
+
+    Args:
+        id_map: `[H, W]` integers below `N`: the mask of each pixel, negative where there is none.
+        labels: `[N]` integers, 0..254.
+
+    Returns:
+        `[H, W]` uint8.
+
+    Raises:
+        ValueError: a label outside 0..254.
+    """
+    check_labels(labels)
+    table = torch.cat((labels.new_zeros(1), labels)).to(torch.uint8)
+    return table.index_select(0, (id_map.long() + 1).clamp_(min=0).flatten()).view_as(id_map)
+
+
+def check_labels(labels: Tensor) -> None:
+    """Raise ValueError unless all labels are in 0..254."""
+    if bool(((labels < 0) | (labels > 254)).any()):
+        raise ValueError(f"labels: got {labels.tolist()}, expected 0..254 (0 background, 255 is reserved for ignore)")

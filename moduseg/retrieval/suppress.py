@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moduseg.retrieval.bits import PackedMasks
+
+PACKED = ("cpu",)
+"""Devices whose masks are packed into bits; the others multiply matrices."""
 _BLOCK = 1 << 22
 """Mask pixels turned into floats at once: bounds the memory, and float32 counts that many without rounding."""
 
@@ -28,12 +33,57 @@ def suppress(masks: Tensor, labels: Tensor, scores: Tensor, iou_threshold: float
         ValueError: shapes that do not fit, or a threshold outside [0, 1].
     """
     check_scored_masks(masks, labels, scores)
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold: got {iou_threshold}, expected a number in [0, 1]; try 0.4")
+    check_threshold(iou_threshold)
+    if masks.device.type in PACKED:
+        return suppress_packed(PackedMasks.of(masks), labels, scores, iou_threshold)
     order = descending(scores)
     if len(order) < 2 or masks.numel() == 0:
         return order
-    beats = _too_similar(masks, labels, iou_threshold)[order][:, order].triu(1)
+    return _scan(order, _too_similar(masks, labels, iou_threshold))
+
+
+def suppress_packed(masks: PackedMasks, labels: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """`suppress` of packed masks, with `labels` and `scores` on the CPU; nothing is checked."""
+    order = descending(scores)
+    if len(order) < 2 or masks.are_disjoint:
+        return order
+    similar = np.zeros((len(order), len(order)), dtype=bool)
+    first, second = _pairs(masks, labels.numpy(), iou_threshold)
+    first, second = _above(masks, first, second, masks.shared(first, second), iou_threshold)
+    similar[first, second] = similar[second, first] = True
+    return _scan(order, torch.from_numpy(similar))
+
+
+def _pairs(masks: PackedMasks, labels: np.ndarray, iou_threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs `i < j` of one label that may have an IoU above the threshold: `[P]` each.
+
+    Their boxes meet, and neither their areas nor the boxes' common part rule it out: two masks share no more than the
+    smaller one, or than what their boxes do. Both bounds are divided like the IoU itself, so that rounding loses none.
+    """
+    first, second = np.nonzero(np.triu(labels[:, None] == labels, 1))
+    most = np.minimum(masks.areas[first], masks.areas[second])
+    first, second = _above(masks, first, second, most, iou_threshold)
+    if not len(first):
+        return first, second
+    top, bottom, left, right = masks.spans()
+    tall = np.minimum(bottom[first], bottom[second]) - np.maximum(top[first], top[second])
+    wide = np.minimum(right[first], right[second]) - np.maximum(left[first], left[second])
+    most = np.minimum(masks.areas[first], masks.areas[second])
+    return _above(masks, first, second, np.minimum(most, tall.clip(0) * wide.clip(0)), iou_threshold)
+
+
+def _above(
+    masks: PackedMasks, first: np.ndarray, second: np.ndarray, shared: np.ndarray, iou_threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs whose IoU is above the threshold where they share `shared` pixels, `[P]`."""
+    union = masks.areas[first] + masks.areas[second] - shared
+    kept = shared / np.maximum(union, 1) > iou_threshold
+    return first[kept], second[kept]
+
+
+def _scan(order: Tensor, similar: Tensor) -> Tensor:
+    """The greedy scan of masks in `order [N]`, given which pairs are too similar, `[N, N]` bool."""
+    beats = similar[order][:, order].triu(1)
     # Mask j stays iff no kept mask beats it. Repeating that rule settles one more mask of each chain at every pass, and
     # what it settles to is the greedy scan's answer, as masks are only beaten by earlier ones.
     kept = torch.ones(len(order), dtype=torch.bool, device=order.device)
@@ -42,6 +92,12 @@ def suppress(masks: Tensor, labels: Tensor, scores: Tensor, iou_threshold: float
         if torch.equal(updated, kept):
             return order[kept]
         kept = updated
+
+
+def check_threshold(iou_threshold: float) -> None:
+    """Raise ValueError unless the threshold is in [0, 1]."""
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold: got {iou_threshold}, expected a number in [0, 1]; try 0.4")
 
 
 def descending(scores: Tensor) -> Tensor:
@@ -61,25 +117,18 @@ def check_scored_masks(masks: Tensor, labels: Tensor, scores: Tensor) -> None:
 
 
 def _too_similar(masks: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
-    """`[N, N]` bool: same label and IoU greater than the threshold."""
+    """`[N, N]` bool: same label and IoU greater than the threshold. Nothing leaves the device."""
     pixels = masks.view(torch.uint8)  # reduced several times faster than bool
     top, bottom = _span(pixels.amax(2))
     left, right = _span(pixels.amax(1))
     meets = labels[:, None] == labels
     meets &= (top[:, None] < bottom) & (top < bottom[:, None]) & (left[:, None] < right) & (left < right[:, None])
-    meets.fill_diagonal_(False)
-    meeting = meets.any(1)
-    similar = torch.zeros_like(meets)
-    for label in labels[meeting].unique():
-        group = ((labels == label) & meeting).nonzero()[:, 0]
-        box = torch.stack((top[group].min(), bottom[group].max(), left[group].min(), right[group].max())).tolist()
-        shared = _intersections(masks, group, *box)
-        areas = shared.diagonal()
-        union = areas[:, None] + areas - shared
-        # Divided in float64, so that a threshold like 0.4 equals an IoU of 2/5; MPS has none.
-        wide = torch.float32 if masks.device.type == "mps" else torch.float64
-        similar[group[:, None], group] = shared.to(wide) / union.to(wide) > iou_threshold
-    return similar & meets
+    shared = _intersections(masks)
+    areas = shared.diagonal()
+    union = (areas[:, None] + areas - shared).clamp(min=1)
+    # Divided in float64, so that a threshold like 0.4 equals an IoU of 2/5; MPS has none.
+    wide = torch.float32 if masks.device.type == "mps" else torch.float64
+    return meets & (shared.to(wide) / union.to(wide) > iou_threshold)
 
 
 def _span(occupied: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,11 +139,12 @@ def _span(occupied: Tensor) -> tuple[Tensor, Tensor]:
     return places.masked_fill(empty, length).amin(1), places.masked_fill(empty, -1).amax(1) + 1
 
 
-def _intersections(masks: Tensor, group: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
-    """`[n, n]` int64: pixels shared by each two masks of `group`, all inside the box; areas on the diagonal."""
-    shared = torch.zeros((len(group), len(group)), dtype=torch.int64, device=masks.device)
-    step = max(1, _BLOCK // (len(group) * (right - left)))
-    for start in range(top, bottom, step):
-        part = masks[:, start : min(start + step, bottom), left:right][group].flatten(1).float()
+def _intersections(masks: Tensor) -> Tensor:
+    """`[N, N]` int64: pixels shared by each two masks; areas on the diagonal. Zeros and ones are exact in any float."""
+    count, height, width = masks.shape
+    shared = torch.zeros((count, count), dtype=torch.int64, device=masks.device)
+    step = max(1, _BLOCK // (count * width))
+    for start in range(0, height, step):
+        part = masks[:, start : start + step].flatten(1).float()
         shared += (part @ part.T).long()
     return shared

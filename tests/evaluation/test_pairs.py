@@ -8,7 +8,8 @@ import pytest
 
 from moduseg.errors import DataError
 from moduseg.evaluation.pairs import count_pairs
-from tests import plain, speed_evaluation
+from tests import plain
+from tests.speed import evaluation as speed
 
 IDS = [str(i) for i in range(53)]
 
@@ -65,8 +66,8 @@ def test_no_image() -> None:
 
 
 def test_files_are_counted_as_the_plain_way_counts_them(tmp_path: Path) -> None:
-    pairs = speed_evaluation.write_pairs(tmp_path, 5, 60, 80)
-    expected = plain.confusion_of_files(pairs, speed_evaluation.SIZE)
+    pairs = speed.write_pairs(tmp_path, 5, 60, 80)
+    expected = plain.confusion_of_files(pairs, speed.SIZE)
     assert expected.sum() > 0
-    np.testing.assert_array_equal(speed_evaluation.fast(pairs, 1).matrix(), expected)
-    assert set(speed_evaluation.measure(pairs, 1)) >= {"plain", "one worker", "two workers"}
+    np.testing.assert_array_equal(speed.fast(pairs, 1).matrix(), expected)
+    np.testing.assert_array_equal(speed.fast(pairs, 2).matrix(), expected)

@@ -33,11 +33,18 @@ def test_by_hand(
 
 
 @pytest.mark.parametrize("count", [1, 30, 255, 256, 300])
-@pytest.mark.parametrize("block", [1 << 22, 1000])
+@pytest.mark.parametrize(("packed", "block"), [(True, 1 << 22), (False, 1 << 22), (False, 1000)])
 def test_equals_painting(
-    count: int, block: int, device: torch.device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    packed: bool,
+    block: int,
+    device: torch.device,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Both ways on the CPU: as bits, and with the maxima of the other devices."""
     monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr(module, "PACKED", ("cpu",) if packed else ())
     masks = plain.random_masks(rng, count, 33, 41)
     labels, scores = rng.integers(0, 255, count), rng.integers(0, 40, count) / 40
     labels[: count // 5] = 0
@@ -63,3 +70,13 @@ def test_labels_out_of_range(label: int) -> None:
 def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"scores: got \(2,\)"):
         rasterize(torch.ones((1, 2, 2), dtype=torch.bool), torch.tensor([1]), torch.ones(2))
+
+
+def test_id_map_equals_masks(device: torch.device, rng: np.random.Generator) -> None:
+    ids = torch.from_numpy(rng.integers(-2, 9, (17, 23))).to(device)
+    masks = ids == torch.arange(10, device=device)[:, None, None]  # the last is empty
+    labels, scores = torch.from_numpy(rng.integers(0, 255, 10)).to(device), torch.rand(10).to(device)
+    for dtype in (torch.int64, torch.int32):
+        assert torch.equal(module.rasterize_id_map(ids.to(dtype), labels), rasterize(masks, labels, scores))
+    with pytest.raises(ValueError, match=r"expected 0\.\.254"):
+        module.rasterize_id_map(ids, labels + 255)

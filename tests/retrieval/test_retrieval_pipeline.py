@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moduseg.retrieval.pipeline import assemble, label_proposals
+from moduseg.retrieval.pipeline import assemble, assemble_id_map, label_proposals
 from tests import plain
 
 
@@ -128,3 +128,29 @@ def test_bad_values(change: dict[str, object], match: str) -> None:
     }
     with pytest.raises(ValueError, match=match):
         label_proposals(**(arguments | change))  # type: ignore[arg-type]
+
+
+def test_disjoint_proposals_as_a_map_of_ids(device: torch.device, rng: np.random.Generator) -> None:
+    ids = torch.from_numpy(np.kron(rng.integers(-1, 6, (8, 11)), np.ones((5, 4), int))).to(device)
+    masks = ids == torch.arange(7, device=device)[:, None, None]  # the last is empty
+    labels = torch.from_numpy(rng.integers(0, 4, 7)).to(device)
+    scores = torch.tensor([0.5, 0.9, 0.5, 0.1, 0.9, 0.3, 0.2], device=device)
+    for threshold in (0.0, 0.4):
+        expected, kept = assemble(masks, labels, scores, threshold)
+        label_map, order = assemble_id_map(ids, labels, scores)
+        assert torch.equal(label_map, expected)
+        assert order.tolist() == kept.tolist() == [1, 4, 0, 2, 5, 6, 3]
+    with pytest.raises(ValueError, match=r"scores \(6,\), expected"):
+        assemble_id_map(ids, labels, scores[:6])
+
+
+def test_assemble_checks_what_its_parts_check() -> None:
+    masks, labels, scores = torch.ones((2, 3, 3), dtype=torch.bool), torch.tensor([1, 2]), torch.tensor([0.1, 0.2])
+    for change, match in (
+        ({"labels": labels + 254}, r"expected 0\.\.254"),
+        ({"scores": scores[:1]}, r"scores: got \(1,\)"),
+        ({"masks": masks.float()}, "masks: got"),
+        ({"nms_iou": 1.5}, "iou_threshold: got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            assemble(**{"masks": masks, "labels": labels, "scores": scores, "nms_iou": 0.4, **change})  # type: ignore[arg-type]

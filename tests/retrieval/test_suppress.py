@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moduseg.retrieval import bits
 from moduseg.retrieval import suppress as module
 from moduseg.retrieval.suppress import suppress
 from tests import plain
@@ -54,16 +55,20 @@ def test_by_hand(
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.4, 0.7, 1.0])
 @pytest.mark.parametrize("classes", [1, 4])
-@pytest.mark.parametrize("block", [1 << 22, 500])
+@pytest.mark.parametrize(("packed", "block"), [(True, 1 << 22), (True, 500), (False, 1 << 22), (False, 500)])
 def test_equals_pairwise_loop(
     threshold: float,
     classes: int,
+    packed: bool,
     block: int,
     device: torch.device,
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Both ways on the CPU: as bits, and with the matrix products of the other devices."""
     monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr(bits, "_PAIR_WORDS", block)
+    monkeypatch.setattr(module, "PACKED", ("cpu",) if packed else ())
     masks = plain.random_masks(rng, 40, 47, 61)
     masks[5], masks[11], masks[12] = False, masks[3], True
     labels, scores = rng.integers(0, classes, 40), rng.integers(0, 12, 40) / 12  # with equal scores

@@ -1,21 +1,20 @@
-"""How fast pairs of label maps become a confusion matrix, beside the plain way: `python -m tests.speed_evaluation`."""
+"""How fast pairs of label maps become a confusion matrix, beside the plain way."""
 
 from __future__ import annotations
 
-import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import cv2
 import numpy as np
+import torch
 
 from moduseg.datasets.io import read_label_png, write_label_png
 from moduseg.evaluation.counts import SplitCounts
 from moduseg.evaluation.pairs import count_pairs
 from tests import plain
+from tests.speed.common import Row, Setting, faster, interleave, summary
 
 SIZE = 21
 
@@ -64,18 +63,17 @@ def fast(pairs: list[tuple[Path, Path]], workers: int, boundary_width: float = 0
     return counts
 
 
-def measure(pairs: list[tuple[Path, Path]], repeats: int = 5) -> dict[str, dict[str, float]]:
-    """Seconds of each way, interleaved: median, least and most of the wall clock, median of all threads' CPU time."""
-    reference = plain.confusion_of_files(pairs, SIZE)
+def ways(pairs: list[tuple[Path, Path]]) -> dict[str, Callable[[], np.ndarray]]:
+    """Name -> what counts all pairs; decoding alone and stored counts show what the time goes into."""
     stored = fast(pairs, 1).to_bytes()
 
     def read_only() -> np.ndarray:
         for pair in pairs:
             for path in pair:
                 read_label_png(path)
-        return reference
+        return np.empty(0)
 
-    ways: dict[str, Callable[[], np.ndarray]] = {
+    return {
         "plain": lambda: plain.confusion_of_files(pairs, SIZE),
         "one worker": lambda: fast(pairs, 1).matrix(),
         "two workers": lambda: fast(pairs, 2).matrix(),
@@ -83,39 +81,24 @@ def measure(pairs: list[tuple[Path, Path]], repeats: int = 5) -> dict[str, dict[
         "one worker, with contours": lambda: fast(pairs, 1, 0.02).matrix(),
         "from stored counts": lambda: SplitCounts.from_bytes(stored, "memory").matrix(),
     }
-    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            matrix = way()
-            spent[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-            assert np.array_equal(matrix, reference), name
-    return {
-        name: {
-            "median": median(w for w, _ in times),
-            "least": min(w for w, _ in times),
-            "most": max(w for w, _ in times),
-            "cpu": median(c for _, c in times),
-        }
-        for name, times in spent.items()
-    }
 
 
-def main() -> None:
-    """Measure a thousand pairs of 500 x 375 and print the ratios against the plain way."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
+def evaluation(setting: Setting) -> list[Row]:
+    """A thousand pairs of 500 x 375."""
+    count, height, width = (10, 60, 80) if setting.small else (1000, 375, 500)
     with tempfile.TemporaryDirectory() as folder:
-        pairs = write_pairs(Path(folder), 1000)
-        found = measure(pairs)
-        stored = len(fast(pairs, 1, 0.02).to_bytes())
-    cv2.setNumThreads(threads)
-    base = found["plain"]
-    for name, times in found.items():
-        ratios = ", ".join(f"{key} {base[key] / times[key]:.2f}x" for key in ("median", "least", "cpu"))
-        print(f"{name}: {json.dumps({k: round(v, 3) for k, v in times.items()})} ({ratios})")
-    print(f"stored counts: {stored / len(pairs):.0f} bytes an image, contours included")
-
-
-if __name__ == "__main__":
-    main()
+        pairs = write_pairs(Path(folder), count, height, width)
+        each = ways(pairs)
+        expected = each["plain"]()
+        for name, way in each.items():
+            if name != "decoding alone":
+                np.testing.assert_array_equal(way(), expected, err_msg=name)
+        times = interleave(each, setting.repeats, torch.device("cpu"))
+    title = f"evaluation of {count} pairs of {width}x{height} PNGs"
+    share = summary([a / b for a, b in zip(times["decoding alone"].cpu, times["one worker"].cpu, strict=True)])[
+        "median"
+    ]
+    return [
+        faster(f"{title}, one process", 1.6, times, "plain", "one worker", share_of_decoding=share),
+        faster(f"{title}, two workers", 3, times, "plain", "two workers"),
+    ]

@@ -1,0 +1,23 @@
+"""Every figure of `scripts/benchmark.py`, by name: a new one is a function and a line in `FIGURES`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import cast
+
+from tests.speed.common import Row, Setting
+
+FIGURES: dict[str, str] = {
+    "steps": "tests.speed.steps:overlapping",
+    "steps_disjoint": "tests.speed.steps:disjoint",
+    "purification": "tests.speed.purification:purification",
+    "evaluation": "tests.speed.evaluation:evaluation",
+}
+"""Name -> `module:function`, imported when it is measured; the function takes a `Setting` and returns its rows."""
+
+
+def measure(name: str, setting: Setting) -> list[Row]:
+    """The rows of one figure."""
+    module, function = FIGURES[name].split(":")
+    return cast(Callable[[Setting], list[Row]], getattr(importlib.import_module(module), function))(setting)
