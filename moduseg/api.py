@@ -22,6 +22,7 @@ from moduseg.config import Config, from_hydra
 from moduseg.datasets.io import read_image
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
+from moduseg.retrieval import indices
 from moduseg.retrieval.pipeline import assemble, label_proposals
 from moduseg.runtime.devices import Device, resolve_device
 from moduseg.structures import Prediction, Sample
@@ -47,6 +48,7 @@ class Segmenter:
         self._search = bank.for_search(cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels).to(
             device.torch_device
         )
+        self._index = indices.build(self._search.vectors, cfg.retrieval.engine, cfg.retrieval.storage)
 
     @classmethod
     def from_bank(
@@ -107,7 +109,7 @@ class Segmenter:
         pooled = aggregate(tokens.tokens, weights, normalize=False)
         bank = self._search
         labels, scores, neighbours, similarities = label_proposals(
-            pooled, bank.centre, bank.vectors, bank.labels, settings.top_k, settings.vote_temperature
+            pooled, bank.centre, self._index, bank.labels, settings.top_k, settings.vote_temperature
         )
         label_map, kept = assemble(found.masks, labels, scores, settings.nms_iou)
         # Neighbours are rows of the stored bank, not of the filtered one.

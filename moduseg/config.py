@@ -81,13 +81,18 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """Search, vote and suppression (METHOD, stage 2)."""
+    """Search, vote and suppression (METHOD, stage 2).
+
+    `engine` and `storage` of the bank's vectors are part of keys where they are not the default.
+    """
 
     top_k: int = 25
     nms_iou: float = 0.4
     min_area: int = 300
     min_predicted_iou: float = 0.0
     vote_temperature: float | None = None
+    engine: Literal["exact", "faiss"] = "exact"
+    storage: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         _between("top_k", self.top_k, 1, 10**6, "the paper uses 25")
@@ -98,6 +103,11 @@ class RetrievalConfig:
             raise ValueError(
                 f"vote_temperature: got {self.vote_temperature}, expected more than 0, or null for equal votes"
             )
+
+    def key_parts(self) -> dict[str, Any]:
+        """What of it decides a result: settings that came later are left out while they change nothing."""
+        unchanged = {"engine": "exact", "storage": "float32"}
+        return {name: value for name, value in _plain(self).items() if unchanged.get(name, ...) != value}
 
 
 @dataclass(frozen=True)

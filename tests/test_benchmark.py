@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.speed import FIGURES, measure
-from tests.speed.common import Row, Setting, Times, as_json, faster, interleave, machine, markdown, within
+from tests.speed.common import Row, Setting, Times, as_json, faster, interleave, machine, markdown, peak_memory, within
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,16 @@ def test_ways_are_interleaved_after_a_round_to_warm_up() -> None:
     times = interleave({name: lambda name=name: calls.append(name) for name in "ab"}, 2, CPU)  # type: ignore[misc]
     assert "".join(calls) == "baabba"
     assert [len(t.wall) for t in times.values()] == [2, 2]
+
+
+def test_memory_is_what_was_held_at_the_worst() -> None:
+    with peak_memory(CPU) as found:
+        block = np.ones(40_000_000, np.uint8)
+        del block
+    assert 30e6 < found[0] < 80e6
+    with peak_memory(CPU) as found:
+        pass
+    assert found[0] < 20e6
 
 
 def test_tables() -> None:

@@ -58,6 +58,8 @@ def test_every_table_composes(name: str) -> None:
         (["retrieval.top_k=many"], r"retrieval\.top_k: got 'many' \(str\), expected a whole number"),
         (["retrieval.top_k=0"], r"top_k: got 0, expected 1 to"),
         (["retrieval.nms_iou=1.5"], r"nms_iou: got 1\.5, expected 0 to 1"),
+        (["retrieval.engine=fast"], r"retrieval\.engine: got 'fast'.*one of exact, faiss"),
+        (["retrieval.storage=int8"], r"retrieval\.storage: got 'int8'.*one of float32, float16"),
         (["bank.purify.kernel_size=4"], r"kernel_size: got 4, expected an odd number"),
         (["bank.aggregation=firm"], r"bank\.aggregation: got 'firm'.*one of soft, hard"),
         (["bank.outliers.drop_ratio=1"], r"drop_ratio: got 1\.0, expected 0 <= ratio < 1"),
@@ -85,6 +87,14 @@ def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(ModusegError, match=message) as caught:
         build()
     assert "Traceback" not in str(caught.value)
+
+
+def test_later_settings_leave_keys_alone_while_they_change_nothing() -> None:
+    parts = compose().retrieval.key_parts()
+    assert {"engine", "storage"}.isdisjoint(parts)
+    assert parts["top_k"] == 5
+    changed = compose(["retrieval.engine=faiss", "retrieval.storage=float16"]).retrieval.key_parts()
+    assert changed == {**parts, "engine": "faiss", "storage": "float16"}
 
 
 def test_an_unknown_table_names_the_known_ones() -> None:

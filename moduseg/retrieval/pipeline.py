@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moduseg.retrieval.bits import PackedMasks
 from moduseg.retrieval.rasterize import check_labels, rasterize, rasterize_id_map, rasterize_packed
-from moduseg.retrieval.search import search
+from moduseg.retrieval.search import BankIndex, search
 from moduseg.retrieval.suppress import (
     PACKED,
     check_scored_masks,
@@ -22,7 +22,7 @@ from moduseg.retrieval.vote import vote
 def label_proposals(
     pooled: Tensor,
     centre: Tensor | None,
-    bank_vectors: Tensor,
+    bank_vectors: Tensor | BankIndex,
     bank_labels: Tensor,
     top_k: int,
     temperature: float | None = None,
@@ -32,7 +32,7 @@ def label_proposals(
     Args:
         pooled: `[N, C]` float, pooled vectors before normalisation; an all-zero row is a proposal without a vector.
         centre: `[C]` float that is subtracted from them, as it was from the bank; `None` where the bank is not centred.
-        bank_vectors: `[B, C]` float, centred (if at all) and L2-normalised.
+        bank_vectors: `[B, C]` float, centred (if at all) and L2-normalised; or an index of them (`indices.build`).
         bank_labels: `[B]` integers, 0 background, 1..C.
         top_k: neighbours wanted; `k = min(top_k, B)` are used.
         temperature: of the vote, see `vote`.
@@ -45,18 +45,19 @@ def label_proposals(
     Raises:
         ValueError: shapes that do not fit, or `top_k < 1`.
     """
-    if pooled.ndim != 2 or bank_vectors.ndim != 2 or pooled.shape[1] != bank_vectors.shape[1]:
+    bank = bank_vectors.vectors if isinstance(bank_vectors, BankIndex) else bank_vectors
+    if pooled.ndim != 2 or bank.ndim != 2 or pooled.shape[1] != bank.shape[1]:
         raise ValueError(
-            f"retrieval: got proposals {tuple(pooled.shape)}, bank vectors {tuple(bank_vectors.shape)}; expected "
+            f"retrieval: got proposals {tuple(pooled.shape)}, bank vectors {tuple(bank.shape)}; expected "
             "[N, C] and [B, C] with the same C; build the bank with this backbone"
         )
-    if bank_labels.shape != bank_vectors.shape[:1]:
-        raise ValueError(f"bank_labels: got {tuple(bank_labels.shape)}, expected ({len(bank_vectors)},), one a vector")
+    if bank_labels.shape != bank.shape[:1]:
+        raise ValueError(f"bank_labels: got {tuple(bank_labels.shape)}, expected ({len(bank)},), one a vector")
     if centre is not None and centre.shape != pooled.shape[1:]:
         raise ValueError(f"centre: got {tuple(centre.shape)}, expected ({pooled.shape[1]},) like the vectors")
     if top_k < 1:
         raise ValueError(f"top_k: got {top_k}, expected 1 or more; try 25")
-    count, k, device = len(pooled), min(top_k, len(bank_vectors)), pooled.device
+    count, k, device = len(pooled), min(top_k, len(bank)), pooled.device
     labels = torch.zeros(count, dtype=torch.int64, device=device)
     scores = torch.zeros(count, device=device)
     neighbours = torch.full((count, k), -1, dtype=torch.int64, device=device)

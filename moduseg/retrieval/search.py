@@ -9,27 +9,190 @@ matter. The result is the same for every chunk size, and equal similarities are 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 22
-"""Numbers held at once while candidates are computed again."""
+QUERY_CHUNK, BANK_CHUNK = 1024, 8192
+"""Queries and bank vectors compared at once: 32 MiB of float32."""
+_FIRST_CHUNK = 2048
+"""Bank vectors of the first chunk, which gives later ones a floor to pass; chunks double from there."""
+_BLOCK = {"cpu": 1 << 17}
+"""Numbers held at once while candidates are computed again, by device: what a core's cache holds."""
+_LARGE_BLOCK = 1 << 22
+"""The same for devices not listed."""
+_PENDING = 1 << 22
+"""Candidates that may wait for the end; from here on they are computed again at once, and the k best of them stay."""
 _ZERO = 1e-15
 """A vector as short as this counts as zero: squares of still smaller components would leave float32."""
 
 
+class BankIndex(ABC):
+    """Bank vectors made ready for many searches."""
+
+    name: ClassVar[str]
+
+    def __init__(self, vectors: Tensor) -> None:
+        if vectors.ndim != 2 or not vectors.dtype.is_floating_point:
+            raise ValueError(f"search: got a bank {tuple(vectors.shape)} {vectors.dtype}, expected [B, C] of floats")
+        self.vectors = vectors
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def dim(self) -> int:
+        """Channels of a vector."""
+        return self.vectors.shape[1]
+
+    @abstractmethod
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """`search` for queries that were checked, with `1 <= k <= B`."""
+
+
+class ExactIndex(BankIndex):
+    """Every bank vector is compared with every query, chunk by chunk.
+
+    Args:
+        vectors: `[B, C]` float of any length, on the device of the queries to come. In half precision they take half
+            the memory; they are computed with in float32 either way.
+        query_chunk: queries compared at once.
+        bank_chunk: bank vectors compared at once; memory is a few times `query_chunk * bank_chunk` floats.
+
+    Raises:
+        ValueError: not `[B, C]` of floats, vectors that are not finite, or a chunk below 1.
+    """
+
+    name = "exact"
+
+    def __init__(self, vectors: Tensor, query_chunk: int = QUERY_CHUNK, bank_chunk: int = BANK_CHUNK) -> None:
+        super().__init__(vectors)
+        if query_chunk < 1 or bank_chunk < 1:
+            raise ValueError(f"search: got chunks of {query_chunk} and {bank_chunk}, expected 1 or more")
+        self.query_chunk, self.bank_chunk = query_chunk, bank_chunk
+        parts = [_inverse_lengths(part.float()) for part in vectors.split(BANK_CHUNK)] if len(vectors) else []
+        self.inverse_lengths = torch.cat(parts) if parts else vectors.new_zeros(0, dtype=torch.float32)
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        parts = [self._nearest(part, k) for part in queries.split(self.query_chunk)]
+        return torch.cat([similarities for similarities, _ in parts]), torch.cat([indices for _, indices in parts])
+
+    def _nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        found = self._candidates(queries, k)
+        return best_candidates(queries, self.vectors, found.rows, found.columns, k)
+
+    def _candidates(self, queries: Tensor, k: int) -> _Candidates:
+        """Pairs that hold the k nearest of every query for certain; columns ascend within a row.
+
+        With `e` the largest error of the product, the k-th best true similarity is at least the k-th best computed one
+        minus `e`, so whatever belongs to the k nearest was computed as no less than that minus `2 e`.
+        """
+        margin = 2 * _largest_error(self.dim)
+        unit = queries.float() * _inverse_lengths(queries.float())[:, None]
+        best = unit.new_empty((len(queries), 0))
+        floor = unit.new_full((len(queries), 1), -math.inf)
+        pending: list[_Candidates] = []
+        for start, stop in self._chunks():
+            # Scaled after the product, which spares a copy of the bank for every image.
+            scores = (unit @ self.vectors[start:stop].float().T).mul_(self.inverse_lengths[start:stop])
+            if best.shape[1] < k:
+                best = torch.cat((best, scores.topk(min(k, stop - start)).values), 1)
+                best = best.topk(min(k, best.shape[1])).values
+                if best.shape[1] == k:
+                    floor = best[:, -1:] - margin
+                found = _Candidates.above(scores, floor, start)
+            else:
+                # A few pass the floor, which is cheaper to see than the k largest of each chunk.
+                found = _Candidates.above(scores, floor, start)
+                best = found.merge(best)
+                floor = best[:, -1:] - margin
+            pending.append(found)
+            if best.shape[1] == k and sum(len(part) for part in pending) > _PENDING:
+                pending = [self._resolved(queries, _Candidates.cat(pending).pruned(floor), k)]
+        return _Candidates.cat(pending).pruned(floor)
+
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        start, size = 0, min(_FIRST_CHUNK, self.bank_chunk)
+        while start < len(self):
+            yield start, min(start + size, len(self))
+            start, size = start + size, min(2 * size, self.bank_chunk)
+
+    def _resolved(self, queries: Tensor, found: _Candidates, k: int) -> _Candidates:
+        """The candidates, or the k nearest of them where they are still too many to be kept."""
+        if len(found) <= _PENDING // 2:
+            return found
+        kept = _k_best(similarities_of(queries, self.vectors, found.rows, found.columns), found, len(queries), k)
+        return found.select(kept.flatten().sort().values)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Pairs of a query and a bank vector, `[P]` each; sorted by query, then by bank vector.
+
+    Attributes:
+        rows, columns: int64, the query and the bank vector.
+        values: float32, the similarity as the matrix product has it.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @classmethod
+    def above(cls, scores: Tensor, floor: Tensor, start: int) -> _Candidates:
+        """What is not below the floor, `[N, 1]`, of `scores [N, n]` whose columns begin at `start`."""
+        rows, columns = (scores >= floor).nonzero(as_tuple=True)
+        return cls(rows, columns + start, scores[rows, columns])
+
+    @classmethod
+    def cat(cls, parts: list[_Candidates]) -> _Candidates:
+        """The pairs of parts whose columns ascend from part to part."""
+        rows = torch.cat([part.rows for part in parts])
+        whole = cls(rows, torch.cat([p.columns for p in parts]), torch.cat([p.values for p in parts]))
+        return whole if len(parts) == 1 else whole.select(rows.sort(stable=True).indices)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, keep: Tensor) -> _Candidates:
+        """The pairs that `keep` names."""
+        return _Candidates(self.rows[keep], self.columns[keep], self.values[keep])
+
+    def pruned(self, floor: Tensor) -> _Candidates:
+        """Without those below the floor: early chunks were judged by a lower one."""
+        return self.select(self.values >= floor[self.rows, 0])
+
+    def merge(self, best: Tensor) -> Tensor:
+        """The k largest values of each row, `[N, k]` like `best`, with these among them."""
+        if not len(self):
+            return best
+        place, widest = _places(self.rows, len(best))
+        table = best.new_full((len(best), widest), -math.inf)
+        table[self.rows, place] = self.values
+        return torch.cat((best, table), 1).topk(best.shape[1]).values
+
+
 def search(
-    queries: Tensor, bank_vectors: Tensor, top_k: int, *, query_chunk: int = 1024, bank_chunk: int = 16384
+    queries: Tensor,
+    bank_vectors: Tensor | BankIndex,
+    top_k: int,
+    *,
+    query_chunk: int = QUERY_CHUNK,
+    bank_chunk: int = BANK_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """The `k = min(top_k, B)` most similar bank vectors of each query.
 
     Args:
         queries: `[N, C]` float, of any length (computed in float32); a zero vector has similarity 0 with everything.
-        bank_vectors: `[B, C]` float, likewise.
+        bank_vectors: `[B, C]` float, likewise; or an index of them, which spares measuring them for every image.
         top_k: neighbours wanted, 1 or more.
         query_chunk: queries compared at once.
-        bank_chunk: bank vectors compared at once; memory is `query_chunk * bank_chunk` floats.
+        bank_chunk: bank vectors compared at once; memory is a few times `query_chunk * bank_chunk` floats.
 
     Returns:
         `similarities [N, k]` float32 in [-1, 1], descending, and `indices [N, k]` int64; equal similarities rank by
@@ -38,79 +201,81 @@ def search(
     Raises:
         ValueError: shapes that do not fit, vectors that are not finite, or `top_k` or a chunk below 1.
     """
-    if queries.ndim != 2 or bank_vectors.ndim != 2 or queries.shape[1] != bank_vectors.shape[1]:
+    shape = (len(bank_vectors), bank_vectors.dim) if isinstance(bank_vectors, BankIndex) else tuple(bank_vectors.shape)
+    if queries.ndim != 2 or len(shape) != 2 or queries.shape[1] != shape[1]:
         raise ValueError(
-            f"search: got queries {tuple(queries.shape)} and bank vectors {tuple(bank_vectors.shape)}, expected [N, C] "
-            "and [B, C] with the same C"
+            f"search: got queries {tuple(queries.shape)} and bank vectors {shape}, expected [N, C] and [B, C] with the "
+            "same C"
         )
-    if not queries.dtype.is_floating_point or not bank_vectors.dtype.is_floating_point:
-        raise ValueError(f"search: got {queries.dtype} queries and a {bank_vectors.dtype} bank, expected floats")
+    bank_dtype = bank_vectors.vectors.dtype if isinstance(bank_vectors, BankIndex) else bank_vectors.dtype
+    if not queries.dtype.is_floating_point or not bank_dtype.is_floating_point:
+        raise ValueError(f"search: got {queries.dtype} queries and a {bank_dtype} bank, expected floats")
     if top_k < 1:
         raise ValueError(f"top_k: got {top_k}, expected 1 or more; try 25")
-    if query_chunk < 1 or bank_chunk < 1:
-        raise ValueError(f"search: got chunks of {query_chunk} and {bank_chunk}, expected 1 or more")
-    k = min(top_k, len(bank_vectors))
+    index = bank_vectors if isinstance(bank_vectors, BankIndex) else ExactIndex(bank_vectors, query_chunk, bank_chunk)
+    k = min(top_k, len(index))
     if k == 0 or len(queries) == 0:
-        shape, device = (len(queries), k), queries.device
-        return torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int64, device=device)
-    parts = [_nearest(part, bank_vectors, k, bank_chunk) for part in queries.split(query_chunk)]
-    return torch.cat([similarities for similarities, _ in parts]), torch.cat([indices for _, indices in parts])
+        empty, device = (len(queries), k), queries.device
+        return torch.zeros(empty, device=device), torch.zeros(empty, dtype=torch.int64, device=device)
+    return index.nearest(queries, k)
 
 
-def _nearest(queries: Tensor, bank: Tensor, k: int, bank_chunk: int) -> tuple[Tensor, Tensor]:
-    """`search` for one chunk of queries, with a bank that is not empty."""
-    rows, columns = _candidates(queries, bank, k, bank_chunk)
-    similarities = _similarities(queries, bank, rows, columns)
-    # Candidates of a query come in ascending bank index, and stable sorts keep that order among equals.
-    order = similarities.sort(descending=True, stable=True).indices
-    order = order[rows[order].sort(stable=True).indices]
-    counts = torch.bincount(rows, minlength=len(queries))
-    starts = counts.cumsum(0) - counts
-    best = order[starts[:, None] + torch.arange(k, device=starts.device)]
+def best_candidates(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of every query among candidates, computed again so that equal ones are equal.
+
+    Args:
+        queries: `[N, C]` float.
+        bank: `[B, C]` float.
+        rows, columns: `[P]` int64, pairs sorted by query, then by bank vector; each query has k of them or more.
+        k: neighbours wanted.
+
+    Returns:
+        `similarities [N, k]` float32 and `indices [N, k]` int64, as `search`.
+    """
+    similarities = similarities_of(queries, bank, rows, columns)
+    best = _k_best(similarities, _Candidates(rows, columns, similarities), len(queries), k)
     return similarities[best], columns[best]
 
 
-def _candidates(queries: Tensor, bank: Tensor, k: int, bank_chunk: int) -> tuple[Tensor, Tensor]:
-    """`(row, column)` pairs that hold the k nearest of every query for certain; columns ascend within a row.
-
-    With `e` the largest error of the product, the k-th best true similarity is at least the k-th best computed one
-    minus `e`, so whatever belongs to the k nearest was computed as no less than that minus `2 e`.
-    """
-    margin = 2 * _largest_error(queries.shape[1])
-    unit = queries.float() * _inverse_lengths(queries.float())[:, None]
-    best = unit.new_empty((len(queries), 0))
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    floor = unit.new_full((len(queries),), -math.inf)
-    for start in range(0, len(bank), bank_chunk):
-        part = bank[start : start + bank_chunk].float()
-        # Scaled after the product, which spares a copy of the bank for every image.
-        scores = (unit @ part.T).mul_(_inverse_lengths(part))
-        best = torch.cat((best, scores.topk(min(k, scores.shape[1])).values), 1)
-        best = best.topk(min(k, best.shape[1])).values
-        if best.shape[1] == k:
-            floor = best[:, -1] - margin
-        rows, columns = (scores >= floor[:, None]).nonzero(as_tuple=True)
-        found.append((rows, columns + start, scores[rows, columns]))
-    rows, columns, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    # Early chunks were judged by a lower floor than the final one.
-    left = values >= floor[rows]
-    return rows[left], columns[left]
+def _k_best(similarities: Tensor, found: _Candidates, count: int, k: int) -> Tensor:
+    """`[N, k]` int64, places in `found` of the k nearest of every query."""
+    # Candidates of a query come in ascending bank index, and stable sorts keep that order among equals.
+    order = similarities.sort(descending=True, stable=True).indices
+    order = order[found.rows[order].sort(stable=True).indices]
+    counts = torch.bincount(found.rows, minlength=count)
+    starts = counts.cumsum(0) - counts
+    return order[starts[:, None] + torch.arange(k, device=starts.device)]
 
 
-def _similarities(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _places(rows: Tensor, count: int) -> tuple[Tensor, int]:
+    """Each pair's place among those of its row, `[P]`, and how many the longest row has; `rows` ascend."""
+    counts = torch.bincount(rows, minlength=count)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(rows), device=rows.device) - starts[rows], int(counts.max())
+
+
+def similarities_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`[P]` float32: cosine of query `rows[p]` and bank vector `columns[p]`, to the bit for equal vectors."""
-    dim = queries.shape[1]
+    dim, device = queries.shape[1], queries.device
     # Vectors are scaled to a largest component of 2^bits, rounded: C products of 2^(2 bits) fit into 63 bits.
     bits = (62 - max(dim - 1, 0).bit_length()) // 2
     fixed = _fixed(queries, bits)
-    lengths = fixed.square().sum(1)
-    wide = torch.float32 if queries.device.type == "mps" else torch.float64
-    parts = []
-    for row, column in zip(*(pairs.split(max(1, _BLOCK // max(dim, 1))) for pairs in (rows, columns)), strict=True):
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    lengths = _dots(fixed, fixed).to(wide)
+    parts = [torch.empty(0, device=device, dtype=wide)]
+    step = max(1, _BLOCK.get(device.type, _LARGE_BLOCK) // max(dim, 1))
+    for row, column in zip(rows.split(step), columns.split(step), strict=True):
         other = _fixed(bank[column], bits)
-        squares = lengths[row].to(wide) * other.square().sum(1).to(wide)
-        parts.append((fixed[row] * other).sum(1).to(wide) / torch.where(squares > 0, squares, 1).sqrt())
+        squares = lengths[row] * _dots(other, other).to(wide)
+        parts.append(_dots(fixed[row], other).to(wide) / torch.where(squares > 0, squares, 1).sqrt())
     return torch.cat(parts).clamp(-1, 1).float()
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """`[n]` int64, the product of each two rows of `[n, C]` int64."""
+    if a.device.type == "cpu":
+        return torch.from_numpy(np.einsum("nc,nc->n", a.numpy(), b.numpy()))
+    return (a * b).sum(1)
 
 
 def _fixed(vectors: Tensor, bits: int) -> Tensor:
@@ -119,8 +284,10 @@ def _fixed(vectors: Tensor, bits: int) -> Tensor:
     if vectors.shape[1] == 0:
         return vectors.long()
     largest = vectors.abs().amax(1, keepdim=True)
-    scale = torch.where(_lengths(vectors)[:, None] > _ZERO, largest, torch.inf)
-    return (vectors / scale * 2.0**bits).round().long()
+    zero = largest <= _ZERO
+    if bool(zero.any()):
+        zero = _lengths(vectors)[:, None] <= _ZERO
+    return (vectors / largest.masked_fill_(zero, torch.inf)).mul_(2.0**bits).round_().long()
 
 
 def _lengths(vectors: Tensor) -> Tensor:

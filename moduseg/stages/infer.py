@@ -13,6 +13,7 @@ from moduseg.config import Config
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
 from moduseg.proposers import sa1b
+from moduseg.retrieval import indices
 from moduseg.retrieval.pipeline import assemble, label_proposals
 from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.runtime.weights import file_digest
@@ -56,11 +57,12 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             "centre": cfg.bank.centre,
             "shuffle_labels": cfg.bank.shuffle_labels,
             "outliers": plain(bank_settings["outliers"]) if cfg.bank.outliers.enabled else None,
-            "retrieval": plain(cfg.as_dict()["retrieval"]),
+            "retrieval": settings.key_parts(),
         },
     )
     device = work.device.torch_device
     bank = stored.for_search(cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels).to(device)
+    index = indices.build(bank.vectors, settings.engine, settings.storage)
 
     def load(image_id: str) -> tuple[str, Proposals, Tensor]:
         found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), dataset.image_size(image_id))
@@ -78,7 +80,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             labels, scores, _, _ = label_proposals(
                 pooled[keep].to(device),
                 bank.centre,
-                bank.vectors,
+                index,
                 bank.labels,
                 settings.top_k,
                 settings.vote_temperature,

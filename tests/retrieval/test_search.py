@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moduseg.retrieval.search import search
+from moduseg.retrieval import search as module
+from moduseg.retrieval.search import ExactIndex, search
 from tests import plain
 
 
@@ -46,6 +47,44 @@ def test_chunks_change_nothing(
     one_by_one = [search(query[None], bank, 25) for query in queries]
     assert torch.equal(whole[0], torch.cat([similarities for similarities, _ in one_by_one]))
     assert torch.equal(whole[1], torch.cat([indices for _, indices in one_by_one]))
+
+
+def test_an_index_serves_many_searches(device: torch.device, rng: np.random.Generator) -> None:
+    bank = torch.from_numpy(rng.normal(size=(90, 16)).astype(np.float32)).to(device)
+    index = ExactIndex(bank, query_chunk=3, bank_chunk=20)
+    for count in (1, 7):
+        queries = torch.from_numpy(rng.normal(size=(count, 16)).astype(np.float32)).to(device)
+        for ours, expected in zip(search(queries, index, 25), search(queries, bank, 25), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+@pytest.mark.parametrize("pending", [1, 40, 1 << 22])
+def test_any_order_of_the_bank_in_bounded_memory(
+    order: str, pending: int, device: torch.device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearest last: every chunk beats the floor of those before it. All equal: every vector is a candidate."""
+    monkeypatch.setattr(module, "_FIRST_CHUNK", 4)
+    monkeypatch.setattr(module, "_PENDING", pending)
+    angles = np.linspace(1.5, 0.1, 200) if order == "rising" else np.linspace(0.1, 1.5, 200)
+    angles = np.full(200, 0.3) if order == "equal" else angles
+    bank = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)).to(device)
+    queries = torch.tensor([[2.0, 0.0], [1.0, 0.01], [1.0, -1.0]], device=device)
+    longest = 0
+    cat = module._Candidates.cat.__func__  # type: ignore[attr-defined]
+
+    def watched(cls: type, parts: list[module._Candidates]) -> module._Candidates:
+        nonlocal longest
+        longest = max(longest, sum(len(part) for part in parts))
+        return cat(cls, parts)
+
+    monkeypatch.setattr(module._Candidates, "cat", classmethod(watched))
+    similarities, indices = search(queries, bank, 5, bank_chunk=16)
+    expected = range(199, 194, -1) if order == "rising" else range(5)
+    assert indices.tolist() == [list(expected)] * 3
+    assert (similarities[:, :1] >= similarities).all()
+    if pending < 1000:
+        assert longest <= pending + 3 * 5 + 3 * 16  # those waiting, the k best of them, one chunk
 
 
 @pytest.mark.parametrize("dim", [1, 3, 5, 37, 129, 1152])

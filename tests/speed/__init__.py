@@ -11,6 +11,7 @@ from tests.speed.common import Row, Setting
 FIGURES: dict[str, str] = {
     "steps": "tests.speed.steps:overlapping",
     "steps_disjoint": "tests.speed.steps:disjoint",
+    "search": "tests.speed.search:search",
     "purification": "tests.speed.purification:purification",
     "evaluation": "tests.speed.evaluation:evaluation",
 }

@@ -1,0 +1,65 @@
+"""The bank in faiss's flat index of inner products (Johnson et al., Billion-scale similarity search with GPUs)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moduseg.errors import MissingError
+from moduseg.retrieval.search import BankIndex, best_candidates
+
+_SLACK = 8
+"""Vectors asked for beyond k, so that rounding decides at the last places of a longer list."""
+_CHUNK = 65536
+
+
+class FaissIndex(BankIndex):
+    """`faiss.IndexFlatIP` on the CPU, or `GpuIndexFlatIP` where faiss has it.
+
+    It compares all vectors, in float32 with its own rounding. What it finds is computed again as `ExactIndex` does, so
+    that similarities and their order are the same; only where more than `_SLACK` vectors lie within a rounding error
+    of the k-th place may another of them be returned.
+
+    Args:
+        vectors: `[B, C]` float of any length.
+
+    Raises:
+        ValueError: not `[B, C]` of floats, or not finite.
+        MissingError: faiss is not installed.
+    """
+
+    name = "faiss"
+
+    def __init__(self, vectors: Tensor) -> None:
+        super().__init__(vectors)
+        try:
+            faiss: Any = importlib.import_module("faiss")
+        except ImportError as error:
+            raise MissingError(
+                "retrieval.engine: got 'faiss', which is not installed; pip install 'moduseg[faiss]', or set "
+                "retrieval.engine=exact"
+            ) from error
+        self._index: Any = faiss.IndexFlatIP(self.dim)
+        if vectors.device.type == "cuda" and hasattr(faiss, "GpuIndexFlatIP"):
+            self._index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), self.dim)
+        for part in vectors.split(_CHUNK) if len(vectors) else ():
+            self._index.add(_unit(part))
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        wanted = min(k + _SLACK, len(self))
+        _, found = self._index.search(_unit(queries), wanted)
+        columns = torch.from_numpy(found).to(queries.device).sort(1).values
+        rows = torch.arange(len(queries), device=queries.device)[:, None].expand_as(columns)
+        return best_candidates(queries, self.vectors, rows.flatten(), columns.flatten(), k)
+
+
+def _unit(vectors: Tensor) -> Any:
+    """`[n, C]` float32 array, L2-normalised."""
+    unit = functional.normalize(vectors.float(), dim=1)
+    if not bool(torch.isfinite(unit).all()):
+        raise ValueError("search: got NaN or infinity; check the backbone's precision")
+    return unit.cpu().contiguous().numpy()
