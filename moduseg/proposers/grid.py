@@ -9,8 +9,8 @@ chosen.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,52 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moduseg.errors import DataError
+from moduseg.proposers.grid_options import GridOptions
 from moduseg.structures import Proposals, Sample
 
 CHUNK_PIXELS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Pixels of full-size logits that are held at once, by device, 4 bytes each: what caches hold, or a share of a GPU."""
 EDGE = 20.0
 """A mask whose box comes this near to the border of a crop, in pixels, is cut off by it and goes."""
-
-
-@dataclass(frozen=True)
-class GridOptions:
-    """Options of `SamAutomaticMaskGenerator`, by its names; what they mean is said in `moduseg.proposers.sam`.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    points_per_side: int = 32
-    points_per_batch: int = 64
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    stability_score_offset: float = 1.0
-    box_nms_thresh: float = 0.7
-    crop_n_layers: int = 0
-    crop_nms_thresh: float = 0.7
-    crop_overlap_ratio: float = 512 / 1500
-    crop_n_points_downscale_factor: int = 1
-    min_mask_region_area: int = 0
-
-    def __post_init__(self) -> None:
-        limits = {
-            "points_per_side": (1, 1024),
-            "points_per_batch": (1, 1 << 20),
-            "stability_score_offset": (0, 100),
-            "crop_n_layers": (0, 5),
-            "crop_n_points_downscale_factor": (1, 64),
-            "min_mask_region_area": (0, 1 << 30),
-        }
-        for field in fields(self):
-            number, (low, high) = getattr(self, field.name), limits.get(field.name, (0, 1))
-            if not low <= number <= high:
-                raise ValueError(f"{field.name}: got {number}, expected {low} to {high}; leave it at the default")
-        if self.points_per_side // self.crop_n_points_downscale_factor**self.crop_n_layers < 1:
-            raise ValueError(
-                f"crop_n_points_downscale_factor: got {self.crop_n_points_downscale_factor}, which leaves no point in "
-                f"the last of {self.crop_n_layers} layers of crops; try 1 or a larger points_per_side"
-            )
 
 
 @dataclass(frozen=True)
@@ -112,6 +73,10 @@ class Promptable(ABC):
     def embed(self, image: np.ndarray) -> Embedded:
         """The embedding of an image, `[H, W, 3]` uint8 RGB."""
 
+    def embed_batch(self, images: Sequence[np.ndarray]) -> list[Embedded]:
+        """The embeddings of several images, which may differ in size; models that batch override it."""
+        return [self.embed(image) for image in images]
+
     @abstractmethod
     def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
         """The masks that foreground points give, in the order of the points, several a point.
@@ -145,7 +110,7 @@ class _Candidates:
 
 @dataclass(frozen=True)
 class _Crop:
-    """A crop `x0, y0, x1, y1` with its embedding and the masks found in it."""
+    """A crop `x0, y0, x1, y1`, its sizes (the features are let go) and the masks found in it."""
 
     box: tuple[int, int, int, int]
     embedded: Embedded
@@ -170,30 +135,57 @@ def check_thickness(sample: Sample, side: int) -> None:
         )
 
 
-@torch.no_grad()
 def generate(model: Promptable, image: np.ndarray, options: GridOptions) -> Proposals:
-    """All masks of an image.
+    """All masks of an image: `generate_batch` of one, its crops one after the other."""
+    return generate_batch(model, [image], options)[0]
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Promptable, images: Sequence[np.ndarray], options: GridOptions, images_per_batch: int = 1
+) -> list[Proposals]:
+    """All masks of several images.
 
     Args:
         model: the promptable model.
-        image: `[H, W, 3]` uint8 RGB.
+        images: `[H, W, 3]` uint8 RGB each.
         options: grid, crops and filters.
+        images_per_batch: images, or crops of them, that the model embeds together.
 
     Returns:
-        Non-empty masks on the CPU in descending predicted IoU (ties: those of smaller crops first).
+        For each image, non-empty masks on the CPU in descending predicted IoU (ties: those of smaller crops first).
     """
     from segment_anything.utils.amg import build_all_layer_point_grids, generate_crop_boxes
 
-    height, width = image.shape[:2]
     grids = build_all_layer_point_grids(
         options.points_per_side, options.crop_n_layers, options.crop_n_points_downscale_factor
     )
-    boxes, layers = generate_crop_boxes((height, width), options.crop_n_layers, options.crop_overlap_ratio)
-    crops = []
-    for (x0, y0, x1, y1), layer in zip(boxes, layers, strict=True):
-        embedded = model.embed(np.ascontiguousarray(image[y0:y1, x0:x1]))
-        found = _candidates(model, embedded, grids[layer], (x0, y0, x1, y1), (height, width), options)
-        crops.append(_Crop((x0, y0, x1, y1), embedded, found))
+    todo = [
+        (index, (x0, y0, x1, y1), layer)
+        for index, image in enumerate(images)
+        for (x0, y0, x1, y1), layer in zip(
+            *generate_crop_boxes(image.shape[:2], options.crop_n_layers, options.crop_overlap_ratio), strict=True
+        )
+    ]
+    crops: list[_Crop] = []
+    results: list[Proposals] = []
+    for start in range(0, len(todo), images_per_batch):
+        part = todo[start : start + images_per_batch]
+        views = [np.ascontiguousarray(images[index][y0:y1, x0:x1]) for index, (x0, y0, x1, y1), _ in part]
+        for (index, box, layer), embedded in zip(part, model.embed_batch(views), strict=True):
+            if index > len(results):
+                results.append(_assembled(model, images[index - 1].shape[:2], crops, options))
+                crops = []
+            found = _candidates(model, embedded, grids[layer], box, images[index].shape[:2], options)
+            crops.append(_Crop(box, replace(embedded, features=None), found))
+    if images:
+        results.append(_assembled(model, images[-1].shape[:2], crops, options))
+    return results
+
+
+def _assembled(model: Promptable, size: tuple[int, int], crops: list[_Crop], options: GridOptions) -> Proposals:
+    """The masks of one image, given those of its crops."""
+    height, width = size
     crops = _between_crops(crops, options.crop_nms_thresh)
     scores = torch.cat([crop.found.scores for crop in crops])
     stability = torch.cat([crop.found.stability for crop in crops])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moduseg.errors import ArtefactError, MissingError
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.grid import GridOptions, check_thickness, generate
+from moduseg.proposers.grid import check_thickness, generate_batch
+from moduseg.proposers.grid_options import GridOptions, check_images_per_batch
 from moduseg.proposers.sam_decoder import PackagedSam
 from moduseg.runtime.devices import Device
 from moduseg.runtime.download import fetch
@@ -67,6 +68,9 @@ class SamProposer(Proposer):
         seed: of `random` weights.
         engine: who runs the model and filters: `packaged` is `SamAutomaticMaskGenerator` itself, `grid` gives the same
             masks in a third of the time on a CPU (`moduseg.proposers.grid`).
+        images_per_batch: of `grid`, images or crops that share a pass of the image encoder; speed and memory, and the
+            last bits of the scores.
+        compile: of `grid`, have `torch.compile` translate the image encoder: minutes at the first image, then faster.
 
     Raises:
         ValueError: a value out of range.
@@ -90,6 +94,8 @@ class SamProposer(Proposer):
         min_mask_region_area: int = 0,
         seed: int = 0,
         engine: Literal["packaged", "grid"] = "packaged",
+        images_per_batch: int = 1,
+        compile: bool = False,
     ) -> None:
         if not checkpoint:
             raise ValueError("checkpoint: got an empty text, expected a path or random; try miniature/sam.safetensors")
@@ -111,7 +117,12 @@ class SamProposer(Proposer):
             min_mask_region_area,
         )
         self._device, self._name, self._checkpoint, self._seed = device, model, checkpoint, seed
-        self._engine = engine
+        if engine == "packaged" and (images_per_batch != 1 or compile):
+            raise ValueError(
+                f"engine: got 'packaged' with images_per_batch={images_per_batch}, compile={compile}, which are of "
+                "engine=grid; leave them out or set engine=grid"
+            )
+        self._engine, self._images_per_batch, self._compile = engine, check_images_per_batch(images_per_batch), compile
 
     @property
     def digest(self) -> str:
@@ -131,8 +142,7 @@ class SamProposer(Proposer):
             ArtefactError: it is of another model, or damaged.
         """
         if self._engine == "grid":
-            check_thickness(sample, self.promptable.side)
-            return generate(self.promptable, sample.image, self._options)
+            return self.propose_batch([sample])[0]
         check_thickness(sample, self.generator.predictor.transform.target_length)
         records = [r for r in self.generator.generate(np.ascontiguousarray(sample.image)) if r["segmentation"].any()]
         if not records:
@@ -144,6 +154,19 @@ class SamProposer(Proposer):
             torch.tensor([record["stability_score"] for record in records], dtype=torch.float32),
         )
 
+    def propose_batch(self, samples: Sequence[Sample]) -> list[Proposals]:
+        """`propose` of several images, which `engine=grid` embeds together.
+
+        Raises:
+            DataError, MissingError, ArtefactError: see `propose`.
+        """
+        if self._engine == "packaged":
+            return super().propose_batch(samples)
+        for sample in samples:
+            check_thickness(sample, self.promptable.side)
+        images = [sample.image for sample in samples]
+        return generate_batch(self.promptable, images, self._options, self._images_per_batch)
+
     @cached_property
     def promptable(self) -> PackagedSam:
         """The model of `engine=grid`; built on first use.
@@ -152,7 +175,7 @@ class SamProposer(Proposer):
             MissingError, ArtefactError: see `propose`.
         """
         sam = self._build().to(self._device.torch_device).requires_grad_(False)
-        return PackagedSam(sam, self._device)
+        return PackagedSam(sam, self._device, self._compile)
 
     @cached_property
     def generator(self) -> SamAutomaticMaskGenerator:

@@ -7,6 +7,7 @@ values and queries are projected once; masks are decoded only of points one of w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,12 +28,15 @@ class PackagedSam(Promptable):
     Args:
         sam: the model; the attention of its image encoder is replaced by one that computes the same.
         device: precision holds for the image encoder; prompts and masks stay in float32.
+        compiled: have `torch.compile` translate the image encoder, at its first pass.
     """
 
-    def __init__(self, sam: Sam, device: Device) -> None:
+    def __init__(self, sam: Sam, device: Device, compiled: bool = False) -> None:
         self._sam, self._device = sam, device
         for block in sam.image_encoder.blocks:
             block.attn = _Attention(block.attn)
+        if compiled:
+            sam.image_encoder.compile()
         self.threshold = sam.mask_threshold
 
     @property
@@ -45,14 +49,26 @@ class PackagedSam(Promptable):
         return int(self._sam.image_encoder.img_size)
 
     def embed(self, image: np.ndarray) -> Embedded:
+        return self.embed_batch([image])[0]
+
+    def embed_batch(self, images: Sequence[np.ndarray]) -> list[Embedded]:
+        """One pass of the image encoder: whatever their sizes, images are padded to one square."""
         from segment_anything.utils.transforms import ResizeLongestSide
 
-        resized = torch.from_numpy(ResizeLongestSide(self.side).apply_image(image)).to(self.device)
-        pixels = self._sam.preprocess(resized.permute(2, 0, 1)[None])
+        resize = ResizeLongestSide(self.side).apply_image
+        resized = [torch.from_numpy(resize(image)).to(self.device).permute(2, 0, 1) for image in images]
+        pixels = torch.cat([self._sam.preprocess(image[None]) for image in resized])
         with self._device.autocast():
-            features = self._sam.image_encoder(pixels)
-        size, input_size = (image.shape[0], image.shape[1]), (resized.shape[0], resized.shape[1])
-        return Embedded(features.float(), size, input_size, (self.side, self.side))
+            features = self._sam.image_encoder(pixels).float()
+        return [
+            Embedded(
+                features[row : row + 1],
+                (image.shape[0], image.shape[1]),
+                (small.shape[1], small.shape[2]),
+                (self.side, self.side),
+            )
+            for row, (image, small) in enumerate(zip(images, resized, strict=True))
+        ]
 
     def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
         prompts, decoder = self._sam.prompt_encoder, self._sam.mask_decoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.grid import Decoded, Embedded, GridOptions, Promptable, check_thickness, generate
+from moduseg.proposers.grid import Decoded, Embedded, Promptable, check_thickness, generate_batch
+from moduseg.proposers.grid_options import GridOptions, check_images_per_batch
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, longest_side, prepare
 from moduseg.runtime.devices import Device
 from moduseg.runtime.pretrained import Pretrained
@@ -41,7 +43,7 @@ class SamTransformersProposer(Proposer):
         revision: branch, tag or commit of a hub id.
         points_per_side, points_per_batch, pred_iou_thresh, stability_score_thresh, stability_score_offset,
             box_nms_thresh, crop_n_layers, crop_nms_thresh, crop_overlap_ratio, crop_n_points_downscale_factor,
-            min_mask_region_area: see `moduseg.proposers.sam.SamProposer`.
+            min_mask_region_area, images_per_batch, compile: see `moduseg.proposers.sam.SamProposer`.
 
     Raises:
         ValueError: a value out of range.
@@ -63,6 +65,8 @@ class SamTransformersProposer(Proposer):
         crop_overlap_ratio: float = 512 / 1500,
         crop_n_points_downscale_factor: int = 1,
         min_mask_region_area: int = 0,
+        images_per_batch: int = 1,
+        compile: bool = False,
     ) -> None:
         self._options = GridOptions(
             points_per_side,
@@ -77,7 +81,8 @@ class SamTransformersProposer(Proposer):
             crop_n_points_downscale_factor,
             min_mask_region_area,
         )
-        self._device = device
+        self._device, self._compile = device, compile
+        self._images_per_batch = check_images_per_batch(images_per_batch)
         self._source = Pretrained(weights, revision, "proposer.weights", "SAM")
 
     @property
@@ -98,9 +103,19 @@ class SamTransformersProposer(Proposer):
             MissingError: the model is not there and cannot be fetched.
             ArtefactError: it is another model, or damaged.
         """
+        return self.propose_batch([sample])[0]
+
+    def propose_batch(self, samples: Sequence[Sample]) -> list[Proposals]:
+        """`propose` of several images, embedded together.
+
+        Raises:
+            DataError, MissingError, ArtefactError: see `propose`.
+        """
         if not self.promptable.squash:
-            check_thickness(sample, self.promptable.side)
-        return generate(self.promptable, sample.image, self._options)
+            for sample in samples:
+                check_thickness(sample, self.promptable.side)
+        images = [sample.image for sample in samples]
+        return generate_batch(self.promptable, images, self._options, self._images_per_batch)
 
     @cached_property
     def promptable(self) -> HubSam:
@@ -123,7 +138,7 @@ class SamTransformersProposer(Proposer):
                 f"proposer.weights: transformers {transformers.__version__} has no {name}, which "
                 f"{self._source.weights} needs; upgrade it: pip install -U transformers"
             )
-        return HubSam(self._source.load(cls), self._device, self._source.preprocessor)
+        return HubSam(self._source.load(cls), self._device, self._source.preprocessor, self._compile)
 
 
 class HubSam(Promptable):
@@ -133,9 +148,10 @@ class HubSam(Promptable):
         model: a model of one of the classes in `CLASSES`, in evaluation mode.
         device: where it is moved to; precision holds for the image encoder.
         preprocessor: settings of its image processor: `image_mean` and `image_std`.
+        compiled: have `torch.compile` translate the image encoder, at its first pass.
     """
 
-    def __init__(self, model: Any, device: Device, preprocessor: dict[str, Any]) -> None:
+    def __init__(self, model: Any, device: Device, preprocessor: dict[str, Any], compiled: bool = False) -> None:
         self._model, self._device = model.to(device.torch_device), device
         self._name = type(model).__name__
         self.squash = self._name in SQUASHED
@@ -145,18 +161,31 @@ class HubSam(Promptable):
         self._std = preprocessor.get("image_std", own or IMAGENET_STD)
         if self._name == "SamHQModel":
             _use_the_attended_image(model.mask_decoder)
+        if compiled:
+            model.vision_encoder.compile()
 
     @property
     def device(self) -> torch.device:
         return self._device.torch_device
 
     def embed(self, image: np.ndarray) -> Embedded:
-        size, square = (image.shape[0], image.shape[1]), (self.side, self.side)
-        input_size = square if self.squash else longest_side(size, self.side)
-        pixels = prepare(image, input_size, square, self._mean, self._std, self.device)
+        return self.embed_batch([image])[0]
+
+    def embed_batch(self, images: Sequence[np.ndarray]) -> list[Embedded]:
+        """One pass of the image encoder: whatever their sizes, images are squashed or padded to one square."""
+        square = (self.side, self.side)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        inputs = [square if self.squash else longest_side(size, self.side) for size in sizes]
+        pixels = [
+            prepare(image, input_size, square, self._mean, self._std, self.device)
+            for image, input_size in zip(images, inputs, strict=True)
+        ]
         with self._device.autocast():
-            features = self._model.get_image_embeddings(pixels)
-        return Embedded(_to_float(features), size, input_size, None if self.squash else square)
+            features = _to_float(self._model.get_image_embeddings(torch.cat(pixels)))
+        return [
+            Embedded(_row(features, row), size, input_size, None if self.squash else square)
+            for row, (size, input_size) in enumerate(zip(sizes, inputs, strict=True))
+        ]
 
     def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
         features: dict[str, Any] = {"image_embeddings": embedded.features}
@@ -174,6 +203,13 @@ def _to_float(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_to_float(v) for v in value]
     return value.float()
+
+
+def _row(value: Any, row: int) -> Any:
+    """Of tensors `[B, ...]`, also inside lists, one image's: `[1, ...]`."""
+    if isinstance(value, list):
+        return [_row(v, row) for v in value]
+    return value[row : row + 1]
 
 
 def _use_the_attended_image(decoder: Any) -> None:

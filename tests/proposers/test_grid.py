@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from moduseg import datasets
 from moduseg.config import compose
 from moduseg.errors import DataError
 from moduseg.proposers import build, grid
-from moduseg.proposers.grid import Decoded, Embedded, GridOptions, Promptable, generate
+from moduseg.proposers.grid import Decoded, Embedded, Promptable, generate
+from moduseg.proposers.grid_options import GridOptions
 from moduseg.proposers.sam import SamProposer
+from moduseg.proposers.sam_decoder import PackagedSam
 from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
@@ -142,6 +144,70 @@ def test_lower_precision_is_for_the_encoder_only(device: torch.device) -> None:
     assert rough.scores.dtype == torch.float32
     assert not torch.equal(rough.scores, exact.scores)
     assert rough.scores.max().item() == pytest.approx(exact.scores.max().item(), abs=0.05)
+
+
+@pytest.mark.parametrize(("layers", "batches"), [(0, [2, 1]), (1, [2] * 7 + [1])])
+def test_images_and_crops_embedded_together(
+    layers: int, batches: list[int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several sizes, in batches that do not divide their number; with crops, in which images share batches."""
+    pictures = [sample(48, 64), sample(70, 40), *scenes(1)]
+    options = {**MINIATURE, "points_per_side": 6, "crop_n_layers": layers, "engine": "grid"}
+    seen: list[int] = []
+    embed_batch = PackagedSam.embed_batch
+
+    def watched(model: PackagedSam, images: Sequence[np.ndarray]) -> list[Embedded]:
+        seen.append(len(images))
+        return embed_batch(model, images)
+
+    alone = [SamProposer(Device(device), **options).propose(picture) for picture in pictures]
+    monkeypatch.setattr(PackagedSam, "embed_batch", watched)
+    together = SamProposer(Device(device), **options, images_per_batch=2)
+    found = together.propose_batch(pictures)
+    assert seen == batches
+    assert together.propose_batch([]) == []
+    for one, ours in zip(alone, found, strict=True):
+        assert ours.masks.shape == one.masks.shape
+        torch.testing.assert_close(ours.scores, one.scores, rtol=1e-4, atol=1e-5)
+        assert (ours.masks != one.masks).float().mean() < 1e-3
+
+
+def test_compiled_encoder(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as `torch.compile` traces it, run without a compiler: the same masks."""
+    traced = []
+
+    def run(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=run))
+    picture = sample(48, 64)
+    plain, compiled = (
+        SamProposer(Device(device), **OPEN, engine="grid", compile=value).propose(picture) for value in (False, True)
+    )
+    agree(compiled, plain)
+    assert traced
+
+
+@pytest.mark.slow
+def test_compiled_encoder_by_the_compiler(device: torch.device) -> None:
+    picture = scenes(1)[0]
+    compiled = SamProposer(Device(device), **{**MINIATURE, "engine": "grid", "compile": True})
+    assert compiled.promptable._sam.image_encoder._compiled_call_impl is not None
+    agree(compiled.propose(picture), SamProposer(Device(device), **MINIATURE).propose(picture))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"engine": "grid", "images_per_batch": 0}, "images_per_batch: got 0, expected 1 to 1024"),
+        ({"images_per_batch": 2}, "engine: got 'packaged' with images_per_batch=2"),
+        ({"compile": True}, "compile=True, which are of engine=grid"),
+    ],
+)
+def test_options_of_the_encoder(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        SamProposer(CPU, **OPEN, **options)
 
 
 # Each step against the code it replaces

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,35 @@ def test_batches_of_points(directory: str) -> None:
     split = SamTransformersProposer(CPU, directory, **OPEN, points_per_batch=3).propose(picture)
     torch.testing.assert_close(plain.scores, split.scores)
     assert (plain.masks == split.masks).float().mean() > 0.999
+
+
+def test_images_embedded_together(directory: str) -> None:
+    pictures = [sample(48, 64), sample(64, 40), sample(33, 33)]
+    options = {"name": "sam_transformers", "weights": directory, **OPEN}
+    together = build({**options, "images_per_batch": 2}, CPU).propose_batch(pictures)
+    for picture, ours in zip(pictures, together, strict=True):
+        alone = build(options, CPU).propose(picture)
+        assert ours.masks.shape == alone.masks.shape
+        torch.testing.assert_close(ours.scores, alone.scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sam", "sam2"])
+def test_compiled_encoder(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Traced as `torch.compile` traces it, run without a compiler: the same scores."""
+    traced = []
+
+    def run(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=run))
+    weights = tiny_models.save(tiny_models.build_sam(family), tmp_path)
+    plain, compiled = (
+        build({"name": "sam_transformers", "weights": weights, **OPEN, "compile": value}, CPU).propose(sample(48, 64))
+        for value in (False, True)
+    )
+    assert traced
+    torch.testing.assert_close(compiled.scores, plain.scores, rtol=1e-4, atol=1e-5)
 
 
 def test_lower_precision_is_for_the_encoder_only(directory: str, device: torch.device) -> None:
