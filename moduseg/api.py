@@ -16,14 +16,14 @@ import torch
 
 from moduseg import backbones, proposers
 from moduseg.backbones.base import Backbone
-from moduseg.bank.aggregation import aggregate, coverage, harden
+from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
 from moduseg.bank.store import Bank
 from moduseg.config import Config, from_hydra
 from moduseg.datasets.io import read_image
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
 from moduseg.retrieval import indices
-from moduseg.retrieval.pipeline import assemble, label_proposals
+from moduseg.retrieval.pipeline import assemble_proposals, label_proposals
 from moduseg.runtime.devices import Device, resolve_device
 from moduseg.structures import Prediction, Sample
 
@@ -103,7 +103,7 @@ class Segmenter:
         found = found.select((found.areas >= settings.min_area) & (found.scores >= settings.min_predicted_iou))
         found = found.to(where)
         tokens = self.backbone.tokens([pixels])[0]
-        weights = coverage(found.masks, tokens)
+        weights = proposal_coverage(found, tokens)
         if self.cfg.bank.aggregation == "hard":
             weights = harden(weights)
         pooled = aggregate(tokens.tokens, weights, normalize=False)
@@ -111,7 +111,7 @@ class Segmenter:
         labels, scores, neighbours, similarities = label_proposals(
             pooled, bank.centre, self._index, bank.labels, settings.top_k, settings.vote_temperature
         )
-        label_map, kept = assemble(found.masks, labels, scores, settings.nms_iou)
+        label_map, kept = assemble_proposals(found, labels, scores, settings.nms_iou)
         # Neighbours are rows of the stored bank, not of the filtered one.
         rows = (
             torch.where(neighbours >= 0, bank.rows[neighbours.clamp(min=0)], neighbours)

@@ -56,11 +56,15 @@ class Proposals:
         masks: `[N, H, W]` bool; they may overlap.
         scores: `[N]` float32, the proposer's own quality estimate (`predicted_iou`), 1 where it gives none.
         stability: `[N]` float32, `stability_score` of SAM, 1 where there is none.
+        id_map: `[H, W]` int32, the proposal that each pixel belongs to, -1 where there is none: the same masks, where
+            they are known to share no pixel; `None` where they overlap, or where nobody has looked. Made by
+            `of_id_map`.
     """
 
     masks: Tensor
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
     stability: Tensor = field(default_factory=lambda: torch.empty(0))
+    id_map: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.masks.ndim != 3 or self.masks.dtype != torch.bool:
@@ -74,6 +78,20 @@ class Proposals:
                 object.__setattr__(self, name, torch.ones(count, device=self.masks.device))
             elif values.shape != (count,):
                 raise ValueError(f"proposals: {name} is {tuple(values.shape)}, expected ({count},) as there are masks")
+        if self.id_map is not None and self.id_map.shape != self.masks.shape[1:]:
+            raise ValueError(
+                f"proposals: id_map is {tuple(self.id_map.shape)}, expected the masks' {tuple(self.masks.shape[1:])}"
+            )
+
+    @classmethod
+    def of_id_map(
+        cls, id_map: Tensor, count: int, scores: Tensor | None = None, stability: Tensor | None = None
+    ) -> Proposals:
+        """Disjoint masks: proposal `i` is where `id_map [H, W]`, integers below `count`, is `i`; scores as above."""
+        ids = id_map.to(torch.int32)
+        masks = ids == torch.arange(count, dtype=torch.int32, device=ids.device)[:, None, None]
+        none = torch.empty(0, device=ids.device)
+        return cls(masks, none if scores is None else scores, none if stability is None else stability, ids)
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -81,15 +99,36 @@ class Proposals:
     @property
     def areas(self) -> Tensor:
         """`[N]` int64, pixels in each mask."""
-        return self.masks.flatten(1).sum(1)
+        if self.id_map is not None:
+            ids = self.id_map.flatten().long() + 1
+            return torch.bincount(ids, minlength=len(self) + 1)[1:]
+        flat = self.masks.view(torch.uint8).flatten(1)
+        if flat.device.type != "cpu":
+            return flat.sum(1)
+        # Bytes hold sums of 255 pixels, and whole rows of them add up an order faster than wider integers.
+        pixels = flat.numpy()
+        columns = pixels.shape[1] // 255
+        sums = np.add.reduce(pixels[:, : 255 * columns].reshape(len(pixels), 255, columns), axis=1, dtype=np.uint8)
+        rest = pixels[:, 255 * columns :]
+        return torch.from_numpy(sums.sum(axis=1, dtype=np.int64) + rest.sum(axis=1, dtype=np.int64))
 
     def select(self, keep: Tensor) -> Proposals:
         """The proposals that `keep` (`[N]` bool or indices) names, all fields filtered together."""
-        return Proposals(self.masks[keep], self.scores[keep], self.stability[keep])
+        ids = None
+        if self.id_map is not None:
+            rows = torch.arange(len(self), device=self.masks.device)[keep]
+            if len(rows.unique()) == len(rows):  # a proposal named twice would overlap itself
+                # The last entry is that of no proposal, -1.
+                table = torch.full((len(self) + 1,), -1, dtype=torch.int32, device=rows.device)
+                table[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+                places = self.id_map.flatten() % (len(self) + 1)
+                ids = table.index_select(0, places).view_as(self.id_map)
+        return Proposals(self.masks[keep], self.scores[keep], self.stability[keep], ids)
 
     def to(self, device: torch.device) -> Proposals:
         """The same proposals on another device."""
-        return Proposals(self.masks.to(device), self.scores.to(device), self.stability.to(device))
+        ids = None if self.id_map is None else self.id_map.to(device)
+        return Proposals(self.masks.to(device), self.scores.to(device), self.stability.to(device), ids)
 
 
 @dataclass(frozen=True)

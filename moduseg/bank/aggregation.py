@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moduseg.structures import TokenMap
+from moduseg.structures import Proposals, TokenMap
 
 _BLOCK = 1 << 22
 """Mask pixels turned into floats at once: bounds the memory, and stays near the cache on a CPU."""
@@ -56,6 +56,26 @@ def coverage(masks: Tensor, token_map: TokenMap) -> Tensor:
     if tuple(token_map.input_size) == tuple(token_map.image_size):
         return _counted(masks, token_map.stride)
     return _shared_areas(masks, token_map.stride, token_map.input_size)
+
+
+def proposal_coverage(proposals: Proposals, token_map: TokenMap) -> Tensor:
+    """`coverage` of proposals; of disjoint ones at native size by one histogram, to the same bits.
+
+    Args:
+        proposals: at the size of the image, on any device.
+        token_map: see `coverage`.
+
+    Returns:
+        `[N, h, w]` float32 in [0, 1], on the device of the tokens.
+
+    Raises:
+        ValueError: the proposals are not of the image's size.
+    """
+    device = token_map.tokens.device
+    native = tuple(token_map.input_size) == tuple(token_map.image_size)
+    if proposals.id_map is None or not native or tuple(proposals.id_map.shape) != tuple(token_map.image_size):
+        return coverage(proposals.masks.to(device), token_map)
+    return id_map_coverage(proposals.id_map.to(device), len(proposals), token_map.stride)
 
 
 def id_map_coverage(id_map: Tensor, count: int, patch_size: int) -> Tensor:

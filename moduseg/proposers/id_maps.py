@@ -53,8 +53,9 @@ def read_id_map(path: Path, expected_size: tuple[int, int] | None = None) -> Pro
             f"{path}: {len(found)} regions of {height} x {width} pixels are more than the {MAX_MASK_PIXELS} pixels "
             "that fit in memory; keep fewer regions or a smaller image"
         )
-    masks = torch.from_numpy(ids) == torch.from_numpy(found)[:, None, None]
-    return Proposals(masks) if scores is None else Proposals(masks, _of_ids(scores, found, path))
+    places = np.searchsorted(found, ids)  # of an id that is none, that of the first proposal
+    numbered = torch.from_numpy(np.where(ids > 0, places, -1).astype(np.int32))
+    return Proposals.of_id_map(numbered, len(found), None if scores is None else _of_ids(scores, found, path))
 
 
 def _of_ids(scores: np.ndarray, ids: np.ndarray, path: Path) -> torch.Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moduseg.errors import DataError
-from moduseg.runtime.rle import checked_runs, polygon_runs
+from moduseg.runtime.rle import checked_runs, disjoint_ids, polygon_runs
 from moduseg.structures import Proposals
 
 MAX_PIXELS = 100_000_000
@@ -119,11 +119,15 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
         runs.append(_runs(annotation.get("segmentation"), size, at))
         scores.append(_score(annotation, "predicted_iou", at))
         stability.append(_score(annotation, "stability_score", at))
+    quality = torch.tensor(scores, dtype=torch.float32), torch.tensor(stability, dtype=torch.float32)
+    ids = disjoint_ids(runs, size)
+    if ids is not None:
+        return Proposals.of_id_map(torch.from_numpy(ids), len(runs), *quality)
     columns = np.zeros((len(runs), pixels), dtype=bool)
     for row, counts in zip(columns, runs, strict=True):
         row[:] = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     masks = torch.from_numpy(columns).view(len(runs), size[1], size[0]).transpose(1, 2).contiguous()
-    return Proposals(masks, torch.tensor(scores, dtype=torch.float32), torch.tensor(stability, dtype=torch.float32))
+    return Proposals(masks, *quality)
 
 
 def _parts(data: Any, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

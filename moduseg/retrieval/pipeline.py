@@ -17,6 +17,7 @@ from moduseg.retrieval.suppress import (
     suppress_packed,
 )
 from moduseg.retrieval.vote import vote
+from moduseg.structures import Proposals
 
 
 def label_proposals(
@@ -96,6 +97,25 @@ def assemble(masks: Tensor, labels: Tensor, scores: Tensor, nms_iou: float) -> t
     packed = PackedMasks.of(masks)  # once for both
     kept = suppress_packed(packed, labels, scores, nms_iou)
     return rasterize_packed(packed.select(kept.numpy()), labels[kept], scores[kept]), kept
+
+
+def assemble_proposals(proposals: Proposals, labels: Tensor, scores: Tensor, nms_iou: float) -> tuple[Tensor, Tensor]:
+    """`assemble` of proposals; of disjoint ones from their map, with the same result.
+
+    Args:
+        proposals: `N` of them; what is needed of them is moved to the device of the labels.
+        labels, scores, nms_iou: see `assemble`.
+
+    Returns:
+        See `assemble`.
+
+    Raises:
+        ValueError: see `assemble`.
+    """
+    if proposals.id_map is None:
+        return assemble(proposals.masks.to(labels.device), labels, scores, nms_iou)
+    check_threshold(nms_iou)
+    return assemble_id_map(proposals.id_map.to(labels.device), labels, scores)
 
 
 def assemble_id_map(id_map: Tensor, labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,35 @@ def checked_runs(counts: object, pixels: int) -> np.ndarray:
     return runs
 
 
+def disjoint_ids(runs: list[np.ndarray], size: tuple[int, int]) -> np.ndarray | None:
+    """One map for masks that share no pixel, decoded without a mask being filled in.
+
+    Args:
+        runs: of each mask, run lengths `[R]` int64 as `checked_runs` gives them, down the columns.
+        size: `(H, W)` of the image.
+
+    Returns:
+        `[H, W]` int32, the index of the mask that each pixel belongs to, -1 where there is none; `None` where two masks
+        share a pixel.
+    """
+    # Runs of ones are every second one: where they end, how long they are, whose they are.
+    lengths = np.concatenate([np.zeros(0, np.int64), *(counts[1::2] for counts in runs)])
+    ends = np.concatenate([np.zeros(0, np.int64), *(np.cumsum(counts)[1::2] for counts in runs)])
+    owners = np.repeat(np.arange(len(runs), dtype=np.int32), [len(counts) // 2 for counts in runs])
+    some = lengths > 0
+    order = np.argsort(ends[some], kind="stable")
+    lengths, ends, owners = lengths[some][order], ends[some][order], owners[some][order]
+    gaps = ends - lengths - np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)]
+    if (gaps < 0).any():
+        return None
+    values = np.full(2 * len(ends) + 1, -1, np.int32)
+    values[1::2] = owners
+    repeats = np.empty(len(values), np.int64)
+    repeats[:-1:2], repeats[1::2] = gaps, lengths
+    repeats[-1] = size[0] * size[1] - (ends[-1] if len(ends) else 0)
+    return np.ascontiguousarray(np.repeat(values, repeats).reshape(size[1], size[0]).T)
+
+
 def polygon_runs(polygons: list[Any], size: tuple[int, int]) -> np.ndarray:
     """Run lengths, `[R]` int64 from zeros on, of the union of polygons as pycocotools rasterises them.
 

@@ -14,7 +14,7 @@ from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
 from moduseg.proposers import sa1b
 from moduseg.retrieval import indices
-from moduseg.retrieval.pipeline import assemble, label_proposals
+from moduseg.retrieval.pipeline import assemble_proposals, label_proposals
 from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.runtime.weights import file_digest
 from moduseg.stages import build_bank, propose, queries
@@ -85,7 +85,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
                 settings.top_k,
                 settings.vote_temperature,
             )
-            label_map, _ = assemble(found.masks[keep].to(device), labels, scores, settings.nms_iou)
+            label_map, _ = assemble_proposals(found.select(keep), labels, scores, settings.nms_iou)
             files.append({safe_name(f"labels/{image_id}", ".png"): write_label_png(label_map.cpu().numpy())})
         return files
 

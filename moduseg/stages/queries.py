@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save as save_tensors
 
-from moduseg.bank.aggregation import aggregate, coverage, harden
+from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
 from moduseg.config import Config
 from moduseg.proposers import sa1b
 from moduseg.runtime.engine import Files, Loop, sizes
@@ -46,7 +46,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         maps = work.backbone.tokens([sample.image for sample, _ in items])
         files: list[Files] = []
         for (sample, found), tokens in zip(items, maps, strict=True):
-            weights = coverage(found.masks.to(tokens.tokens.device), tokens)
+            weights = proposal_coverage(found, tokens)
             if cfg.bank.aggregation == "hard":
                 weights = harden(weights)
             pooled = aggregate(tokens.tokens, weights, normalize=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
 from tests.proposers.test_sam import OPEN
+from tests.speed.models import matched
 
 MINIATURE = {k: v for k, v in compose(["proposer=sam_miniature"]).proposer.items() if k != "name"}
 
@@ -42,14 +41,6 @@ class TestContract(ProposerContract):
         masks = build({"name": "sam", "engine": "grid", **MINIATURE}, CPU).propose(picture).masks.numpy()
         truth = picture.semantic == 1
         assert max((m & truth).sum() / (m | truth).sum() for m in masks) > 0.8
-
-
-def matched(ours: Proposals, theirs: Proposals) -> tuple[float, float]:
-    """Share of their masks that ours match at IoU 0.98, and of ours that match none of theirs."""
-    a, b = (p.masks.flatten(1).float() for p in (ours, theirs))
-    shared = a @ b.T
-    good = shared / (a.sum(1)[:, None] + b.sum(1)[None] - shared) >= 0.98
-    return good.any(0).float().mean().item(), 1 - good.any(1).float().mean().item()
 
 
 def both(picture: Sample, options: dict[str, Any], device: torch.device) -> tuple[Proposals, Proposals]:
@@ -306,23 +297,3 @@ def test_masks_that_a_crop_cuts_off_go() -> None:
     corners = [(m.any(1).nonzero()[0].item(), m.any(0).nonzero()[0].item()) for m in proposals.masks]
     whole, crops = (17, 57, 97, 137, 177), (7, 27, 47, 67, 127, 147, 167, 187)
     assert sorted(corners) == sorted([*itertools.product(whole, whole), *itertools.product(crops, crops)])
-
-
-@pytest.mark.slow
-def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
-    """At least twice as fast as the packaged generator on the miniature, interleaved."""
-    pictures = scenes(12)
-    engines = {name: SamProposer(CPU, **{**MINIATURE, "engine": name}) for name in ("packaged", "grid")}
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for picture in [pictures[0], *pictures]:
-        for name, proposer in engines.items():
-            started = time.perf_counter()
-            proposer.propose(picture)
-            seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    ratio = medians["packaged"] / medians["grid"]
-    with capsys.disabled():
-        print(
-            f"\npackaged {medians['packaged']:.3f} s, grid {medians['grid']:.3f} s an image: {ratio:.2f} times as fast"
-        )
-    assert ratio >= 2

@@ -41,6 +41,22 @@ def test_reads_back_exactly(rng: np.random.Generator, device: torch.device, tmp_
         assert read.masks.is_contiguous()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (40, 33)])
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_disjoint_masks_come_with_a_map(size: tuple[int, int], count: int, rng: np.random.Generator) -> None:
+    ids = torch.from_numpy(rng.integers(-1, max(count, 1), size)).clamp(max=count - 1)
+    masks = ids == torch.arange(count + 2)[:, None, None]  # the last two are empty
+    found = sa1b.from_annotations(sa1b.to_annotations(Proposals(masks), "a"), None, "a")
+    assert torch.equal(found.masks, masks)
+    assert found.id_map is not None
+    assert torch.equal(found.id_map.long(), ids)
+    masks[count] = torch.zeros(size, dtype=torch.bool)
+    masks[count, -1, -1] = masks[count + 1, -1, -1] = True  # one pixel in two masks
+    overlapping = sa1b.from_annotations(sa1b.to_annotations(Proposals(masks), "a"), None, "a")
+    assert overlapping.id_map is None
+    assert torch.equal(overlapping.masks, masks)
+
+
 def test_fields_are_those_of_sa1b(rng: np.random.Generator) -> None:
     stored = random_proposals(rng)
     data = json.loads(sa1b.dump(sa1b.to_annotations(stored, "folder/a")))

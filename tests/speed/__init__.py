@@ -14,6 +14,9 @@ FIGURES: dict[str, str] = {
     "search": "tests.speed.search:search",
     "purification": "tests.speed.purification:purification",
     "evaluation": "tests.speed.evaluation:evaluation",
+    "sam_miniature": "tests.speed.models:sam_miniature",
+    "sam_vit_h": "tests.speed.models:sam_vit_h",
+    "inference": "tests.speed.models:inference",
 }
 """Name -> `module:function`, imported when it is measured; the function takes a `Setting` and returns its rows."""
 
