@@ -99,11 +99,12 @@ def id_map_coverage(id_map: Tensor, count: int, patch_size: int) -> Tensor:
         raise ValueError(f"count: got {count}, expected more than every id of the map; try its largest id + 1")
     height, width = id_map.shape
     rows, columns = _patches(height, patch_size), _patches(width, patch_size)
-    row = torch.arange(height, device=id_map.device) // patch_size
-    column = torch.arange(width, device=id_map.device) // patch_size
-    # Bin 0 of the ids collects the pixels of no mask.
-    ids = id_map.long().clamp(min=-1) + 1
-    bins = (ids * rows + row[:, None]) * columns + column
+    # Bin 0 of the ids collects the pixels of no mask. Half as wide numbers where they suffice.
+    narrow = (count + 1) * rows * columns < 1 << 31 and id_map.dtype == torch.int32
+    dtype = torch.int32 if narrow else torch.int64
+    row = torch.arange(height, device=id_map.device, dtype=dtype)[:, None] // patch_size * columns
+    column = torch.arange(width, device=id_map.device, dtype=dtype) // patch_size
+    bins = id_map.to(dtype).clamp(min=-1).add_(1).mul_(rows * columns).add_(row + column)
     counts = torch.bincount(bins.flatten(), minlength=(count + 1) * rows * columns)
     return counts.view(count + 1, rows, columns)[1:].float() / patch_size**2
 

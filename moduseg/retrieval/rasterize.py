@@ -73,7 +73,8 @@ def rasterize_id_map(id_map: Tensor, labels: Tensor) -> Tensor:
     """
     check_labels(labels)
     table = torch.cat((labels.new_zeros(1), labels)).to(torch.uint8)
-    return table.index_select(0, (id_map.long() + 1).clamp_(min=0).flatten()).view_as(id_map)
+    ids = id_map if id_map.dtype == torch.int32 else id_map.long()
+    return table.index_select(0, (ids + 1).clamp_(min=0).flatten()).view_as(id_map)
 
 
 def check_labels(labels: Tensor) -> None:

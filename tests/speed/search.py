@@ -55,7 +55,7 @@ def _row(count: int, bank_size: int, dim: int, setting: Setting) -> Row:
         "bare": lambda: bare(queries, bank, TOP_K),
         "ours": lambda: module.search(queries, index, TOP_K),
     }
-    repeats = setting.repeats if bank_size < 10**6 else max(1, min(3, setting.repeats))
+    repeats = setting.repeats if bank_size < 10**6 else max(1, min(3, setting.repeats // 2))
     times = interleave(ways, repeats, setting.device, warm_up=bank_size < 10**6)
     title = f"search: {count} queries, bank {bank_size:,} x {dim}, top {TOP_K}"
     sizes = {"bank_bytes": bank.nbytes, "bytes_beside_the_bank": more, "same_places": same}

@@ -106,7 +106,7 @@ def overlapping(setting: Setting) -> list[Row]:
 def disjoint(setting: Setting) -> list[Row]:
     """Thirty disjoint proposals: what EntitySeg, superpixels and maps of ids give."""
     height, width, dim = _size(setting)
-    ids = disjoint_ids(np.random.default_rng(0), 30, height, width)
+    ids = disjoint_ids(np.random.default_rng(0), 30, height, width).astype(np.int32)
     case = make_case(ids == np.arange(30)[:, None, None], dim)
     on_device = [
         torch.from_numpy(array).to(setting.device)
