@@ -64,8 +64,7 @@ def fast(pairs: list[tuple[Path, Path]], workers: int, boundary_width: float = 0
 
 
 def ways(pairs: list[tuple[Path, Path]]) -> dict[str, Callable[[], np.ndarray]]:
-    """Name -> what counts all pairs; decoding alone and stored counts show what the time goes into."""
-    stored = fast(pairs, 1).to_bytes()
+    """Name -> what counts all pairs; decoding alone shows what the time goes into."""
 
     def read_only() -> np.ndarray:
         for pair in pairs:
@@ -78,8 +77,6 @@ def ways(pairs: list[tuple[Path, Path]]) -> dict[str, Callable[[], np.ndarray]]:
         "one worker": lambda: fast(pairs, 1).matrix(),
         "two workers": lambda: fast(pairs, 2).matrix(),
         "decoding alone": read_only,
-        "one worker, with contours": lambda: fast(pairs, 1, 0.02).matrix(),
-        "from stored counts": lambda: SplitCounts.from_bytes(stored, "memory").matrix(),
     }
 
 
