@@ -58,10 +58,17 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             "shuffle_labels": cfg.bank.shuffle_labels,
             "outliers": plain(bank_settings["outliers"]) if cfg.bank.outliers.enabled else None,
             "retrieval": settings.key_parts(),
+            **(
+                {"images_per_class": [cfg.bank.images_per_class, cfg.bank.images_seed]}
+                if cfg.bank.images_per_class is not None
+                else {}
+            ),
         },
     )
     device = work.device.torch_device
-    bank = stored.for_search(cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels).to(device)
+    bank = stored.for_search(
+        cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels, cfg.bank.images_per_class, cfg.bank.images_seed
+    ).to(device)
     index = indices.build(bank.vectors, settings.engine, settings.storage)
 
     def load(image_id: str) -> tuple[str, Proposals, Tensor]:
