@@ -22,8 +22,7 @@ from moduseg.config import Config, from_hydra
 from moduseg.datasets.io import read_image
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
-from moduseg.retrieval import indices
-from moduseg.retrieval.pipeline import assemble_proposals, label_proposals
+from moduseg.retrieval.retriever import Retriever
 from moduseg.runtime.devices import Device, resolve_device
 from moduseg.structures import Prediction, Sample
 
@@ -45,15 +44,8 @@ class Segmenter:
     def __init__(self, bank: Bank, proposer: Proposer, backbone: Backbone, cfg: Config, device: Device) -> None:
         bank.check_fits(backbone.digest, backbone.dim, bank.classes)
         self.bank, self.proposer, self.backbone, self.cfg, self.device = bank, proposer, backbone, cfg, device
-        settings = cfg.bank
-        self._search = bank.for_search(
-            settings.centre,
-            settings.outliers,
-            settings.shuffle_labels,
-            settings.images_per_class,
-            settings.images_seed,
-        ).to(device.torch_device)
-        self._index = indices.build(self._search.vectors, cfg.retrieval.engine, cfg.retrieval.storage)
+        self._search = bank.configured(cfg.bank).to(device.torch_device)
+        self._retriever = Retriever(self._search.vectors, self._search.labels, self._search.centre, cfg.retrieval)
 
     @classmethod
     def from_bank(
@@ -113,10 +105,8 @@ class Segmenter:
             weights = harden(weights)
         pooled = aggregate(tokens.tokens, weights, normalize=False)
         bank = self._search
-        labels, scores, neighbours, similarities = label_proposals(
-            pooled, bank.centre, self._index, bank.labels, settings.top_k, settings.vote_temperature
-        )
-        label_map, kept = assemble_proposals(found, labels, scores, settings.nms_iou)
+        labels, scores, neighbours, similarities = self._retriever.label(pooled)
+        label_map, kept = self._retriever.assemble(found.masks, found.quality, pooled, labels, scores)
         # Neighbours are rows of the stored bank, not of the filtered one.
         rows = (
             torch.where(neighbours >= 0, bank.rows[neighbours.clamp(min=0)], neighbours)

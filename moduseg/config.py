@@ -63,10 +63,12 @@ class OutliersConfig:
 class BankConfig:
     """How the bank is made of pseudo masks and patch tokens.
 
-    `purify`, `min_area` and `aggregation` decide what is stored; the others are applied when the bank is read, so that
-    changing them runs no model. `images_per_class` keeps the vectors of that many images of each class, chosen by
-    `images_seed` (see `moduseg.bank.subset`). `shuffle_labels` is the control experiment of a table: the seed of a
-    permutation of the bank's labels, which leaves retrieval nothing to know.
+    `purify`, `min_area`, `aggregation` and `flips` (every training image's mirror image too) decide what is stored; the
+    others are applied when the bank is read, so that changing them runs no model. `images_per_class` keeps the vectors
+    of that many images of each class, chosen by `images_seed` (see `moduseg.bank.subset`), `classes` those of the named
+    classes and of the background; `prototypes` puts so many k-means centres of each class in place of its vectors (see
+    `moduseg.bank.prototypes`). `shuffle_labels` is the control experiment of a table: the seed of a permutation of the
+    bank's labels, which leaves retrieval nothing to know.
     """
 
     purify: PurifyConfig = field(default_factory=PurifyConfig)
@@ -77,8 +79,13 @@ class BankConfig:
     images_seed: int = 0
     shuffle_labels: int | None = None
     outliers: OutliersConfig = field(default_factory=OutliersConfig)
+    classes: tuple[str, ...] | None = None
+    prototypes: int | None = None
+    flips: bool = False
 
     def __post_init__(self) -> None:
+        if self.prototypes is not None:
+            _between("prototypes", self.prototypes, 1, 10**6, "null keeps every vector")
         _between("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
         if self.images_per_class is not None:
             _between("images_per_class", self.images_per_class, 1, 10**9, "null keeps every image")
@@ -88,6 +95,8 @@ class BankConfig:
 class RetrievalConfig:
     """Search, vote and suppression (METHOD, stage 2).
 
+    From `vote_temperature` to `selection` these are options beyond the paper: see `moduseg.retrieval.vote`, `.balance` and
+    `.selection`. `cap_top_k` lets no more neighbours vote than the smallest class of the bank has vectors.
     `engine` and `storage` of the bank's vectors are part of keys where they are not the default.
     """
 
@@ -96,6 +105,9 @@ class RetrievalConfig:
     min_area: int = 300
     min_predicted_iou: float = 0.0
     vote_temperature: float | None = None
+    vote_balance: Literal["none", "cap", "distance"] = "none"
+    cap_top_k: bool = False
+    selection: Literal["nms", "margin", "similarity"] = "nms"
     engine: Literal["exact", "faiss"] = "exact"
     storage: Literal["float32", "float16"] = "float32"
 
@@ -111,7 +123,13 @@ class RetrievalConfig:
 
     def key_parts(self) -> dict[str, Any]:
         """What of it decides a result: settings that came later are left out while they change nothing."""
-        unchanged = {"engine": "exact", "storage": "float32"}
+        unchanged = {
+            "vote_balance": "none",
+            "cap_top_k": False,
+            "selection": "nms",
+            "engine": "exact",
+            "storage": "float32",
+        }
         return {name: value for name, value in _plain(self).items() if unchanged.get(name, ...) != value}
 
 

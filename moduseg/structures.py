@@ -112,6 +112,11 @@ class Proposals:
         rest = pixels[:, 255 * columns :]
         return torch.from_numpy(sums.sum(axis=1, dtype=np.int64) + rest.sum(axis=1, dtype=np.int64))
 
+    @property
+    def quality(self) -> Tensor:
+        """`[N]` float32, how good the proposer holds each outline to be: `predicted_iou * stability_score`."""
+        return self.scores * self.stability
+
     def select(self, keep: Tensor) -> Proposals:
         """The proposals that `keep` (`[N]` bool or indices) names, all fields filtered together."""
         ids = None

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from moduseg.bank.outliers import nearest_to_centre
+from moduseg.bank.prototypes import class_prototypes
 from moduseg.bank.subset import rows_of_images_per_class
-from moduseg.config import OutliersConfig
-from moduseg.errors import ArtefactError
+from moduseg.config import BankConfig, OutliersConfig
+from moduseg.errors import ArtefactError, ConfigError
 from moduseg.runtime.artefacts import read_json, write_atomic, write_json
 
 _TENSORS = ("pooled", "labels", "image_index", "areas")
@@ -144,6 +145,36 @@ class Bank:
                 f"bank: made for {len(self.classes)} classes {_shorten(self.classes)}, expected {len(classes)} "
                 f"{_shorten(tuple(classes))}; use the bank's data set or build a bank for this one"
             )
+
+    def configured(self, settings: BankConfig) -> SearchBank:
+        """The bank to search: `for_search`, then the named classes alone, then prototypes.
+
+        Args:
+            settings: of these, what is applied when the bank is read.
+
+        Raises:
+            ConfigError: `classes` names one that the bank does not know.
+        """
+        found = self.for_search(
+            settings.centre,
+            settings.outliers,
+            settings.shuffle_labels,
+            settings.images_per_class,
+            settings.images_seed,
+        )
+        if settings.classes is not None:
+            unknown = [name for name in settings.classes if name not in self.classes]
+            if unknown:
+                raise ConfigError(
+                    f"bank.classes: got {', '.join(unknown)}, expected some of {', '.join(self.classes)}; try null"
+                )
+            wanted = torch.tensor([0, *(self.classes.index(name) for name in settings.classes)])
+            keep = torch.isin(found.labels, wanted.to(found.labels.device))
+            found = SearchBank(found.vectors[keep], found.labels[keep], found.rows[keep], found.centre)
+        if settings.prototypes is not None:
+            vectors, labels, members = class_prototypes(found.vectors, found.labels, settings.prototypes)
+            found = SearchBank(vectors, labels, found.rows[members], found.centre)
+        return found
 
     def for_search(
         self,

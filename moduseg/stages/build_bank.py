@@ -39,6 +39,8 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         "min_area": cfg.bank.min_area,
         "aggregation": cfg.bank.aggregation,
     }
+    if cfg.bank.flips:
+        bank_parts["flips"] = True
     artefact = work.artefact(
         "build_bank",
         f"{cfg.backbone['name']}-{work.train_split}",
@@ -59,11 +61,21 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             )
         return image_id, image, labels
 
+    def entry_of(labels: np.ndarray, tokens: TokenMap) -> dict[str, torch.Tensor]:
+        return image_vectors(torch.from_numpy(labels).to(tokens.tokens.device), tokens, cfg.bank)
+
     def process(items: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Files]:
         maps = work.backbone.tokens([image for _, image, _ in items])
         files: list[Files] = []
-        for (image_id, _, labels), tokens in zip(items, maps, strict=True):
-            entry = image_vectors(torch.from_numpy(labels).to(tokens.tokens.device), tokens, cfg.bank)
+        entries = [entry_of(labels, tokens) for (_, _, labels), tokens in zip(items, maps, strict=True)]
+        if cfg.bank.flips:
+            maps = work.backbone.tokens([np.ascontiguousarray(image[:, ::-1]) for _, image, _ in items])
+            mirrored = [entry_of(labels[:, ::-1].copy(), t) for (_, _, labels), t in zip(items, maps, strict=True)]
+            entries = [
+                {name: torch.cat((own[name], other[name])) for name in own}
+                for own, other in zip(entries, mirrored, strict=True)
+            ]
+        for (image_id, _, _), entry in zip(items, entries, strict=True):
             stored = {name: tensor.cpu().contiguous() for name, tensor in entry.items()}
             files.append({safe_name(f"vectors/{image_id}", ".safetensors"): save_tensors(stored)})
         return files

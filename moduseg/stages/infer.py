@@ -13,8 +13,7 @@ from moduseg.config import Config
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
 from moduseg.proposers import sa1b
-from moduseg.retrieval import indices
-from moduseg.retrieval.pipeline import assemble_proposals, label_proposals
+from moduseg.retrieval.retriever import Retriever
 from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.runtime.weights import file_digest
 from moduseg.stages import build_bank, propose, queries
@@ -63,13 +62,12 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
                 if cfg.bank.images_per_class is not None
                 else {}
             ),
+            **{n: bank_settings[n] for n in ("classes", "prototypes") if bank_settings[n] is not None},
         },
     )
     device = work.device.torch_device
-    bank = stored.for_search(
-        cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels, cfg.bank.images_per_class, cfg.bank.images_seed
-    ).to(device)
-    index = indices.build(bank.vectors, settings.engine, settings.storage)
+    bank = stored.configured(cfg.bank).to(device)
+    retriever = Retriever(bank.vectors, bank.labels, bank.centre, settings)
 
     def load(image_id: str) -> tuple[str, Proposals, Tensor]:
         found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), dataset.image_size(image_id))
@@ -84,15 +82,9 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         files: list[Files] = []
         for image_id, found, pooled in items:
             keep = (found.areas >= settings.min_area) & (found.scores >= settings.min_predicted_iou)
-            labels, scores, _, _ = label_proposals(
-                pooled[keep].to(device),
-                bank.centre,
-                index,
-                bank.labels,
-                settings.top_k,
-                settings.vote_temperature,
-            )
-            label_map, _ = assemble_proposals(found.select(keep), labels, scores, settings.nms_iou)
+            found, pooled = found.select(keep).to(device), pooled[keep].to(device)
+            labels, scores, _, _ = retriever.label(pooled)
+            label_map, _ = retriever.assemble(found.masks, found.quality, pooled, labels, scores)
             files.append({safe_name(f"labels/{image_id}", ".png"): write_label_png(label_map.cpu().numpy())})
         return files
 

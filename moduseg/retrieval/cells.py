@@ -1,0 +1,82 @@
+"""Overlapping masks as a partition of the image: pixels that the same masks cover form a cell.
+
+There are a few dozen cells where there are thousands of pixels, so whatever asks for overlaps or paints label maps
+again and again asks the cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BITS = 36
+"""Masks between two renumberings: a cell number (below 2^27 pixels) and as many bits fit into 63."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of one image; pixels of one cell are also alike in `values`, where these were given.
+
+    Attributes:
+        cover: `[U, N]` bool, whether a mask holds the cell.
+        sizes: `[U]` int64, pixels of each cell.
+        values: `[U]` int64, see `of`; zeros where left out.
+    """
+
+    cover: np.ndarray
+    sizes: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, masks: Tensor, values: Tensor | None = None) -> Cells:
+        """Partition an image.
+
+        Args:
+            masks: `[N, H, W]` bool on any device.
+            values: `[H, W]` integers 0..255 that split cells further (the truth, to be counted against).
+
+        Raises:
+            ValueError: `masks` is not `[N, H, W]` bool, or `values` of another size.
+        """
+        if masks.ndim != 3 or masks.dtype != torch.bool:
+            raise ValueError(f"masks: got {tuple(masks.shape)} {masks.dtype}, expected [N, H, W] bool")
+        if values is not None and values.shape != masks.shape[1:]:
+            raise ValueError(f"values: got {tuple(values.shape)}, expected the masks' {tuple(masks.shape[1:])}")
+        pixels = masks.flatten(1)
+        code = torch.zeros(pixels.shape[1], dtype=torch.int64, device=masks.device)
+        if values is not None:
+            code = values.flatten().to(masks.device).long()
+        for start in range(0, max(len(pixels), 1), _BITS):
+            for mask in pixels[start : start + _BITS]:
+                code = code * 2 + mask
+            code = code.unique(return_inverse=True)[1]
+        sizes = torch.bincount(code)
+        # Any pixel of a cell stands for it.
+        place = torch.zeros(len(sizes), dtype=torch.int64, device=masks.device)
+        place[code] = torch.arange(len(code), device=masks.device)
+        value = place.new_zeros(len(sizes)) if values is None else values.flatten().to(masks.device).long()[place]
+        return cls(pixels[:, place].T.cpu().numpy(), sizes.cpu().numpy(), value.cpu().numpy())
+
+    @cached_property
+    def shared(self) -> np.ndarray:
+        """`[N, N]` int64: pixels that each two masks share; areas on the diagonal."""
+        # Counts below 2^53 are exact in float64, whatever the order of the sums.
+        cover = self.cover.astype(np.float64)
+        return (cover.T @ (cover * self.sizes[:, None])).astype(np.int64)
+
+    def paint(self, order: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """`[U]` int64: the label of the first mask of `order` that holds the cell and is not background, else 0.
+
+        Args:
+            order: `[K]` indices of masks.
+            labels: `[N]` integers, 0 background.
+        """
+        order = order[labels[order] > 0]
+        if not len(order):
+            return np.zeros(len(self.sizes), dtype=np.int64)
+        hit = self.cover[:, order]
+        return np.where(hit.any(1), labels[order][hit.argmax(1)], 0)

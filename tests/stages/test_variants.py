@@ -1,0 +1,134 @@
+"""Options of bank and retrieval inside a run: keys, what is stored, what runs no model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moduseg import Segmenter
+from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.bank.store import Bank
+from moduseg.config import compose
+from moduseg.datasets.io import read_label_png
+from moduseg.proposers.ground_truth import GroundTruthProposer
+from moduseg.stages import build_bank, infer, pseudo_masks, queries
+from moduseg.stages.build_bank import image_vectors
+from moduseg.stages.common import Workspace
+from tests.stages.helpers import overrides
+
+OPTIONS = (
+    "retrieval.vote_balance=cap",
+    "retrieval.vote_balance=distance",
+    "retrieval.cap_top_k=true",
+    "retrieval.selection=margin",
+    "retrieval.selection=similarity",
+    "bank.prototypes=2",
+    "bank.classes=[red disc]",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of a default run."""
+    outputs = tmp_path_factory.mktemp("variants")
+    infer.run(compose(overrides(outputs, train=12, val=4)))
+    return outputs
+
+
+def manifest(path: Path) -> dict[str, object]:
+    content = json.loads((path / "manifest.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def test_options_that_are_off_are_no_part_of_keys(finished: Path) -> None:
+    """Results made before there were these options keep their folders."""
+    cfg = compose(overrides(finished, train=12, val=4))
+    parts = manifest(infer.run(cfg))["parts"]
+    assert isinstance(parts, dict)
+    assert parts["retrieval"].keys() == {"top_k", "nms_iou", "min_area", "min_predicted_iou", "vote_temperature"}
+    assert not {"prototypes", "classes", "images_per_class"} & parts.keys()
+    stored = manifest(build_bank.run(cfg))["parts"]
+    assert isinstance(stored, dict)
+    assert stored["bank"].keys() == {"purify", "min_area", "aggregation"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_changes_the_result_and_runs_no_model(
+    option: str, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bank vectors are stored before filters and options, proposal vectors are cached: only `infer` runs anew."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model ran")
+
+    default = compose(overrides(finished, train=12, val=4))
+    bank, vectors, result = build_bank.run(default), queries.run(default), infer.run(default)
+    monkeypatch.setattr(TimmBackbone, "tokens", refuse)
+    monkeypatch.setattr(GroundTruthProposer, "propose", refuse)
+    changed = compose(overrides(finished, option, "bank.outliers.drop_ratio=0.5", train=12, val=4))
+    assert build_bank.run(changed) == bank
+    assert queries.run(changed) == vectors
+    path = infer.run(changed)
+    assert path != result
+    assert manifest(path)["failures"] == 0
+    assert json.loads((path / "results.json").read_text())["images"] == 4
+
+
+def test_what_is_stored_is_before_the_filter(finished: Path) -> None:
+    """One vector for each image and class of the pseudo masks, however many the filter drops when the bank is read."""
+    cfg = compose(overrides(finished, "bank.outliers.drop_ratio=0.9", train=12, val=4))
+    bank = Bank.load(build_bank.run(cfg))
+    masks = pseudo_masks.run(cfg)
+    work = Workspace(cfg)
+    expected = 0
+    for image_id in work.dataset("train").ids:
+        image = work.dataset("train").load(image_id).image
+        labels = torch.from_numpy(read_label_png(masks / f"labels/{image_id}.png"))
+        entry = image_vectors(labels, work.backbone.tokens([image])[0], cfg.bank)
+        rows = bank.image_index == bank.image_ids.index(image_id)
+        torch.testing.assert_close(bank.pooled[rows], entry["pooled"])
+        expected += len(entry["labels"])
+    assert len(bank) == expected
+    assert len(bank.configured(cfg.bank).vectors) < expected
+    assert len(list((queries.run(cfg) / "vectors").iterdir())) == 4
+
+
+def test_flips_add_the_vectors_of_mirror_images(finished: Path) -> None:
+    default = compose(overrides(finished, train=12, val=4))
+    cfg = compose(overrides(finished, "bank.flips=true", train=12, val=4))
+    plain, flipped = (Bank.load(build_bank.run(c)) for c in (default, cfg))
+    work, masks = Workspace(cfg), pseudo_masks.run(cfg)
+    assert len(flipped) == 2 * len(plain)
+    for index, image_id in enumerate(plain.image_ids):
+        image = np.ascontiguousarray(work.dataset("train").load(image_id).image[:, ::-1])
+        labels = torch.from_numpy(read_label_png(masks / f"labels/{image_id}.png")[:, ::-1].copy())
+        mirrored = image_vectors(labels, work.backbone.tokens([image])[0], cfg.bank)
+        own, both = plain.image_index == index, flipped.image_index == index
+        torch.testing.assert_close(flipped.pooled[both], torch.cat((plain.pooled[own], mirrored["pooled"])))
+        assert flipped.labels[both].tolist() == plain.labels[own].tolist() + mirrored["labels"].tolist()
+    assert not torch.allclose(flipped.pooled[: len(plain)], plain.pooled)
+    assert infer.run(cfg) != infer.run(default)
+
+
+@pytest.mark.parametrize("option", ["retrieval.selection=margin", "retrieval.vote_balance=cap", "bank.prototypes=3"])
+def test_the_api_follows_the_options(option: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    arguments = overrides(
+        tmp_path / "copy", "proposer=superpixels", option, "retrieval.top_k=4", train=12, val=4, world=finished
+    )
+    cfg = compose(arguments)
+    path = infer.run(cfg)
+    values = cfg.as_dict()
+    segmenter = Segmenter.from_bank(
+        build_bank.run(cfg), device="cpu", overrides={n: values[n] for n in ("proposer", "bank", "retrieval")}
+    )
+    prediction = segmenter.predict(finished / "world-12-4" / "JPEGImages" / "val_00002.png")
+    assert np.array_equal(prediction.label_map, read_label_png(path / "labels" / "val_00002.png"))
+    named = {segmenter.describe(int(row))["label"] for row in prediction.neighbours[0]}
+    assert named <= set(segmenter.classes)
