@@ -18,7 +18,7 @@ STAGES = ("propose", "pseudo_masks", "build_bank", "infer", "evaluate")
 """The stages, in the order of the data."""
 TOOLS = ("prepare_data", "check_data")
 """What is run on a data set before the stages."""
-COMMANDS = (*STAGES, *TOOLS, "voc_package", "ablate", "compare")
+COMMANDS = (*STAGES, *TOOLS, "voc_package", "ablate", "sweep", "compare")
 
 
 def entry() -> None:
@@ -29,6 +29,8 @@ def entry() -> None:
     command = sys.argv.pop(1)
     if command == "ablate":
         main_table()
+    elif command == "sweep":
+        main_sweep()
     elif command == "compare":
         main_compare()
     else:
@@ -60,6 +62,20 @@ def main_table() -> None:
 
     def job() -> int:
         print(ablate.run(names[-1] if names else "", overrides).read_text(encoding="utf-8"))
+        return 0
+
+    sys.exit(guard(job))
+
+
+def main_sweep() -> None:
+    """Score the grid that `sys.argv` spans, see `moduseg.stages.sweep`, and exit."""
+    from moduseg.stages import sweep
+
+    _log_to_stdout(logging.WARNING)
+
+    def job() -> int:
+        path = sweep.run(sys.argv[1:])
+        print((path / "sweep.md").read_text(encoding="utf-8") + f"\nsweep -> {path}")
         return 0
 
     sys.exit(guard(job))

@@ -68,6 +68,28 @@ class Cells:
         cover = self.cover.astype(np.float64)
         return (cover.T @ (cover * self.sizes[:, None])).astype(np.int64)
 
+    @cached_property
+    def ious(self) -> np.ndarray:
+        """`[N, N]` float64: intersection over union of each two masks, 0 where both are empty."""
+        areas = self.shared.diagonal()
+        return self.shared / np.maximum(areas[:, None] + areas - self.shared, 1)
+
+    def suppress(self, order: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
+        """Those of `order` that `moduseg.retrieval.suppress.suppress` keeps, in this order.
+
+        Args:
+            order: `[K]` indices of masks, best first.
+            labels: `[N]` integers.
+            iou_threshold: in [0, 1].
+        """
+        beaten = np.zeros(len(labels), dtype=bool)
+        kept = []
+        for index in order:
+            if not beaten[index]:
+                kept.append(index)
+                beaten |= (labels == labels[index]) & (self.ious[index] > iou_threshold)
+        return np.array(kept, dtype=np.int64)
+
     def paint(self, order: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """`[U]` int64: the label of the first mask of `order` that holds the cell and is not background, else 0.
 
