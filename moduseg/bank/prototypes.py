@@ -53,7 +53,7 @@ def class_prototypes(vectors: Tensor, labels: Tensor, count: int) -> tuple[Tenso
 def _k_means(vectors: Tensor, count: int) -> Tensor:
     """`[count, C]` float32 unit vectors."""
     from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     with threadpool_limits(limits=1):  # the order of sums follows the number of threads
         found = KMeans(count, n_init=_STARTS, random_state=_SEED).fit(vectors.double().cpu().numpy())

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moduseg.retrieval.search import search
+from moduseg.retrieval.search import ExactIndex, search
 
 Balance = Literal["none", "cap", "distance"]
 
@@ -33,28 +33,46 @@ class Candidates:
     labels: Tensor
 
 
-def class_candidates(queries: Tensor, bank_vectors: Tensor, bank_labels: Tensor, depth: int) -> Candidates:
-    """The `min(depth, n)` nearest of the `n` vectors of each class.
+class ClassIndex:
+    """A bank made ready for searches in each class by itself; exact.
 
     Args:
-        queries: `[N, C]` float, see `moduseg.retrieval.search.search`.
-        bank_vectors: `[B, C]` float.
-        bank_labels: `[B]` integers.
-        depth: vectors wanted of each class, 1 or more.
+        vectors: `[B, C]` float.
+        labels: `[B]` integers.
 
     Raises:
-        ValueError: see `search`.
+        ValueError: vectors that cannot be searched, see `ExactIndex`.
     """
-    similarities = [queries.new_empty((len(queries), 0), dtype=torch.float32)]
-    indices = [bank_labels.new_empty((len(queries), 0), dtype=torch.int64)]
-    labels = [bank_labels.new_empty(0, dtype=torch.int64)]
-    for label in bank_labels.unique():
-        rows = (bank_labels == label).nonzero()[:, 0]
-        near, which = search(queries, bank_vectors[rows], depth)
-        similarities.append(near)
-        indices.append(rows[which])
-        labels.append(label.long().expand(near.shape[1]))
-    return Candidates(torch.cat(similarities, 1), torch.cat(indices, 1), torch.cat(labels))
+
+    def __init__(self, vectors: Tensor, labels: Tensor) -> None:
+        self._rows = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+        self._labels = [labels[rows[0]].long() for rows in self._rows]
+        self._parts = [ExactIndex(vectors[rows]) for rows in self._rows]
+
+    def nearest(self, queries: Tensor, depth: int) -> Candidates:
+        """The `min(depth, n)` nearest of the `n` vectors of each class.
+
+        Args:
+            queries: `[N, C]` float, see `moduseg.retrieval.search.search`.
+            depth: vectors wanted of each class, 1 or more.
+
+        Raises:
+            ValueError: see `search`.
+        """
+        similarities = [queries.new_empty((len(queries), 0), dtype=torch.float32)]
+        indices = [queries.new_empty((len(queries), 0), dtype=torch.int64)]
+        labels = [queries.new_empty(0, dtype=torch.int64)]
+        for part, rows, label in zip(self._parts, self._rows, self._labels, strict=True):
+            near, which = search(queries, part, depth)
+            similarities.append(near)
+            indices.append(rows[which])
+            labels.append(label.expand(near.shape[1]))
+        return Candidates(torch.cat(similarities, 1), torch.cat(indices, 1), torch.cat(labels))
+
+
+def class_candidates(queries: Tensor, bank_vectors: Tensor, bank_labels: Tensor, depth: int) -> Candidates:
+    """`ClassIndex.nearest` of a bank that is searched once."""
+    return ClassIndex(bank_vectors, bank_labels).nearest(queries, depth)
 
 
 def balanced(

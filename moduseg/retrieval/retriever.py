@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moduseg.config import RetrievalConfig
 from moduseg.retrieval import indices
-from moduseg.retrieval.balance import balanced, class_candidates, class_spreads, smallest_class
+from moduseg.retrieval.balance import ClassIndex, balanced, class_spreads, smallest_class
 from moduseg.retrieval.pipeline import assemble, label_proposals
 from moduseg.retrieval.selection import NEAREST, assemble_selected, margins, similarity_certainty, worth
 from moduseg.retrieval.vote import vote
@@ -52,7 +52,7 @@ class Retriever:
         )
         found = (pooled != 0).any(1).nonzero()[:, 0]
         if len(found) and len(self._vectors):
-            candidates = class_candidates(self._queries(pooled[found]), self._vectors, self._labels, self.top_k)
+            candidates = self._classes.nearest(self._queries(pooled[found]), self.top_k)
             near, which = balanced(candidates, self.top_k, settings.vote_balance, self._spreads)
             neighbours = neighbours.new_full((len(pooled), near.shape[1]), -1)
             similarities = similarities.new_zeros((len(pooled), near.shape[1]))
@@ -82,12 +82,16 @@ class Retriever:
     def _margins(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """`[N]` float64: see `margins`; 0 for a proposal without a vector."""
         found = (pooled != 0).any(1).nonzero()[:, 0]
-        candidates = class_candidates(self._queries(pooled[found]), self._vectors, self._labels, NEAREST)
+        candidates = self._classes.nearest(self._queries(pooled[found]), NEAREST)
         sure = margins(candidates, labels[found])
         return torch.zeros(len(pooled), dtype=sure.dtype, device=sure.device).index_put((found,), sure)
 
     def _queries(self, pooled: Tensor) -> Tensor:
         return pooled if self._centre is None else pooled - self._centre
+
+    @cached_property
+    def _classes(self) -> ClassIndex:
+        return ClassIndex(self._vectors, self._labels)
 
     @cached_property
     def _spreads(self) -> Tensor:

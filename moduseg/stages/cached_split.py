@@ -22,9 +22,10 @@ from moduseg.bank.store import Bank, SearchBank
 from moduseg.config import BankConfig, Config, RetrievalConfig
 from moduseg.errors import ConfigError, DataError
 from moduseg.proposers import sa1b
+from moduseg.retrieval import indices
 from moduseg.retrieval.balance import Candidates, balanced, class_candidates, class_spreads, smallest_class
 from moduseg.retrieval.cells import Cells
-from moduseg.retrieval.search import search
+from moduseg.retrieval.search import BankIndex, search
 from moduseg.retrieval.selection import NEAREST, margins, select, similarity_certainty, worth
 from moduseg.retrieval.vote import vote
 from moduseg.runtime.artefacts import canonical_json
@@ -51,7 +52,7 @@ class CachedSplit:
 
     Args:
         cfg: the run; stages that are not complete are run first.
-        settings: what will be asked: the search goes as deep as the largest `top_k` needs.
+        settings: what will be asked: the search goes as deep as the largest `top_k` needs, with `cfg`'s engine.
         held_out: whether an image's neighbours may not come from the image itself: for the training split, whose
             images the bank is made of. The mean and the outlier filter of the bank still know the image.
 
@@ -70,7 +71,7 @@ class CachedSplit:
         bank_path, vectors, proposals = build_bank.run(cfg, work), queries.run(cfg, work), propose.run(cfg, work)
         self.inputs = {"build_bank": bank_path, "queries": vectors, "propose": proposals}
         self.bank = Bank.load(bank_path)
-        self._device, self._held_out = work.device.torch_device, held_out
+        self._device, self._held_out, self._rules = work.device.torch_device, held_out, cfg.retrieval
         self._top_k = max(s.top_k for s in settings)
         self._readings: dict[str, _Reading] = {}
         self._labelled: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
@@ -172,7 +173,8 @@ class CachedSplit:
             if self._held_out:
                 index = self.bank.image_index.to(self._device)[found.rows]
                 image_of = (self._image_of[self._has_vector], index)
-            self._readings[name] = _Reading(name, found, queries, self._top_k, image_of)
+            index = indices.build(found.vectors, self._rules.engine, self._rules.storage)
+            self._readings[name] = _Reading(name, found, index, queries, self._top_k, image_of)
         return self._readings[name]
 
     def _truth(self, image_id: str) -> np.ndarray | None:
@@ -195,6 +197,7 @@ class _Reading:
     Attributes:
         name: of the way.
         bank: what is searched.
+        index: its vectors, made ready.
         queries: `[F, C]`, centred like the bank.
         top_k: how deep a search goes at most.
         image_of: the image of each query and of each vector, where those of one image may not meet.
@@ -202,6 +205,7 @@ class _Reading:
 
     name: str
     bank: SearchBank
+    index: BankIndex
     queries: Tensor
     top_k: int
     image_of: tuple[Tensor, Tensor] | None
@@ -235,7 +239,7 @@ class _Reading:
 
     @cached_property
     def _nearest(self) -> tuple[Tensor, Tensor]:
-        return search(self.queries, self.bank.vectors, self.top_k)
+        return search(self.queries, self.index, self.top_k)
 
     @cached_property
     def _spreads(self) -> Tensor:

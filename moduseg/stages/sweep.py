@@ -36,7 +36,7 @@ from moduseg.stages.common import Workspace, log, plain
 STORED = ("purify", "min_area", "aggregation", "flips", "outliers")
 """Keys of `bank` that decide what is stored; `outliers` is swept key by key."""
 KEYS = (
-    *(f"retrieval.{f.name}" for f in fields(RetrievalConfig)),
+    *(f"retrieval.{f.name}" for f in fields(RetrievalConfig) if f.name not in ("engine", "storage")),
     *(f"bank.{f.name}" for f in fields(BankConfig) if f.name not in STORED),
     *(f"bank.outliers.{f.name}" for f in fields(OutliersConfig)),
 )
@@ -214,16 +214,16 @@ def _value_of(cfg: Config, key: str) -> Any:
 
 def _figures(split: CachedSplit, setting: Config, base: Config) -> dict[str, Any]:
     counts = split.confusion(setting.bank, setting.retrieval)
-    margins = label_counts(counts, split.dataset.has_background, base.evaluation.uncovered)
+    hits, in_truth, predicted = label_counts(counts, split.dataset.has_background, base.evaluation.uncovered)
     figures = {
-        "mIoU": float(mean_iou_of_counts(*margins)),
-        "mIoU in truth": float(mean_iou_of_counts(*margins, classes="truth")),
-        "pixel accuracy": pixel_accuracy_of_counts(*margins),
+        "mIoU": float(mean_iou_of_counts(hits, in_truth, predicted)),
+        "mIoU in truth": float(mean_iou_of_counts(hits, in_truth, predicted, "truth")),
+        "pixel accuracy": pixel_accuracy_of_counts(hits, in_truth, predicted),
     }
     if setting.bank.classes is not None:
         kept = [split.dataset.classes.index(c) for c in dict.fromkeys(("background", *setting.bank.classes))
                 if c in split.dataset.classes]  # fmt: skip
-        figures["mIoU of bank.classes"] = float(np.nanmean(iou_of_counts(*margins)[kept]))
+        figures["mIoU of bank.classes"] = float(np.nanmean(iou_of_counts(hits, in_truth, predicted)[kept]))
     return {name: None if np.isnan(value) else value for name, value in figures.items()}
 
 
