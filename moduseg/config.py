@@ -107,7 +107,7 @@ class RetrievalConfig:
     vote_temperature: float | None = None
     vote_balance: Literal["none", "cap", "distance"] = "none"
     cap_top_k: bool = False
-    selection: Literal["nms", "margin", "similarity"] = "nms"
+    selection: Literal["nms", "nms_quality", "margin", "similarity"] = "nms"
     engine: Literal["exact", "faiss"] = "exact"
     storage: Literal["float32", "float16"] = "float32"
 

@@ -60,6 +60,12 @@ def test_every_table_composes(name: str) -> None:
         (["retrieval.nms_iou=1.5"], r"nms_iou: got 1\.5, expected 0 to 1"),
         (["retrieval.engine=fast"], r"retrieval\.engine: got 'fast'.*one of exact, faiss"),
         (["retrieval.storage=int8"], r"retrieval\.storage: got 'int8'.*one of float32, float16"),
+        (
+            ["retrieval.selection=best"],
+            r"retrieval\.selection: got 'best'.*one of nms, nms_quality, margin, similarity",
+        ),
+        (["retrieval.vote_balance=fair"], r"vote_balance: got 'fair'.*one of none, cap, distance"),
+        (["bank.prototypes=0"], r"prototypes: got 0, expected 1 to"),
         (["bank.purify.kernel_size=4"], r"kernel_size: got 4, expected an odd number"),
         (["bank.aggregation=firm"], r"bank\.aggregation: got 'firm'.*one of soft, hard"),
         (["bank.outliers.drop_ratio=1"], r"drop_ratio: got 1\.0, expected 0 <= ratio < 1"),

@@ -68,12 +68,14 @@ class Retriever:
         Args:
             masks: `[N, H, W]` bool.
             quality: `[N]` float, how good the proposer holds each outline to be; of no effect with `selection=nms`.
+                With `nms_quality` proposals are suppressed and painted by `score * quality`.
             pooled: `[N, C]` float, as for `label`.
             labels: `[N]` int64.
             scores: `[N]` float.
         """
-        if self._settings.selection == "nms":
-            return assemble(masks, labels, scores, self._settings.nms_iou)
+        if self._settings.selection in ("nms", "nms_quality"):
+            ranks = scores if self._settings.selection == "nms" else scores * quality
+            return assemble(masks, labels, ranks, self._settings.nms_iou)
         certainty = similarity_certainty(scores)
         if self._settings.selection == "margin":
             certainty = self._margins(pooled, labels)

@@ -118,6 +118,8 @@ class CachedSplit:
         """
         labels, scores = self._label(bank, settings)
         worths = self._worth(bank, settings, labels, scores)
+        if settings.selection == "nms_quality":
+            scores = scores * self._quality.numpy()
         keep = (self._areas >= settings.min_area) & (self._predicted >= settings.min_predicted_iou)
         size = len(self.dataset.classes)
         total = np.zeros((size, size), dtype=np.int64)
@@ -147,7 +149,7 @@ class CachedSplit:
         return self._labelled[key]
 
     def _worth(self, bank: BankConfig, settings: RetrievalConfig, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        if settings.selection == "nms":
+        if settings.selection in ("nms", "nms_quality"):
             return np.zeros(len(labels), dtype=np.int64)
         certainty = similarity_certainty(torch.from_numpy(scores))
         if settings.selection == "margin":
@@ -258,11 +260,11 @@ def _count(
     """`[S, S]` int64: one image under one setting."""
     places = np.flatnonzero(keep)
     order = places[np.argsort(-scores[places], kind="stable")]
-    rule = f"{settings.selection} {settings.nms_iou}" if settings.selection == "nms" else settings.selection
+    rule = f"nms {settings.nms_iou}" if settings.selection in ("nms", "nms_quality") else "select"
     key = (rule.encode(), order.tobytes(), labels.tobytes(), worths.tobytes())
     if key not in image.known:
         cells = image.cells
-        if settings.selection == "nms":
+        if settings.selection in ("nms", "nms_quality"):
             order = cells.suppress(order, labels, settings.nms_iou)
         else:
             kept = Cells(cells.cover[:, places], cells.sizes, cells.values)

@@ -162,6 +162,22 @@ def test_disjoint_masks_surer_than_nothing_are_all_kept(
     assert set(kept.tolist()) <= set(every.tolist())
 
 
+def test_suppressed_and_painted_by_score_and_quality(device: torch.device) -> None:
+    """Two outlines of one thing: by score the first stays, with the proposer's opinion the second."""
+    masks = strip((0, 10), (0, 8)).to(device)
+    bank, labels = torch.eye(2, device=device), torch.tensor([1, 2], device=device)
+    pooled = torch.tensor([[1.0, 0.1], [1.0, 0.3]], device=device)
+    kept = []
+    for rule in ("nms", "nms_quality"):
+        retriever = Retriever(bank, labels, None, RetrievalConfig(top_k=1, selection=rule))  # type: ignore[arg-type]
+        found, scores, _, _ = retriever.label(pooled)
+        assert scores[0] > scores[1]
+        kept.append(
+            retriever.assemble(masks, torch.tensor([0.5, 0.9], device=device), pooled, found, scores)[1].tolist()
+        )
+    assert kept == [[0], [1]]
+
+
 def test_painted_are_the_selected_in_descending_score(device: torch.device, rng: np.random.Generator) -> None:
     masks = torch.from_numpy(plain.random_masks(rng, 25, 30, 40)).to(device)
     labels = torch.from_numpy(rng.integers(0, 4, 25)).to(device)

@@ -24,6 +24,7 @@ from tests.stages.helpers import overrides
 SETTINGS = (
     [],
     ["retrieval.top_k=4", "retrieval.nms_iou=0.8"],
+    ["retrieval.selection=nms_quality", "retrieval.nms_iou=0.2"],
     ["retrieval.top_k=7", "retrieval.vote_temperature=0.05", "retrieval.nms_iou=0.1"],
     ["retrieval.top_k=5", "retrieval.vote_balance=cap", "retrieval.min_area=60"],
     ["retrieval.top_k=5", "retrieval.vote_balance=distance", "bank.outliers.enabled=false"],

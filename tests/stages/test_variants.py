@@ -25,6 +25,7 @@ OPTIONS = (
     "retrieval.vote_balance=cap",
     "retrieval.vote_balance=distance",
     "retrieval.cap_top_k=true",
+    "retrieval.selection=nms_quality",
     "retrieval.selection=margin",
     "retrieval.selection=similarity",
     "bank.prototypes=2",
