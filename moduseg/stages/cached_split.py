@@ -173,8 +173,8 @@ class CachedSplit:
             queries = queries if found.centre is None else queries - found.centre
             image_of = None
             if self._held_out:
-                index = self.bank.image_index.to(self._device)[found.rows]
-                image_of = (self._image_of[self._has_vector], index)
+                places = self.bank.image_index.to(self._device)[found.rows]
+                image_of = (self._image_of[self._has_vector], places)
             index = indices.build(found.vectors, self._rules.engine, self._rules.storage)
             self._readings[name] = _Reading(name, found, index, queries, self._top_k, image_of)
         return self._readings[name]
