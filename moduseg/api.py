@@ -106,7 +106,7 @@ class Segmenter:
         pooled = aggregate(tokens.tokens, weights, normalize=False)
         bank = self._search
         labels, scores, neighbours, similarities = self._retriever.label(pooled)
-        label_map, kept = self._retriever.assemble(found.masks, found.quality, pooled, labels, scores)
+        label_map, kept = self._retriever.assemble(found, pooled, labels, scores)
         # Neighbours are rows of the stored bank, not of the filtered one.
         rows = (
             torch.where(neighbours >= 0, bank.rows[neighbours.clamp(min=0)], neighbours)

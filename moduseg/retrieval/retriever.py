@@ -10,9 +10,10 @@ from torch import Tensor
 from moduseg.config import RetrievalConfig
 from moduseg.retrieval import indices
 from moduseg.retrieval.balance import ClassIndex, balanced, class_spreads, smallest_class
-from moduseg.retrieval.pipeline import assemble, label_proposals
+from moduseg.retrieval.pipeline import assemble_proposals, label_proposals
 from moduseg.retrieval.selection import NEAREST, assemble_selected, margins, similarity_certainty, worth
 from moduseg.retrieval.vote import vote
+from moduseg.structures import Proposals
 
 
 class Retriever:
@@ -60,26 +61,24 @@ class Retriever:
             labels[found], scores[found] = vote(self._labels[which], near, settings.vote_temperature)
         return labels, scores, neighbours, similarities
 
-    def assemble(
-        self, masks: Tensor, quality: Tensor, pooled: Tensor, labels: Tensor, scores: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def assemble(self, proposals: Proposals, pooled: Tensor, labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The label map of labelled proposals; see `moduseg.retrieval.pipeline.assemble`.
 
         Args:
-            masks: `[N, H, W]` bool.
-            quality: `[N]` float, how good the proposer holds each outline to be; of no effect with `selection=nms`.
-                With `nms_quality` proposals are suppressed and painted by `score * quality`.
+            proposals: `N` of them, on any device. Their quality is of no effect with `selection=nms`; with
+                `nms_quality` they are suppressed and painted by `score * quality`.
             pooled: `[N, C]` float, as for `label`.
             labels: `[N]` int64.
             scores: `[N]` float.
         """
         if self._settings.selection in ("nms", "nms_quality"):
-            ranks = scores if self._settings.selection == "nms" else scores * quality
-            return assemble(masks, labels, ranks, self._settings.nms_iou)
+            ranks = scores if self._settings.selection == "nms" else scores * proposals.quality.to(scores.device)
+            return assemble_proposals(proposals, labels, ranks, self._settings.nms_iou)
         certainty = similarity_certainty(scores)
         if self._settings.selection == "margin":
             certainty = self._margins(pooled, labels)
-        return assemble_selected(masks, labels, scores, worth(certainty, quality))
+        masks = proposals.masks.to(labels.device)
+        return assemble_selected(masks, labels, scores, worth(certainty, proposals.quality))
 
     def _margins(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """`[N]` float64: see `margins`; 0 for a proposal without a vector."""

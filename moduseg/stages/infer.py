@@ -82,9 +82,9 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         files: list[Files] = []
         for image_id, found, pooled in items:
             keep = (found.areas >= settings.min_area) & (found.scores >= settings.min_predicted_iou)
-            found, pooled = found.select(keep).to(device), pooled[keep].to(device)
+            found, pooled = found.select(keep), pooled[keep].to(device)
             labels, scores, _, _ = retriever.label(pooled)
-            label_map, _ = retriever.assemble(found.masks, found.quality, pooled, labels, scores)
+            label_map, _ = retriever.assemble(found, pooled, labels, scores)
             files.append({safe_name(f"labels/{image_id}", ".png"): write_label_png(label_map.cpu().numpy())})
         return files
 

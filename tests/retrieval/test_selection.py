@@ -21,6 +21,7 @@ from moduseg.retrieval.selection import (
     similarity_certainty,
     worth,
 )
+from moduseg.structures import Proposals
 from tests import plain
 
 UNIT = 1 << 20
@@ -149,12 +150,11 @@ def test_disjoint_masks_surer_than_nothing_are_all_kept(
     bank = F.normalize(torch.from_numpy(vectors.astype(np.float32)).to(device), dim=1)
     labels = torch.from_numpy(classes).to(device)
     pooled = bank[:12] + 0.01
-    quality = torch.ones(12, device=device)
 
     def run(selection: str) -> tuple[torch.Tensor, torch.Tensor]:
         retriever = Retriever(bank, labels, None, RetrievalConfig(top_k=1, selection=selection))  # type: ignore[arg-type]
         found, scores, _, _ = retriever.label(pooled)
-        return retriever.assemble(masks, quality, pooled, found, scores)
+        return retriever.assemble(Proposals(masks), pooled, found, scores)
 
     label_map, kept = run(rule)
     expected, every = run("nms")
@@ -172,9 +172,8 @@ def test_suppressed_and_painted_by_score_and_quality(device: torch.device) -> No
         retriever = Retriever(bank, labels, None, RetrievalConfig(top_k=1, selection=rule))  # type: ignore[arg-type]
         found, scores, _, _ = retriever.label(pooled)
         assert scores[0] > scores[1]
-        kept.append(
-            retriever.assemble(masks, torch.tensor([0.5, 0.9], device=device), pooled, found, scores)[1].tolist()
-        )
+        proposals = Proposals(masks, torch.tensor([0.5, 1.0], device=device), torch.tensor([1.0, 0.9], device=device))
+        kept.append(retriever.assemble(proposals, pooled, found, scores)[1].tolist())
     assert kept == [[0], [1]]
 
 
