@@ -36,8 +36,11 @@ SETTINGS = (
 )
 
 
-def arguments(outputs: Path, *more: str, world: Path | None = None) -> list[str]:
-    return overrides(outputs, "proposer=superpixels", *more, train=10, val=3, world=world)
+QUICK = ("evaluation.panels=0", "evaluation.bootstrap=0", "evaluation.boundary_width=0")
+
+
+def arguments(outputs: Path, *more: str) -> list[str]:
+    return overrides(outputs, "proposer=superpixels", *QUICK, *more, train=10, val=3)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from moduseg.proposers.ground_truth import GroundTruthProposer
 from moduseg.stages import build_bank, infer, pseudo_masks, queries
 from moduseg.stages.build_bank import image_vectors
 from moduseg.stages.common import Workspace
-from tests.stages.helpers import overrides
+from tests.stages import helpers
 
 OPTIONS = (
     "retrieval.vote_balance=cap",
@@ -33,11 +33,16 @@ OPTIONS = (
 )
 
 
+def overrides(outputs: Path, *more: str, world: Path | None = None) -> list[str]:
+    quick = ("evaluation.panels=0", "evaluation.bootstrap=0", "evaluation.boundary_width=0")
+    return helpers.overrides(outputs, *quick, *more, train=12, val=4, world=world)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of a default run."""
     outputs = tmp_path_factory.mktemp("variants")
-    infer.run(compose(overrides(outputs, train=12, val=4)))
+    infer.run(compose(overrides(outputs)))
     return outputs
 
 
@@ -49,7 +54,7 @@ def manifest(path: Path) -> dict[str, object]:
 
 def test_options_that_are_off_are_no_part_of_keys(finished: Path) -> None:
     """Results made before there were these options keep their folders."""
-    cfg = compose(overrides(finished, train=12, val=4))
+    cfg = compose(overrides(finished))
     parts = manifest(infer.run(cfg))["parts"]
     assert isinstance(parts, dict)
     assert parts["retrieval"].keys() == {"top_k", "nms_iou", "min_area", "min_predicted_iou", "vote_temperature"}
@@ -68,11 +73,11 @@ def test_an_option_changes_the_result_and_runs_no_model(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model ran")
 
-    default = compose(overrides(finished, train=12, val=4))
+    default = compose(overrides(finished))
     bank, vectors, result = build_bank.run(default), queries.run(default), infer.run(default)
     monkeypatch.setattr(TimmBackbone, "tokens", refuse)
     monkeypatch.setattr(GroundTruthProposer, "propose", refuse)
-    changed = compose(overrides(finished, option, "bank.outliers.drop_ratio=0.5", train=12, val=4))
+    changed = compose(overrides(finished, option, "bank.outliers.drop_ratio=0.5"))
     assert build_bank.run(changed) == bank
     assert queries.run(changed) == vectors
     path = infer.run(changed)
@@ -83,7 +88,7 @@ def test_an_option_changes_the_result_and_runs_no_model(
 
 def test_what_is_stored_is_before_the_filter(finished: Path) -> None:
     """One vector for each image and class of the pseudo masks, however many the filter drops when the bank is read."""
-    cfg = compose(overrides(finished, "bank.outliers.drop_ratio=0.9", train=12, val=4))
+    cfg = compose(overrides(finished, "bank.outliers.drop_ratio=0.9"))
     bank = Bank.load(build_bank.run(cfg))
     masks = pseudo_masks.run(cfg)
     work = Workspace(cfg)
@@ -101,8 +106,8 @@ def test_what_is_stored_is_before_the_filter(finished: Path) -> None:
 
 
 def test_flips_add_the_vectors_of_mirror_images(finished: Path) -> None:
-    default = compose(overrides(finished, train=12, val=4))
-    cfg = compose(overrides(finished, "bank.flips=true", train=12, val=4))
+    default = compose(overrides(finished))
+    cfg = compose(overrides(finished, "bank.flips=true"))
     plain, flipped = (Bank.load(build_bank.run(c)) for c in (default, cfg))
     work, masks = Workspace(cfg), pseudo_masks.run(cfg)
     assert len(flipped) == 2 * len(plain)
@@ -120,9 +125,7 @@ def test_flips_add_the_vectors_of_mirror_images(finished: Path) -> None:
 @pytest.mark.parametrize("option", ["retrieval.selection=margin", "retrieval.vote_balance=cap", "bank.prototypes=3"])
 def test_the_api_follows_the_options(option: str, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
-    arguments = overrides(
-        tmp_path / "copy", "proposer=superpixels", option, "retrieval.top_k=4", train=12, val=4, world=finished
-    )
+    arguments = overrides(tmp_path / "copy", "proposer=superpixels", option, "retrieval.top_k=4", world=finished)
     cfg = compose(arguments)
     path = infer.run(cfg)
     values = cfg.as_dict()
