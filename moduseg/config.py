@@ -65,7 +65,8 @@ class BankConfig:
 
     `purify`, `min_area` and `aggregation` decide what is stored; `centre` and `outliers` are applied when the bank is
     read, so that changing them runs no model. `shuffle_labels` is the control experiment of a table: the seed of a
-    permutation of the bank's labels, which leaves retrieval nothing to know.
+    permutation of the bank's labels, which leaves retrieval nothing to know. `path` is the folder of a finished bank
+    (of `scripts/bank.py`, say) that is used in place of one built from the training split.
     """
 
     purify: PurifyConfig = field(default_factory=PurifyConfig)
@@ -74,6 +75,7 @@ class BankConfig:
     centre: bool = False
     shuffle_labels: int | None = None
     outliers: OutliersConfig = field(default_factory=OutliersConfig)
+    path: str | None = None
 
     def __post_init__(self) -> None:
         _between("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
