@@ -14,6 +14,8 @@ from moduseg.runtime.artefacts import write_atomic
 
 NEW = "red star"
 """The class that tests withhold."""
+ORACLE = ("proposer=ground_truth", "pseudo_masks=ground_truth")
+CLIP = ("proposer=superpixels", "pseudo_masks=clip_dense")
 
 
 @lru_cache(maxsize=64)
@@ -56,3 +58,19 @@ def write_folder(
 
 def image_id(index: int) -> str:
     return f"scene{index:03d}"
+
+
+def settings(root: Path, outputs: Path, *more: str) -> list[str]:
+    """Overrides that build a bank of a folder of small scenes on the CPU."""
+    return [
+        "dataset=folder",
+        f"dataset.root={root}",
+        "backbone=miniature_random",
+        f"runtime.outputs={outputs}",
+        "runtime.device=cpu",
+        "runtime.batch_size=2",
+        "bank.min_area=10",
+        "retrieval.top_k=1",
+        "evaluation.panels=0",
+        *more,
+    ]

@@ -21,27 +21,10 @@ from moduseg.miniature.world import CLASSES
 from moduseg.stages import bank_tools, build_bank, evaluate, infer
 from moduseg.stages.options import configured, parse
 from tests.stages.helpers import overrides
-from tests.stages.tagged_world import NEW, holding, image_id, write_folder
+from tests.stages.tagged_world import CLIP, NEW, ORACLE, holding, image_id, settings, write_folder
 
 OLD = tuple(name for name in CLASSES if name != NEW)
 LONGER = (*OLD, NEW)
-ORACLE = ("proposer=ground_truth", "pseudo_masks=ground_truth")
-CLIP = ("proposer=superpixels", "pseudo_masks=clip_dense")
-
-
-def settings(root: Path, outputs: Path, *more: str) -> list[str]:
-    return [
-        "dataset=folder",
-        f"dataset.root={root}",
-        "backbone=miniature_random",
-        f"runtime.outputs={outputs}",
-        "runtime.device=cpu",
-        "runtime.batch_size=2",
-        "bank.min_area=10",
-        "retrieval.top_k=1",
-        "evaluation.panels=0",
-        *more,
-    ]
 
 
 @pytest.fixture(scope="module")
