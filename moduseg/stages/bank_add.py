@@ -110,7 +110,8 @@ def add(
         cfg: the configuration that labels and pools the new images.
         files: image file of each new id, in the order in which they go behind the others.
         tags: ascending ids of `classes` for each image.
-        classes: the bank's names, new ones behind.
+        classes: names that tags and label maps count in, background first: the bank's and new ones, in any order. The
+            new ones go behind the bank's own.
         masks: label maps in place of pseudo masks; with the oracle `ground_truth` its truth.
         tag_source: what results call the source of the tags.
         out: folder of the new bank.
