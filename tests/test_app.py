@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -292,3 +293,43 @@ def test_the_page_is_served_on_this_machine(bank: Path, monkeypatch: pytest.Monk
         blocks.close()
     with pytest.raises(ConfigError, match=r"port: got 0, expected 1 to 65535"):
         parse([f"bank={bank}", "port=0"], demo_app.DemoOptions, "demo_app")
+
+
+def test_drop_click_correct_and_see_the_change_in_a_browser(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is an optional package")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    try:
+        app_page.import_gradio()
+    except MissingError as error:
+        pytest.skip(f"gradio is an optional package: {error}")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    options, overrides = parse([f"bank={bank}", "runtime.device=cpu"], demo_app.DemoOptions, "demo_app")
+    blocks = demo_app.page(options, overrides)
+    address = demo_app.launch(blocks, options, wait=False)
+    outside: list[str] = []
+    try:
+        with playwright.sync_playwright() as started:
+            browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1200, "height": 1000})
+            page.set_default_timeout(60_000)
+            page.on("request", lambda r: outside.append(r.url) if "127.0.0.1" not in r.url else None)
+            page.goto(address)
+            page.get_by_text("Add to the bank").wait_for()
+            page.set_input_files("input[type=file]", str(bank.parents[3] / "own" / "images" / f"{image_id(3)}.png"))
+            page.get_by_text("Click a region of the result").wait_for()
+            box = page.locator("img").nth(1).bounding_box()
+            assert box is not None
+            page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            page.get_by_text("votes:").wait_for()
+            label = page.get_by_label("it is")
+            label.fill(NAME)
+            label.press("Enter")
+            page.get_by_text("Add to the bank").click()
+            page.get_by_text("corrections among them: 1").wait_for()
+            page.get_by_text(f"{NAME}, score").wait_for()
+            browser.close()
+    finally:
+        blocks.close()
+    assert [url for url in outside if not url.startswith(("data:", "blob:"))] == []

@@ -102,6 +102,7 @@ def add(
     tag_source: str = "tags",
     out: str | None = None,
     start: float | None = None,
+    outputs: Path | None = None,
 ) -> tuple[Path, float]:
     """Add images by id; see `run`.
 
@@ -116,6 +117,7 @@ def add(
         tag_source: what results call the source of the tags.
         out: folder of the new bank.
         start: when the clock started (`time.perf_counter`).
+        outputs: root that the new bank's folder is chosen below; that of `cfg` where left out.
 
     Returns:
         The folder, and the seconds it took.
@@ -148,7 +150,7 @@ def add(
         [source],
         {"images": list(files), "new": [name for name in classes if name not in bank.classes]},
         None if out is None else Path(out).expanduser(),
-        work.outputs,
+        outputs or work.outputs,
         config=bank.info["config"],
         inputs={"build_bank": str(built)},
         failures=count_failures(built),

@@ -59,4 +59,6 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         parse(["images=0"], new_class.NewClassOptions, "new_class")
     own = write_folder(tmp_path / "own", [0, 1], masks=False)
     with pytest.raises(DataError, match=r"folder train: got no ground truth"):
-        new_class.run(new_class.NewClassOptions(), compose(settings(own, tmp_path / "o", *CLIP, "dataset.val_split=train")))
+        new_class.run(
+            new_class.NewClassOptions(), compose(settings(own, tmp_path / "o", *CLIP, "dataset.val_split=train"))
+        )
