@@ -8,11 +8,13 @@ prediction = segmenter.predict("photo.jpg")
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moduseg import backbones, proposers
 from moduseg.backbones.base import Backbone
@@ -23,8 +25,24 @@ from moduseg.datasets.io import read_image
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
 from moduseg.retrieval.retriever import Retriever
+from moduseg.retrieval.search import search
 from moduseg.runtime.devices import Device, resolve_device
-from moduseg.structures import Prediction, Sample
+from moduseg.structures import Prediction, Proposals, Sample, TokenMap
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the models say of one image, before any bank is asked.
+
+    Attributes:
+        proposals: those of at least `retrieval.min_area` pixels, `N` of them.
+        tokens: the image's patch tokens.
+        pooled: `[N, C]` float32, the pooled vector of each proposal.
+    """
+
+    proposals: Proposals
+    tokens: TokenMap
+    pooled: Tensor
 
 
 class Segmenter:
@@ -78,7 +96,6 @@ class Segmenter:
         """Class names, background first; a label map's ids index it."""
         return self.bank.classes
 
-    @torch.inference_mode()
     def predict(self, image: str | Path | np.ndarray) -> Prediction:
         """Label one image.
 
@@ -93,6 +110,11 @@ class Segmenter:
             DataError: the image cannot be read.
             ValueError: the array is not `[H, W, 3]` uint8.
         """
+        return self.label(self.observe(image))
+
+    @torch.inference_mode()
+    def observe(self, image: str | Path | np.ndarray) -> Observation:
+        """What the models say of one image; `label` then costs little, whatever the bank. Arguments as of `predict`."""
         pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
         sample = Sample("image" if isinstance(image, np.ndarray) else Path(image).stem, pixels)
         settings, where = self.cfg.retrieval, self.device.torch_device
@@ -103,17 +125,47 @@ class Segmenter:
         weights = proposal_coverage(found, tokens)
         if self.cfg.bank.aggregation == "hard":
             weights = harden(weights)
-        pooled = aggregate(tokens.tokens, weights, normalize=False)
+        return Observation(found, tokens, aggregate(tokens.tokens, weights, normalize=False))
+
+    @torch.inference_mode()
+    def label(self, seen: Observation) -> Prediction:
+        """Labels of what was observed; see `predict`."""
         bank = self._search
-        labels, scores, neighbours, similarities = self._retriever.label(pooled)
-        label_map, kept = self._retriever.assemble(found, pooled, labels, scores)
+        labels, scores, neighbours, similarities = self._retriever.label(seen.pooled)
+        label_map, kept = self._retriever.assemble(seen.proposals, seen.pooled, labels, scores)
         # Neighbours are rows of the stored bank, not of the filtered one.
         rows = (
             torch.where(neighbours >= 0, bank.rows[neighbours.clamp(min=0)], neighbours)
             if len(bank.rows)
             else neighbours
         )
-        return Prediction(label_map.cpu().numpy(), found, labels, scores, kept, rows, similarities)
+        return Prediction(label_map.cpu().numpy(), seen.proposals, labels, scores, kept, rows, similarities)
+
+    @torch.inference_mode()
+    def nearest(self, pooled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The regions of the bank that are most similar to pooled vectors `[N, C]`, as many as asked for vote or not.
+
+        Returns:
+            Rows of the stored bank `[N, k]` int64 and cosine similarities `[N, k]`, nearest first; `k` is `count`, or
+            fewer where the bank has fewer.
+        """
+        bank = self._search
+        queries = pooled if bank.centre is None else pooled - bank.centre
+        similarities, found = search(queries, bank.vectors, count)
+        return (bank.rows[found] if len(bank.rows) else found), similarities
+
+    def with_bank(self, bank: Bank, cfg: Config | None = None) -> Segmenter:
+        """The same models with another bank, or with other settings of retrieval.
+
+        Raises:
+            ArtefactError: the bank was made with other backbone weights.
+        """
+        return Segmenter(bank, self.proposer, self.backbone, cfg or self.cfg, self.device)
+
+    @property
+    def searched_rows(self) -> tuple[int, ...]:
+        """Rows of the stored bank that are searched: those that the outlier filter keeps."""
+        return tuple(self._search.rows.tolist())
 
     def describe(self, row: int) -> dict[str, Any]:
         """What a row of the bank is: `label` (name), `image` (training image id) and `area` (pixels)."""

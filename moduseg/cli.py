@@ -18,7 +18,14 @@ STAGES = ("propose", "pseudo_masks", "build_bank", "infer", "evaluate")
 """The stages, in the order of the data."""
 TOOLS = ("prepare_data", "check_data")
 """What is run on a data set before the stages."""
-COMMANDS = (*STAGES, *TOOLS, "voc_package", "ablate", "sweep", "compare")
+OWN_KEYS = {
+    "bank": "moduseg.stages.bank_tools",
+    "predict": "moduseg.stages.predict",
+    "new_class": "moduseg.stages.new_class",
+    "demo_app": "moduseg.stages.demo_app",
+}
+"""Commands with keys of their own beside overrides of the configuration, and the modules whose `main` they are."""
+COMMANDS = (*STAGES, *TOOLS, "voc_package", "ablate", "sweep", "compare", *OWN_KEYS)
 
 
 def entry() -> None:
@@ -33,6 +40,8 @@ def entry() -> None:
         main_sweep()
     elif command == "compare":
         main_compare()
+    elif command in OWN_KEYS:
+        main_own(command)
     else:
         main(command)
 
@@ -100,6 +109,13 @@ def main_compare() -> None:
         return 0
 
     sys.exit(guard(job))
+
+
+def main_own(command: str) -> None:
+    """Run a command of `OWN_KEYS` with the arguments of `sys.argv`, and exit; the codes are those of `main`."""
+    _log_to_stdout()
+    arguments = sys.argv[1:]
+    sys.exit(guard(lambda: int(importlib.import_module(OWN_KEYS[command]).main(arguments))))
 
 
 def guard(job: Callable[[], int]) -> int:

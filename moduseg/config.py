@@ -68,7 +68,8 @@ class BankConfig:
     of that many images of each class, chosen by `images_seed` (see `moduseg.bank.subset`), `classes` those of the named
     classes and of the background; `prototypes` puts so many k-means centres of each class in place of its vectors (see
     `moduseg.bank.prototypes`). `shuffle_labels` is the control experiment of a table: the seed of a permutation of the
-    bank's labels, which leaves retrieval nothing to know.
+    bank's labels, which leaves retrieval nothing to know. `path` is the folder of a finished bank
+    (of `scripts/bank.py`, say) that is used in place of one built from the training split.
     """
 
     purify: PurifyConfig = field(default_factory=PurifyConfig)
@@ -82,6 +83,7 @@ class BankConfig:
     classes: tuple[str, ...] | None = None
     prototypes: int | None = None
     flips: bool = False
+    path: str | None = None
 
     def __post_init__(self) -> None:
         if self.prototypes is not None:

@@ -15,7 +15,7 @@ from moduseg.bank.purification import class_regions, purify
 from moduseg.bank.store import Bank
 from moduseg.config import BankConfig, Config
 from moduseg.datasets.io import read_label_png
-from moduseg.errors import DataError
+from moduseg.errors import ArtefactError, DataError
 from moduseg.runtime.artefacts import Artefact
 from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.runtime.weights import file_digest
@@ -29,8 +29,13 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
 
     Returns:
         The artefact's folder: `bank.safetensors`, `bank.json`, `vectors/<id>.safetensors` (what each image gave),
-        `failures.jsonl`, `manifest.json`.
+        `failures.jsonl`, `manifest.json`. With `bank.path` that folder, and nothing is built.
+
+    Raises:
+        ArtefactError: `bank.path` holds no bank.
     """
+    if cfg.bank.path is not None:
+        return given(cfg.bank.path)
     work = work or Workspace(cfg)
     dataset = work.dataset(work.train_split)
     masks = pseudo_masks.run(cfg, work)
@@ -105,6 +110,21 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         bank_sha256=file_digest(bank_file),
         config=cfg.as_dict(),
     )
+
+
+def given(path: str) -> Path:
+    """The folder of a finished bank.
+
+    Raises:
+        ArtefactError: it holds no bank.
+    """
+    folder = Path(path).expanduser()
+    if not all((folder / name).is_file() for name in ("bank.json", "bank.safetensors", "manifest.json")):
+        raise ArtefactError(
+            f"bank.path: got '{path}', expected a folder with bank.json, bank.safetensors and manifest.json; name one "
+            "that scripts/build_bank.py or scripts/bank.py made"
+        )
+    return folder
 
 
 def image_vectors(label_map: torch.Tensor, tokens: TokenMap, bank: BankConfig) -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ from moduseg.retrieval.vote import vote
 from moduseg.runtime.artefacts import canonical_json
 from moduseg.stages import build_bank, propose, queries
 from moduseg.stages.common import Workspace, failures_of, log, plain, safe_name
+from moduseg.stages.infer import adapted
 from moduseg.structures import IGNORE_INDEX
 
 
@@ -71,6 +72,8 @@ class CachedSplit:
         bank_path, vectors, proposals = build_bank.run(cfg, work), queries.run(cfg, work), propose.run(cfg, work)
         self.inputs = {"build_bank": bank_path, "queries": vectors, "propose": proposals}
         self.bank = Bank.load(bank_path)
+        if cfg.bank.path is not None:
+            self.bank = adapted(self.bank, cfg, self.dataset.classes)
         self._device, self._held_out, self._rules = work.device.torch_device, held_out, cfg.retrieval
         self._top_k = max(s.top_k for s in settings)
         self._readings: dict[str, _Reading] = {}
@@ -160,7 +163,9 @@ class CachedSplit:
         return worth(certainty, self._quality)
 
     def _reading(self, bank: BankConfig) -> _Reading:
-        values = {k: v for k, v in vars(bank).items() if k not in ("purify", "min_area", "aggregation", "flips")}
+        values = {
+            k: v for k, v in vars(bank).items() if k not in ("purify", "min_area", "aggregation", "flips", "path")
+        }
         name = canonical_json(plain({**values, "outliers": vars(bank.outliers)}))
         if name not in self._readings:
             if self._held_out and bank.prototypes is not None:

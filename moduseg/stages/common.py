@@ -30,11 +30,12 @@ class Workspace:
 
     Args:
         cfg: the whole configuration.
+        splits: splits that are at hand already, in place of those that the configuration describes.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, splits: Mapping[str, Dataset] | None = None) -> None:
         self.cfg = cfg
-        self._datasets: dict[str, Dataset] = {}
+        self._datasets: dict[str, Dataset] = dict(splits or {})
         torch.manual_seed(cfg.runtime.seed)
 
     @cached_property

@@ -45,10 +45,11 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         )
     predictions = infer.run(cfg, work)
     proposals = propose.run(cfg, work)
-    masks = pseudo_masks.run(cfg, work)
+    # A bank named by `bank.path` was made elsewhere, and of other pseudo masks.
+    masks = None if cfg.bank.path is not None else pseudo_masks.run(cfg, work)
     bank = build_bank.run(cfg, work)
     scored = {"infer": predictions}
-    if work.dataset(work.train_split).has_truth:
+    if masks is not None and work.dataset(work.train_split).has_truth:
         scored["pseudo_masks"] = masks
     artefact = work.artefact(
         "evaluate",
@@ -56,7 +57,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         {
             "infer": predictions.name,
             "proposals": proposals.name,
-            "pseudo_masks": masks.name,
+            "pseudo_masks": masks.name if masks is not None else "",
             "scored": {stage: file_digest(path / "results.json") for stage, path in scored.items()},
             "evaluation": plain(scoring_settings(cfg)),
         },
@@ -65,7 +66,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     if not (artefact.is_complete and file.is_file() and (artefact.path / FILE).is_file()):
         record: dict[str, Any] = {
             "prediction": read_json(predictions / "results.json"),
-            "pseudo_masks": read_json(masks / "results.json") if "pseudo_masks" in scored else None,
+            "pseudo_masks": read_json(scored["pseudo_masks"] / "results.json") if "pseudo_masks" in scored else None,
             "proposals": _proposal_quality(dataset, proposals, cfg.evaluation.object_min_area),
             "bank": {"vectors": read_json(bank / "bank.json")["counts"]},
         }
@@ -76,7 +77,11 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             status="complete",
             images=len(dataset.ids),
             failures=count_failures(predictions),
-            inputs={"infer": str(predictions), "propose": str(proposals), "pseudo_masks": str(masks)},
+            inputs={
+                "infer": str(predictions),
+                "propose": str(proposals),
+                **({} if masks is None else {"pseudo_masks": str(masks)}),
+            },
         )
     log.info("%s\nevaluate -> %s", (artefact.path / "results.md").read_text(encoding="utf-8").rstrip(), artefact.path)
     return artefact.path

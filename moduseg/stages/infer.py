@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from moduseg.bank.edit import in_classes
 from moduseg.bank.store import Bank
 from moduseg.config import Config
 from moduseg.datasets.io import write_label_png
-from moduseg.errors import DataError
+from moduseg.errors import ArtefactError, DataError
 from moduseg.proposers import sa1b
 from moduseg.retrieval.retriever import Retriever
+from moduseg.runtime.artefacts import digest_of
 from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.runtime.weights import file_digest
 from moduseg.stages import build_bank, propose, queries
@@ -35,6 +38,8 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     vectors = queries.run(cfg, work)
     proposals = propose.run(cfg, work)
     stored = Bank.load(bank_path)
+    if cfg.bank.path is not None:
+        stored = adapted(stored, cfg, dataset.classes)
     stored.check_fits(work.backbone.digest, work.backbone.dim, dataset.classes)
     if 0 < len(stored) < settings.top_k:
         log.warning(
@@ -63,6 +68,8 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
                 else {}
             ),
             **{n: bank_settings[n] for n in ("classes", "prototypes") if bank_settings[n] is not None},
+            # The class list of a bank that is built here is the data set's, which the queries' key holds.
+            **({} if cfg.bank.path is None else {"bank_labels": digest_of(stored.labels.tolist())}),
         },
     )
     device = work.device.torch_device
@@ -109,3 +116,21 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     return finish(
         artefact, outcome, len(dataset.ids), {"build_bank": bank_path, "queries": vectors}, config=cfg.as_dict()
     )
+
+
+def adapted(bank: Bank, cfg: Config, classes: Sequence[str]) -> Bank:
+    """A bank named by `bank.path` with the ids of the data set's classes.
+
+    Raises:
+        ArtefactError: a class that the data set lacks, or vectors pooled in another way than the queries.
+    """
+    pooled = bank.info.get("config", {}).get("bank", {}).get("aggregation", cfg.bank.aggregation)
+    if pooled != cfg.bank.aggregation:
+        raise ArtefactError(
+            f"bank.path: the bank was made with bank.aggregation={pooled}, got {cfg.bank.aggregation}; set "
+            f"bank.aggregation={pooled}"
+        )
+    missing = [name for name in classes if bank.counts.get(name, 0) == 0]
+    if missing:
+        log.warning("infer: the bank has no vector for %s; no pixel can get these labels", ", ".join(missing))
+    return in_classes(bank, classes)

@@ -33,7 +33,7 @@ from moduseg.runtime.artefacts import write_atomic, write_json
 from moduseg.stages.cached_split import CachedSplit
 from moduseg.stages.common import Workspace, log, plain
 
-STORED = ("purify", "min_area", "aggregation", "flips", "outliers")
+STORED = ("purify", "min_area", "aggregation", "flips", "path", "outliers")
 """Keys of `bank` that decide what is stored; `outliers` is swept key by key."""
 KEYS = (
     *(f"retrieval.{f.name}" for f in fields(RetrievalConfig) if f.name not in ("engine", "storage")),

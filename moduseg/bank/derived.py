@@ -1,0 +1,102 @@
+"""Banks made of other banks as folders of their own; the banks they come from stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moduseg.bank.store import Bank
+from moduseg.errors import ArtefactError
+from moduseg.runtime.artefacts import FORMAT, digest_of, read_json, write_json
+from moduseg.runtime.digests import file_digest
+
+STAGE = "bank"
+"""The folder of derived banks below a data set's, and the `stage` of their manifest."""
+
+
+def open_bank(path: str | Path) -> Bank:
+    """The bank in a folder.
+
+    Raises:
+        ArtefactError: there is none, or it is damaged.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "bank.json").is_file():
+        raise ArtefactError(f"{folder}: got no bank.json, expected a bank's folder; run scripts/build_bank.py first")
+    return Bank.load(folder)
+
+
+def identity(bank: Bank) -> str:
+    """sha256 of what a bank holds: vectors, labels, images and class names."""
+    total = hashlib.sha256()
+    for tensor in (bank.pooled, bank.labels, bank.image_index, bank.areas):
+        total.update(tensor.contiguous().cpu().numpy().tobytes())
+    total.update(digest_of([list(bank.image_ids), list(bank.classes)]).encode())
+    return total.hexdigest()
+
+
+def write_derived(
+    bank: Bank,
+    operation: str,
+    sources: Sequence[Path],
+    details: Mapping[str, Any],
+    folder: Path | None,
+    outputs: Path,
+    **fields: Any,
+) -> Path:
+    """Write a bank that was made of others.
+
+    Args:
+        bank: what to write.
+        operation: `add`, `remove`, `merge` or `correct`.
+        sources: folders of the banks it was made of.
+        details: what was asked for, JSON values.
+        folder: where to write; `None` for `<outputs>/<data set>/bank/<operation>-<key8>`.
+        outputs: root of all artefacts.
+        fields: more for the manifest (`seconds`, `inputs`, `failures`).
+
+    Returns:
+        The folder: `bank.safetensors`, `bank.json`, and `manifest.json` with `derived_from`.
+
+    Raises:
+        ArtefactError: the folder is that of a source, or holds something else.
+    """
+    came_from = [
+        {"path": str(path), "bank_sha256": file_digest(path / "bank.safetensors"), "vectors": len(open_bank(path))}
+        for path in sources
+    ]
+    parts = {
+        "format": FORMAT,
+        "operation": operation,
+        "details": dict(details),
+        "sources": [source["bank_sha256"] for source in came_from],
+        "bank": identity(bank),
+    }
+    key = digest_of(parts)
+    target = folder or outputs / str(bank.info.get("dataset", "bank")) / STAGE / f"{operation}-{key[:8]}"
+    if target.resolve() in [path.resolve() for path in sources]:
+        raise ArtefactError(f"{target}: is the folder of the bank itself, which is never changed; set out=<new folder>")
+    manifest = target / "manifest.json"
+    if target.exists() and any(target.iterdir()):
+        held = read_json(manifest).get("key") if manifest.is_file() else None
+        if held != key:
+            raise ArtefactError(f"{target}: holds something else (key {held!r}); set out=<new folder>, or remove it")
+    bank.save(target)
+    write_json(
+        manifest,
+        {
+            "stage": STAGE,
+            "key": key,
+            "parts": parts,
+            "status": "complete",
+            "derived_from": came_from,
+            "vectors": len(bank),
+            "bank_sha256": file_digest(target / "bank.safetensors"),
+            "failures": 0,
+            "seconds": {},
+            **fields,
+        },
+    )
+    return target

@@ -1,0 +1,121 @@
+"""Masks as polygons and back, with holes and several components.
+
+Contours come from `cv2.findContours` with its two-level hierarchy: each outer contour with the holes inside it. No
+annotation format of polygons has holes, so every hole is joined to its outer contour by a slit of no width, there and
+back along the same line, which leaves one ring for each component and adds nothing to its area. A mask of several
+components gives several rings.
+
+Two conventions of coordinates are in use. On *edges*, a ring runs along the sides of pixels and pixel `(x, y)` is the
+square from `(x, y)` to `(x + 1, y + 1)`, as COCO's rasteriser and Label Studio have it. Through *centres*, it runs
+through the middle of the outermost pixels, which have whole-numbered coordinates, and whoever rasterises it draws the
+outline as well, as LabelMe does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+Convention = Literal["edges", "centres"]
+LEAST_IOU = 0.97
+"""Simplified polygons overlap the mask at least that much, whatever the tolerance."""
+_SQUARE = np.ones((3, 3), np.uint8)
+
+
+def mask_polygons(mask: np.ndarray, tolerance: float = 0.0, convention: Convention = "edges") -> list[np.ndarray]:
+    """Polygons of a mask, one for each component (pixels that touch at a corner belong together).
+
+    Args:
+        mask: `[H, W]` bool.
+        tolerance: pixels that a simplified contour may lie off (Douglas-Peucker); 0 keeps every corner. It is halved
+            until the polygons, rasterised, have an IoU of `LEAST_IOU` with the mask.
+        convention: of the coordinates, see above.
+
+    Returns:
+        `[n, 2]` float64 `(x, y)` each, three points or more, not closed; none for an empty mask. With tolerance 0
+        and on edges, the pixels whose centre lies inside (even-odd rule) are exactly those of the mask.
+
+    Raises:
+        ValueError: not a mask, or a negative tolerance.
+    """
+    if mask.ndim != 2 or mask.dtype != np.bool_:
+        raise ValueError(f"mask: got {mask.shape} {mask.dtype}, expected [H, W] bool")
+    if tolerance < 0:
+        raise ValueError(f"tolerance: got {tolerance}, expected 0 or more pixels; try 1")
+    components = _contours(mask, convention)
+    while True:
+        polygons = [_joined([_simplified(ring, tolerance) for ring in rings]) for rings in components]
+        if tolerance == 0 or not polygons:
+            return polygons
+        if iou(polygons_mask(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= LEAST_IOU:
+            return polygons
+        tolerance = tolerance / 2 if tolerance > 0.2 else 0.0
+
+
+def polygons_mask(
+    polygons: Sequence[np.ndarray], size: tuple[int, int], convention: Convention = "edges"
+) -> np.ndarray:
+    """`[H, W]` bool of polygons of `mask_polygons`, as the programs that read them rasterise: COCO's API on edges,
+    filled and outlined through centres."""
+    if convention == "centres":
+        canvas = Image.new("1", (size[1], size[0]))
+        for polygon in polygons:
+            ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in polygon], fill=1, outline=1)
+        return np.asarray(canvas, dtype=bool)
+    from pycocotools import mask as coco
+
+    if not polygons:
+        return np.zeros(size, dtype=bool)
+    runs = coco.frPyObjects([polygon.ravel().tolist() for polygon in polygons], size[0], size[1])
+    return np.asarray(coco.decode(coco.merge(runs)), dtype=bool)
+
+
+def iou(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union of two masks; 1 where both are empty."""
+    union = int((one | other).sum())
+    return int((one & other).sum()) / union if union else 1.0
+
+
+def _contours(mask: np.ndarray, convention: Convention) -> list[list[np.ndarray]]:
+    """Of each component the outer contour, then its holes; `[n, 2]` float64 each."""
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
+    if not width:
+        return []
+    inside = np.ascontiguousarray(mask[top : top + height, left : left + width]).view(np.uint8)
+    scale = 1.0
+    if convention == "edges":
+        # A grid of pixels (odd rows and columns) and of the edges and corners between them (even ones), where an edge
+        # belongs to the mask if a pixel beside it does: contours of that grid run along the edges of pixels.
+        grid = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
+        grid[1::2, 1::2] = inside
+        inside, scale = cv2.dilate(grid, _SQUARE), 0.5
+    found, hierarchy = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    rings = [contour[:, 0].astype(np.float64) * scale + (left, top) for contour in found]
+    parents = hierarchy[0, :, 3]
+    return [
+        [rings[i], *(rings[j] for j in range(len(rings)) if parents[j] == i)]
+        for i in range(len(rings))
+        if parents[i] < 0
+    ]  # fmt: skip
+
+
+def _simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
+    if tolerance > 0:
+        simple = cv2.approxPolyDP(ring.astype(np.float32)[:, None], tolerance, True)[:, 0].astype(np.float64)
+        ring = simple if len(simple) >= 3 else ring
+    # Readers want three points even of a single pixel's centre.
+    return ring if len(ring) >= 3 else np.concatenate([ring, np.repeat(ring[-1:], 3 - len(ring), axis=0)])
+
+
+def _joined(rings: list[np.ndarray]) -> np.ndarray:
+    """One ring of an outer contour and its holes, each cut open at the points that are nearest."""
+    outer = rings[0]
+    for hole in rings[1:]:
+        distances = np.abs(outer[:, None] - hole[None]).sum(2)
+        at, start = np.unravel_index(int(distances.argmin()), distances.shape)
+        outer = np.concatenate([outer[: at + 1], hole[start:], hole[: start + 1], outer[at:]])
+    return outer

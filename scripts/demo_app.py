@@ -1,0 +1,10 @@
+"""Look into a bank in a browser: `python scripts/demo_app.py bank=<folder> [port=7860] [key=value ...]` (docs/bank.md).
+
+Drop a picture, click a region, see why it has its label, correct it, save what the bank learned. Needs gradio
+(`pip install 'moduseg[app]'`).
+"""
+
+from moduseg.cli import main_own
+
+if __name__ == "__main__":
+    main_own("demo_app")

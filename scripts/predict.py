@@ -1,0 +1,10 @@
+"""Label your own images: `python scripts/predict.py bank=<folder> images=<folder or files> [key=value ...]`.
+
+Keys: out=<folder>, min_score=<cosine>, formats=[png,overlay,coco,labelme,labelstudio], objects=proposals|components,
+tolerance=<pixels>, image_url=<prefix>; and overrides such as retrieval.top_k=3 (docs/bank.md).
+"""
+
+from moduseg.cli import main_own
+
+if __name__ == "__main__":
+    main_own("predict")
