@@ -62,9 +62,14 @@ class Segmenter:
     def __init__(self, bank: Bank, proposer: Proposer, backbone: Backbone, cfg: Config, device: Device) -> None:
         bank.check_fits(backbone.digest, backbone.dim, bank.classes)
         self.bank, self.proposer, self.backbone, self.cfg, self.device = bank, proposer, backbone, cfg, device
-        self._search = bank.for_search(cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels).to(
-            device.torch_device
-        )
+        settings = cfg.bank
+        self._search = bank.for_search(
+            settings.centre,
+            settings.outliers,
+            settings.shuffle_labels,
+            settings.images_per_class,
+            settings.images_seed,
+        ).to(device.torch_device)
 
     @classmethod
     def from_bank(

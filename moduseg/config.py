@@ -63,8 +63,9 @@ class OutliersConfig:
 class BankConfig:
     """How the bank is made of pseudo masks and patch tokens.
 
-    `purify`, `min_area` and `aggregation` decide what is stored; `centre` and `outliers` are applied when the bank is
-    read, so that changing them runs no model. `shuffle_labels` is the control experiment of a table: the seed of a
+    `purify`, `min_area` and `aggregation` decide what is stored; the others are applied when the bank is read, so that
+    changing them runs no model. `images_per_class` keeps the vectors of that many images of each class, chosen by
+    `images_seed` (see `moduseg.bank.subset`). `shuffle_labels` is the control experiment of a table: the seed of a
     permutation of the bank's labels, which leaves retrieval nothing to know. `path` is the folder of a finished bank
     (of `scripts/bank.py`, say) that is used in place of one built from the training split.
     """
@@ -73,12 +74,16 @@ class BankConfig:
     min_area: int = 300
     aggregation: Literal["soft", "hard"] = "soft"
     centre: bool = False
+    images_per_class: int | None = None
+    images_seed: int = 0
     shuffle_labels: int | None = None
     outliers: OutliersConfig = field(default_factory=OutliersConfig)
     path: str | None = None
 
     def __post_init__(self) -> None:
         _between("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
+        if self.images_per_class is not None:
+            _between("images_per_class", self.images_per_class, 1, 10**9, "null keeps every image")
 
 
 @dataclass(frozen=True)

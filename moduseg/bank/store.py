@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moduseg.bank.outliers import nearest_to_centre
+from moduseg.bank.subset import rows_of_images_per_class
 from moduseg.config import OutliersConfig
 from moduseg.errors import ArtefactError
 from moduseg.runtime.artefacts import read_json, write_atomic, write_json
@@ -144,19 +145,31 @@ class Bank:
                 f"{_shorten(tuple(classes))}; use the bank's data set or build a bank for this one"
             )
 
-    def for_search(self, centre: bool, outliers: OutliersConfig, shuffle_labels: int | None = None) -> SearchBank:
-        """Centre, normalise and filter (METHOD, stage 1, steps 3 and 4).
+    def for_search(
+        self,
+        centre: bool,
+        outliers: OutliersConfig,
+        shuffle_labels: int | None = None,
+        images_per_class: int | None = None,
+        images_seed: int = 0,
+    ) -> SearchBank:
+        """Choose images, centre, normalise and filter (METHOD, stage 1, steps 3 and 4).
 
         Args:
-            centre: subtract the mean of all stored vectors before normalising (CNN features need it).
+            centre: subtract the mean of all vectors (of the chosen images) before normalising; CNN features need it.
             outliers: drop the farthest vectors of each class.
             shuffle_labels: seed of a permutation of the labels, the control experiment; `None` keeps them.
+            images_per_class: take so many images of each class alone, see `rows_of_images_per_class`; `None` is all.
+            images_seed: which ones.
         """
-        labels = self.labels
+        labels, pooled, chosen = self.labels, self.pooled, torch.arange(len(self), device=self.labels.device)
+        if images_per_class is not None:
+            chosen = rows_of_images_per_class(labels, self.image_index, self.image_ids, images_per_class, images_seed)
+            labels, pooled = labels[chosen], pooled[chosen]
         if shuffle_labels is not None:
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(shuffle_labels))]
-        mean = self.pooled.mean(0) if centre and len(self) else None
-        vectors = functional.normalize(self.pooled if mean is None else self.pooled - mean, dim=1)
+        mean = pooled.mean(0) if centre and len(pooled) else None
+        vectors = functional.normalize(pooled if mean is None else pooled - mean, dim=1)
         keep = []
         for label in range(len(self.classes)):
             rows = torch.nonzero(labels == label).flatten()
@@ -165,7 +178,7 @@ class Bank:
                 rows = rows[nearest_to_centre(vectors[rows], ratio)]
             keep.append(rows)
         rows = torch.cat(keep).sort().values if keep else torch.empty(0, dtype=torch.int64)
-        return SearchBank(vectors[rows], labels[rows], rows, mean)
+        return SearchBank(vectors[rows], labels[rows], chosen[rows], mean)
 
 
 def _shorten(names: Sequence[str]) -> str:

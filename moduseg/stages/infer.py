@@ -64,10 +64,17 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             "retrieval": plain(cfg.as_dict()["retrieval"]),
             # The class list of a bank that is built here is the data set's, which the queries' key holds.
             **({} if cfg.bank.path is None else {"bank_labels": digest_of(stored.labels.tolist())}),
+            **(
+                {"images_per_class": [cfg.bank.images_per_class, cfg.bank.images_seed]}
+                if cfg.bank.images_per_class is not None
+                else {}
+            ),
         },
     )
     device = work.device.torch_device
-    bank = stored.for_search(cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels).to(device)
+    bank = stored.for_search(
+        cfg.bank.centre, cfg.bank.outliers, cfg.bank.shuffle_labels, cfg.bank.images_per_class, cfg.bank.images_seed
+    ).to(device)
 
     def load(image_id: str) -> tuple[str, Proposals, Tensor]:
         found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), dataset.image_size(image_id))
