@@ -125,14 +125,15 @@ class _Maker:
     def add(self, label: str, cfgs: Sequence[Config]) -> None:
         """Run a row, or find out what it lacks."""
         record, start = self.records[label], time.perf_counter()
-        works = [Workspace(cfg) for cfg in cfgs]
         try:
-            record["missing"] = list(dict.fromkeys(line for work in works for line in lacking(work)))
-            if not record["missing"]:
-                record.update(self._results([evaluate.run(w.cfg, w) for w in works]))
-                record["status"] = "done"
-            else:
+            record["missing"] = list(dict.fromkeys(line for cfg in cfgs for line in lacking(Workspace(cfg))))
+            if record["missing"]:
                 record["status"] = "missing"
+            else:
+                # Each run has a workspace of its own, so that one run's models are in memory at a time.
+                record.update(self._results([evaluate.run(cfg) for cfg in cfgs]))
+                record["train_split"] = cfgs[0].dataset.get("train_split", "train")
+                record["status"] = "done"
         except StorageError:
             raise
         except MissingError as error:
@@ -187,6 +188,9 @@ class _Maker:
             "values": [],
             "columns": {},
             "images": None,
+            "split": None,
+            "train_split": None,
+            "label_source": None,
             "left_out": 0,
             "seconds": None,
             "missing": [],
@@ -215,7 +219,8 @@ class _Maker:
         for record in self.records.values():
             published = record["published"]
             both = published is not None and record["ours"] is not None
-            record["difference"] = record["ours"] - published["value"] if both else None
+            comparable = both and record["split"] == SPLITS[self.table.figure]
+            record["difference"] = record["ours"] - published["value"] if comparable else None
             if reference is None or record is reference:
                 record["change"], record["published_change"] = [], None
                 continue
@@ -231,7 +236,9 @@ class _Maker:
             header += ["published change", "our change"]
         header += [*self.table.columns, "images", "seconds"]
         body = [self._cells(record) for record in self.records.values()]
-        head = f"**{self.table.title}** {self.shown}, {self.table.figure} on {SPLITS[self.table.figure]}, percent."
+        splits = {record["split"] for record in self.records.values() if record["split"]}
+        where = ", ".join(sorted(splits)) or SPLITS[self.table.figure]
+        head = f"**{self.table.title}** {self.shown}, {self.table.figure} on {where}, percent."
         return "\n".join([head, "", markdown_table(header, body), *self._notes()])
 
     def _cells(self, record: Mapping[str, Any]) -> list[object]:
@@ -260,6 +267,8 @@ class _Maker:
         if any(len(r["runs"]) > 1 for r in records):
             count = max(len(r["runs"]) for r in records)
             notes.append(f"Ours: mean ± sample standard deviation of {count} runs, {self.seed_key} 0 to {count - 1}.")
+        banks = sorted({(r["train_split"], r["label_source"]) for r in records if r["status"] == "done"})
+        notes += [f"Bank of {split}, image-level labels from {source}." for split, source in banks]
         notes.append("Seconds: work of all stages behind a row's run, whenever it was done and whoever shares it.")
         notes += pick(dict(self.table.notes), self.dataset) or []
         notes += [f"{r['published']['method']}: {r['published']['note']}." for r in records if _has_note(r)]

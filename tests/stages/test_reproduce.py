@@ -98,6 +98,7 @@ def test_a_table_of_rows_that_run_lack_something_and_fail(
         assert rows[name]["columns"]["proposal recall"] == [pytest.approx(100.0)]
         assert (rows[name]["images"], rows[name]["split"], rows[name]["label_source"]) == (2, "val", "json")
         assert rows[name]["seconds"] > 0
+        assert rows[name]["train_split"] == "train"
         assert rows[name]["runs"] == [[*small, *more]]
     both, baseline = rows["both"], rows["baseline"]
     assert baseline["published"]["value"] == 84.3
@@ -127,6 +128,7 @@ def test_a_table_of_rows_that_run_lack_something_and_fail(
     assert "Failed in `broken`:\n\n- evaluation.uncovered: got 'ignore'" in text
     assert "on VOC 2012, for orientation" in text
     assert "- A note.\n" in text
+    assert "- Bank of train, image-level labels from json.\n" in text
     assert "    # baseline\n    python scripts/evaluate.py proposer=ground_truth" in text
 
 
@@ -141,6 +143,13 @@ def test_complete_rows_are_not_run_again_and_artefacts_are_shared(small: list[st
     first = record_of(one.paths[0])["rows"][0]
     again = next(row for row in record_of(every.paths[0])["rows"] if row["row"] == "both")
     assert (first["values"], first["seconds"], first["runs"]) == (again["values"], again["seconds"], again["runs"])
+
+
+def test_another_split_is_not_compared(small: list[str]) -> None:
+    path = reproduce.run("small", [*small, "dataset.val_split=train"], "miniature", "both").paths[0]
+    row = record_of(path)["rows"][0]
+    assert (row["split"], row["images"], row["difference"]) == ("train", 4, None)
+    assert "mIoU on train, percent" in path.read_text(encoding="utf-8")
 
 
 def test_seeds_are_averaged(small: list[str], tmp_path: Path) -> None:
