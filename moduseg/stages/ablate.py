@@ -190,4 +190,5 @@ def mean_cell(values: Sequence[float | None], sign: str = "") -> str:
     known = [v for v in values if v is not None]
     if not known:
         return "-"
-    return f"{mean(known):{sign}.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
+    # Adding zero turns -0.0 into 0.0.
+    return f"{round(mean(known), 1) + 0:{sign}.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")

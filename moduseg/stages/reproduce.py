@@ -357,7 +357,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1f}"
+    return "-" if value is None else mean_cell([value], "+")
 
 
 def _one_line(error: Exception) -> str:
