@@ -328,7 +328,8 @@ def work_seconds(path: Path) -> float:
     while todo:
         folder = todo.pop()
         if folder not in seen:
-            manifest = read_json(Path(folder) / "manifest.json")
+            file = Path(folder) / "manifest.json"
+            manifest = read_json(file) if file.is_file() else {}  # a bank from elsewhere has none
             seen[folder] = sum(manifest.get("seconds", {}).values())
             todo += manifest.get("inputs", {}).values()
     return sum(seen.values())
