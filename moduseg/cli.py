@@ -25,7 +25,7 @@ OWN_KEYS = {
     "demo_app": "moduseg.stages.demo_app",
 }
 """Commands with keys of their own beside overrides of the configuration, and the modules whose `main` they are."""
-COMMANDS = (*STAGES, *TOOLS, "voc_package", "ablate", "sweep", "compare", *OWN_KEYS)
+COMMANDS = (*STAGES, *TOOLS, "voc_package", "ablate", "reproduce", "sweep", "compare", *OWN_KEYS)
 
 
 def entry() -> None:
@@ -38,6 +38,8 @@ def entry() -> None:
         main_table()
     elif command == "sweep":
         main_sweep()
+    elif command == "reproduce":
+        main_reproduce()
     elif command == "compare":
         main_compare()
     elif command in OWN_KEYS:
@@ -86,6 +88,34 @@ def main_sweep() -> None:
         path = sweep.run(sys.argv[1:])
         print((path / "sweep.md").read_text(encoding="utf-8") + f"\nsweep -> {path}")
         return 0
+
+    sys.exit(guard(job))
+
+
+def main_reproduce() -> None:
+    """Make the table of the paper that `table=<name>` of `sys.argv` names, and exit.
+
+    `dataset=`, `row=` and `seeds=` choose, the other overrides go to every run; `show` prints the rows' commands.
+    The exit code is 0 where every row was run or lacks data or weights, 1 where one failed or left images out.
+    """
+    from moduseg.stages import reproduce
+
+    _log_to_stdout(logging.WARNING)
+    chosen = {key: value for key, _, value in (a.partition("=") for a in sys.argv[1:])}
+    name, dataset, row, seeds = (chosen.get(key) for key in ("table", "dataset", "row", "seeds"))
+    overrides = [a for a in sys.argv[1:] if a.partition("=")[0] not in ("table", "dataset", "row", "seeds", "show")]
+
+    def job() -> int:
+        if "show" in chosen:
+            print("\n".join(reproduce.commands(name or "", dataset)))
+            return 0
+        if seeds is not None and not seeds.isdecimal():
+            raise ConfigError(f"seeds: got {seeds!r}, expected a whole number; try seeds=3")
+        made = reproduce.run(name or "", overrides, dataset, row, None if seeds is None else int(seeds))
+        for path in made.paths:
+            print(path.read_text(encoding="utf-8"))
+        print("written: " + ", ".join(str(path) for path in made.paths))
+        return 1 if made.failed else 0
 
     sys.exit(guard(job))
 

@@ -148,7 +148,8 @@ class BackgroundConfig:
 class PseudoMasksConfig:
     """A generator, and how its scores become labels: what follows `generator` is changed without running a model.
 
-    `dilations` and `iterations` are those of `pamr` and `par`; see `moduseg.pseudo_masks.refine`.
+    `dilations` and `iterations` are those of `pamr` and `par`; see `moduseg.pseudo_masks.refine`. Proposals whose
+    `predicted_iou` is below `vote_min_score` have no say in `region_vote`.
     """
 
     generator: Mapping[str, Any]
@@ -156,8 +157,10 @@ class PseudoMasksConfig:
     refine: Literal["none", "region_vote", "pamr", "par"] = "none"
     dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     iterations: int = 10
+    vote_min_score: float = 0.0
 
     def __post_init__(self) -> None:
+        _between("vote_min_score", self.vote_min_score, 0, 1, "0 lets every proposal vote, the paper uses 0.5")
         if not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"dilations: got {list(self.dilations)}, expected pixels >= 1; the papers use 1 to 24")
         _between("iterations", self.iterations, 0, 1000, "the papers use 10")
@@ -201,6 +204,8 @@ class Config:
     """The whole configuration; the groups of backends stay mappings, checked when the backend is built.
 
     `predictions` is a folder of label maps made elsewhere, to be scored or packed in place of a run's own.
+    `train_proposer`, where given, takes the place of `proposer` on the training images, for ablations of the queries'
+    proposals alone.
     """
 
     dataset: Mapping[str, Any]
@@ -212,6 +217,7 @@ class Config:
     evaluation: EvaluationConfig
     runtime: RuntimeConfig
     predictions: str | None = None
+    train_proposer: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -284,10 +290,16 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     predictions = plain.get("predictions")
     if not isinstance(predictions, str | None):
         raise ConfigError(f"predictions: got {predictions!r}, expected a folder; set predictions=<folder>")
-    values: dict[str, Any] = {"predictions": predictions}
+    train_proposer = plain.get("train_proposer")
+    if not isinstance(train_proposer, Mapping | None):
+        raise ConfigError(
+            f"train_proposer: got {train_proposer!r}, expected a group of settings; pick a file with "
+            "proposer@train_proposer=<file>"
+        )
+    values: dict[str, Any] = {"predictions": predictions, "train_proposer": train_proposer}
     for name in known:
         value = plain.get(name)
-        if name == "predictions":
+        if name in values:
             continue
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name}: got {value!r}, expected a group of settings; pick a file with {name}=<file>")

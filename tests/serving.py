@@ -88,7 +88,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """The requests that the hub's client makes to fetch a repository; `Site.files` has `/<owner>/<name>/<file>`."""
+    """The requests that the hub's client makes to fetch a repository; `Site.files` has `/<owner>/<name>/<file>`.
+
+    Those of data sets begin with `/datasets/`.
+    """
 
     site: Site
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -110,17 +113,16 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if api:
-            files = {
-                n.removeprefix(f"/{api[1]}/"): c for n, c in self.site.files.items() if n.startswith(f"/{api[1]}/")
-            }
+            folder = f"/{api[2]}/" if api[1] == "models" else f"/datasets/{api[2]}/"
+            files = {n.removeprefix(folder): c for n, c in self.site.files.items() if n.startswith(folder)}
             if not files:
                 self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
                 return
-            listing: Any = {"id": api[1], "sha": self.commit, "siblings": [{"rfilename": name} for name in files]}
-            if api[2] == "tree":
+            listing: Any = {"id": api[2], "sha": self.commit, "siblings": [{"rfilename": name} for name in files]}
+            if api[3] == "tree":
                 listing = [
                     {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                     for name, content in files.items()

@@ -39,6 +39,7 @@ NEEDS_NOTHING = {
     ("pseudo_masks", "fusion"),
     ("pseudo_masks", "ground_truth"),
 }
+EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 NEEDS_SOMETHING = [preset for preset in PRESETS if preset not in NEEDS_NOTHING]
 
 
@@ -150,3 +151,17 @@ def test_what_needs_nothing_runs(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(group, name, world, monkeypatch, capsys) == (0, [])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_say_what_is_missing(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a researcher types first, on a machine without the data."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("sys.argv", ["build_bank", f"experiment={name}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main("build_bank")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert re.match(r"moduseg: error: (dataset\.root|proposer\.folder): got '\S+', no such folder; .*\w+/\w+\.md", line)

@@ -103,6 +103,7 @@ class VocDataset(Dataset):
         if self.classes_file is None:
             return VOC_CLASSES
         path = self.root / self.classes_file
+        require_folder(self.root, "dataset.root", self._layout())
         if not path.is_file():
             raise MissingError(
                 f"dataset.classes_file: got {self.classes_file!r}, no such file {path}; expected class names, one a "

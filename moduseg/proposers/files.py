@@ -33,7 +33,8 @@ class FileProposer(Proposer):
         self.pattern = pattern
         if not self.folder.is_dir():
             raise MissingError(
-                f"proposer.folder: got {folder!r}, no such folder; set proposer.folder=<folder of proposal files>"
+                f"proposer.folder: got {folder!r}, no such folder; set proposer.folder=<folder of proposal files>, "
+                "made as docs/proposals.md says"
             )
 
     @property

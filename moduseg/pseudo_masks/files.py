@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Sequence
+from functools import cached_property
+from io import BytesIO
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from moduseg.errors import DataError, MissingError
+from moduseg.errors import ArtefactError, DataError, MissingError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.runtime.devices import Device
-from moduseg.runtime.weights import file_digest
+from moduseg.runtime.weights import ADDRESSES, file_digest, find_weights
 from moduseg.structures import IGNORE_INDEX, Proposals, Sample, ScoreMaps
+
+KEY = "pseudo_masks.generator.folder"
 
 
 class FilePseudoMasks(PseudoMaskGenerator):
-    """Label maps from a folder, as one-hot scores with the background given.
+    """Label maps from a folder or a zip archive, as one-hot scores with the background given.
 
     Args:
-        folder: where the files are; `~` allowed.
+        folder: where the files are: a folder (`~` allowed), a `.zip`, or the address of a `.zip` as
+            `moduseg.runtime.weights.find_weights` takes it (`hf://datasets/<owner>/<name>/<file>.zip`), fetched on
+            first use.
         device: where the scores are put.
         classes: class names, background first; ids beyond them are an error.
         pattern: name of an image's file inside `folder`; `{id}` is the image's id.
@@ -41,21 +49,22 @@ class FilePseudoMasks(PseudoMaskGenerator):
     ) -> None:
         if "{id}" not in pattern:
             raise ValueError(f"pattern: got {pattern!r}, expected a file name with {{id}}; try {{id}}.png")
-        self._folder, self._device, self._classes = Path(folder).expanduser(), device, tuple(classes)
+        self._given, self._device, self._classes = folder, device, tuple(classes)
         self._pattern, self._filter = pattern, filter_labels
 
     @property
     def digest(self) -> str:
-        """sha256 over names and contents of the folder's files of this pattern's suffix.
+        """sha256 over names and contents of the folder's files of this pattern's suffix, or of the archive.
 
         Raises:
-            MissingError: there is no such folder.
+            MissingError: there is no such folder or archive.
         """
-        self._check_folder()
+        if self._place.is_file():
+            return file_digest(self._place)
         total = hashlib.sha256()
-        for path in sorted(self._folder.rglob("*" + Path(self._pattern).suffix)):
+        for path in sorted(self._place.rglob("*" + Path(self._pattern).suffix)):
             if path.is_file():
-                total.update(f"{path.relative_to(self._folder).as_posix()}:{file_digest(path)}\n".encode())
+                total.update(f"{path.relative_to(self._place).as_posix()}:{file_digest(path)}\n".encode())
         return total.hexdigest()
 
     def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None = None) -> ScoreMaps:
@@ -65,45 +74,77 @@ class FilePseudoMasks(PseudoMaskGenerator):
             Maps of the classes in `labels`; with `filter_labels=false`, of those that the file holds.
 
         Raises:
-            MissingError: there is no such folder.
+            MissingError: there is no such folder or archive.
             DataError: no file for this image, or one that is damaged, not a label map, of another size or with ids
                 that are no class.
+            ArtefactError: the archive is damaged.
         """
-        self._check_folder()
-        path = self._folder / self._pattern.replace("{id}", sample.id)
-        array = read_label_map(path, len(self._classes) - 1)
+        name = self._pattern.replace("{id}", sample.id)
+        where = self._place / name
+        array = read_label_map(self._content(name), str(where), len(self._classes) - 1)
         if array.shape != sample.size:
-            raise DataError(f"{path}: got {array.shape} pixels, expected the image's {sample.size}; make it again")
+            raise DataError(f"{where}: got {array.shape} pixels, expected the image's {sample.size}; make it again")
         return one_hot(array, labels if self._filter else None, self._device)
 
-    def _check_folder(self) -> None:
-        if not self._folder.is_dir():
+    @cached_property
+    def _place(self) -> Path:
+        """The folder or the archive."""
+        address = self._given.startswith(ADDRESSES)
+        place = find_weights(self._given, KEY) if address else Path(self._given).expanduser()
+        if not place.is_dir() and not (place.suffix == ".zip" and place.is_file()):
             raise MissingError(
-                f"pseudo_masks.generator.folder: got {str(self._folder)!r}, no such folder; "
-                "set pseudo_masks.generator.folder=<folder of label PNGs>"
+                f"{KEY}: got {self._given!r}, no such folder or .zip; set {KEY}=<folder or .zip of label PNGs>"
             )
+        return place
+
+    @cached_property
+    def _archive(self) -> ZipFile | None:
+        if not self._place.is_file():
+            return None
+        try:
+            return ZipFile(self._place)
+        except (BadZipFile, OSError) as error:
+            raise ArtefactError(
+                f"{self._place}: not readable as a zip archive ({error}); remove it and fetch it again"
+            ) from error
+
+    def _content(self, name: str) -> bytes:
+        where = self._place / name
+        try:
+            return where.read_bytes() if self._archive is None else self._archive.read(name)
+        except (FileNotFoundError, KeyError) as error:
+            raise DataError(
+                f"{where}: no such file; make the label map, take the image out of the list, or set "
+                f"pseudo_masks.generator.pattern (now {self._pattern!r}) to how the files are named"
+            ) from error
+        except (OSError, BadZipFile, zlib.error) as error:
+            raise DataError(f"{where}: cannot be read ({error}); make it again") from error
 
 
-def read_label_map(path: Path, num_classes: int) -> np.ndarray:
+def read_label_map(content: bytes, name: str, num_classes: int) -> np.ndarray:
     """`[H, W]` uint8 class ids of an indexed or 8-bit grey picture.
 
+    Args:
+        content: of the file.
+        name: for messages.
+        num_classes: foreground classes.
+
     Raises:
-        DataError: absent, damaged, of another kind, or an id other than 0..num_classes and 255.
+        DataError: damaged, of another kind, or an id other than 0..num_classes and 255.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; make the label map, or take the image out of the list")
     try:
-        with Image.open(path) as picture:
+        with Image.open(BytesIO(content)) as picture:
             if picture.mode not in ("P", "L", "1"):
                 raise DataError(
-                    f"{path}: got a {picture.mode} picture, expected one channel of class ids; save it as indexed PNG"
+                    f"{name}: got a {picture.mode} picture, expected one channel of class ids; save it as indexed PNG"
                 )
             array = np.array(picture, dtype=np.uint8)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: not readable as a picture ({error}); make it again") from error
+        reason = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{name}: not readable as a picture ({reason}); make it again") from error
     wrong = sorted({int(v) for v in np.unique(array)} - set(range(num_classes + 1)) - {IGNORE_INDEX})
     if wrong:
-        raise DataError(f"{path}: got class ids {wrong[:5]}, expected 0..{num_classes} or 255; check the class list")
+        raise DataError(f"{name}: got class ids {wrong[:5]}, expected 0..{num_classes} or 255; check the class list")
     return array
 
 

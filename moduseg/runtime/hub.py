@@ -1,5 +1,7 @@
 """Files and directories of the Hugging Face hub, by repository id and revision.
 
+The id of a data set begins with `datasets/`, as its address does.
+
 Looked for in the cache folder, at `$MODUSEG_HOME/huggingface.co/<owner>/<name>/<revision>/` (where whoever has no
 network puts them), then in the hub's own cache, which other programs may have filled; fetched into the first.
 """
@@ -18,6 +20,8 @@ from moduseg.errors import ArtefactError, MissingError
 from moduseg.runtime.digests import file_digest
 from moduseg.runtime.download import TIMEOUT, home, is_offline, locked, not_here, storage_error
 
+DATASETS = "datasets/"
+"""How the ids of data sets begin, as in the hub's addresses."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ("*config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 """What lies beside the weights and is read with them."""
@@ -141,7 +145,7 @@ def hub_file(
     """One file of a repository: the first of `names` that it has.
 
     Args:
-        hub_id, revision, key: see `hub_folder`.
+        hub_id, revision, key: see `hub_folder`; the id of a data set begins with `datasets/`.
         names: file names, the preferred one first.
         value: what the configuration holds, for messages; the hub id where left out.
         otherwise: the value of `key` that names a local file, for messages.
@@ -162,7 +166,15 @@ def hub_file(
 
         for name in names:
             if name in files:
-                return Path(hf_hub_download(hub_id, name, revision=revision, local_dir=own, cache_dir=_bookkeeping()))
+                fetched = hf_hub_download(
+                    hub_id.removeprefix(DATASETS),
+                    name,
+                    repo_type=_kind(hub_id),
+                    revision=revision,
+                    local_dir=own,
+                    cache_dir=_bookkeeping(),
+                )
+                return Path(fetched)
         raise FileNotFoundError(f"the repository has no {' or '.join(names)}")
 
     def missing(reason: str) -> MissingError:
@@ -229,8 +241,12 @@ def _cached(hub_id: str, name: str, revision: str | None) -> Path | None:
     """A file in the hub's own cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(hub_id, name, revision=revision)
+    found = try_to_load_from_cache(hub_id.removeprefix(DATASETS), name, revision=revision, repo_type=_kind(hub_id))
     return Path(found) if isinstance(found, str) else None
+
+
+def _kind(hub_id: str) -> str:
+    return "dataset" if hub_id.startswith(DATASETS) else "model"
 
 
 def _bookkeeping() -> Path:
@@ -265,8 +281,10 @@ def _fetch(
     with locked(own):
         try:
             # Unlike a download, this fails at once where there is no network.
-            info = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT)
-            found = get({file.rfilename for file in info.siblings or ()})
+            info = HfApi().repo_info(
+                hub_id.removeprefix(DATASETS), repo_type=_kind(hub_id), revision=revision, timeout=TIMEOUT
+            )
+            found = get({file.rfilename for file in getattr(info, "siblings", None) or ()})
         except errors.GatedRepoError as error:
             raise missing(
                 f"asks for its licence to be accepted: do so at {page(hub_id)}, then run `hf auth login` and try again"

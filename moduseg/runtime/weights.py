@@ -29,7 +29,7 @@ def find_weights(path: str, key: str) -> Path:
             a path (`~` allowed),
             `miniature/<file>`, which the package carries,
             `https://<host>/<path>/<file>`, with `#sha256=<64 digits>` behind it where the digest is known,
-            `hf://<owner>/<name>[@<revision>]/<file>`, a file of the hub.
+            `hf://<owner>/<name>[@<revision>]/<file>`, a file of the hub; `hf://datasets/<owner>/...` one of a data set.
         key: the configuration key, for the message.
 
     Raises:
@@ -45,7 +45,7 @@ def find_weights(path: str, key: str) -> Path:
             raise ConfigError(f"{key}: got {path!r}, expected #sha256=<64 hexadecimal digits> behind the address")
         return fetch(url, key, digest[1] if digest else None, path)
     if path.startswith("hf://"):
-        named = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)", path)
+        named = re.fullmatch(r"hf://((?:datasets/)?[\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)", path)
         if named is None:
             raise ConfigError(f"{key}: got {path!r}, expected hf://<owner>/<name>@<revision>/<file>")
         return hub_file(named[1], [named[3]], named[2], key, path)

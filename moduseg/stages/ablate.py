@@ -73,18 +73,37 @@ def load_table(name: str) -> Table:
     Raises:
         ConfigError: no such table, or a key that tables do not have.
     """
-    folder = config_dir() / "table"
+    return construct(Table, read_table("ablate", name), f"table {name}")
+
+
+FOLDERS = {"ablate": "table", "reproduce": "reproduce"}
+"""Command -> folder of `configs/` that holds its tables."""
+
+
+def read_table(command: str, name: str) -> dict[str, Any]:
+    """The content of a table's file, interpolations left as they are.
+
+    Args:
+        command: `ablate` (grids of `configs/table/`) or `reproduce` (the paper's tables, `configs/reproduce/`).
+        name: of the file.
+
+    Raises:
+        ConfigError: no such table, or a file that is no mapping.
+    """
+    folder = config_dir() / FOLDERS[command]
     path = folder / f"{name}.yaml"
-    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
     if "/" in name or not path.is_file():
-        raise ConfigError(f"table: got {name!r}, expected one of {known}; try: python scripts/ablate.py table=<name>")
+        owners = [c for c, f in FOLDERS.items() if "/" not in name and (folder.parent / f / path.name).is_file()]
+        remedy = f"scripts/{owners[0]}.py table={name}" if owners else f"scripts/{command}.py table=<name>"
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ConfigError(f"table: got {name!r}, expected one of {known}; try: python {remedy}")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error}; correct the file") from error
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; correct the file") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: got {type(content).__name__}, expected keys title, axes, ...; correct the file")
-    return construct(Table, {str(k): v for k, v in content.items()}, f"table {name}")
+        raise ConfigError(f"{path}: got {type(content).__name__}, expected keys such as title; correct the file")
+    return {str(key): value for key, value in content.items()}
 
 
 def run(name: str, overrides: Sequence[str] = ()) -> Path:
@@ -109,7 +128,7 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
                 path = evaluate.run(compose([*table.base, *extra, *overrides]))
                 results.append(read_json(path / "results.json"))
                 progress.update()
-            figures = {c: [_figure(r, c) for r in results] for c in table.columns}
+            figures = {c: [figure(r, c) for r in results] for c in table.columns}
             rows.append(
                 {
                     "options": options,
@@ -147,7 +166,8 @@ def _as_alternatives(overrides: Any) -> list[list[str]]:
     return entries if entries and all(isinstance(e, list) for e in entries) else [entries]
 
 
-def _figure(record: Mapping[str, Any], column: str) -> float | None:
+def figure(record: Mapping[str, Any], column: str) -> float | None:
+    """What `evaluate`'s record says of a column; `None` where it says nothing."""
     value: Any = record
     for key in FIGURES[column]:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -156,7 +176,8 @@ def _figure(record: Mapping[str, Any], column: str) -> float | None:
 
 def _markdown(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
     body = [
-        [*row["options"].values(), *(_cell(row["figures"][c]) for c in table.columns), len(row["runs"])] for row in rows
+        [*row["options"].values(), *(mean_cell(row["figures"][c]) for c in table.columns), len(row["runs"])]
+        for row in rows
     ]
     where = f"{rows[0]['dataset']} {rows[0]['split']}, {rows[0]['images']} images. "
     note = "Mean ± sample standard deviation where a row has several runs; percent."
@@ -164,8 +185,10 @@ def _markdown(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"**{table.title}** {where}{note}\n\n{markdown_table(header, body)}"
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def mean_cell(values: Sequence[float | None], sign: str = "") -> str:
+    """Mean ± sample standard deviation of the runs that have a value; `sign="+"` shows a plus as well."""
     known = [v for v in values if v is not None]
     if not known:
         return "-"
-    return f"{mean(known):.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
+    # Adding zero turns -0.0 into 0.0.
+    return f"{round(mean(known), 1) + 0:{sign}.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")

@@ -70,6 +70,12 @@ class Workspace:
         return proposers.build(self.cfg.proposer, self.device)
 
     @cached_property
+    def train_proposer(self) -> Proposer:
+        """The mask proposer of the training images: the same, unless `train_proposer` says otherwise."""
+        settings = self.cfg.train_proposer
+        return self.proposer if settings is None else proposers.build(settings, self.device)
+
+    @cached_property
     def backbone(self) -> Backbone:
         """The backbone of bank and queries."""
         return backbones.build(self.cfg.backbone, self.device)

@@ -14,20 +14,24 @@ from moduseg.structures import Sample
 def run(cfg: Config, work: Workspace | None = None, split: str | None = None) -> Path:
     """Propose masks for a split (the evaluated one by default).
 
-    Proposals are written unfiltered; each reader applies its own thresholds (METHOD, step 5).
+    Where the training split is named, `train_proposer` makes them, if the configuration has one. Proposals are written
+    unfiltered; each reader applies its own thresholds (METHOD, step 5).
 
     Returns:
         The artefact's folder: `masks/<id>.json`, `failures.jsonl`, `manifest.json`.
     """
     work = work or Workspace(cfg)
+    for_training = split == work.train_split
     split = split or work.eval_split
-    dataset, proposer = work.dataset(split), work.proposer
+    dataset, settings, proposer = work.dataset(split), cfg.proposer, work.proposer
+    if for_training and cfg.train_proposer is not None:
+        settings, proposer = cfg.train_proposer, work.train_proposer
     artefact = work.artefact(
         "propose",
-        f"{cfg.proposer['name']}-{split}",
+        f"{settings['name']}-{split}",
         {
             "dataset": work.dataset_parts(split),
-            "proposer": plain(cfg.proposer),
+            "proposer": plain(settings),
             "digest": proposer.digest,
             "precision": work.device.precision,
         },

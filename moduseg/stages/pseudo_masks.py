@@ -55,6 +55,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             if settings.refine in DIFFUSIONS
             else settings.refine,
             "proposals": inputs["propose"].name if "propose" in inputs else "",
+            **({"vote_min_score": settings.vote_min_score} if "propose" in inputs and settings.vote_min_score else {}),
         },
     )
     load = partial(ingredients, dataset, settings, inputs["scores"], inputs.get("propose"))
@@ -134,6 +135,7 @@ def ingredients(
         if proposals is None:
             raise DataError(f"{image_id}: no proposals, which refine=region_vote needs; name their artefact")
         found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), size)
+        found = found.select(found.scores >= settings.vote_min_score)
     if settings.refine in DIFFUSIONS:
         image = dataset.load(image_id, truth=False, labels=False).image
         if image.shape[:2] != size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -12,14 +13,16 @@ import torch
 from PIL import Image
 
 from moduseg.backbones.base import Backbone
+from moduseg.config import compose
 from moduseg.datasets.palette import voc_palette
-from moduseg.errors import ConfigError, DataError, MissingError
+from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.files import FilePseudoMasks
 from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
 from moduseg.pseudo_masks.labels import label_map
 from moduseg.runtime.devices import Device
+from moduseg.runtime.weights import file_digest
 from moduseg.structures import Sample
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
 
@@ -134,6 +137,76 @@ def test_truncated_file(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-900])
     with pytest.raises(DataError, match="not readable as a picture"):
         FilePseudoMasks(str(tmp_path), CPU, CLASSES).generate(Sample("a", np.zeros((80, 80, 3), np.uint8)), (2,))
+
+
+def packed(path: Path, files: dict[str, bytes]) -> Path:
+    with ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_an_archive_is_read_as_its_folder_would_be(tmp_path: Path) -> None:
+    """Whatever lies beside the label maps is no concern of theirs."""
+    write(tmp_path / "maps" / "pseudo" / "a.png", MAP)
+    content = (tmp_path / "maps" / "pseudo" / "a.png").read_bytes()
+    files = {
+        "pseudo/a.png": content,
+        "pseudo/b.png": content[: len(content) // 2],
+        "pseudo/": b"",
+        "__MACOSX/pseudo/._a.png": b"?",
+    }
+    archive = packed(tmp_path / "masks.zip", files)
+    item = Sample("a", np.zeros((2, 4, 3), np.uint8), (2, 5))
+    both = [
+        FilePseudoMasks(str(place), CPU, CLASSES, pattern="pseudo/{id}.png") for place in (tmp_path / "maps", archive)
+    ]
+    found = [label_map(generator.generate(item, (2, 5)), "given").tolist() for generator in both]
+    assert found[0] == found[1] == [[0, 0, 2, 255], [5, 5, 0, 2]]
+    assert both[1].digest == file_digest(archive)
+    for name, message in (
+        ("c", r"masks\.zip/pseudo/c\.png: no such file.*pattern"),
+        ("b", "not readable as a picture"),
+    ):
+        with pytest.raises(DataError, match=message):
+            both[1].generate(Sample(name, item.image, (2,)), (2,))
+
+
+def test_a_damaged_archive(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", MAP)
+    archive = packed(tmp_path / "masks.zip", {"a.png": (tmp_path / "a.png").read_bytes()})
+    item, whole = Sample("a", np.zeros((2, 4, 3), np.uint8), (2,)), archive.read_bytes()
+    archive.write_bytes(whole[:-20])
+    with pytest.raises(ArtefactError, match=r"masks\.zip: not readable as a zip archive .*fetch it again"):
+        FilePseudoMasks(str(archive), CPU, CLASSES).generate(item, (2,))
+    archive.write_bytes(whole[:60] + b"\x00\x00\x00" + whole[63:])
+    with pytest.raises(DataError, match=r"a\.png: cannot be read \(Bad CRC"):
+        FilePseudoMasks(str(archive), CPU, CLASSES).generate(item, (2,))
+
+
+@pytest.mark.parametrize(("name", "folder"), [("published_voc", "VOC2012"), ("published_coco", "COCO2014")])
+def test_the_published_masks_say_what_to_fetch(
+    name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The archive is found where it is put, at the place that the message names."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MODUSEG_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.delenv("MODUSEG_VOC_MASKS", raising=False)
+    monkeypatch.delenv("MODUSEG_COCO_MASKS", raising=False)
+    settings = compose([f"pseudo_masks={name}"]).pseudo_masks.generator
+    place = tmp_path / "home" / "huggingface.co" / "datasets" / "QZing007" / "ModuSeg-Pseudo-Masks" / "main"
+    with pytest.raises(MissingError, match=r"pseudo_masks\.generator\.folder: got .hf://datasets/QZing007") as caught:
+        _ = build(settings, CPU, no_backbone, CLASSES).digest
+    page = "https://huggingface.co/datasets/QZing007/ModuSeg-Pseudo-Masks"
+    assert f"fetch {folder}/pseudo.zip from {page} into {place}" in str(caught.value)
+    (place / folder).mkdir(parents=True)
+    write(tmp_path / "a.png", MAP)
+    inside = settings["pattern"].replace("{id}", "a")
+    packed(place / folder / "pseudo.zip", {inside: (tmp_path / "a.png").read_bytes()})
+    maps = build(settings, CPU, no_backbone, CLASSES).generate(Sample("a", np.zeros((2, 4, 3), np.uint8)), (2,), None)
+    assert label_map(maps, "given").tolist() == [[0, 0, 2, 255], [0, 0, 0, 2]]
+    assert inside.startswith("pseudo/corrclip/")
 
 
 def test_missing_folder(tmp_path: Path) -> None:

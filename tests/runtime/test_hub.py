@@ -203,6 +203,23 @@ def test_a_model_is_fetched_once(site: Site) -> None:
     assert len(site.asked) == count
 
 
+def test_a_file_of_a_data_set_is_fetched_once(site: Site) -> None:
+    site.files["/datasets/owner/masks/VOC2012/pseudo.zip"] = b"archive"
+    address = "hf://datasets/owner/masks/VOC2012/pseudo.zip"
+    found = find_weights(address, KEY)
+    assert found == home() / "huggingface.co" / "datasets" / "owner" / "masks" / "main" / "VOC2012" / "pseudo.zip"
+    assert found.read_bytes() == b"archive"
+    count = len(site.asked)
+    assert find_weights(address, KEY) == found
+    assert len(site.asked) == count
+    with pytest.raises(MissingError, match=r"could not be fetched .*the repository has no other\.zip") as caught:
+        find_weights("hf://datasets/owner/masks/other.zip", KEY)
+    assert f"other.zip from {site.address}/datasets/owner/masks into" in str(caught.value)
+    # A model of the same name is another repository.
+    with pytest.raises(MissingError, match="could not be fetched"):
+        find_weights("hf://owner/masks/VOC2012/pseudo.zip", KEY)
+
+
 def test_older_models_have_a_pytorch_file(site: Site) -> None:
     site.files[f"/{ID}/pytorch_model.bin"] = site.files.pop(f"/{ID}/model.safetensors")
     assert weight_files(hub_folder(ID, "v1", KEY)) == [hub_place(ID, "v1") / "pytorch_model.bin"]
