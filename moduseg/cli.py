@@ -23,6 +23,7 @@ OWN_KEYS = {
     "predict": "moduseg.stages.predict",
     "new_class": "moduseg.stages.new_class",
     "demo_app": "moduseg.stages.demo_app",
+    "report": "moduseg.stages.report",
 }
 """Commands with keys of their own beside overrides of the configuration, and the modules whose `main` they are."""
 COMMANDS = (*STAGES, *TOOLS, "voc_package", "ablate", "reproduce", "sweep", "compare", *OWN_KEYS)

@@ -168,7 +168,7 @@ class PseudoMasksConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Figures beside mIoU, and pictures. All but `workers` are part of keys."""
+    """Figures beside mIoU, and pictures. All but `workers` and what begins with `report` are part of keys."""
 
     bootstrap: int = 1000
     boundary_width: float = 0.02
@@ -176,6 +176,11 @@ class EvaluationConfig:
     object_min_area: int = 100
     panels: int = 12
     workers: int = 0
+    report: bool = True
+    report_images: int = 2000
+    report_size: int = 384
+    report_regions: int = 3000
+    report_map: Literal["pca", "umap"] = "pca"
 
     def __post_init__(self) -> None:
         _between("bootstrap", self.bootstrap, 0, 10**6, "0 leaves the interval out")
@@ -183,6 +188,9 @@ class EvaluationConfig:
         _between("object_min_area", self.object_min_area, 1, 10**9, "100 pixels is usual")
         _between("panels", self.panels, 0, 10**6, "0 makes none")
         _between("workers", self.workers, 0, 256, "0 takes one a core, 4 at most")
+        _between("report_images", self.report_images, 1, 10**6, "2000 images take about 100 MB")
+        _between("report_size", self.report_size, 32, 4096, "384 pixels are enough for a screen")
+        _between("report_regions", self.report_regions, 0, 10**6, "0 makes no pictures of bank regions")
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,10 @@ class SplitCounts:
             total[cells] += values
         return total.reshape(self.size, self.size)
 
+    def cells(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """An image's confusion, sparse: flat indices (`truth * S + predicted`, ascending) and the counts there."""
+        return self._confusion.cells[row], self._confusion.values[row]
+
     def label_counts(self, has_background: bool = True, uncovered: Uncovered = "wrong") -> np.ndarray:
         """`[n, 3, S]` int64 of `moduseg.evaluation.confusion.label_counts`, image by image."""
         blocks = [np.zeros((0, 3, self.size), dtype=np.int64)]

@@ -56,6 +56,18 @@ class RegionPictures:
             mask = None
         return region_picture(image, mask, self._size)
 
+    def image(self, image_id: str) -> np.ndarray | None:
+        """`[H, W, 3]` uint8 of a training image; `None` where it is not at hand."""
+        return self._read(image_id)
+
+    def label_map(self, image_id: str) -> tuple[np.ndarray, tuple[str, ...]] | None:
+        """`[H, W]` uint8 pseudo mask of a training image and the class names of its ids; `None` where there is none."""
+        for folder, classes in self._label_maps:
+            file = folder / f"{image_id}.png"
+            if file.is_file():
+                return read_label_png(file), classes
+        return None
+
     def _read_image(self, image_id: str) -> np.ndarray | None:
         named = files_of(self._bank).get(image_id)
         try:

@@ -125,7 +125,7 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
             results = []
             start = time.perf_counter()
             for extra in runs:
-                path = evaluate.run(compose([*table.base, *extra, *overrides]))
+                path = evaluate.run(compose(["evaluation.report=false", *table.base, *extra, *overrides]))
                 results.append(read_json(path / "results.json"))
                 progress.update()
             figures = {c: [figure(r, c) for r in results] for c in table.columns}

@@ -17,7 +17,7 @@ from moduseg.evaluation.tables import markdown_table, results_markdown
 from moduseg.proposers import sa1b
 from moduseg.runtime.artefacts import read_json, write_atomic, write_json
 from moduseg.runtime.weights import file_digest
-from moduseg.stages import build_bank, infer, propose, pseudo_masks, score_predictions
+from moduseg.stages import build_bank, infer, propose, pseudo_masks, report, score_predictions
 from moduseg.stages.common import Workspace, count_failures, failures_of, log, plain, safe_name
 from moduseg.stages.scoring import scoring_settings
 
@@ -35,7 +35,10 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         DataError: the evaluated split has no ground truth.
     """
     if cfg.predictions is not None:
-        return score_predictions.run(cfg, work)
+        work = work or Workspace(cfg)
+        path = score_predictions.run(cfg, work)
+        report.after(work, path, changed=False)
+        return path
     work = work or Workspace(cfg)
     dataset = work.dataset(work.eval_split)
     if not dataset.has_truth:
@@ -83,6 +86,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
                 **({} if masks is None else {"pseudo_masks": str(masks)}),
             },
         )
+    report.add_figures(predictions, read_json(file))
     log.info("%s\nevaluate -> %s", (artefact.path / "results.md").read_text(encoding="utf-8").rstrip(), artefact.path)
     return artefact.path
 

@@ -15,12 +15,14 @@ from moduseg.config import Config
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import ArtefactError, DataError
 from moduseg.proposers import sa1b
+from moduseg.report.why import Answer
 from moduseg.retrieval.retriever import Retriever
 from moduseg.runtime.artefacts import digest_of
 from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.runtime.weights import file_digest
-from moduseg.stages import build_bank, propose, queries
+from moduseg.stages import build_bank, propose, queries, report
 from moduseg.stages.common import Workspace, failures_of, finish, log, plain, safe_name
+from moduseg.stages.report_images import answer_of
 from moduseg.stages.scoring import draw_panels, needs_scoring, score_label_maps
 from moduseg.structures import Proposals
 
@@ -30,7 +32,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
 
     Returns:
         The artefact's folder: `labels/<id>.png`, `failures.jsonl`, `manifest.json`; where the split has ground truth,
-        also `results.json`, `results.md` and `panels/`.
+        also `results.json`, `results.md` and `panels/`. `report/index.html` shows it all (`evaluation.report`).
     """
     work = work or Workspace(cfg)
     dataset, settings = work.dataset(work.eval_split), cfg.retrieval
@@ -75,6 +77,9 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     device = work.device.torch_device
     bank = stored.configured(cfg.bank).to(device)
     retriever = Retriever(bank.vectors, bank.labels, bank.centre, settings)
+    # The report tells why; what it needs is at hand here, and bounded by the images that it shows.
+    shown = frozenset(report.shown_ids(cfg, dataset.ids) if cfg.evaluation.report else ())
+    known: dict[str, Answer] = {}
 
     def load(image_id: str) -> tuple[str, Proposals, Tensor]:
         found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), dataset.image_size(image_id))
@@ -90,8 +95,10 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         for image_id, found, pooled in items:
             keep = (found.areas >= settings.min_area) & (found.scores >= settings.min_predicted_iou)
             found, pooled = found.select(keep), pooled[keep].to(device)
-            labels, scores, _, _ = retriever.label(pooled)
-            label_map, _ = retriever.assemble(found, pooled, labels, scores)
+            labels, scores, neighbours, similarities = retriever.label(pooled)
+            label_map, kept = retriever.assemble(found, pooled, labels, scores)
+            if image_id in shown:
+                known[image_id] = answer_of(bank, labels, scores, kept, neighbours, similarities)
             files.append({safe_name(f"labels/{image_id}", ".png"): write_label_png(label_map.cpu().numpy())})
         return files
 
@@ -109,13 +116,15 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         inputs = {"propose": proposals, "build_bank": bank_path, "queries": vectors}
         score_label_maps(work, artefact, outcome, dataset, proposals, "prediction", inputs)
     elif not dataset.has_truth and outcome.changed:
-        done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
-        draw_panels(artefact, dataset, done, proposals, "prediction", cfg.evaluation.panels)
+        labelled = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
+        draw_panels(artefact, dataset, labelled, proposals, "prediction", cfg.evaluation.panels)
         if cfg.evaluation.panels:
             log.info("panels:  %s", artefact.path / "panels")
-    return finish(
+    done = finish(
         artefact, outcome, len(dataset.ids), {"build_bank": bank_path, "queries": vectors}, config=cfg.as_dict()
     )
+    report.after(work, done, outcome.changed, known)
+    return done
 
 
 def adapted(bank: Bank, cfg: Config, classes: Sequence[str]) -> Bank:

@@ -29,8 +29,8 @@ Reader = Callable[[str, tuple[int, int]], np.ndarray]
 
 
 def scoring_settings(cfg: Config) -> dict[str, Any]:
-    """What of the configuration decides a score: the group `evaluation` but for the number of workers."""
-    return {key: value for key, value in cfg.as_dict()["evaluation"].items() if key != "workers"}
+    """What of the configuration decides a score: the group `evaluation` but for the workers and the report."""
+    return _deciding(cfg.as_dict()["evaluation"])
 
 
 def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome) -> bool:
@@ -38,8 +38,11 @@ def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome) -> bool
     file = artefact.path / "results.json"
     if outcome.changed or not file.is_file() or not (artefact.path / FILE).is_file():
         return True
-    stored = {key: value for key, value in read_json(file)["config"]["evaluation"].items() if key != "workers"}
-    return bool(stored != scoring_settings(work.cfg))
+    return _deciding(read_json(file)["config"]["evaluation"]) != scoring_settings(work.cfg)
+
+
+def _deciding(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in evaluation.items() if key != "workers" and not key.startswith("report")}
 
 
 def score_label_maps(
