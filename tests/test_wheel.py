@@ -39,3 +39,4 @@ def test_the_wheel_runs_the_demo_outside_the_clone(tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr
     results = json.loads(next((elsewhere / "outputs").glob("miniature/infer/*/results.json")).read_text())
     assert results["images"] == 2
+    assert next((elsewhere / "outputs").glob("miniature/infer/*/report/index.html")).read_text().startswith("<!doctype")

@@ -21,6 +21,7 @@ def overrides(outputs: Path, *more: str, train: int = 6, val: int = 4, world: Pa
         "retrieval.top_k=1",
         "evaluation.bootstrap=50",
         "evaluation.panels=2",
+        "evaluation.report=false",
         *more,
     ]
 

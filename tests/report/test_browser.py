@@ -1,0 +1,322 @@
+"""The page in a real browser, opened from disk: it says what the results say, and every part of it works."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moduseg.report.page import read_script
+from moduseg.stages import report
+from tests.report.browser import Watched
+from tests.report.synthetic import make_run
+
+
+@pytest.fixture(scope="module")
+def compared(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run beside one that lost an image's upper half."""
+    other = tmp_path_factory.mktemp("other") / "theirs"
+    shutil.copytree(run / "labels", other)
+    changed = np.zeros_like(np.asarray(Image.open(other / "val_00003.png")))
+    Image.fromarray(changed).save(other / "val_00003.png")
+    return report.run(str(run), ["evaluation.bootstrap=20"], against=str(other))
+
+
+def tiles(page: Any) -> list[str]:
+    """Ids of the tiles of the grid in their order."""
+    positions = page.locator(".grid .tile").evaluate_all(
+        "all => all.map(t => [Number(t.dataset.position), t.querySelector('small').textContent])"
+    )
+    return [name for _, name in sorted(positions)]
+
+
+@pytest.mark.parametrize("part", ["#/", "#/classes", "#/images", "#/bank", "#/images/image/2"])
+@pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (390, "dark")])
+def test_every_part_opens_from_disk(opened: Any, index: Path, part: str, width: int, theme: str) -> None:
+    watched = Watched(opened, width, 850, theme)
+    page = watched.open(index, part)
+    page.wait_for_timeout(250)
+    assert (watched.errors, watched.outside) == ([], [])
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing runs out of a narrow screen
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    page.close()
+
+
+def test_the_head_and_the_theme(opened: Any, index: Path, run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    watched = Watched(opened)
+    page = watched.open(index)
+    assert f"{results['miou']:.1f}" in page.locator(".hero .big").inner_text()
+    assert "top_k: 5" in page.locator("pre").inner_text()
+    assert page.locator(".time").count() == len(read_script(index.parent / "data" / "summary.js")["seconds"])
+    page.locator("#theme").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.reload()
+    page.wait_for_selector("main > .view")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"  # the choice is kept
+    page.keyboard.press("t")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    page.locator("pre").scroll_into_view_if_needed()
+    page.get_by_role("button", name="Copy").click()
+    page.wait_for_selector("text=Copied")
+    assert watched.errors == []
+    page.close()
+
+
+def test_images_are_sorted_filtered_and_found(opened: Any, index: Path) -> None:
+    watched = Watched(opened)
+    page = watched.open(index, "#/images")
+    ids = [f"val_0000{i}" for i in range(9)]
+    assert tiles(page) == ids
+    scores = page.evaluate("Report.scores.all().map(s => [s.miou, s.wrong])")
+    sort = page.get_by_label("Sort by")
+    sort.select_option("low")
+    assert tiles(page) == [ids[i] for i in np.argsort([m for m, _ in scores], kind="stable")]
+    sort.select_option("error")
+    assert tiles(page) == [ids[i] for i in np.argsort([-w for _, w in scores], kind="stable")]
+    label = page.evaluate("Report.scores.present(0).find(([label]) => label > 0)[0]")
+    page.get_by_label("Class").select_option(str(label))
+    has = page.evaluate(
+        f"Report.get('images').ids.filter((_, i) => Report.scores.present(i).some(([l]) => l === {label}))"
+    )
+    assert sorted(tiles(page)) == has
+    page.get_by_label("Class").select_option("")
+    page.get_by_label("Find by name").fill("00004")
+    assert tiles(page) == ["val_00004"]
+    page.get_by_label("Find by name").fill("")
+    page.get_by_role("radio", name="errors").click()
+    page.wait_for_function("document.querySelectorAll('.grid canvas:not([hidden])').length === 9")
+    page.locator(".grid .tile").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.dataset.position") == "1"
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#viewer[open]")
+    assert watched.errors == []
+    page.close()
+
+
+def test_the_slider_the_layers_and_the_zoom(opened: Any, index: Path) -> None:
+    watched = Watched(opened)
+    page = watched.open(index, "#/images/image/0")
+    page.wait_for_selector(".layers button")
+    canvas = page.locator(".stage canvas.layer").first
+    page.get_by_label("Opacity of the layer").fill("20")
+    assert canvas.evaluate("c => c.style.opacity") == "0.2"
+    layers = page.get_by_role("radiogroup", name="Layer")
+    layers.get_by_role("radio", name="photograph").click()
+    assert canvas.is_hidden()
+    layers.get_by_role("radio", name="proposals").click()
+    assert canvas.is_visible()
+    outlines = page.get_by_role("button", name="Outlines of the proposals")
+    outlines.click()
+    assert page.locator(".stage canvas.lines").is_visible()
+    outlines.click()
+    assert page.locator(".stage canvas.lines").is_hidden()
+    scale = "new DOMMatrix(getComputedStyle(document.querySelector('.plane')).transform).a"
+    assert page.evaluate(scale) == 1
+    page.get_by_role("button", name="Zoom in").click()
+    assert page.evaluate(scale) == pytest.approx(1.5)
+    box = page.locator(".stage").bounding_box()
+    page.mouse.move(box["x"] + 50, box["y"] + 50)
+    page.mouse.wheel(0, -300)
+    assert page.evaluate(scale) > 1.5
+    page.locator(".layers [aria-checked=true]").focus()
+    page.keyboard.press("0")
+    assert page.evaluate(scale) == 1
+    assert watched.errors == []
+    page.close()
+
+
+def test_keys_step_through_the_images_as_they_are_sorted(opened: Any, index: Path) -> None:
+    page = Watched(opened).open(index, "#/images")
+    page.get_by_label("Sort by").select_option("high")
+    order = tiles(page)
+    page.locator(".grid .tile").first.click()
+    title = page.locator(".viewer-title b")
+    assert title.inner_text() == order[0]
+    for name in order[1:3]:
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function(f"document.querySelector('.viewer-title b').textContent === '{name}'")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"document.querySelector('.viewer-title b').textContent === '{order[1]}'")
+    page.keyboard.press("Escape")
+    assert page.locator("#viewer").is_hidden()
+    assert page.get_by_label("Sort by").input_value() == "high"
+    assert tiles(page) == order
+    page.close()
+
+
+@pytest.mark.parametrize("part", ["#/", "#/classes", "#/images?sort=low"])
+def test_closing_an_image_leads_back_to_where_it_was_opened(opened: Any, index: Path, part: str) -> None:
+    watched = Watched(opened)
+    page = watched.open(index, part)
+    view = page.locator("main > .view").get_attribute("class")
+    page.locator("main .tile").first.click()
+    page.wait_for_selector("#viewer[open]")
+    page.keyboard.press("Escape")
+    assert page.locator("#viewer").is_hidden()
+    assert page.locator("main > .view").get_attribute("class") == view
+    page.locator("main .tile").nth(1).click()
+    page.wait_for_selector("#viewer[open]")
+    page.go_back()
+    page.wait_for_function("!document.getElementById('viewer').open")
+    assert page.locator("main > .view").get_attribute("class") == view
+    page.locator("[data-tab=classes]").click()
+    page.wait_for_selector(".view.classes")
+    page.go_back()
+    page.wait_for_function(f"document.querySelector('main > .view').className === {view!r}")
+    assert watched.errors == []
+    page.close()
+
+
+def test_why(opened: Any, index: Path) -> None:
+    """A click on a region names its label, votes and neighbours; a neighbour leads on to its own, and back."""
+    watched = Watched(opened)
+    page = watched.open(index, "#/images/image/1")
+    page.wait_for_selector(".regions button")
+    why = read_script(index.parent / "data" / "why" / "000001.js")
+    classes = read_script(index.parent / "data" / "summary.js")["classes"]
+    page.evaluate(
+        """() => { window.picked = new Promise(resolve => document.getElementById('viewer')
+            .addEventListener('chosen', event => resolve(event.detail), { once: true })); }"""
+    )
+    box = page.locator(".plane").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    chosen = page.evaluate("window.picked")
+    text = page.locator(".trail").inner_text()
+    assert f"Proposal {chosen + 1} of {len(why['label'])}" in text
+    assert classes[why["label"][chosen]] in text
+    assert f"{why['score'][chosen]:.3f}" in text
+    assert f"{why['votes'][chosen][0][1]} of 5" in text
+    assert ("runner-up" in text) == (len(why["votes"][chosen]) > 1)
+    cards = page.locator(".trail .region-card")
+    assert cards.count() == 5
+    page.wait_for_function(
+        "[...document.querySelectorAll('.trail .region-card img')].every(i => i.complete && i.naturalWidth)"
+    )
+    row = cards.nth(1).get_attribute("data-row")
+    cards.nth(1).click()
+    region = page.locator(f".region[data-row='{row}']")
+    assert "training image" in region.inner_text()
+    assert region.locator(".region-card").count() == 12
+    following = region.locator(".region-card").first.get_attribute("data-row")
+    assert following != row
+    region.locator(".region-card").first.click()
+    page.wait_for_selector(f".region[data-row='{following}']")
+    page.locator(".back").click()
+    page.wait_for_selector(f".region[data-row='{row}']")
+    page.locator(".back").click()
+    assert "Proposal" in page.locator(".trail").inner_text()
+    page.locator(".back").click()
+    button = page.locator(".regions button").first
+    button.focus()
+    page.keyboard.press("Enter")  # the same without a pointer
+    page.wait_for_selector(".votes")
+    assert watched.errors == []
+    page.close()
+
+
+def test_classes_bars_and_confusion(opened: Any, index: Path) -> None:
+    watched = Watched(opened)
+    page = watched.open(index, "#/classes")
+    record = read_script(index.parent / "data" / "summary.js")["record"]
+    shown = [float(t) for t in page.locator(".bar-row .number").all_inner_texts() if t != "–"]
+    assert shown == sorted(shown, reverse=True)
+    assert shown[0] == pytest.approx(max(v for v in record["iou"].values() if v is not None), abs=0.06)
+    page.get_by_role("radio", name="list").click()
+    assert page.locator(".bar-row .bar-name").first.inner_text() == "background"
+    known = next(i for i, name in enumerate(record["recall"]) if i and record["recall"][name] is not None)
+    page.locator(".bar-row").nth(known).click()
+    assert page.locator(".bar-row").nth(known).get_attribute("aria-selected") == "true"
+    assert page.locator(".class-detail .tile").count() > 0
+    page.locator("canvas[tabindex='0']").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    line = page.locator(".confusion-line").inner_text()
+    assert re.search(r"background\s+labelled", line)
+    page.locator(".most-row").first.click()
+    page.wait_for_selector(".view.images")
+    assert "labelled" in page.locator("[data-key=sort] option:checked").inner_text()
+    assert len(tiles(page)) > 0
+    assert "px" in page.locator(".grid .figure").first.inner_text()
+    assert watched.errors == []
+    page.close()
+
+
+def test_the_bank_its_map_and_those_that_mislead(opened: Any, index: Path) -> None:
+    watched = Watched(opened)
+    page = watched.open(index, "#/bank")
+    page.wait_for_selector(".view[data-ready]")
+    bank = read_script(index.parent / "data" / "bank.js")
+    assert f"{bank['rows']} regions" in page.locator("main").inner_text()
+    cards = page.locator(".region-grid.large .region-card")
+    assert cards.count() == min(32, len(bank["worst"]))
+    assert cards.first.get_attribute("data-row") == str(bank["worst"][0]["row"])
+    cards.first.click()
+    region = page.locator(f"#region .region[data-row='{bank['worst'][0]['row']}']")
+    assert "What it labelled wrong" in region.inner_text()
+    page.keyboard.press("Escape")
+    assert page.locator("#region").is_hidden()
+    canvas = page.locator(".map-box canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for step in range(400):  # somewhere along the way lies a point
+        page.mouse.move(
+            box["x"] + 10 + (step * 37) % (box["width"] - 20), box["y"] + 10 + (step * 23) % (box["height"] - 20)
+        )
+        if page.locator("#tip").is_visible():
+            break
+    assert page.locator("#tip").is_visible()
+    assert page.locator("#tip img").count() == 1
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_selector("#region[open]")
+    page.locator("#region .corner").click()
+    page.get_by_label("Class on the map").select_option("0")
+    assert watched.errors == []
+    page.close()
+
+
+def test_two_runs_side_by_side(opened: Any, compared: Path) -> None:
+    watched = Watched(opened)
+    page = watched.open(compared, "#/compare")
+    page.wait_for_function("document.querySelectorAll('.grid canvas:not([hidden])').length === 18")
+    page.get_by_role("radio", name="largest change").click()
+    assert tiles(page)[0] == "val_00003"
+    head = read_script(compared.parent / "data" / "summary.js")["compare"]
+    assert f"{abs(head['miou']['difference']):.1f}" in page.locator(".hero .big").inner_text()
+    page.locator(".grid .tile").first.click()
+    page.wait_for_selector(".layers button")
+    assert page.locator(".stage").count() == 2
+    both = page.locator(".stage canvas.layer:not(.lines)").evaluate_all(
+        "all => all.map(c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size)"
+    )
+    assert both[1] < both[0]  # the second run says background everywhere
+    page.get_by_role("button", name="Zoom in").click()
+    planes = page.locator(".plane").evaluate_all("all => all.map(p => p.style.transform)")
+    assert planes[0] == planes[1]
+    assert "scale(1.5)" in planes[0]
+    assert (watched.errors, watched.outside) == ([], [])
+    page.close()
+
+
+def test_few_of_many_images_exist_at_a_time(opened: Any, tmp_path: Path) -> None:
+    """A grid of hundreds holds the tiles near the screen, wherever one scrolls."""
+    run = make_run(tmp_path, 300, train=4, size=(48, 64), proposals=6)
+    index = report.run(str(run))
+    watched = Watched(opened)
+    page = watched.open(index, "#/images")
+    page.wait_for_function("performance.getEntriesByName('first-picture').length > 0")
+    assert page.locator(".grid .tile").count() < 200
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    page.wait_for_function("[...document.querySelectorAll('.grid .tile')].some(t => t.dataset.position === '299')")
+    assert page.locator(".grid .tile").count() < 200
+    assert "val/00000" not in tiles(page)
+    assert (watched.errors, watched.outside) == ([], [])
+    page.close()

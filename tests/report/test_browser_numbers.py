@@ -1,0 +1,83 @@
+"""What the page computes in the browser is what the evaluation computed, to the pixel."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moduseg.evaluation.confusion import iou_of_counts, label_counts
+from moduseg.evaluation.counts import FILE, SplitCounts
+from moduseg.report.page import program
+from tests.report.browser import Watched
+
+
+def test_scores_of_images_are_those_of_the_evaluation(opened: Any, index: Path, run: Path) -> None:
+    counts = SplitCounts.from_bytes((run / FILE).read_bytes(), "counts")
+    expected = []
+    for image in counts.label_counts():
+        each = iou_of_counts(*image)
+        wrong = 100 * (1 - image[0].sum() / image[1].sum())
+        expected.append([float(np.nanmean(each)), float(wrong)])
+    page = Watched(opened).open(index)
+    assert page.evaluate("Report.scores.all().map(s => [s.miou, s.wrong])") == pytest.approx(np.array(expected))
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("background", "ignored", "expected"),
+    [
+        # truth x prediction of 3 labels: 1 right 6, 1 uncovered 2, 2 as 1 1, 2 right 3
+        (True, False, (40.0, {0: 0.0, 1: 100 * 6 / 9, 2: 75.0})),
+        (False, False, (None, {1: 100 * 6 / 9, 2: 75.0})),
+        (False, True, (None, {1: 100 * 6 / 7, 2: 75.0})),
+    ],
+)
+def test_scores_without_background(
+    opened: Any, index: Path, background: bool, ignored: bool, expected: tuple[Any, dict[int, float]]
+) -> None:
+    matrix = np.array([[0, 0, 0], [2, 6, 0], [0, 1, 3]])
+    page = Watched(opened).open(index)
+    found = page.evaluate(
+        """([cells, counts, background, ignored]) => {
+            Report.receive("summary", {...Report.get("summary"), classes: ["a", "b", "c"],
+                has_background: background, ignore_uncovered: ignored});
+            const score = Report.scores.ofImage([cells, counts]);
+            return [...score.labels].map(([label, value]) => [label, value.iou]);
+        }""",
+        [np.flatnonzero(matrix).tolist(), matrix.ravel()[matrix.ravel() > 0].tolist(), background, ignored],
+    )
+    each = iou_of_counts(*label_counts(matrix, background, "ignore" if ignored else "wrong"))
+    assert dict(map(tuple, found)) == pytest.approx({i: v for i, v in enumerate(each) if not np.isnan(v)})
+    assert dict(map(tuple, found)) == pytest.approx(expected[1])
+    page.close()
+
+
+def test_labels_and_errors_are_painted_to_the_pixel(opened: Any, index: Path, run: Path) -> None:
+    """The canvas of the viewer holds the colours of the stored label map, and of its errors."""
+    page = Watched(opened).open(index, "#/images/image/3")
+    page.wait_for_selector(".layers button")
+    labels = np.asarray(Image.open(run / "labels" / "val_00003.png"))
+    read = """() => { const c = document.querySelector('.stage canvas.layer');
+        return [c.height, c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]; }"""
+    height, width, data = page.evaluate(read)
+    assert (height, width) == labels.shape
+    painted = np.array(data, np.uint8).reshape(height, width, 4)
+    palette = np.array(Image.open(run / "labels" / "val_00003.png").getpalette()).reshape(-1, 3)
+    np.testing.assert_array_equal(painted[labels > 0][:, :3], palette[labels[labels > 0]])
+    assert (painted[labels == 0][:, 3] < 200).all()
+    page.keyboard.press("5")
+    assert page.locator(".layers [aria-checked=true]").inner_text() == "errors"
+    _, _, data = page.evaluate(read)
+    colours = {tuple(c[:3]) for c in np.array(data, np.uint8).reshape(-1, 4).tolist()}
+    assert len(colours) <= 6
+    page.close()
+
+
+def test_the_program_names_no_address() -> None:
+    for name, content in program().items():
+        assert not re.search(rb"https?:|//[a-z0-9-]+\.[a-z]|@import|XMLHttpRequest|WebSocket|\bfetch\(", content), name
