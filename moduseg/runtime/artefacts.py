@@ -22,6 +22,8 @@ FORMAT = 1
 """Raised when the files of a stage change meaning, so that older folders are not taken for new ones."""
 
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "host"
+# Containers may share a folder and have one name and the same process ids.
+_TOKEN = os.urandom(4).hex()
 
 
 def canonical_json(value: Any) -> str:
@@ -40,7 +42,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         StorageError: disk full, no permission, read-only file system.
     """
-    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_HOST}.{_TOKEN}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

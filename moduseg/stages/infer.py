@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
@@ -17,10 +16,10 @@ from moduseg.errors import ArtefactError, DataError
 from moduseg.proposers import sa1b
 from moduseg.retrieval.retriever import Retriever
 from moduseg.runtime.artefacts import digest_of
-from moduseg.runtime.engine import Files, Loop, sizes
+from moduseg.runtime.engine import Files, Loop, Outcome, sizes
 from moduseg.runtime.weights import file_digest
 from moduseg.stages import build_bank, propose, queries
-from moduseg.stages.common import Workspace, failures_of, finish, log, plain, safe_name
+from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, log, plain, safe_name
 from moduseg.stages.scoring import draw_panels, needs_scoring, score_label_maps
 from moduseg.structures import Proposals
 
@@ -33,6 +32,16 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         also `results.json`, `results.md` and `panels/`.
     """
     work = work or Workspace(cfg)
+
+    def make() -> Path:
+        todo = plan(cfg, work)
+        return carry_out(work, todo, __name__, lambda outcome: _finish(cfg, work, todo, outcome))
+
+    return work.once(cfg, "infer", work.eval_split, make)
+
+
+def plan(cfg: Config, work: Workspace) -> Plan:
+    """What `run` does with each image."""
     dataset, settings = work.dataset(work.eval_split), cfg.retrieval
     bank_path = build_bank.run(cfg, work)
     vectors = queries.run(cfg, work)
@@ -103,19 +112,23 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         return sizes(*files)
 
     left_out = {**failures_of(proposals, "propose"), **failures_of(vectors, "queries")}
-    with torch.inference_mode():
-        outcome = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "infer", stamp).run()
+    loop = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "infer", stamp, work.spread)
+    return Plan(loop, {"build_bank": bank_path, "queries": vectors})
+
+
+def _finish(cfg: Config, work: Workspace, todo: Plan, outcome: Outcome) -> Path:
+    """Score the label maps and draw panels, unless that is done."""
+    dataset, artefact = work.dataset(work.eval_split), todo.loop.artefact
+    proposals = propose.run(cfg, work)
     if dataset.has_truth and needs_scoring(work, artefact, outcome):
-        inputs = {"propose": proposals, "build_bank": bank_path, "queries": vectors}
+        inputs = {"propose": proposals, **todo.inputs}
         score_label_maps(work, artefact, outcome, dataset, proposals, "prediction", inputs)
     elif not dataset.has_truth and outcome.changed:
         done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
         draw_panels(artefact, dataset, done, proposals, "prediction", cfg.evaluation.panels)
         if cfg.evaluation.panels:
             log.info("panels:  %s", artefact.path / "panels")
-    return finish(
-        artefact, outcome, len(dataset.ids), {"build_bank": bank_path, "queries": vectors}, config=cfg.as_dict()
-    )
+    return finish(artefact, outcome, len(dataset.ids), todo.inputs, config=cfg.as_dict())
 
 
 def adapted(bank: Bank, cfg: Config, classes: Sequence[str]) -> Bank:
