@@ -187,8 +187,8 @@ class Loop(Generic[Item]):
             )
         digest.update(canonical_json(outcome.failed).encode())
         outcome.content = digest.hexdigest()
-        manifest = self.artefact.manifest
-        outcome.changed = manifest.get("status") != "complete" or manifest.get("content") != outcome.content
+        whole = self.artefact.is_whole(self._spread.verify)
+        outcome.changed = not whole or self.artefact.manifest.get("content") != outcome.content
         lines = [json.dumps({"id": i, "error": e}, ensure_ascii=False) + "\n" for i, e in outcome.failed.items()]
         failures = self.artefact.path / "failures.jsonl"
         text = "".join(lines).encode()

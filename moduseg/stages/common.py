@@ -18,6 +18,7 @@ from moduseg import backbones, datasets, proposers, pseudo_masks
 from moduseg.backbones.base import Backbone
 from moduseg.config import Config, RayConfig, ShardConfig
 from moduseg.datasets.base import Dataset
+from moduseg.datasets.labels import check_id
 from moduseg.errors import ConfigError, DataError, IncompleteError
 from moduseg.proposers.base import Proposer
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
@@ -249,7 +250,7 @@ def finish(artefact: Artefact, outcome: Outcome, total: int, inputs: Mapping[str
     """
     failures = len(outcome.failed) + sum(count_failures(path) for path in inputs.values())
     seconds = {step: round(value, 3) for step, value in outcome.seconds.items()}
-    if outcome.changed or not artefact.is_complete or artefact.manifest.get("failures") != failures:
+    if outcome.changed or not artefact.is_whole() or artefact.manifest.get("failures") != failures:
         artefact.write_manifest(
             status="complete",
             images=total,
@@ -314,5 +315,9 @@ def image_file(dataset: Dataset, image_id: str) -> Path:
 
 
 def safe_name(image_id: str, suffix: str) -> str:
-    """The file of an image inside an artefact; ids keep their sub-folders."""
-    return f"{image_id}{suffix}"
+    """The file of an image inside an artefact; ids keep their sub-folders.
+
+    Raises:
+        DataError: the id names a place outside.
+    """
+    return f"{check_id(image_id, 'artefact')}{suffix}"

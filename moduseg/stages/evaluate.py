@@ -65,7 +65,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
 
     def complete() -> None:
         file = artefact.path / "results.json"
-        if not (artefact.is_complete and file.is_file() and (artefact.path / FILE).is_file()):
+        if not artefact.is_whole(cfg.runtime.verify):
             record: dict[str, Any] = {
                 "prediction": read_json(predictions / "results.json"),
                 "pseudo_masks": read_json(scored["pseudo_masks"] / "results.json") if "pseudo_masks" in scored else None,

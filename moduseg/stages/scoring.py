@@ -36,7 +36,7 @@ def scoring_settings(cfg: Config) -> dict[str, Any]:
 def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome) -> bool:
     """Whether `results.json` is missing, older than the label maps, or made with other evaluation settings."""
     file = artefact.path / "results.json"
-    if outcome.changed or not file.is_file() or not (artefact.path / FILE).is_file():
+    if outcome.changed or not file.is_file():
         return True
     stored = {key: value for key, value in read_json(file)["config"]["evaluation"].items() if key != "workers"}
     return bool(stored != scoring_settings(work.cfg))
