@@ -18,9 +18,14 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from moduseg.errors import ConfigError, MissingError
 from moduseg.runtime.construct import construct
+
+
+UNREADABLE = (YAMLError, UnicodeError, RecursionError)
+"""What OmegaConf lets through of a damaged YAML file, beside its own errors."""
 
 
 def _between(name: str, value: float, low: float, high: float, remedy: str) -> None:
@@ -308,7 +313,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "config") -> Confi
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
             cfg = hydra_compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
         raise ConfigError(_one_line(error)) from error
     return from_hydra(cfg)
 

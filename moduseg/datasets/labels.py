@@ -113,13 +113,13 @@ def read_classes(path: Path) -> tuple[str, ...]:
 def check_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
     """`names` as a class list; see `read_classes`."""
     if not names or names[0] != "background":
-        got = repr(names[0]) if names else "nothing"
+        got = repr(names[0][:80]) if names else "nothing"
         raise DataError(f"{where}: got {got} first, expected 'background'; add it as the first line")
     if not 1 <= len(names) - 1 <= MAX_CLASSES:
         raise DataError(f"{where}: got {len(names) - 1} classes beside background, expected 1..{MAX_CLASSES}")
     for i, name in enumerate(names):
         if not name or name in names[:i]:
-            raise DataError(f"{where}: line {i + 1} is {name!r}, expected a name not used before; correct the line")
+            raise DataError(f"{where}: line {i + 1} is {name[:80]!r}, expected a name not used before; correct the line")
     return tuple(names)
 
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from moduseg.bank.aggregation import aggregate, coverage, harden
 from moduseg.bank.purification import class_regions, purify
-from moduseg.bank.store import Bank
+from moduseg.bank.store import Bank, read_vectors
 from moduseg.config import BankConfig, Config
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, DataError
@@ -191,7 +190,8 @@ def _merge(
     for position, image_id in enumerate(ids):
         if image_id in failed:
             continue
-        entry = load_tensors(artefact.file(safe_name(f"vectors/{image_id}", ".safetensors")).read_bytes())
+        file = artefact.file(safe_name(f"vectors/{image_id}", ".safetensors"))
+        entry = read_vectors(file, ("pooled", "labels", "areas"))
         pooled.append(entry["pooled"])
         labels.append(entry["labels"])
         areas.append(entry["areas"])

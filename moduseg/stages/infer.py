@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from moduseg.bank.edit import in_classes
-from moduseg.bank.store import Bank
+from moduseg.bank.store import Bank, read_vectors
 from moduseg.config import Config
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import ArtefactError, DataError
@@ -87,7 +86,7 @@ def plan(cfg: Config, work: Workspace) -> Plan:
 
     def load(image_id: str) -> tuple[str, Proposals, Tensor]:
         found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), dataset.image_size(image_id))
-        pooled = load_tensors((vectors / safe_name(f"vectors/{image_id}", ".safetensors")).read_bytes())["pooled"]
+        pooled = read_vectors(vectors / safe_name(f"vectors/{image_id}", ".safetensors"), ("pooled",))["pooled"]
         if len(pooled) != len(found):
             raise DataError(
                 f"{image_id}: {len(pooled)} query vectors for {len(found)} proposals; remove {vectors} and run again"
