@@ -230,9 +230,13 @@ def mutilated(draw: Callable[..., int], whole: bytes) -> bytes:
             digits = [i for i, byte in enumerate(data) if 48 <= byte < 58]
             if digits:
                 at = digits[draw(st.integers(0, len(digits) - 1))]
-                data[at : at + 1] = draw(st.sampled_from([b"-1", b"99999999999", b"4294967295", b"1e400", b"0.5", b"NaN"]))  # type: ignore[assignment]
+                data[at : at + 1] = draw(
+                    st.sampled_from([b"-1", b"99999999999", b"4294967295", b"1e400", b"0.5", b"NaN"])
+                )  # type: ignore[assignment]
         elif wound == "word":
-            data[start:stop] = draw(st.sampled_from([b"null", b"[]", b"{}", b'""', b"../", b"\xff\xfe", b"[" * 3000, b"\0"]))  # type: ignore[assignment]
+            data[start:stop] = draw(
+                st.sampled_from([b"null", b"[]", b"{}", b'""', b"../", b"\xff\xfe", b"[" * 3000, b"\0"])
+            )  # type: ignore[assignment]
         elif wound == "zeros":
             data[start:stop] = bytes(stop - start)
     return bytes(data)

@@ -226,7 +226,11 @@ def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         found = load(path.read_bytes())
         entry = {name: found[name] for name in names}
         lengths = {len(tensor) for tensor in entry.values()}
-        if len(lengths) != 1 or entry["pooled"].ndim != 2 or any(t.ndim != 1 for n, t in entry.items() if n != "pooled"):
+        if (
+            len(lengths) != 1
+            or entry["pooled"].ndim != 2
+            or any(t.ndim != 1 for n, t in entry.items() if n != "pooled")
+        ):
             raise ValueError(f"shapes {[tuple(tensor.shape) for tensor in entry.values()]}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())

@@ -119,7 +119,9 @@ def check_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
         raise DataError(f"{where}: got {len(names) - 1} classes beside background, expected 1..{MAX_CLASSES}")
     for i, name in enumerate(names):
         if not name or name in names[:i]:
-            raise DataError(f"{where}: line {i + 1} is {name[:80]!r}, expected a name not used before; correct the line")
+            raise DataError(
+                f"{where}: line {i + 1} is {name[:80]!r}, expected a name not used before; correct the line"
+            )
     return tuple(names)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 class _Spent(threading.local):
@@ -19,7 +20,10 @@ class _Spent(threading.local):
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.cpu_seconds = 0.0
         self.depth = 0
+        self.begun = 0.0
+        self.cpu_begun = 0.0
 
 
 _spent = _Spent()
@@ -31,21 +35,40 @@ def model_seconds() -> float:
     return _spent.seconds
 
 
+def model_cpu_seconds() -> float:
+    """The same in seconds that the thread computed: what other programs on the machine leave alone."""
+    return _spent.cpu_seconds
+
+
 @contextmanager
 def model_pass(device: torch.device) -> Iterator[None]:
     """Count the time of a forward pass on `device`; a pass inside another is counted once."""
-    if _spent.depth:
-        yield
-        return
-    _wait_for(device)
-    _spent.depth += 1
-    start = time.perf_counter()
+    _begin(device)
     try:
         yield
     finally:
+        _end(device)
+
+
+def count_passes(module: nn.Module, device: torch.device) -> None:
+    """Count the forward passes of a module that somebody else's code calls."""
+    module.register_forward_pre_hook(lambda *_: _begin(device))
+    module.register_forward_hook(lambda *_: _end(device), always_call=True)
+
+
+def _begin(device: torch.device) -> None:
+    _spent.depth += 1
+    if _spent.depth == 1:
         _wait_for(device)
-        _spent.seconds += time.perf_counter() - start
-        _spent.depth -= 1
+        _spent.begun, _spent.cpu_begun = time.perf_counter(), time.thread_time()
+
+
+def _end(device: torch.device) -> None:
+    _spent.depth -= 1
+    if _spent.depth == 0:
+        _wait_for(device)
+        _spent.seconds += time.perf_counter() - _spent.begun
+        _spent.cpu_seconds += time.thread_time() - _spent.cpu_begun
 
 
 @contextmanager
