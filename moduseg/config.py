@@ -23,7 +23,6 @@ from yaml import YAMLError
 from moduseg.errors import ConfigError, MissingError
 from moduseg.runtime.construct import construct
 
-
 UNREADABLE = (YAMLError, UnicodeError, RecursionError)
 """What OmegaConf lets through of a damaged YAML file, beside its own errors."""
 
