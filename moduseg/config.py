@@ -18,13 +18,13 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from moduseg.errors import ConfigError, MissingError
 from moduseg.runtime.construct import construct
 
-UNREADABLE = (YAMLError, UnicodeError, RecursionError)
-"""What OmegaConf lets through of a damaged YAML file, beside its own errors."""
+UNREADABLE = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError)
+"""What Hydra and OmegaConf let through of a damaged YAML file, beside their own errors."""
 
 
 def _between(name: str, value: float, low: float, high: float, remedy: str) -> None:

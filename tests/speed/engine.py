@@ -66,14 +66,14 @@ def outside_models(setting: Setting) -> list[Row]:
         f"{outside['median']:.1f} ms ({outside['min']:.1f} to {outside['max']:.1f}; CPU time of all threads "
         f"{cpu_outside['median']:.1f} ms); forward passes take {100 * share['median']:.0f} % of the time"
     )
+    figure, target = f"time outside forward passes, demo, an image of {train + val}", f"at most {OUTSIDE_MS:g} ms"
+    details = {"milliseconds": outside, "cpu_milliseconds": cpu_outside, "model_share": share, "steps": steps}
+    # What a proposer does with its model's masks is its own affair; this is what the loop and the other stages cost.
+    others = [s for name, s in steps.items() if not name.startswith("propose/")]
+    rest = 1000 / (train + val) * sum(s["wall"] - s["model"] for s in others)
     return [
-        Row(
-            f"time outside forward passes, demo, an image of {train + val}",
-            f"at most {OUTSIDE_MS:g} ms",
-            text,
-            outside["median"] <= OUTSIDE_MS,
-            {"milliseconds": outside, "cpu_milliseconds": cpu_outside, "model_share": share, "steps": steps},
-        )
+        Row(figure, target, text, outside["median"] <= OUTSIDE_MS, details),
+        Row(f"{figure}, proposals apart", target, f"{rest:.1f} ms (last round)", rest <= OUTSIDE_MS),
     ]
 
 
