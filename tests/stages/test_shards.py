@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from moduseg.config import compose
-from moduseg.errors import ConfigError, IncompleteError, ModusegError
+from moduseg.datasets.labels import check_ids
+from moduseg.errors import ConfigError, DataError, IncompleteError, ModusegError
 from moduseg.stages import build_bank, infer, propose
-from moduseg.stages.common import count_failures
+from moduseg.stages.common import count_failures, safe_name
 from tests.stages.helpers import overrides, result_bytes
 
 RUN = "import sys; from moduseg.cli import main; main(sys.argv.pop(1))"
@@ -178,3 +179,11 @@ def test_keys_do_not_know_how_the_work_was_spread() -> None:
     plain, spread = compose([]), compose([*shard(1, 4), "runtime.workers=3", "runtime.verify=true"])
     assert plain.as_dict() == spread.as_dict()
     assert spread.runtime.shard.index == 1
+
+
+@pytest.mark.parametrize("image_id", ["../a", "a/../../b", "/etc/passwd", "a//b", "C:/a", "a\\..\\b", "a\nb", ".."])
+def test_no_image_id_leaves_the_output_folder(image_id: str) -> None:
+    with pytest.raises(DataError, match="expected a relative path inside the folder"):
+        safe_name(image_id, ".json")
+    with pytest.raises(DataError, match="expected a relative path inside the folder"):
+        check_ids([image_id], "list")
