@@ -128,7 +128,7 @@ def _warm(work: Workspace) -> None:
     """Draw the world, load every model, and use it once."""
     val, train = (work.dataset(split) for split in (work.eval_split, work.train_split))
     with torch.inference_mode():
-        sample = val.load(val.ids[0])
+        sample = val.load(val.ids[0], truth=work.proposer.needs_truth)
         work.backbone.tokens([sample.image])
         found = work.proposer.propose(sample)
         labelled = train.load(train.ids[0])
