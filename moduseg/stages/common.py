@@ -41,9 +41,7 @@ class Workspace:
         done: stages that are complete, for a worker that is given part of the next one.
     """
 
-    def __init__(
-        self, cfg: Config, splits: Mapping[str, Dataset] | None = None, done: Done | None = None
-    ) -> None:
+    def __init__(self, cfg: Config, splits: Mapping[str, Dataset] | None = None, done: Done | None = None) -> None:
         self.cfg = cfg
         self.done: Done = dict(done or {})
         self._datasets: dict[str, Dataset] = dict(splits or {})

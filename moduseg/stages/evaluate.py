@@ -68,7 +68,9 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         if not artefact.is_whole(cfg.runtime.verify):
             record: dict[str, Any] = {
                 "prediction": read_json(predictions / "results.json"),
-                "pseudo_masks": read_json(scored["pseudo_masks"] / "results.json") if "pseudo_masks" in scored else None,
+                "pseudo_masks": read_json(scored["pseudo_masks"] / "results.json")
+                if "pseudo_masks" in scored
+                else None,
                 "proposals": _proposal_quality(dataset, proposals, cfg.evaluation.object_min_area),
                 "bank": {"vectors": read_json(bank / "bank.json")["counts"]},
             }

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.speed.common import Row, Setting, not_measured, summary
 
 from moduseg.config import compose
 from moduseg.runtime.clock import measure, model_cpu_seconds, model_seconds
 from moduseg.stages import build_bank, infer, propose
 from moduseg.stages.common import Workspace, steps_of
+from tests.speed.common import Row, Setting, not_measured, summary
 
 OUTSIDE_MS = 30.0
 MEMORY_MB = 50.0
