@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,7 +12,8 @@ import hydra
 from omegaconf import DictConfig
 
 from moduseg.config import Config, compose, config_dir, from_hydra
-from moduseg.errors import ConfigError, ModusegError
+from moduseg.errors import ConfigError, IncompleteError, ModusegError
+from moduseg.runtime.peers import Peers
 from moduseg.stages.common import count_failures
 
 STAGES = ("propose", "pseudo_masks", "build_bank", "infer", "evaluate")
@@ -153,6 +155,9 @@ def guard(job: Callable[[], int]) -> int:
     """The exit code of `job`; what a user can mend becomes one line on stderr and code 2."""
     try:
         return job()
+    except IncompleteError as error:
+        print(f"moduseg: {' '.join(str(error).split())}")
+        return 0
     except ModusegError as error:
         print(f"moduseg: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -163,7 +168,8 @@ def guard(job: Callable[[], int]) -> int:
 
 def _log_to_stdout(level: int = logging.INFO) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    logging.getLogger("moduseg").setLevel(level)
+    # Of several processes that torchrun started, one tells what all are doing.
+    logging.getLogger("moduseg").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
 
 
 def run_config(command: str, cfg: Config) -> int:
@@ -172,7 +178,7 @@ def run_config(command: str, cfg: Config) -> int:
     if command in TOOLS:
         return int(stage.main(cfg))
     path = stage.run(cfg)
-    failures = count_failures(path)
+    failures = count_failures(path) if Peers().leads else 0
     if failures:
         print(f"moduseg: {failures} images left out on the way, see failures.jsonl beside {path}", file=sys.stderr)
     return 1 if failures else 0
@@ -181,6 +187,7 @@ def run_config(command: str, cfg: Config) -> int:
 def _run_hydra(command: str) -> None:
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
     def job(cfg: DictConfig) -> None:
+        _log_to_stdout()  # a launcher may have moved the job to another process
         code = guard(lambda: run_config(command, from_hydra(cfg)))
         if code:
             sys.exit(code)

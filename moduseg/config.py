@@ -18,9 +18,13 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from moduseg.errors import ConfigError, MissingError
 from moduseg.runtime.construct import construct
+
+UNREADABLE = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError)
+"""What Hydra and OmegaConf let through of a damaged YAML file, beside their own errors."""
 
 
 def _between(name: str, value: float, low: float, high: float, remedy: str) -> None:
@@ -194,6 +198,37 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class ShardConfig:
+    """One of several processes that share the batches of every stage (a job array)."""
+
+    index: int = 0
+    count: int = 1
+    wait: float = 0.0
+
+    def __post_init__(self) -> None:
+        _between("shard.count", self.count, 1, 10**6, "1 is a run of its own")
+        _between("shard.index", self.index, 0, self.count - 1, "shards count from 0, runtime.shard.count says to where")
+        _between("shard.wait", self.wait, 0, 10**7, "seconds, 0 ends when the other shards have work left")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """The workers of `runtime.engine=ray`."""
+
+    address: str | None = None
+    actors: int = 2
+    cpus: float = 1.0
+    gpus: float = 0.0
+    batches: int = 4
+
+    def __post_init__(self) -> None:
+        _between("ray.actors", self.actors, 1, 10**5, "2 is the default")
+        _between("ray.cpus", self.cpus, 0, 10**4, "1 is the default")
+        _between("ray.gpus", self.gpus, 0, 64, "1 for a GPU each, 0.5 for two workers on one")
+        _between("ray.batches", self.batches, 1, 10**5, "4 is the default")
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Where and how it runs. Of these `precision` changes results and is part of keys; `seed` draws the intervals."""
 
@@ -202,9 +237,24 @@ class RuntimeConfig:
     precision: str = "auto"
     batch_size: int = 8
     seed: int = 42
+    workers: int = 0
+    verify: bool = False
+    engine: Literal["local", "ray"] = "local"
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
         _between("batch_size", self.batch_size, 1, 4096, "8 is the default")
+        _between("workers", self.workers, 0, 256, "0 takes one a core, 4 at most")
+        if self.engine == "ray" and self.shard.count > 1:
+            raise ValueError(
+                f"engine: got ray with shard.count={self.shard.count}, expected 1, as Ray spreads the batches itself; "
+                "leave runtime.shard out"
+            )
+
+
+_SPREAD = ("workers", "verify", "engine", "shard", "ray")
+"""What of `runtime` says how the work is spread, and so is no part of what is recorded with a result."""
 
 
 @dataclass(frozen=True)
@@ -228,8 +278,10 @@ class Config:
     train_proposer: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return _plain(self)
+        """Plain JSON values of what a result may depend on: how its work was spread is left out."""
+        values: dict[str, Any] = _plain(self)
+        values["runtime"] = {key: value for key, value in values["runtime"].items() if key not in _SPREAD}
+        return values
 
 
 def _plain(value: Any) -> Any:
@@ -268,7 +320,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "config") -> Confi
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
             cfg = hydra_compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
         raise ConfigError(_one_line(error)) from error
     return from_hydra(cfg)
 

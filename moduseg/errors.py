@@ -29,3 +29,7 @@ class ArtefactError(ModusegError):
 
 class StorageError(ModusegError):
     """A file cannot be written (disk full, no permission). It ends the run; what was finished before is kept."""
+
+
+class IncompleteError(ModusegError):
+    """Other shards have work left, so that what needs all images has to wait. The commands print it and exit with 0."""

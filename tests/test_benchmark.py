@@ -17,7 +17,13 @@ from tests.speed.common import Row, Setting, Times, as_json, faster, interleave,
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", FIGURES)
+PROCESSES = ("outside_models", "memory", "shards")
+"""Whole runs, some in processes of their own: seconds each, however small."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in PROCESSES else ()) for name in FIGURES]
+)
 def test_figure(name: str) -> None:
     rows = measure(name, Setting(CPU, repeats=1, small=True))
     assert rows

@@ -6,6 +6,8 @@ import itertools
 from pathlib import Path
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 
 from moduseg.config import compose, config_dir
 from moduseg.errors import ConfigError, ModusegError
@@ -39,6 +41,18 @@ def test_every_file_composes_and_builds(group: str, name: str, tmp_path: Path, m
     assert work.backbone is not None
     assert work.dataset(work.eval_split).name
     assert work.cfg.as_dict()["runtime"]["device"] == "cpu"
+
+
+def test_a_launcher_of_job_arrays_composes() -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        cfg = hydra_compose(
+            "config",
+            ["hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=1", "runtime.shard.count=8"],
+            return_hydra_config=True,
+        )
+    assert cfg.hydra.launcher.gpus_per_node == 1
+    assert cfg.runtime.shard.count == 8
 
 
 @pytest.mark.parametrize("name", TABLES)

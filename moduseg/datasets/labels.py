@@ -42,6 +42,12 @@ class LabelFile:
     classes: int | None = None
 
 
+def quoted(value: object, length: int = 80) -> str:
+    """What a message shows of a value that somebody's file holds: its beginning, on one line."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text file, with or without a byte order mark.
 
@@ -75,8 +81,8 @@ def check_id(image_id: str, where: str) -> str:
     leaves = image_id.startswith("/") or re.match(r"[A-Za-z]:", image_id) or "\\" in image_id
     if leaves or any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 for c in image_id):
         raise DataError(
-            f"{where}: got image id {image_id!r}, expected a relative path inside the folder without suffix, such as "
-            "'a/b'; correct the list"
+            f"{where}: got image id {quoted(image_id)}, expected a relative path inside the folder without suffix, "
+            "such as 'a/b'; correct the list"
         )
     return image_id
 
@@ -90,7 +96,7 @@ def check_ids(ids: Iterable[str], where: str) -> tuple[str, ...]:
     seen: dict[str, None] = {}
     for image_id in ids:
         if check_id(image_id, where) in seen:
-            raise DataError(f"{where}: got image id {image_id!r} twice, expected each once; remove or rename one")
+            raise DataError(f"{where}: got image id {quoted(image_id)} twice, expected each once; remove or rename one")
         seen[image_id] = None
     return tuple(seen)
 
@@ -113,13 +119,15 @@ def read_classes(path: Path) -> tuple[str, ...]:
 def check_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
     """`names` as a class list; see `read_classes`."""
     if not names or names[0] != "background":
-        got = repr(names[0]) if names else "nothing"
+        got = quoted(names[0]) if names else "nothing"
         raise DataError(f"{where}: got {got} first, expected 'background'; add it as the first line")
     if not 1 <= len(names) - 1 <= MAX_CLASSES:
         raise DataError(f"{where}: got {len(names) - 1} classes beside background, expected 1..{MAX_CLASSES}")
     for i, name in enumerate(names):
         if not name or name in names[:i]:
-            raise DataError(f"{where}: line {i + 1} is {name!r}, expected a name not used before; correct the line")
+            raise DataError(
+                f"{where}: line {i + 1} is {quoted(name)}, expected a name not used before; correct the line"
+            )
     return tuple(names)
 
 
@@ -172,13 +180,13 @@ def resolve_labels(raw: Sequence[Label], classes: Sequence[str], image_id: str, 
                 close = difflib.get_close_matches(label, classes[1:], 1)
                 hint = f"did you mean {close[0]!r}?" if close else "add it to the class list or correct it"
                 raise DataError(
-                    f"{where}: image {image_id!r} has label {label!r}, expected one of the {len(classes) - 1} class "
-                    f"names; {hint}"
+                    f"{where}: image {quoted(image_id)} has label {quoted(label)}, expected one of the "
+                    f"{len(classes) - 1} class names; {hint}"
                 )
         if not 1 <= label < len(classes):
             raise DataError(
-                f"{where}: image {image_id!r} has label {label}, expected ids 1..{len(classes) - 1} as there are "
-                f"{len(classes) - 1} classes beside background; correct it or the class list"
+                f"{where}: image {quoted(image_id)} has label {quoted(label)}, expected ids 1..{len(classes) - 1} as "
+                f"there are {len(classes) - 1} classes beside background; correct it or the class list"
             )
         ids.add(label)
     return tuple(sorted(ids))
@@ -197,13 +205,15 @@ def _read_json(path: Path) -> tuple[RawLabels, str, str]:
     if isinstance(data.get("images"), list) and all(isinstance(entry, dict) for entry in data["images"]):
         source = data.get("source", source)
         if not isinstance(source, str) or not re.fullmatch(r"[a-z0-9_-]{1,40}", source):
-            raise DataError(f"{path}: got source {source!r}, expected a word such as masks, xml, predicted; correct it")
+            raise DataError(
+                f"{path}: got source {quoted(source)}, expected a word such as masks, xml, predicted; correct it"
+            )
         entries = [(e.get("img_id", e.get("file_name")), e.get("labels")) for e in data["images"]]
     labels: RawLabels = {}
     for name, values in entries:
         good = isinstance(values, list) and all(isinstance(v, int | str) and not isinstance(v, bool) for v in values)
         if not isinstance(name, str) or not isinstance(values, list) or not good:
-            raise DataError(f"{path}: entry {name!r} has labels {values!r}, {layout}; correct the entry")
+            raise DataError(f"{path}: entry {quoted(name)} has labels {quoted(values)}, {layout}; correct the entry")
         key = without_suffix(name)
         labels[key] = (*labels.get(key, ()), *values)
     return labels, str(path), source
@@ -214,9 +224,8 @@ def _read_csv(path: Path) -> RawLabels:
     try:
         columns = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
         if not {"image", "labels"} <= set(columns):
-            raise DataError(
-                f"{path}: got columns {', '.join(columns) or 'none'}, expected image,labels; write that header line"
-            )
+            found = " ".join(", ".join(columns).split())[:80] or "none"
+            raise DataError(f"{path}: got columns {found}, expected image,labels; write that header line")
         labels: RawLabels = {}
         for row in reader:
             name, text = (row[columns["image"]] or "").strip(), (row[columns["labels"]] or "").strip()

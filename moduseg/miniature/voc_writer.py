@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from moduseg.errors import ArtefactError, ConfigError
 from moduseg.miniature.world import CLASSES, WORLD_VERSION, WorldConfig, render_scene
+from moduseg.runtime.artefacts import sweep, write_atomic
 
 
 def write_voc(root: Path, seed: int, train: int = 160, val: int = 80, config: WorldConfig | None = None) -> Path:
@@ -34,6 +35,7 @@ def write_voc(root: Path, seed: int, train: int = 160, val: int = 80, config: Wo
     Raises:
         ArtefactError: `root` holds a world of other settings.
         ConfigError: a number is negative.
+        StorageError: a file cannot be written.
     """
     # Imported here because `moduseg.datasets` serves this world and so imports this module.
     from moduseg.datasets.palette import voc_palette
@@ -52,9 +54,8 @@ def write_voc(root: Path, seed: int, train: int = 160, val: int = 80, config: Wo
     pictures = [folder / f"{img_id}.png" for names in ids.values() for img_id in names for folder in folders]
     if all(path.is_file() for path in (*lists, *pictures)):
         return root
-    for folder in (*folders, lists[0].parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    _write_bytes(root / "world.json", (json.dumps(settings, indent=2) + "\n").encode())
+    sweep(root)
+    write_atomic(root / "world.json", (json.dumps(settings, indent=2) + "\n").encode())
 
     entries = []
     palette = voc_palette().tobytes()
@@ -68,12 +69,14 @@ def write_voc(root: Path, seed: int, train: int = 160, val: int = 80, config: Wo
                     picture = Image.fromarray(array)
                     if array.ndim == 2:
                         picture.putpalette(palette)
-                    _write_picture(folder / f"{img_id}.png", picture)
+                    content = io.BytesIO()
+                    picture.save(content, format="PNG")
+                    write_atomic(folder / f"{img_id}.png", content.getvalue())
             entries.append({"img_id": img_id, "file_name": f"{img_id}.png", "labels": list(scene.labels)})
-    _write_bytes(root / "classes.txt", ("\n".join(CLASSES) + "\n").encode())
-    _write_bytes(root / "image_labels.json", (json.dumps({"images": entries}, indent=1) + "\n").encode())
+    write_atomic(root / "classes.txt", ("\n".join(CLASSES) + "\n").encode())
+    write_atomic(root / "image_labels.json", (json.dumps({"images": entries}, indent=1) + "\n").encode())
     for path, names in zip(lists, ids.values(), strict=False):
-        _write_bytes(path, "".join(f"{name}\n" for name in names).encode())
+        write_atomic(path, "".join(f"{name}\n" for name in names).encode())
     return root
 
 
@@ -94,15 +97,3 @@ def _check_settings(root: Path, settings: dict) -> None:
             f"{root} holds another world: got {got}, expected { ({key: settings[key] for key in different}) }; "
             "try another folder, or remove this one"
         )
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
-def _write_picture(path: Path, picture: Image.Image) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)

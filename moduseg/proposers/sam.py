@@ -17,6 +17,7 @@ from moduseg.proposers.base import Proposer
 from moduseg.proposers.grid import check_thickness, generate_batch
 from moduseg.proposers.grid_options import GridOptions, check_images_per_batch
 from moduseg.proposers.sam_decoder import PackagedSam
+from moduseg.runtime.clock import count_passes
 from moduseg.runtime.devices import Device
 from moduseg.runtime.download import fetch
 from moduseg.runtime.weights import ADDRESSES, file_digest, find_weights, load_state
@@ -199,6 +200,8 @@ class SamProposer(Proposer):
         sam = self._build().to(device).requires_grad_(False)
         if self._device.precision != "float32":
             sam.image_encoder = _Cast(sam.image_encoder, self._device)
+        for part in (sam.image_encoder, sam.prompt_encoder, sam.mask_decoder):
+            count_passes(part, device)
         generator = Generator(sam, **asdict(self._options))
         if device.type == "mps":
             generator.predictor.transform = single_precision_transform(sam.image_encoder.img_size)

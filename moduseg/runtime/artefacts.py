@@ -22,6 +22,8 @@ FORMAT = 1
 """Raised when the files of a stage change meaning, so that older folders are not taken for new ones."""
 
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "host"
+# Containers may share a folder and have one name and the same process ids.
+_TOKEN = os.urandom(4).hex()
 
 
 def canonical_json(value: Any) -> str:
@@ -40,7 +42,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         StorageError: disk full, no permission, read-only file system.
     """
-    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_HOST}.{_TOKEN}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -52,6 +54,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         remedy = {
             errno.ENOSPC: "free some space",
+            errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
             errno.EDQUOT: "free some space of your quota",
             errno.EACCES: "check the permissions, or set runtime.outputs=<folder>",
             errno.EPERM: "check the permissions, or set runtime.outputs=<folder>",
@@ -99,12 +102,13 @@ class Artefact:
         self.parts = {"format": FORMAT, **parts}
         self.key = digest_of(self.parts)
         self.path = outputs / dataset / stage / f"{name}-{self.key[:8]}"
-        if self.manifest_path.exists() and self.manifest.get("key") != self.key:
+        found = self._stored_manifest()
+        if found is not None and found.get("key") != self.key:
             raise ArtefactError(
-                f"{self.path}: holds key {self.manifest.get('key')!r}, expected {self.key!r}; remove the folder"
+                f"{self.path}: holds key {found.get('key')!r}, expected {self.key!r}; remove the folder"
             )
-        self._sweep()
-        if not self.manifest_path.exists():
+        sweep(self.path)
+        if found is None:
             self.write_manifest(status="running")
 
     @property
@@ -127,8 +131,33 @@ class Artefact:
         """Whether the stage once came to its end here."""
         return self.manifest_path.exists() and self.manifest.get("status") == "complete"
 
+    def is_whole(self, verify: bool = False) -> bool:
+        """Whether it is complete and what was merged has the recorded sizes (`verify`: and digests).
+
+        Files of single images are the loop's to look at.
+        """
+        if not self.is_complete:
+            return False
+        products = self.manifest.get("products")
+        if not isinstance(products, dict):
+            return False
+        try:
+            return all(
+                (path := self.file(name)).stat().st_size == size and (not verify or _sha256(path) == digest)
+                for name, (size, digest) in products.items()
+            )
+        except (OSError, ValueError, TypeError):
+            return False
+
     def write_manifest(self, **fields: Any) -> None:
-        """Write `manifest.json`: stage, key, parts and `fields` (`status` is `running` or `complete`)."""
+        """Write `manifest.json`: stage, key, parts and `fields` (`status` is `running` or `complete`).
+
+        When complete, also size and sha256 of what was merged: the files beside it, and the pictures in `panels/`.
+        """
+        if fields.get("status") == "complete":
+            found = [p for p in (*self.path.iterdir(), *self.path.glob("panels/**/*")) if not p.name.startswith(".")]
+            files = sorted(p for p in found if p.is_file() and p != self.manifest_path)
+            fields["products"] = {p.relative_to(self.path).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
         write_json(self.manifest_path, {"stage": self.stage, "key": self.key, "parts": self.parts, **fields})
 
     def file(self, relative: str) -> Path:
@@ -142,12 +171,28 @@ class Artefact:
             raise ArtefactError(f"{relative!r}: leaves the folder {self.path}; rename the image")
         return self.path / candidate
 
-    def _sweep(self) -> None:
-        """Remove the temporary files that a process of this machine left when it was killed."""
-        for leftover in self.path.rglob(f".*.{_HOST}.*.tmp"):
-            owner = leftover.name.split(".")[-2]
-            if owner.isdigit() and not _is_running(int(owner)):
-                leftover.unlink(missing_ok=True)
+    def _stored_manifest(self) -> dict[str, Any] | None:
+        """What `manifest.json` says; `None` where it is absent or damaged, and the stage is to be looked at anew."""
+        try:
+            return self.manifest
+        except ArtefactError:
+            return None
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files below a folder that a process of this machine left when it was killed."""
+    for leftover in folder.rglob(f".*.{_HOST}.*.tmp"):
+        owner = leftover.name.split(".")[-2]
+        if owner.isdigit() and not _is_running(int(owner)):
+            leftover.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _is_running(pid: int) -> bool:

@@ -107,7 +107,8 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
             return value
     else:
         return value
-    raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}), expected {_describe(hint)}")
+    got = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
+    raise ConfigError(f"{where}: got {got} ({type(value).__name__}), expected {_describe(hint)}")
 
 
 def _describe(hint: Any) -> str:

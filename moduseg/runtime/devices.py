@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from moduseg.errors import ConfigError
+from moduseg.runtime.clock import model_pass
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,19 +27,21 @@ class Device:
     torch_device: torch.device
     precision: str = "float32"
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """The context a model's forward pass runs in."""
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The context a model's forward pass runs in; its seconds are counted (`moduseg.runtime.clock`)."""
         dtype = PRECISIONS[self.precision]
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(self.torch_device.type, dtype=dtype)
+        cast = nullcontext() if dtype is None else torch.autocast(self.torch_device.type, dtype=dtype)
+        with model_pass(self.torch_device), cast:
+            yield
 
 
 def resolve_device(name: str = "auto", precision: str = "auto") -> Device:
     """The device that `runtime.device` and `runtime.precision` name.
 
     Args:
-        name: `auto` (CUDA, then MPS, then CPU), `cpu`, `mps`, `cuda` or `cuda:N`.
+        name: `auto` (CUDA, then MPS, then CPU), `cpu`, `mps`, `cuda` or `cuda:N`. Where torchrun started several
+            processes on a machine, `auto` and `cuda` are the process's own share of its GPUs.
         precision: `auto` is bfloat16 on a CUDA device that has it and float32 elsewhere.
 
     Raises:
@@ -57,6 +62,8 @@ def resolve_device(name: str = "auto", precision: str = "auto") -> Device:
     }
     if not present.get(device.type, False):
         raise ConfigError(f"runtime.device: got {name!r}, which is not present here; try runtime.device=auto")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if precision not in PRECISIONS:

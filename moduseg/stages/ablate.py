@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from moduseg.config import compose, config_dir
+from moduseg.config import UNREADABLE, compose, config_dir
 from moduseg.errors import ConfigError
 from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.runtime.artefacts import read_json, write_atomic, write_json
@@ -99,7 +99,7 @@ def read_table(command: str, name: str) -> dict[str, Any]:
         raise ConfigError(f"table: got {name!r}, expected one of {known}; try: python {remedy}")
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, *UNREADABLE) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}; correct the file") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got {type(content).__name__}, expected keys such as title; correct the file")

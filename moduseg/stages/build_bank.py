@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from moduseg.bank.aggregation import aggregate, coverage, harden
 from moduseg.bank.purification import class_regions, purify
-from moduseg.bank.store import Bank
+from moduseg.bank.store import Bank, read_vectors
 from moduseg.config import BankConfig, Config
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, DataError
 from moduseg.runtime.artefacts import Artefact
-from moduseg.runtime.engine import Files, Loop, sizes
+from moduseg.runtime.engine import Files, Loop, Outcome, sizes
 from moduseg.runtime.weights import file_digest
 from moduseg.stages import pseudo_masks
-from moduseg.stages.common import Workspace, failures_of, finish, image_file, log, plain, safe_name
+from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, image_file, log, plain, safe_name
 from moduseg.structures import TokenMap
 
 
@@ -37,6 +36,16 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     if cfg.bank.path is not None:
         return given(cfg.bank.path)
     work = work or Workspace(cfg)
+
+    def make() -> Path:
+        todo = plan(cfg, work)
+        return carry_out(work, todo, __name__, lambda outcome: _finish(cfg, work, todo, outcome))
+
+    return work.once(cfg, "build_bank", work.train_split, make)
+
+
+def plan(cfg: Config, work: Workspace) -> Plan:
+    """What `run` does with each image."""
     dataset = work.dataset(work.train_split)
     masks = pseudo_masks.run(cfg, work)
     bank_parts = {
@@ -89,7 +98,15 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         return sizes(image_file(dataset, image_id), masks / safe_name(f"labels/{image_id}", ".png"))
 
     left_out = failures_of(masks, "pseudo_masks")
-    outcome = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "build bank", stamp).run()
+    loop = Loop(
+        artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "build bank", stamp, work.spread
+    )
+    return Plan(loop, {"pseudo_masks": masks})
+
+
+def _finish(cfg: Config, work: Workspace, todo: Plan, outcome: Outcome) -> Path:
+    """Merge the vectors of all images, unless that is done."""
+    dataset, artefact = work.dataset(work.train_split), todo.loop.artefact
     bank_file = artefact.path / "bank.safetensors"
     whole = bank_file.is_file() and artefact.manifest.get("bank_sha256") == file_digest(bank_file)
     if outcome.changed or not whole or not (artefact.path / "bank.json").is_file():
@@ -105,7 +122,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         artefact,
         outcome,
         len(dataset.ids),
-        {"pseudo_masks": masks},
+        todo.inputs,
         vectors=len(bank),
         bank_sha256=file_digest(bank_file),
         config=cfg.as_dict(),
@@ -173,7 +190,8 @@ def _merge(
     for position, image_id in enumerate(ids):
         if image_id in failed:
             continue
-        entry = load_tensors(artefact.file(safe_name(f"vectors/{image_id}", ".safetensors")).read_bytes())
+        file = artefact.file(safe_name(f"vectors/{image_id}", ".safetensors"))
+        entry = read_vectors(file, ("pooled", "labels", "areas"))
         pooled.append(entry["pooled"])
         labels.append(entry["labels"])
         areas.append(entry["areas"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
-from collections.abc import Mapping
-from functools import cached_property
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,20 @@ import torch
 
 from moduseg import backbones, datasets, proposers, pseudo_masks
 from moduseg.backbones.base import Backbone
-from moduseg.config import Config
+from moduseg.config import Config, RayConfig, ShardConfig
 from moduseg.datasets.base import Dataset
-from moduseg.errors import DataError
+from moduseg.datasets.labels import check_id
+from moduseg.errors import ConfigError, DataError, IncompleteError
 from moduseg.proposers.base import Proposer
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.runtime.artefacts import Artefact, read_json
 from moduseg.runtime.devices import Device, resolve_device
-from moduseg.runtime.engine import Outcome
+from moduseg.runtime.engine import Loop, Outcome, Spread
+from moduseg.runtime.peers import Peers
 
 log = logging.getLogger("moduseg")
+Done = dict[tuple[str, str], Path]
+"""Stage and split -> the folder of its result."""
 
 
 class Workspace:
@@ -31,12 +38,42 @@ class Workspace:
     Args:
         cfg: the whole configuration.
         splits: splits that are at hand already, in place of those that the configuration describes.
+        done: stages that are complete, for a worker that is given part of the next one.
     """
 
-    def __init__(self, cfg: Config, splits: Mapping[str, Dataset] | None = None) -> None:
+    def __init__(self, cfg: Config, splits: Mapping[str, Dataset] | None = None, done: Done | None = None) -> None:
         self.cfg = cfg
+        self.done: Done = dict(done or {})
         self._datasets: dict[str, Dataset] = dict(splits or {})
+        self._own_splits = bool(splits)
+        shard = cfg.runtime.shard
+        self.peers = Peers(shard.index, shard.count, alone=done is not None)
         torch.manual_seed(cfg.runtime.seed)
+
+    def once(self, cfg: Config, stage: str, split: str, make: Callable[[], Path]) -> Path:
+        """The folder of a stage's result, made on the first call; a stage that several others need is looked at once.
+
+        Args:
+            cfg: what it is made with; another configuration than the workspace's is not remembered.
+            stage, split: which result.
+            make: makes it.
+        """
+        if cfg is not self.cfg:
+            return make()
+        if (stage, split) not in self.done:
+            self.done[stage, split] = make()
+        return self.done[stage, split]
+
+    @property
+    def has_own_splits(self) -> bool:
+        """Whether it was given splits, which another process would not have."""
+        return self._own_splits
+
+    @property
+    def spread(self) -> Spread:
+        """The part of each stage that is this process's."""
+        runtime, peers = self.cfg.runtime, self.peers
+        return Spread(peers.index, peers.count, runtime.workers, runtime.verify, not peers.leads)
 
     @cached_property
     def device(self) -> Device:
@@ -61,7 +98,10 @@ class Workspace:
     def dataset(self, split: str) -> Dataset:
         """The data set's split."""
         if split not in self._datasets:
-            self._datasets[split] = datasets.build(self.cfg.dataset, split)
+            dataset = datasets.build(self.cfg.dataset, split)
+            if self.peers.world > 1:  # some are drawn or unpacked when their ids are first read
+                self.peers.first(f"dataset/{split}", lambda: dataset.ids)
+            self._datasets[split] = dataset
         return self._datasets[split]
 
     @cached_property
@@ -101,6 +141,83 @@ class Workspace:
         return Artefact(self.outputs, self.dataset(self.train_split).name, stage, name, parts)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A stage's loop, ready to run, and the artefacts it reads, by stage."""
+
+    loop: Loop[Any]
+    inputs: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The images that an earlier stage could not process, with its error."""
+        return {i: e for stage, path in self.inputs.items() for i, e in failures_of(path, stage).items()}
+
+
+def carry_out(work: Workspace, plan: Plan, module: str, merge: Callable[[Outcome], Path], *arguments: str) -> Path:
+    """Do this process's share of a stage, and merge when all shares are done.
+
+    Args:
+        work: configuration and rooms.
+        plan: what to do.
+        module: the stage's module, whose `plan(cfg, work, *arguments)` gives the same plan in another process.
+        merge: what follows the loop; gives the folder. With torchrun rank 0 calls it and the others wait.
+        arguments: further ones of `plan`.
+
+    Raises:
+        IncompleteError: other shards of the job array have work left.
+    """
+    runtime, loop, run = work.cfg.runtime, plan.loop, None
+    if runtime.engine == "ray" and not work.has_own_splits:
+        from moduseg.runtime.ray_engine import RayWorkers
+
+        rebuild = partial(_rebuilt, module, _for_worker(work), dict(work.done), *arguments)
+        run = partial(RayWorkers(**vars(runtime.ray)).run, rebuild)
+    name = f"{loop.artefact.stage}-{loop.artefact.key}"
+    return Path(
+        work.peers.together(name, lambda: loop.own(run), lambda fresh: str(merge(_gathered(work, loop, fresh))))
+    )
+
+
+def _gathered(work: Workspace, loop: Loop[Any], fresh: int) -> Outcome:
+    """What all shards gave; a task of a job array waits `runtime.shard.wait` seconds for the others and the merge."""
+    end = time.monotonic() + work.cfg.runtime.shard.wait
+    pause = 0.05
+    while True:
+        over = time.monotonic() >= end
+        try:
+            outcome = loop.gather(fresh)
+            # All could merge, with the same bytes; the first one does, and the others find it done.
+            if over or work.peers.index == 0 or not outcome.changed:
+                return outcome
+        except IncompleteError:
+            if over:
+                raise
+        time.sleep(min(pause, max(0.0, end - time.monotonic())))
+        pause = min(2 * pause, 1.0)
+
+
+def _rebuilt(module: str, cfg: Config, done: Done, *arguments: str) -> Loop[Any]:
+    """The loop of a stage in a worker of Ray; see `carry_out`."""
+    plan: Plan = importlib.import_module(module).plan(cfg, Workspace(cfg, done=done), *arguments)
+    return plan.loop
+
+
+def _for_worker(work: Workspace) -> Config:
+    """The configuration of one worker: the driver's device and precision, nothing spread any further."""
+    runtime, device = work.cfg.runtime, work.device
+    kind = device.torch_device.type
+    if kind != "cpu" and not runtime.ray.gpus:
+        raise ConfigError(
+            f"runtime.ray.gpus: got 0 with runtime.device={kind}, expected more than 0; set runtime.ray.gpus=1, or "
+            "runtime.device=cpu"
+        )
+    alone = replace(
+        runtime, engine="local", shard=ShardConfig(), ray=RayConfig(), device=kind, precision=device.precision
+    )
+    return replace(work.cfg, runtime=alone)
+
+
 def plain(value: Any) -> Any:
     """Nested mappings and tuples as dicts and lists, for hashing and JSON."""
     if isinstance(value, Mapping):
@@ -131,17 +248,18 @@ def finish(artefact: Artefact, outcome: Outcome, total: int, inputs: Mapping[str
     """
     failures = len(outcome.failed) + sum(count_failures(path) for path in inputs.values())
     seconds = {step: round(value, 3) for step, value in outcome.seconds.items()}
-    if outcome.changed or not artefact.is_complete or artefact.manifest.get("failures") != failures:
+    if outcome.changed or not artefact.is_whole() or artefact.manifest.get("failures") != failures:
         artefact.write_manifest(
             status="complete",
             images=total,
             failed=len(outcome.failed),
             failures=failures,
+            content=outcome.content,
             seconds=seconds,
             inputs={name: str(path) for name, path in inputs.items()},
             **fields,
         )
-    spent = sum(outcome.seconds.values())
+    spent = wall_seconds(outcome.seconds)
     log.info(
         "%s: %d images (%d now, %d done before), %d failed, %.1f s of work -> %s",
         artefact.stage,
@@ -159,6 +277,27 @@ def finish(artefact: Artefact, outcome: Outcome, total: int, inputs: Mapping[str
     return artefact.path
 
 
+def wall_seconds(seconds: Mapping[str, float]) -> float:
+    """The time a stage took, of its seconds by step (of folders older than the clock, the sum of all)."""
+    return seconds["wall"] if "wall" in seconds else sum(seconds.values())
+
+
+def steps_of(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Seconds by step of an artefact and of all that it was made from, each folder (`<stage>/<name>`) once."""
+    waiting, seen = [path], set()
+    while waiting:
+        folder = waiting.pop(0)
+        name = f"{folder.parent.name}/{folder.name}"
+        if name in seen:
+            continue
+        seen.add(name)
+        if not (folder / "manifest.json").is_file():
+            continue  # a bank from elsewhere has no seconds to count
+        manifest = read_json(folder / "manifest.json")
+        yield name, dict(manifest.get("seconds", {}))
+        waiting += [Path(p) for p in manifest.get("inputs", {}).values()]
+
+
 def count_failures(path: Path) -> int:
     """Images without a result in an artefact and in those it was made from."""
     manifest = read_json(path / "manifest.json")
@@ -174,5 +313,9 @@ def image_file(dataset: Dataset, image_id: str) -> Path:
 
 
 def safe_name(image_id: str, suffix: str) -> str:
-    """The file of an image inside an artefact; ids keep their sub-folders."""
-    return f"{image_id}{suffix}"
+    """The file of an image inside an artefact; ids keep their sub-folders.
+
+    Raises:
+        DataError: the id names a place outside.
+    """
+    return f"{check_id(image_id, 'artefact')}{suffix}"

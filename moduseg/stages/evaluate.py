@@ -65,28 +65,34 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             "evaluation": plain(scoring_settings(cfg)),
         },
     )
-    file = artefact.path / "results.json"
-    if not (artefact.is_complete and file.is_file() and (artefact.path / FILE).is_file()):
-        record: dict[str, Any] = {
-            "prediction": read_json(predictions / "results.json"),
-            "pseudo_masks": read_json(scored["pseudo_masks"] / "results.json") if "pseudo_masks" in scored else None,
-            "proposals": _proposal_quality(dataset, proposals, cfg.evaluation.object_min_area),
-            "bank": {"vectors": read_json(bank / "bank.json")["counts"]},
-        }
-        write_atomic(artefact.path / FILE, (predictions / FILE).read_bytes())
-        write_json(file, record)
-        write_atomic(artefact.path / "results.md", _table(record).encode())
-        artefact.write_manifest(
-            status="complete",
-            images=len(dataset.ids),
-            failures=count_failures(predictions),
-            inputs={
-                "infer": str(predictions),
-                "propose": str(proposals),
-                **({} if masks is None else {"pseudo_masks": str(masks)}),
-            },
-        )
-    report.add_figures(predictions, read_json(file))
+
+    def complete() -> None:
+        file = artefact.path / "results.json"
+        if not artefact.is_whole(cfg.runtime.verify):
+            record: dict[str, Any] = {
+                "prediction": read_json(predictions / "results.json"),
+                "pseudo_masks": read_json(scored["pseudo_masks"] / "results.json")
+                if "pseudo_masks" in scored
+                else None,
+                "proposals": _proposal_quality(dataset, proposals, cfg.evaluation.object_min_area),
+                "bank": {"vectors": read_json(bank / "bank.json")["counts"]},
+            }
+            write_atomic(artefact.path / FILE, (predictions / FILE).read_bytes())
+            write_json(file, record)
+            write_atomic(artefact.path / "results.md", _table(record).encode())
+            artefact.write_manifest(
+                status="complete",
+                images=len(dataset.ids),
+                failures=count_failures(predictions),
+                inputs={
+                    "infer": str(predictions),
+                    "propose": str(proposals),
+                    **({} if masks is None else {"pseudo_masks": str(masks)}),
+                },
+            )
+        report.add_figures(predictions, read_json(file))
+
+    work.peers.first("evaluate", complete)
     log.info("%s\nevaluate -> %s", (artefact.path / "results.md").read_text(encoding="utf-8").rstrip(), artefact.path)
     return artefact.path
 

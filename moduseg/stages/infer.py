@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from moduseg.bank.edit import in_classes
-from moduseg.bank.store import Bank
+from moduseg.bank.store import Bank, read_vectors
 from moduseg.config import Config
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import ArtefactError, DataError
@@ -18,10 +16,10 @@ from moduseg.proposers import sa1b
 from moduseg.report.why import Answer
 from moduseg.retrieval.retriever import Retriever
 from moduseg.runtime.artefacts import digest_of
-from moduseg.runtime.engine import Files, Loop, sizes
+from moduseg.runtime.engine import Files, Loop, Outcome, sizes
 from moduseg.runtime.weights import file_digest
 from moduseg.stages import build_bank, propose, queries, report
-from moduseg.stages.common import Workspace, failures_of, finish, log, plain, safe_name
+from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, log, plain, safe_name
 from moduseg.stages.report_images import answer_of
 from moduseg.stages.scoring import draw_panels, needs_scoring, score_label_maps
 from moduseg.structures import Proposals
@@ -35,6 +33,17 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         also `results.json`, `results.md` and `panels/`. `report/index.html` shows it all (`evaluation.report`).
     """
     work = work or Workspace(cfg)
+
+    def make() -> Path:
+        known: dict[str, Answer] = {}
+        todo = plan(cfg, work, known)
+        return carry_out(work, todo, __name__, lambda outcome: _finish(cfg, work, todo, outcome, known))
+
+    return work.once(cfg, "infer", work.eval_split, make)
+
+
+def plan(cfg: Config, work: Workspace, known: dict[str, Answer] | None = None) -> Plan:
+    """What `run` does with each image; `known` is filled with what retrieval says of the images of the report."""
     dataset, settings = work.dataset(work.eval_split), cfg.retrieval
     bank_path = build_bank.run(cfg, work)
     vectors = queries.run(cfg, work)
@@ -78,12 +87,11 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     bank = stored.configured(cfg.bank).to(device)
     retriever = Retriever(bank.vectors, bank.labels, bank.centre, settings)
     # The report tells why; what it needs is at hand here, and bounded by the images that it shows.
-    shown = frozenset(report.shown_ids(cfg, dataset.ids) if cfg.evaluation.report else ())
-    known: dict[str, Answer] = {}
+    shown = frozenset(report.shown_ids(cfg, dataset.ids) if cfg.evaluation.report and known is not None else ())
 
     def load(image_id: str) -> tuple[str, Proposals, Tensor]:
         found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), dataset.image_size(image_id))
-        pooled = load_tensors((vectors / safe_name(f"vectors/{image_id}", ".safetensors")).read_bytes())["pooled"]
+        pooled = read_vectors(vectors / safe_name(f"vectors/{image_id}", ".safetensors"), ("pooled",))["pooled"]
         if len(pooled) != len(found):
             raise DataError(
                 f"{image_id}: {len(pooled)} query vectors for {len(found)} proposals; remove {vectors} and run again"
@@ -97,7 +105,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             found, pooled = found.select(keep), pooled[keep].to(device)
             labels, scores, neighbours, similarities = retriever.label(pooled)
             label_map, kept = retriever.assemble(found, pooled, labels, scores)
-            if image_id in shown:
+            if known is not None and image_id in shown:
                 known[image_id] = answer_of(bank, labels, scores, kept, neighbours, similarities)
             files.append({safe_name(f"labels/{image_id}", ".png"): write_label_png(label_map.cpu().numpy())})
         return files
@@ -110,19 +118,23 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         return sizes(*files)
 
     left_out = {**failures_of(proposals, "propose"), **failures_of(vectors, "queries")}
-    with torch.inference_mode():
-        outcome = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "infer", stamp).run()
+    loop = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "infer", stamp, work.spread)
+    return Plan(loop, {"build_bank": bank_path, "queries": vectors})
+
+
+def _finish(cfg: Config, work: Workspace, todo: Plan, outcome: Outcome, known: dict[str, Answer]) -> Path:
+    """Score the label maps, draw panels and write the report, unless that is done."""
+    dataset, artefact = work.dataset(work.eval_split), todo.loop.artefact
+    proposals = propose.run(cfg, work)
     if dataset.has_truth and needs_scoring(work, artefact, outcome):
-        inputs = {"propose": proposals, "build_bank": bank_path, "queries": vectors}
+        inputs = {"propose": proposals, **todo.inputs}
         score_label_maps(work, artefact, outcome, dataset, proposals, "prediction", inputs)
     elif not dataset.has_truth and outcome.changed:
         labelled = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
         draw_panels(artefact, dataset, labelled, proposals, "prediction", cfg.evaluation.panels)
         if cfg.evaluation.panels:
             log.info("panels:  %s", artefact.path / "panels")
-    done = finish(
-        artefact, outcome, len(dataset.ids), {"build_bank": bank_path, "queries": vectors}, config=cfg.as_dict()
-    )
+    done = finish(artefact, outcome, len(dataset.ids), todo.inputs, config=cfg.as_dict())
     report.after(work, done, outcome.changed, known)
     return done
 

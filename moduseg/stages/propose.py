@@ -6,8 +6,8 @@ from pathlib import Path
 
 from moduseg.config import Config
 from moduseg.proposers import sa1b
-from moduseg.runtime.engine import Files, Loop, sizes
-from moduseg.stages.common import Workspace, finish, image_file, plain, safe_name
+from moduseg.runtime.engine import Files, Loop, Outcome, sizes
+from moduseg.stages.common import Plan, Workspace, carry_out, finish, image_file, plain, safe_name
 from moduseg.structures import Sample
 
 
@@ -21,10 +21,25 @@ def run(cfg: Config, work: Workspace | None = None, split: str | None = None) ->
         The artefact's folder: `masks/<id>.json`, `failures.jsonl`, `manifest.json`.
     """
     work = work or Workspace(cfg)
-    for_training = split == work.train_split
-    split = split or work.eval_split
+    # The training images may have a proposer of their own, also where they are the evaluated split.
+    chosen, use = split or work.eval_split, "train" if split == work.train_split else "eval"
+
+    def make() -> Path:
+        todo, total = plan(cfg, work, chosen, use), len(work.dataset(chosen).ids)
+
+        def merge(outcome: Outcome) -> Path:
+            return finish(todo.loop.artefact, outcome, total, {}, split=chosen)
+
+        return carry_out(work, todo, __name__, merge, chosen, use)
+
+    own = use == "train" and cfg.train_proposer is not None
+    return work.once(cfg, "propose of the bank" if own else "propose", chosen, make)
+
+
+def plan(cfg: Config, work: Workspace, split: str, use: str) -> Plan:
+    """What `run` does with each image of the split, used as `train` or `eval`."""
     dataset, settings, proposer = work.dataset(split), cfg.proposer, work.proposer
-    if for_training and cfg.train_proposer is not None:
+    if use == "train" and cfg.train_proposer is not None:
         settings, proposer = cfg.train_proposer, work.train_proposer
     artefact = work.artefact(
         "propose",
@@ -46,13 +61,15 @@ def run(cfg: Config, work: Workspace | None = None, split: str | None = None) ->
             for s, p in zip(samples, proposer.propose_batch(samples), strict=True)
         ]
 
-    outcome = Loop(
-        artefact,
-        dataset.ids,
-        load,
-        process,
-        cfg.runtime.batch_size,
-        title=f"propose {split}",
-        stamp=lambda i: sizes(image_file(dataset, i)),
-    ).run()
-    return finish(artefact, outcome, len(dataset.ids), {}, split=split)
+    return Plan(
+        Loop(
+            artefact,
+            dataset.ids,
+            load,
+            process,
+            cfg.runtime.batch_size,
+            title=f"propose {split}",
+            stamp=lambda i: sizes(image_file(dataset, i)),
+            spread=work.spread,
+        )
+    )

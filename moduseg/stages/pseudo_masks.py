@@ -18,9 +18,9 @@ from moduseg.proposers import sa1b
 from moduseg.pseudo_masks.labels import label_map, region_vote
 from moduseg.pseudo_masks.refine import pamr, par
 from moduseg.pseudo_masks.store import SUFFIX, unpack
-from moduseg.runtime.engine import Files, Loop, sizes
+from moduseg.runtime.engine import Files, Loop, Outcome, sizes
 from moduseg.stages import propose, scores
-from moduseg.stages.common import Workspace, failures_of, finish, image_file, plain, safe_name
+from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, image_file, plain, safe_name
 from moduseg.stages.scoring import draw_panels, needs_scoring, score_label_maps
 from moduseg.structures import Proposals, ScoreMaps
 
@@ -37,14 +37,34 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         also `results.json`, `results.md` and `panels/`.
     """
     work = work or Workspace(cfg)
+    split = work.train_split
+
+    def make() -> Path:
+        dataset, todo = work.dataset(split), plan(cfg, work)
+        artefact, inputs = todo.loop.artefact, todo.inputs
+        # The proposals are shown in the panels of generators that use them, too.
+        shown = propose.run(cfg, work, split) if work.generator.needs_proposals else inputs.get("propose")
+
+        def merge(outcome: Outcome) -> Path:
+            if dataset.has_truth and needs_scoring(work, artefact, outcome):
+                score_label_maps(work, artefact, outcome, dataset, shown, "pseudo mask", inputs)
+            elif not dataset.has_truth and outcome.changed:
+                done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
+                draw_panels(artefact, dataset, done, shown, "pseudo mask", cfg.evaluation.panels)
+            return finish(artefact, outcome, len(dataset.ids), inputs, split=split)
+
+        return carry_out(work, todo, __name__, merge)
+
+    return work.once(cfg, "pseudo_masks", split, make)
+
+
+def plan(cfg: Config, work: Workspace) -> Plan:
+    """What `run` does with each image."""
     split, settings = work.train_split, cfg.pseudo_masks
     dataset = work.dataset(split)
     inputs = {"scores": scores.run(cfg, work)}
     if settings.refine == "region_vote":
         inputs["propose"] = propose.run(cfg, work, split)
-    # The proposals are shown in the panels of generators that use them, too.
-    shown = propose.run(cfg, work, split) if work.generator.needs_proposals else inputs.get("propose")
-    left_out = {i: e for stage, path in inputs.items() for i, e in failures_of(path, stage).items()}
     artefact = work.artefact(
         "pseudo_masks",
         f"{settings.generator['name']}-{split}",
@@ -73,15 +93,20 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             files.append(inputs["propose"] / safe_name(f"masks/{image_id}", ".json"))
         return sizes(image_file(dataset, image_id), *files)
 
-    outcome = Loop(
-        artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, f"pseudo masks {split}", stamp
-    ).run()
-    if dataset.has_truth and needs_scoring(work, artefact, outcome):
-        score_label_maps(work, artefact, outcome, dataset, shown, "pseudo mask", inputs)
-    elif not dataset.has_truth and outcome.changed:
-        done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
-        draw_panels(artefact, dataset, done, shown, "pseudo mask", cfg.evaluation.panels)
-    return finish(artefact, outcome, len(dataset.ids), inputs, split=split)
+    return Plan(
+        Loop(
+            artefact,
+            dataset.ids,
+            load,
+            process,
+            cfg.runtime.batch_size,
+            {i: e for stage, path in inputs.items() for i, e in failures_of(path, stage).items()},
+            f"pseudo masks {split}",
+            stamp,
+            work.spread,
+        ),
+        inputs,
+    )
 
 
 def apply(

@@ -14,7 +14,7 @@ from moduseg.config import Config
 from moduseg.proposers import sa1b
 from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.stages import propose
-from moduseg.stages.common import Workspace, failures_of, finish, image_file, safe_name
+from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, image_file, safe_name
 from moduseg.structures import Proposals, Sample
 
 
@@ -25,6 +25,16 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         The artefact's folder: `vectors/<id>.safetensors` with `pooled` `[N, C]` float32, in the proposals' order.
     """
     work = work or Workspace(cfg)
+
+    def make() -> Path:
+        todo, total = plan(cfg, work), len(work.dataset(work.eval_split).ids)
+        return carry_out(work, todo, __name__, lambda outcome: finish(todo.loop.artefact, outcome, total, todo.inputs))
+
+    return work.once(cfg, "queries", work.eval_split, make)
+
+
+def plan(cfg: Config, work: Workspace) -> Plan:
+    """What `run` does with each image."""
     dataset = work.dataset(work.eval_split)
     proposals = propose.run(cfg, work)
     artefact = work.artefact(
@@ -58,5 +68,5 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         return sizes(image_file(dataset, image_id), proposals / safe_name(f"masks/{image_id}", ".json"))
 
     left_out = failures_of(proposals, "propose")
-    outcome = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "queries", stamp).run()
-    return finish(artefact, outcome, len(dataset.ids), {"propose": proposals})
+    loop = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "queries", stamp, work.spread)
+    return Plan(loop, {"propose": proposals})

@@ -68,8 +68,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         "seed": cfg.runtime.seed,
     }
     artefact = work.artefact("evaluate", f"{name}-{work.eval_split}", parts)
-    whole = all((artefact.path / file).is_file() for file in ("results.json", "results.md", FILE))
-    if not (artefact.is_complete and whole):
+    if not artefact.is_whole(cfg.runtime.verify):
         _score(cfg, work, folder, artefact)
     text = (artefact.path / "results.md").read_text(encoding="utf-8").rstrip()
     log.info("%s\nevaluate: %s -> %s", text, folder.folder, artefact.path)

@@ -19,8 +19,10 @@ from moduseg.runtime.artefacts import Artefact, digest_of, write_atomic
 from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.runtime.weights import file_digest
 from moduseg.stages import propose
-from moduseg.stages.common import Workspace, failures_of, finish, image_file, log, plain, safe_name
+from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, image_file, log, plain, safe_name
 from moduseg.structures import Proposals, Sample
+
+_FIT = "fit.safetensors"
 
 
 def run(cfg: Config, work: Workspace | None = None) -> Path:
@@ -31,6 +33,22 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         `manifest.json`.
     """
     work = work or Workspace(cfg)
+    split = work.train_split
+
+    def make() -> Path:
+        todo, total = plan(cfg, work), len(work.dataset(split).ids)
+        return carry_out(
+            work,
+            todo,
+            __name__,
+            lambda outcome: finish(todo.loop.artefact, outcome, total, todo.inputs, split=split),
+        )
+
+    return work.once(cfg, "scores", split, make)
+
+
+def plan(cfg: Config, work: Workspace) -> Plan:
+    """What `run` does with each image."""
     split, generator = work.train_split, work.generator
     dataset = work.dataset(split)
     inputs = {"propose": propose.run(cfg, work, split)} if generator.needs_proposals else {}
@@ -65,7 +83,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             for sample, proposals in items
         ]
 
-    outcome = Loop(
+    loop = Loop(
         artefact,
         dataset.ids,
         load,
@@ -74,8 +92,9 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         left_out,
         f"class scores {split}",
         stamp=lambda image_id: sizes(image_file(dataset, image_id), *masks(image_id)),
-    ).run()
-    return finish(artefact, outcome, len(dataset.ids), inputs, split=split)
+        spread=work.spread,
+    )
+    return Plan(loop, inputs)
 
 
 def _fit(cfg: Config, work: Workspace, left_out: dict[str, str]) -> str:
@@ -83,6 +102,14 @@ def _fit(cfg: Config, work: Workspace, left_out: dict[str, str]) -> str:
 
     The images that took part are part of the key: when a broken image is mended, the fit is made anew.
     """
+    work.peers.first("fit", lambda: work.once(cfg, "fit", work.train_split, lambda: _fitted(cfg, work, left_out)))
+    file = work.once(cfg, "fit", work.train_split, lambda: _fitted(cfg, work, left_out)) / _FIT
+    work.generator.load_state(load_tensors(file.read_bytes()))
+    return file_digest(file)
+
+
+def _fitted(cfg: Config, work: Workspace, left_out: dict[str, str]) -> Path:
+    """The folder of the fit; see `_fit`."""
     dataset, generator = work.dataset(work.train_split), work.generator
     usable = []
     for image_id in dataset.ids:
@@ -105,7 +132,7 @@ def _fit(cfg: Config, work: Workspace, left_out: dict[str, str]) -> str:
             "precision": work.device.precision,
         },
     )
-    file = artefact.path / "fit.safetensors"
+    file = artefact.path / _FIT
     if not (artefact.is_complete and _is_whole(artefact, file)):
 
         def samples() -> Iterator[Sample]:
@@ -116,8 +143,7 @@ def _fit(cfg: Config, work: Workspace, left_out: dict[str, str]) -> str:
         write_atomic(file, save_tensors({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
         artefact.write_manifest(status="complete", images=len(usable), sha256=file_digest(file))
         log.info("fit: %d images -> %s", len(usable), artefact.path)
-    generator.load_state(load_tensors(file.read_bytes()))
-    return file_digest(file)
+    return artefact.path
 
 
 def _is_whole(artefact: Artefact, file: Path) -> bool:

@@ -21,7 +21,7 @@ from moduseg.proposers import sa1b
 from moduseg.report.panel import image_panel
 from moduseg.runtime.artefacts import Artefact, read_json, write_atomic, write_json
 from moduseg.runtime.engine import Outcome
-from moduseg.stages.common import Workspace, log, safe_name
+from moduseg.stages.common import Workspace, log, safe_name, steps_of, wall_seconds
 from moduseg.structures import IGNORE_INDEX
 
 Reader = Callable[[str, tuple[int, int]], np.ndarray]
@@ -36,7 +36,7 @@ def scoring_settings(cfg: Config) -> dict[str, Any]:
 def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome) -> bool:
     """Whether `results.json` is missing, older than the label maps, or made with other evaluation settings."""
     file = artefact.path / "results.json"
-    if outcome.changed or not file.is_file() or not (artefact.path / FILE).is_file():
+    if outcome.changed or not file.is_file():
         return True
     return _deciding(read_json(file)["config"]["evaluation"]) != scoring_settings(work.cfg)
 
@@ -78,9 +78,11 @@ def score_label_maps(
 
     done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
     counts, left_out = count_split(work, dataset, done, read, f"score {what}s")
-    seconds = {artefact.stage: sum(outcome.seconds.values())}
+    seconds = {artefact.stage: wall_seconds(outcome.seconds)}
+    steps = {f"{artefact.stage}/{artefact.path.name}": dict(outcome.seconds)}
     for stage, path in (inputs or {}).items():
-        seconds[stage] = sum(read_json(path / "manifest.json").get("seconds", {}).values())
+        steps.update(steps_of(path))
+        seconds[stage] = wall_seconds(read_json(path / "manifest.json").get("seconds", {}))
     record = figures(
         work,
         dataset,
@@ -89,7 +91,11 @@ def score_label_maps(
         config=work.cfg.as_dict(),
         seconds=seconds,
         failures=[*outcome.failed, *left_out],
-        extra={"refinement": "none (no CRF, no test-time augmentation)", "seed": work.cfg.runtime.seed},
+        extra={
+            "refinement": "none (no CRF, no test-time augmentation)",
+            "seed": work.cfg.runtime.seed,
+            **timing(steps),
+        },
     )
     table = results_markdown(record)
     write_atomic(artefact.path / FILE, counts.to_bytes())
@@ -100,6 +106,22 @@ def score_label_maps(
     if work.cfg.evaluation.panels:
         log.info("panels:  %s", artefact.path / "panels")
     return record
+
+
+def timing(steps: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What results say of time.
+
+    Args:
+        steps: seconds by step (`load`, `work`, `model`, `write`, `wall`) of each artefact that a result took.
+
+    Returns:
+        `steps`, rounded, and `model_share`: of the time on the clock, the share that models' forward passes took
+        (on CUDA as seen from the CPU); `None` where nothing was timed.
+    """
+    wall = sum(seconds.get("wall", 0.0) for seconds in steps.values())
+    model = sum(seconds.get("model", 0.0) for seconds in steps.values())
+    rounded = {name: {step: round(value, 3) for step, value in seconds.items()} for name, seconds in steps.items()}
+    return {"steps": rounded, "model_share": round(model / wall, 3) if wall else None}
 
 
 def count_split(

@@ -187,14 +187,15 @@ def test_a_stage_of_a_cnn(device: torch.device) -> None:
     image = np.random.default_rng(0).integers(0, 256, (96, 80, 3), dtype=np.uint8)
     token_map = backbone.tokens([image])[0]
     model = build_model("mobilenetv2_035", {}, 16, 0).eval().to(device)
-    # The last stage is what the head convolution takes in: both ways to it agree.
+    # The last stage is what the head convolution takes in: both ways to it agree, but for the order of sums
+    # (channels are innermost in one of them).
     mean, std = (torch.tensor(model.pretrained_cfg[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
     batch = (torch.from_numpy(image).to(device).permute(2, 0, 1)[None] / 255 - mean) / std
     with torch.no_grad():
         stage = model.blocks(model.bn1(model.conv_stem(batch)))
         expected = resample_to_patches(stage, *measure_grid(model, "mobilenetv2_035", (4,)))
     assert backbone.dim == token_map.tokens.shape[2] == stage.shape[1] < model.num_features
-    torch.testing.assert_close(token_map.tokens, expected[0].permute(1, 2, 0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(token_map.tokens, expected[0].permute(1, 2, 0), atol=1e-4, rtol=1e-3)
     coarse = build_model("mobilenetv2_035", {}, None, 0)
     assert [measure_grid(coarse, "mobilenetv2_035", (i,))[0] for i in range(5)] == [2, 4, 8, 16, 32]
 

@@ -73,3 +73,23 @@ def test_leftovers_of_a_dead_process_are_swept_and_those_of_a_living_one_kept(tm
     Artefact(tmp_path, "world", "infer", "vit", {})
     assert not orphan.exists()
     assert alive.exists()
+
+
+def test_a_damaged_manifest_is_written_anew_and_what_was_merged_is_compared_with_it(tmp_path: Path) -> None:
+    artefact = Artefact(tmp_path, "world", "infer", "vit", {})
+    (artefact.path / "panels" / "trip").mkdir(parents=True)
+    (artefact.path / "panels" / "trip" / "a.png").write_bytes(b"picture")
+    (artefact.path / "results.json").write_bytes(b"figures")
+    artefact.write_manifest(status="complete")
+    assert set(artefact.manifest["products"]) == {"panels/trip/a.png", "results.json"}
+    assert artefact.is_whole(verify=True)
+    (artefact.path / "results.json").write_bytes(b"figurez")
+    assert artefact.is_whole()
+    assert not artefact.is_whole(verify=True)
+    (artefact.path / "results.json").write_bytes(b"fig")
+    assert not artefact.is_whole()
+
+    artefact.manifest_path.write_bytes(artefact.manifest_path.read_bytes()[:30])
+    again = Artefact(tmp_path, "world", "infer", "vit", {})
+    assert again.manifest["status"] == "running"
+    assert not again.is_whole()

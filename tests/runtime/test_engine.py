@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from moduseg.errors import DataError, StorageError
+from moduseg.errors import DataError, IncompleteError, StorageError
 from moduseg.runtime.artefacts import Artefact
-from moduseg.runtime.engine import Loop, Outcome
+from moduseg.runtime.engine import Loop, Outcome, Spread
 
 IDS = tuple(f"im{i}" for i in range(7))
 
@@ -42,7 +44,9 @@ class World:
         artefact = Artefact(self.folder, "d", "s", "n", {})
         self.worked.clear()
         self.batches.clear()
-        return Loop(artefact, IDS, self.load, self.work, 3, left_out, "test", self.stamp).run()
+        outcome = Loop(artefact, IDS, self.load, self.work, 3, left_out, "test", self.stamp).run()
+        artefact.write_manifest(status="complete", content=outcome.content)
+        return outcome
 
     def files(self) -> dict[str, bytes]:
         folder = Artefact(self.folder, "d", "s", "n", {}).path
@@ -60,7 +64,7 @@ def test_everything_is_done_once(world: World) -> None:
     assert (first.fresh, first.changed, first.failed) == (7, True, {})
     second = world.run()
     assert (second.fresh, second.changed, world.worked) == (0, False, [])
-    assert second.seconds.keys() == {"load", "work", "write"}
+    assert second.seconds.keys() == {"load", "work", "model", "write", "wall"}
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "record"])
@@ -146,6 +150,55 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_done(world: World, monkeypat
     monkeypatch.undo()
     assert world.run().fresh == 4
     assert world.batches == [["im3", "im4", "im5"], ["im6"]]
+
+
+def test_digests_find_what_sizes_do_not(world: World) -> None:
+    world.run()
+    before = world.files()
+    artefact = Artefact(world.folder, "d", "s", "n", {})
+    artefact.file("out/im4.txt").write_bytes(b"x" * len(before["im4.txt"]))
+    assert world.run().fresh == 0
+    loop = Loop(artefact, IDS, world.load, world.work, 3, None, "t", world.stamp, Spread(verify=True))
+    assert loop.run().fresh == 3
+    assert world.files() == before
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_images_are_loaded_ahead_and_files_written_behind_in_order(world: World, workers: int) -> None:
+    """Batches of one image: several are loaded at once, and still each is worked on in its turn."""
+    artefact = Artefact(world.folder, "d", "s", "n", {})
+    barrier, inside, most = threading.Lock(), [0], [0]
+
+    def load(image_id: str) -> str:
+        with barrier:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        with barrier:
+            inside[0] -= 1
+        return image_id
+
+    loop = Loop(artefact, IDS, load, world.work, 1, None, "t", None, Spread(workers=workers))
+    assert [index for index, _ in loop.batches_done(range(7))] == list(range(7))
+    assert world.worked == list(IDS)
+    assert most[0] == workers if workers == 1 else most[0] > 1
+    outcome = loop.gather()
+    assert outcome.seconds["load"] >= 7 * 0.02
+    assert outcome.seconds["wall"] >= outcome.seconds["work"] >= outcome.seconds["model"] == 0
+
+
+def test_shards_do_their_own_batches_and_say_who_is_missing(world: World) -> None:
+    def shard(index: int) -> Loop[str]:
+        artefact = Artefact(world.folder, "d", "s", "n", {})
+        return Loop(artefact, IDS, world.load, world.work, 2, None, "t", world.stamp, Spread(index, 3))
+
+    assert shard(1).own() == 2
+    assert world.worked == ["im2", "im3"]
+    with pytest.raises(IncompleteError, match=r"s: shard 1 of 3 is done; 5 of 7 images are missing, of shards 0, 2;"):
+        shard(1).gather()
+    assert [shard(index).own() for index in (0, 1, 2)] == [3, 0, 2]
+    assert shard(2).gather(2).fresh == 2
+    assert len(world.files()) == 7
 
 
 def test_nothing_but_failures_is_an_error(world: World) -> None:

@@ -17,6 +17,9 @@ FIGURES: dict[str, str] = {
     "sam_miniature": "tests.speed.models:sam_miniature",
     "sam_vit_h": "tests.speed.models:sam_vit_h",
     "inference": "tests.speed.models:inference",
+    "outside_models": "tests.speed.engine:outside_models",
+    "memory": "tests.speed.engine:memory",
+    "shards": "tests.speed.engine:shards",
 }
 """Name -> `module:function`, imported when it is measured; the function takes a `Setting` and returns its rows."""
 

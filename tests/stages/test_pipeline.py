@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from moduseg.evaluation.confusion import miou
 from moduseg.stages import build_bank, evaluate, infer, propose
 from moduseg.stages.common import count_failures
 from tests.stages.helpers import ORACLES, overrides, result_bytes
+from tests.stages.processes import start
 
 STAGES = ("propose", "scores", "pseudo_masks", "build_bank", "queries", "infer")
 
@@ -87,19 +86,16 @@ def test_a_second_run_does_nothing_and_a_fresh_one_gives_the_same_bytes(finished
 def test_killed_in_every_stage_it_goes_on_and_ends_the_same(finished: Path, tmp_path: Path) -> None:
     """SIGKILL once in each stage, as soon as its first batches are done; what was done is not done again."""
     arguments = overrides(tmp_path, train=12, val=8)
-    code = "import sys; from moduseg.cli import main; main('infer')"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = []
     kept: dict[Path, int] = {}
     for stage in STAGES:
-        with subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], env=environment, stdout=subprocess.DEVNULL
-        ) as run:
-            while run.poll() is None and len(list(tmp_path.glob(f"miniature/{stage}/*/batches/00000*.json"))) < 2:
-                time.sleep(0.001)
-            if run.poll() is None:
-                run.send_signal(signal.SIGKILL)
-                killed.append(stage)
+        run = start("infer", arguments, tmp_path / "log")
+        while run.is_alive() and len(list(tmp_path.glob(f"miniature/{stage}/*/batches/00000*.json"))) < 2:
+            time.sleep(0.001)
+        if run.is_alive():
+            run.kill()
+            killed.append(stage)
+        run.join()
         records = {p: p.stat().st_mtime_ns for p in tmp_path.glob("miniature/*/*/batches/*.json")}
         assert {p: records[p] for p in kept} == kept
         kept = records
