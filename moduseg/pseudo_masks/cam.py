@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -29,10 +29,6 @@ class CamGenerator(PseudoMaskGenerator):
     tokens of all images, `(S + ridge * s * I)^-1 (mean of those tokens - mean of all tokens)`, replaces the weights.
     `s` is the mean of the matrix's non-zero eigenvalues.
 
-    Two priors of photographs, both off by default, weigh the tokens wherever their scores are compared: subjects stand
-    near the middle (`centre_prior`), and what stands in the middle looks unlike what lies at the border (`objectness`:
-    a linear discriminant of the one against the other over all training images, which needs no label).
-
     Args:
         backbone: called once, when tokens are first needed.
         classes: class names, background first.
@@ -44,9 +40,6 @@ class CamGenerator(PseudoMaskGenerator):
         scale: how a class's map comes into [0, 1]: `max` cuts off what is negative and divides by the maximum;
             `minmax` stretches between the lowest and the highest score of the image.
         fit_batch: images handed to the backbone at a time while fitting.
-        centre_prior: how much the middle counts, 0 to 1: scores are multiplied by `1 - p + p * g`, where `g` is a
-            Gaussian about the image's centre with a standard deviation of 0.3 sides.
-        objectness: scores are multiplied by `2 sigmoid(objectness * z)`, `z` the discriminant's standard score; from 0.
 
     Raises:
         ValueError: a number out of range.
@@ -64,8 +57,6 @@ class CamGenerator(PseudoMaskGenerator):
         region_scores: bool = False,
         scale: Literal["max", "minmax"] = "max",
         fit_batch: int = 8,
-        centre_prior: float = 0.0,
-        objectness: float = 0.0,
     ) -> None:
         if not ridge > 0:
             raise ValueError(f"ridge: got {ridge}, expected a number above 0; try 1")
@@ -75,11 +66,6 @@ class CamGenerator(PseudoMaskGenerator):
             raise ValueError(f"top: got {top}, expected above 0 and up to 1; try 0.25")
         if fit_batch < 1:
             raise ValueError(f"fit_batch: got {fit_batch}, expected 1 or more; try 8")
-        if not 0 <= centre_prior <= 1:
-            raise ValueError(f"centre_prior: got {centre_prior}, expected 0 to 1; try 0.7")
-        if objectness < 0:
-            raise ValueError(f"objectness: got {objectness}, expected 0 or more; try 1")
-        self._centre_prior, self._objectness = centre_prior, objectness
         self._make_backbone, self._num_classes = backbone, len(classes) - 1
         self._ridge, self._rounds, self._top = ridge, rounds, top
         self._region_scores, self._scale, self._fit_batch = region_scores, scale, fit_batch
@@ -97,51 +83,35 @@ class CamGenerator(PseudoMaskGenerator):
 
         Returns:
             `weights` `[num_classes, C]` and `mean` `[C]`, float32; the weights of a class that no image has are 0.
-            With `objectness` also `object_weights` and `object_mean` `[C]`, such that a token `t` has the standard
-            score `(t - object_mean) . object_weights`.
 
         Raises:
             DataError: no image, or one without image-level labels.
         """
-        moments, tokens_of_all = _Moments(), _Moments()
-        middle: Tensor | None = None
-        for token_map, labels in self._pass(samples):
-            tokens = token_map.tokens.flatten(0, 1)
+        moments = _Moments()
+        tokens_of_all = _Moments()
+        for tokens, labels in self._pass(samples):
             target = _multi_hot(labels, num_classes, tokens)
             moments.add(tokens.mean(0, keepdim=True), target[None])
-            if self._rounds or self._objectness:
+            if self._rounds:
                 tokens_of_all.add(tokens, target.expand(len(tokens), -1), weight=1 / len(tokens))
-            if self._objectness:
-                near = _centredness(token_map).flatten()
-                apart = near @ tokens / near.sum() - (1 - near) @ tokens / (1 - near).sum().clamp(min=_EPSILON)
-                middle = apart.to(moments.mean) if middle is None else middle + apart.to(middle)
         if not moments.count:
             raise DataError("pseudo_masks.generator: no image to fit on; check the training list and its labels")
         weights, mean = moments.regress(self._ridge), moments.mean
-        objects = {}
-        if middle is not None:
-            direction = tokens_of_all.solve(middle[:, None] / moments.count, self._ridge)[:, 0]
-            spread = tokens_of_all.spread(direction).clamp(min=1e-12)
-            objects = {"object_weights": direction / spread, "object_mean": tokens_of_all.mean}
         for _ in range(self._rounds):
             best = torch.zeros_like(weights)
             images = torch.zeros(num_classes, dtype=weights.dtype, device=weights.device)
-            for token_map, labels in self._pass(samples):
+            for tokens, labels in self._pass(samples):
                 if not labels:
                     continue
-                tokens = token_map.tokens.flatten(0, 1)
                 rows = torch.tensor(labels, device=tokens.device) - 1
                 scores = (tokens - mean.to(tokens)) @ weights[rows].to(tokens).T
-                if self._centre_prior or self._objectness:
-                    scores = (scores - scores.amin(0)) * self._prior(token_map, objects).flatten()[:, None]
                 chosen = scores.topk(max(1, round(self._top * len(tokens))), dim=0).indices
                 best[rows] += tokens[chosen].mean(0).to(best)
                 images[rows] += 1
             mean = tokens_of_all.mean
             weights = tokens_of_all.solve((best / images.clamp(min=1)[:, None] - mean).T, self._ridge).T
             weights = weights * (images > 0)[:, None]
-        state = {"weights": weights, "mean": mean, **objects}
-        return {name: tensor.float().contiguous() for name, tensor in state.items()}
+        return {"weights": weights.float().contiguous(), "mean": mean.float().contiguous()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take what `fit` returned.
@@ -150,23 +120,19 @@ class CamGenerator(PseudoMaskGenerator):
             ArtefactError: it is of another class list or incomplete.
         """
         weights, mean = state.get("weights"), state.get("mean")
-        objects = [state[name] for name in ("object_weights", "object_mean") if name in state]
         if (
             weights is None
             or mean is None
             or weights.ndim != 2
             or len(weights) != self._num_classes
             or mean.shape != weights.shape[1:]
-            or len(objects) != (2 if self._objectness else 0)
-            or any(tensor.shape != mean.shape for tensor in objects)
         ):
             shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-            also = ", object_weights (C,), object_mean (C,)" if self._objectness else ""
             raise ArtefactError(
-                f"class activation maps: got {shapes}, expected weights ({self._num_classes}, C), mean (C,){also}; "
+                f"class activation maps: got {shapes}, expected weights ({self._num_classes}, C) and mean (C,); "
                 "remove the fit's folder and run again"
             )
-        self._state = dict(state)
+        self._state = {"weights": weights, "mean": mean}
 
     def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None = None) -> ScoreMaps:
         """Activation of the classes in `labels`, each scaled to [0, 1] by itself; no background.
@@ -181,16 +147,15 @@ class CamGenerator(PseudoMaskGenerator):
             raise DataError(f"{sample.id}: got labels {wrong}, expected 1..{self._num_classes}; check the class list")
         token_map = self._model().tokens([sample.image])[0]
         tokens = token_map.tokens
-        state = {name: tensor.to(tokens) for name, tensor in self._state.items()}
-        weights, mean = state["weights"], state["mean"]
+        weights, mean = self._state["weights"].to(tokens), self._state["mean"].to(tokens)
         if weights.shape[1] != tokens.shape[2]:
             raise ArtefactError(
                 f"class activation maps: fitted on {weights.shape[1]} channels, but the backbone gives "
                 f"{tokens.shape[2]}; remove the fit's folder and run again"
             )
-        self._state = state
+        self._state = {"weights": weights, "mean": mean}
         rows = torch.tensor(labels, dtype=torch.long, device=tokens.device) - 1
-        activation = torch.einsum("hwc,rc->rhw", tokens - mean, weights[rows]) * self._prior(token_map, state)
+        activation = torch.einsum("hwc,rc->rhw", tokens - mean, weights[rows])
         scores = upsample(activation, token_map)
         if self._region_scores:
             if proposals is None:
@@ -203,19 +168,8 @@ class CamGenerator(PseudoMaskGenerator):
             self._backbone = self._make_backbone()
         return self._backbone
 
-    def _prior(self, token_map: TokenMap, objects: Mapping[str, Tensor]) -> Tensor:
-        """`[h, w]`, what the scores of each token are multiplied by; 1 where both priors are off."""
-        tokens = token_map.tokens
-        prior = tokens.new_ones(tokens.shape[:2])
-        if self._centre_prior:
-            prior = prior - self._centre_prior * (1 - _centredness(token_map))
-        if self._objectness:
-            standard = (tokens - objects["object_mean"].to(tokens)) @ objects["object_weights"].to(tokens)
-            prior = prior * 2 * torch.sigmoid(self._objectness * standard)
-        return prior
-
-    def _pass(self, samples: Callable[[], Iterable[Sample]]) -> Iterator[tuple[TokenMap, tuple[int, ...]]]:
-        """Tokens and labels of every image, in order."""
+    def _pass(self, samples: Callable[[], Iterable[Sample]]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """`[n, C]` tokens and labels of every image, in order."""
         batch: list[Sample] = []
         for sample in samples():
             if sample.labels is None:
@@ -227,20 +181,10 @@ class CamGenerator(PseudoMaskGenerator):
         if batch:
             yield from self._tokens(batch)
 
-    def _tokens(self, batch: list[Sample]) -> Iterator[tuple[TokenMap, tuple[int, ...]]]:
+    def _tokens(self, batch: list[Sample]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         maps = self._model().tokens([sample.image for sample in batch])
         for sample, token_map in zip(batch, maps, strict=True):
-            yield token_map, sample.labels or ()
-
-
-def _centredness(token_map: TokenMap) -> Tensor:
-    """`[h, w]` in (0, 1]: a Gaussian about the image's centre, 0.3 of its sides wide; padding counts as outside."""
-    tokens = token_map.tokens
-    sides = []
-    for count, pixels in zip(tokens.shape[:2], token_map.input_size, strict=True):
-        position = (torch.arange(count, device=tokens.device) + 0.5) * token_map.stride / pixels
-        sides.append(torch.exp(-(((position - 0.5) / 0.3) ** 2) / 2))
-    return (sides[0][:, None] * sides[1][None]).to(tokens)
+            yield token_map.tokens.flatten(0, 1), sample.labels or ()
 
 
 class _Moments:
@@ -275,11 +219,6 @@ class _Moments:
         # The floor keeps the system solvable where all rows are equal.
         damping = (ridge * mean_eigenvalue).clamp(min=1e-12)
         return torch.linalg.solve(covariance + damping * torch.eye(size).to(covariance), right)
-
-    def spread(self, direction: Tensor) -> Tensor:
-        """Standard deviation of the rows along `direction` `[C]`."""
-        second = direction @ (self._sums["xx"] / self.count) @ direction
-        return (second - (self.mean @ direction) ** 2).clamp(min=0).sqrt()
 
     def regress(self, ridge: float) -> Tensor:
         """`[K, C]` ridge regression of the targets."""

@@ -79,66 +79,7 @@ class TestStretched(GeneratorContract):
         return fitted(device, scale="minmax")
 
 
-class TestPriors(GeneratorContract):
-    @pytest.fixture
-    def generator(self, device: torch.device) -> CamGenerator:
-        return fitted(device, rounds=1, centre_prior=0.2, objectness=0.3)
-
-
-def framed(size: tuple[int, int] = (40, 60)) -> list[Sample]:
-    """Pictures of a grey frame around a coloured middle, two of each of two colours."""
-    items = []
-    for index, (label, colour) in enumerate([(2, (200, 30, 30)), (4, (30, 200, 30))] * 2):
-        image = np.full((*size, 3), 90 + index, np.uint8)
-        image[12:28, 16:44] = colour
-        items.append(Sample(str(index), image, (label,)))
-    return items
-
-
-def test_objectness_tells_the_middle_from_the_border(device: torch.device) -> None:
-    backbone = ColourBackbone(device)
-    generator = CamGenerator(lambda: backbone, CLASSES, objectness=1.0)
-    state = generator.fit(framed, NUM_CLASSES)
-    standard = []
-    for token_map in backbone.tokens([item.image for item in framed()]):
-        scores = (token_map.tokens - state["object_mean"]) @ state["object_weights"]
-        inside = scores[3:7, 4:11]
-        assert inside.min() > 0.5
-        assert scores[0].max() < 0
-        standard.append(scores.flatten())
-    # A standard score: mean 0 and deviation 1 over the tokens of all images.
-    assert abs(torch.cat(standard).mean().item()) < 1e-3
-    assert torch.cat(standard).std(unbiased=False).item() == pytest.approx(1, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "inside", "corner"),
-    [({"centre_prior": 0.7}, 0.95, 0.38), ({"centre_prior": 1.0}, 0.95, 0.11)],
-)
-def test_the_middle_counts_more(arguments: dict[str, Any], inside: float, corner: float, device: torch.device) -> None:
-    generator = fitted(device, **arguments)
-    flat = Sample("flat", world()[0].image[:1, :1].repeat(48, 0).repeat(48, 1), (2,))
-    prior = generator._prior(ColourBackbone(device).tokens([flat.image])[0], {})
-    assert prior.max().item() > inside
-    assert prior[0, 0].item() < corner
-    torch.testing.assert_close(prior, prior.flip(0).flip(1))
-
-
-def test_priors_that_are_off_change_nothing() -> None:
-    plain, off = fitted(rounds=1), fitted(rounds=1, centre_prior=0.0, objectness=0.0)
-    for item in world()[:3]:
-        assert torch.equal(plain.generate(item, item.labels or ()).scores, off.generate(item, item.labels or ()).scores)
-
-
-def test_a_fit_without_the_discriminant_is_refused() -> None:
-    state = CamGenerator(ColourBackbone, CLASSES).fit(world, NUM_CLASSES)
-    with pytest.raises(ArtefactError, match=r"object_weights \(C,\)"):
-        CamGenerator(ColourBackbone, CLASSES, objectness=1.0).load_state(state)
-
-
-@pytest.mark.parametrize(
-    "arguments", [{}, {"rounds": 1}, {"rounds": 2, "top": 0.5}, {"rounds": 1, "centre_prior": 0.5, "objectness": 1.0}]
-)
+@pytest.mark.parametrize("arguments", [{}, {"rounds": 1}, {"rounds": 2, "top": 0.5}])
 def test_fit_is_deterministic_float32_and_independent_of_the_batch(arguments: dict[str, Any]) -> None:
     states = [
         CamGenerator(ColourBackbone, CLASSES, fit_batch=batch, **arguments).fit(world, NUM_CLASSES)
@@ -182,8 +123,7 @@ def test_passes_over_the_images() -> None:
 
 def test_one_image_and_equal_images_can_be_fitted() -> None:
     for items in ([sample()], [sample(), sample()]):
-        generator = CamGenerator(ColourBackbone, CLASSES, rounds=1, objectness=1.0)
-        state = generator.fit(lambda items=items: items, NUM_CLASSES)
+        state = CamGenerator(ColourBackbone, CLASSES, rounds=1).fit(lambda items=items: items, NUM_CLASSES)
         assert all(tensor.isfinite().all() for tensor in state.values())
 
 
@@ -232,8 +172,6 @@ def test_alignment_is_that_of_the_patches() -> None:
     [
         ({"ridge": 0}, "ridge: got 0"),
         ({"rounds": -1}, "rounds: got -1"),
-        ({"centre_prior": 1.5}, "centre_prior: got 1.5"),
-        ({"objectness": -1}, "objectness: got -1"),
         ({"top": 1.5}, "top: got 1.5"),
         ({"fit_batch": 0}, "fit_batch: got 0"),
         ({"scale": "log"}, "pseudo_masks.generator.scale: got 'log'.*max, minmax"),
