@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,16 @@ GOLDEN = Path(__file__).parent / "golden"
 def _few_threads() -> None:
     """Two workers share the machine: more threads than cores only slow each other down."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A command's log goes to the standard output of its test, which is closed after it."""
+    before = logging.root.handlers[:], logging.root.level, logging.getLogger("moduseg").level
+    yield
+    logging.root.handlers[:], level, own = before
+    logging.root.setLevel(level)
+    logging.getLogger("moduseg").setLevel(own)
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -32,6 +32,7 @@ NEEDS_NOTHING = {
     ("backbone", "clip_miniature"),
     ("backbone", "miniature"),
     ("backbone", "miniature_random"),
+    ("backbone", "miniature_both"),
     ("pseudo_masks", "cam"),
     ("pseudo_masks", "cam_photo"),
     ("pseudo_masks", "clip_dense"),

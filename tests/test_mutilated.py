@@ -169,7 +169,7 @@ KINDS = [
     Kind("labels.png", lambda: write_label_png(_ids()), read_label_png),
     Kind("kind.png", lambda: write_label_png(_ids()), label_png_kind),
     Kind("objects.png", lambda: write_label_png(_ids()), read_index_png),
-    Kind("given.png", lambda: write_label_png(_ids()), lambda p: read_label_map(p, 12)),
+    Kind("given.png", lambda: write_label_png(_ids()), lambda p: read_label_map(p.read_bytes(), p.name, 12)),
     Kind("ids.png", lambda: write_label_png(_ids()), lambda p: read_id_map(p, SIZE)),
     Kind("ids.npz", _npz, lambda p: read_id_map(p, SIZE)),
     Kind("masks.json", _proposals, lambda p: sa1b.read_proposals(p, SIZE)),

@@ -31,7 +31,7 @@ def test_one_stage_on_ray_gives_the_same_bytes_and_passes_a_poisoned_image_by(tm
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     plain, spread = overrides(tmp_path / "plain", world=tmp_path), overrides(tmp_path / "ray", world=tmp_path)
     image = tmp_path / "world-6-4" / "JPEGImages" / "val_00003.png"
-    loop = propose.plan(compose(spread), _workspace(spread), "val").loop
+    loop = propose.plan(compose(spread), _workspace(spread), "val", "eval").loop
     assert list(loop.batches_done([0])) == [(0, 2)]
     image.write_bytes(image.read_bytes()[:50])
     before = records(tmp_path / "ray")[0].stat().st_mtime_ns
