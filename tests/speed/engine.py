@@ -208,7 +208,7 @@ def _shard(pipe: Connection, core: int, index: int, count: int, arguments: list[
     cfg = compose([*arguments, f"runtime.shard.index={index}", f"runtime.shard.count={count}"])
     work = Workspace(cfg)
     _warm(work)
-    loop = propose.plan(cfg, work, work.eval_split).loop
+    loop = propose.plan(cfg, work, work.eval_split, "eval").loop
     pipe.send("ready")
     pipe.recv()
     begun = time.process_time()
