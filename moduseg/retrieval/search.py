@@ -97,18 +97,18 @@ class ExactIndex(BankIndex):
         best = unit.new_empty((len(queries), 0))
         floor = unit.new_full((len(queries), 1), -math.inf)
         pending: list[_Candidates] = []
+        room = _Room(len(queries), min(self.bank_chunk, len(self)), self.vectors)
         for start, stop in self._chunks():
-            # Scaled after the product, which spares a copy of the bank for every image.
-            scores = (unit @ self.vectors[start:stop].float().T).mul_(self.inverse_lengths[start:stop])
+            scores = room.scores(unit, start, stop).mul_(self.inverse_lengths[start:stop])
             if best.shape[1] < k:
                 best = torch.cat((best, scores.topk(min(k, stop - start)).values), 1)
                 best = best.topk(min(k, best.shape[1])).values
                 if best.shape[1] == k:
                     floor = best[:, -1:] - margin
-                found = _Candidates.above(scores, floor, start)
+                found = _Candidates.above(scores, floor, start, room)
             else:
                 # A few pass the floor, which is cheaper to see than the k largest of each chunk.
-                found = _Candidates.above(scores, floor, start)
+                found = _Candidates.above(scores, floor, start, room)
                 best = found.merge(best)
                 floor = best[:, -1:] - margin
             pending.append(found)
@@ -130,6 +130,41 @@ class ExactIndex(BankIndex):
         return found.select(kept.flatten().sort().values)
 
 
+class _Room:
+    """What every chunk of the bank is compared in, taken once.
+
+    Blocks of this size taken and given back chunk after chunk, with small results that stay in between, leave the C
+    library's heap full of holes: beside a bank of a million vectors that took gigabytes.
+
+    Args:
+        queries: their number.
+        chunk: bank vectors of the largest chunk.
+        vectors: `[B, C]`, the bank.
+    """
+
+    def __init__(self, queries: int, chunk: int, vectors: Tensor) -> None:
+        self._vectors = vectors
+        self._scores = torch.empty(queries * chunk, device=vectors.device)
+        self._hits = torch.empty(queries * chunk, dtype=torch.bool, device=vectors.device)
+        narrow = vectors.dtype != torch.float32
+        self._wide = torch.empty((chunk, vectors.shape[1]), device=vectors.device) if narrow else None
+
+    def scores(self, unit: Tensor, start: int, stop: int) -> Tensor:
+        """`[N, stop - start]` float32, products of queries with the bank's vectors; valid until the next call."""
+        part = self._vectors[start:stop]
+        if self._wide is not None:
+            part = self._wide[: stop - start].copy_(part)
+        return torch.mm(unit, part.T, out=_view(self._scores, len(unit), stop - start))
+
+    def at_least(self, scores: Tensor, floor: Tensor) -> Tensor:
+        """`[N, n]` bool, `scores >= floor`; valid until the next call."""
+        return torch.ge(scores, floor, out=_view(self._hits, *scores.shape))
+
+
+def _view(flat: Tensor, rows: int, columns: int) -> Tensor:
+    return flat[: rows * columns].view(rows, columns)
+
+
 @dataclass(frozen=True)
 class _Candidates:
     """Pairs of a query and a bank vector, `[P]` each; sorted by query, then by bank vector.
@@ -144,9 +179,9 @@ class _Candidates:
     values: Tensor
 
     @classmethod
-    def above(cls, scores: Tensor, floor: Tensor, start: int) -> _Candidates:
+    def above(cls, scores: Tensor, floor: Tensor, start: int, room: _Room) -> _Candidates:
         """What is not below the floor, `[N, 1]`, of `scores [N, n]` whose columns begin at `start`."""
-        rows, columns = (scores >= floor).nonzero(as_tuple=True)
+        rows, columns = room.at_least(scores, floor).nonzero(as_tuple=True)
         return cls(rows, columns + start, scores[rows, columns])
 
     @classmethod
