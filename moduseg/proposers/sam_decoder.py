@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moduseg.proposers.grid import Decoded, Embedded, Promptable
+from moduseg.runtime.clock import model_pass
 from moduseg.runtime.devices import Device
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ class PackagedSam(Promptable):
         ]
 
     def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
+        with model_pass(self.device):
+            return self._decode(embedded, points, least)
+
+    def _decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
+        """One pass of the prompt encoder and of the mask decoder."""
         prompts, decoder = self._sam.prompt_encoder, self._sam.mask_decoder
         labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
         sparse, dense = prompts(points=(points[:, None], labels), boxes=None, masks=None)
