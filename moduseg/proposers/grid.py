@@ -216,7 +216,7 @@ def enlarge(logits: Tensor, embedded: Embedded) -> Iterator[Tensor]:
         embedded: the image that they are of.
 
     Yields:
-        `[n, H, W]` float32, in the order of `logits`; on the CPU valid until the next are asked for.
+        `[n, H, W]` float32, in the order of `logits`.
     """
     height, width = embedded.size
     if logits.device.type == "cpu" and (embedded.padded_size is None or embedded.input_size == embedded.size):
@@ -233,14 +233,14 @@ def enlarge(logits: Tensor, embedded: Embedded) -> Iterator[Tensor]:
 def _enlarge_once(logits: Tensor, target: tuple[int, int], size: tuple[int, int]) -> Iterator[Tensor]:
     """`enlarge` on the CPU where it is one bilinear step to `target`, cut to `size`.
 
-    OpenCV takes a fifth of the time of matrix products for it, writing into a block that stays in the cache.
+    OpenCV takes a fifth of the time of matrix products for it.
     """
     at_once = max(1, CHUNK_PIXELS["cpu"] // (target[0] * target[1]))
-    room = np.empty((min(at_once, len(logits)), *target), dtype=np.float32)
     for chunk in logits.split(at_once):
-        for source, large in zip(chunk.numpy(), room, strict=False):
+        room = np.empty((len(chunk), *target), dtype=np.float32)
+        for source, large in zip(chunk.numpy(), room, strict=True):
             cv2.resize(source, (target[1], target[0]), dst=large, interpolation=cv2.INTER_LINEAR)
-        yield torch.from_numpy(room[: len(chunk), : size[0], : size[1]])
+        yield torch.from_numpy(room[:, : size[0], : size[1]])
 
 
 def resize_matrix(source: int, padded: int | None, inner: int, target: int, device: torch.device) -> Tensor:

@@ -156,7 +156,7 @@ def test_the_miniature_gives_the_same_proposals_through_transformers(tmp_path: P
     sam = build_miniature_sam()
     load_weights(sam, find_weights("miniature/sam.safetensors", "checkpoint"))
     directory = tiny_models.save(hub_model(sam.state_dict()), tmp_path)
-    options = {k: v for k, v in MINIATURE.items() if k not in ("model", "checkpoint", "seed")}
+    options = {k: v for k, v in MINIATURE.items() if k not in ("model", "checkpoint", "seed", "engine")}
     (picture,) = scenes(1)
     ours = build({"name": "sam_transformers", "weights": directory, **options}, CPU).propose(picture)
     agree(ours, build({"name": "sam", **MINIATURE}, CPU).propose(picture))
