@@ -2,15 +2,15 @@
 
 The masks are those of `segment_anything.SamAutomaticMaskGenerator` (Kirillov et al., Segment Anything, ICCV 2023,
 appendix B), with less work: predicted IoU filters before a mask is decoded, stability roughly before it is enlarged,
-enlarging is one matrix product a side, and of a mask at full size no more than counts and a box is kept until NMS has
-chosen.
+enlarging is one matrix product a side, of a mask at full size no more than a box is kept until NMS has chosen, and
+only what it chooses is measured exactly.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -27,6 +27,12 @@ CHUNK_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Pixels of full-size logits that are held at once, by device, 4 bytes each: what caches hold, or a share of a GPU."""
 EDGE = 20.0
 """A mask whose box comes this near to the border of a crop, in pixels, is cut off by it and goes."""
+
+
+MOST_UNSTABLE_ROUNDS = 3
+"""So often what NMS keeps may turn out unstable before all that is left is measured at once."""
+_GROUP_BYTES = 1024
+"""128 words of eight bytes, each at most 128 once they are added."""
 
 
 @dataclass(frozen=True)
@@ -219,8 +225,9 @@ def enlarge(logits: Tensor, embedded: Embedded) -> Iterator[Tensor]:
         `[n, H, W]` float32, in the order of `logits`.
     """
     height, width = embedded.size
-    if logits.device.type == "cpu" and (embedded.padded_size is None or embedded.input_size == embedded.size):
-        yield from _enlarge_once(logits, embedded.padded_size or embedded.size, embedded.size)
+    target = _only_target(logits, embedded)
+    if target is not None:
+        yield from _enlarge_once(logits, target, embedded.size)
         return
     padded = embedded.padded_size or (None, None)
     rows = resize_matrix(logits.shape[1], padded[0], embedded.input_size[0], height, logits.device)
@@ -228,6 +235,13 @@ def enlarge(logits: Tensor, embedded: Embedded) -> Iterator[Tensor]:
     at_once = max(1, CHUNK_PIXELS.get(logits.device.type, CHUNK_PIXELS["cpu"]) // (height * width))
     for chunk in logits.split(at_once):
         yield rows @ (chunk @ columns.T)
+
+
+def _only_target(logits: Tensor, embedded: Embedded) -> tuple[int, int] | None:
+    """On the CPU, the size that one bilinear step leads to, where one does all: the image is as large as the input."""
+    if logits.device.type != "cpu" or not (embedded.padded_size is None or embedded.input_size == embedded.size):
+        return None
+    return embedded.padded_size or embedded.size
 
 
 def _enlarge_once(logits: Tensor, target: tuple[int, int], size: tuple[int, int]) -> Iterator[Tensor]:
@@ -268,17 +282,43 @@ def _candidates(
     options: GridOptions,
 ) -> _Candidates:
     """The masks of one crop that pass its filters and NMS, best predicted IoU first."""
-    from torchvision.ops import nms
-
     scale = np.array([embedded.input_size[1], embedded.input_size[0]])
     points = torch.from_numpy((grid * scale).astype(np.float32)).to(model.device)
-    parts = []
+    logits, scores, boxes = [], [], []
     for batch in points.split(options.points_per_batch):
         decoded = model.decode(embedded, batch, options.pred_iou_thresh)
-        part = _measure(_hopeful(decoded, embedded, model.threshold, options), embedded, model.threshold, options)
-        parts.append(part.select(~_cut_off(part.boxes, crop, image_size)))
-    whole = _Candidates(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Candidates)))
-    return whole.select(nms(whole.boxes, whole.scores, options.box_nms_thresh))
+        decoded = _hopeful(decoded, embedded, model.threshold, options)
+        corners, filled = _boxes(decoded.logits, embedded, model.threshold)
+        keep = filled & ~_cut_off(corners, crop, image_size)
+        logits.append(decoded.logits[keep])
+        scores.append(decoded.scores[keep])
+        boxes.append(corners[keep])
+    return _best_stable(torch.cat(logits), torch.cat(scores), torch.cat(boxes), embedded, model.threshold, options)
+
+
+def _best_stable(
+    logits: Tensor, scores: Tensor, boxes: Tensor, embedded: Embedded, threshold: float, options: GridOptions
+) -> _Candidates:
+    """NMS between the stable ones of the masks, best predicted IoU first.
+
+    Of many masks one is kept, and whether the others were stable makes no difference. So NMS goes first and what it
+    keeps is measured; where some of that is unstable and goes, NMS is done again without it.
+    """
+    from torchvision.ops import nms
+
+    stability = scores.new_full((len(scores),), torch.nan)
+    left = torch.arange(len(scores), device=scores.device)
+    unstable_rounds = 0
+    while True:
+        keep = left[nms(boxes[left], scores[left], options.box_nms_thresh)]
+        wanted = left if unstable_rounds == MOST_UNSTABLE_ROUNDS else keep
+        wanted = wanted[stability[wanted].isnan()]
+        stability[wanted] = _stability(logits[wanted], embedded, threshold, options)
+        gone = stability < options.stability_score_thresh  # false where not measured
+        if options.stability_score_thresh <= 0 or not gone[keep].any():
+            return _Candidates(logits[keep], scores[keep], stability[keep], boxes[keep])
+        left = left[~gone[left]]
+        unstable_rounds += 1
 
 
 def _hopeful(decoded: Decoded, embedded: Embedded, threshold: float, options: GridOptions) -> Decoded:
@@ -302,38 +342,59 @@ def _hopeful(decoded: Decoded, embedded: Embedded, threshold: float, options: Gr
     return Decoded(decoded.logits[keep], decoded.scores[keep])
 
 
-def _measure(decoded: Decoded, embedded: Embedded, threshold: float, options: GridOptions) -> _Candidates:
-    """Stability and boxes at full size; unstable masks and those without a pixel are left out."""
-    low, high = threshold - options.stability_score_offset, threshold + options.stability_score_offset
-    rows, stabilities, boxes, start = [], [], [], 0
-    for logits in enlarge(decoded.logits, embedded):
-        stability = _count_above(logits, high) / _count_above(logits, low)
-        across, down = logits.amax(1) > threshold, logits.amax(2) > threshold
-        good = down.any(1)
-        if options.stability_score_thresh > 0:
-            good &= stability >= options.stability_score_thresh
-        (kept,) = good.nonzero(as_tuple=True)
-        (left, right), (top, bottom) = _ends(across[kept]), _ends(down[kept])
-        rows.append(start + kept)
-        stabilities.append(stability[kept])
+def _boxes(logits: Tensor, embedded: Embedded, threshold: float) -> tuple[Tensor, Tensor]:
+    """Boxes at full size, `[N, 4]` float32 in x0, y0, x1, y1 of the outermost pixels, and `[N]` bool, whether there are
+    pixels at all.
+    """
+    target = _only_target(logits, embedded)
+    if target is not None:
+        return _boxes_of_one_step(logits, target, embedded.size, threshold)
+    boxes, filled = [logits.new_zeros(0, 4)], [torch.zeros(0, dtype=torch.bool, device=logits.device)]
+    for chunk in enlarge(logits, embedded):
+        across, down = chunk.amax(1) > threshold, chunk.amax(2) > threshold
+        (left, right), (top, bottom) = _ends(across), _ends(down)
         boxes.append(torch.stack([left, top, right, bottom], dim=1).float())
-        start += len(logits)
-    if not rows:
-        empty = decoded.scores[:0]
-        return _Candidates(decoded.logits[:0], empty, empty, empty.view(0, 1).expand(0, 4))
-    index = torch.cat(rows)
-    return _Candidates(decoded.logits[index], decoded.scores[index], torch.cat(stabilities), torch.cat(boxes))
+        filled.append(down.any(1))
+    return torch.cat(boxes), torch.cat(filled)
+
+
+def _boxes_of_one_step(
+    logits: Tensor, target: tuple[int, int], size: tuple[int, int], threshold: float
+) -> tuple[Tensor, Tensor]:
+    """`_boxes` on the CPU where one bilinear step leads to `target`: mask by mask, in blocks that stay in the cache."""
+    large, above = np.empty(target, dtype=np.float32), np.empty(size, dtype=bool)
+    level = np.float32(threshold)
+    found = np.zeros((len(logits), 4), dtype=np.float32)
+    for row, source in enumerate(logits.numpy()):
+        cv2.resize(source, (target[1], target[0]), dst=large, interpolation=cv2.INTER_LINEAR)
+        np.greater(large[: size[0], : size[1]], level, out=above)
+        found[row] = cv2.boundingRect(above.view(np.uint8))
+    filled = found[:, 2] > 0
+    found[filled, 2:] += found[filled, :2] - 1
+    return torch.from_numpy(found), torch.from_numpy(filled)
+
+
+def _stability(logits: Tensor, embedded: Embedded, threshold: float, options: GridOptions) -> Tensor:
+    """`[N]` float32: IoU at full size between the masks at a higher and at a lower cut-off; of masks with pixels."""
+    low, high = threshold - options.stability_score_offset, threshold + options.stability_score_offset
+    parts = [logits.new_zeros(0)]
+    parts += [_count_above(large, high) / _count_above(large, low) for large in enlarge(logits, embedded)]
+    return torch.cat(parts)
 
 
 def _count_above(logits: Tensor, level: float) -> Tensor:
     """`[N]` int64, how many of each mask's logits, `[N, H, W]` float32, are above `level`."""
     if logits.device.type != "cpu":
         return (logits > level).sum((1, 2))
-    # NumPy compares and adds bytes several times as fast as PyTorch does on a CPU.
-    above = (logits.numpy() > np.float32(level)).view(np.uint8)
-    if logits.shape[1] > 255:  # more than a byte counts down a column
-        return torch.from_numpy(np.count_nonzero(above, axis=(1, 2)))
-    return torch.from_numpy(np.add.reduce(above, axis=1, dtype=np.uint8).sum(axis=1, dtype=np.int64))
+    # NumPy compares and adds integers several times as fast as PyTorch does on a CPU: eight bytes in one addition, and
+    # of no more words than a byte can count.
+    count, pixels = len(logits), logits.shape[1] * logits.shape[2]
+    groups = -(-pixels // _GROUP_BYTES)
+    above = np.empty((count, groups * _GROUP_BYTES), dtype=np.uint8)
+    above[:, pixels:] = 0
+    np.greater(logits.numpy(), np.float32(level), out=above[:, :pixels].reshape(logits.shape).view(bool))
+    words = above.view(np.uint64).reshape(count, groups, _GROUP_BYTES // 8)
+    return torch.from_numpy(np.add.reduce(np.add.reduce(words, axis=2).view(np.uint8), axis=1, dtype=np.int64))
 
 
 def _ends(hit: Tensor) -> tuple[Tensor, Tensor]:

@@ -242,23 +242,81 @@ def test_one_matrix_is_both_steps(padded: int | None, inner: int, target: int, d
     torch.testing.assert_close(matrix @ logits @ matrix.T, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("padded", [None, (128, 128)])
-def test_prefilter_loses_no_mask(padded: tuple[int, int] | None) -> None:
-    """Blobs of all sizes and steepnesses: whatever is stable at full size passes at the decoder's."""
+def blobs(count: int, device: torch.device) -> Tensor:
+    """`[count, 64, 64]` logits of discs of all sizes and steepnesses."""
     torch.manual_seed(1)
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-    centre, radius, steep = torch.rand(400, 2, 1, 1) * 64, torch.rand(400, 1, 1) * 25, torch.rand(400, 1, 1) * 4 + 0.1
+    centre, radius = torch.rand(count, 2, 1, 1) * 64, torch.rand(count, 1, 1) * 25
+    steep = torch.rand(count, 1, 1) * 4 + 0.1
     distance = ((rows - centre[:, 0]) ** 2 + (columns - centre[:, 1]) ** 2).sqrt()
-    logits = (radius - distance) * steep + torch.randn(400, 64, 64) * 0.2
-    size = (90, 128)
-    embedded = Embedded(None, size, (90, 128), padded)
+    return ((radius - distance) * steep + torch.randn(count, 64, 64) * 0.2).to(device)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (3, 1, 1), (2, 31, 33), (2, 32, 32), (4, 57, 64), (2, 300, 1000)])
+def test_counts_above_a_level(shape: tuple[int, int, int], device: torch.device) -> None:
+    """Of any size, cut out of a larger tensor, and where every pixel counts."""
+    torch.manual_seed(0)
+    logits = torch.randn(shape[0], shape[1], shape[2] + 3, device=device)[..., :-3]
+    for level in (-10.0, 0.5):
+        assert torch.equal(grid._count_above(logits, level), (logits > level).sum((1, 2)))
+    logits[:, 0, 0] = 0.5
+    assert torch.equal(grid._count_above(logits, 0.5), (logits > 0.5).sum((1, 2)))
+
+
+SHAPES = {
+    "whole input": Embedded(None, (90, 128), (90, 128), None),
+    "padded": Embedded(None, (90, 128), (90, 128), (128, 128)),
+    "padded, two steps": Embedded(None, (90, 128), (180, 256), (256, 256)),
+}
+
+
+@pytest.mark.parametrize("embedded", SHAPES.values(), ids=SHAPES)
+def test_prefilter_loses_no_mask(embedded: Embedded) -> None:
+    """Whatever is stable at full size passes at the decoder's."""
+    logits = blobs(400, torch.device("cpu"))
     for threshold in (0.6, 0.9, 0.95):
         options = GridOptions(stability_score_thresh=threshold)
-        decoded = Decoded(logits, torch.arange(400.0))
-        exact = grid._measure(decoded, embedded, 0.0, options).scores
-        hopeful = grid._hopeful(decoded, embedded, 0.0, options)
-        assert set(exact.tolist()) <= set(hopeful.scores.tolist())
-        assert 0 < len(exact) < len(hopeful.scores) < 400
+        exact = grid._stability(logits, embedded, 0.0, options) >= threshold
+        hopeful = grid._hopeful(Decoded(logits, torch.arange(400.0)), embedded, 0.0, options).scores
+        assert set(exact.nonzero()[:, 0].tolist()) <= set(hopeful.tolist())
+        assert 0 < exact.sum() < len(hopeful) < 400
+
+
+@pytest.mark.parametrize("embedded", SHAPES.values(), ids=SHAPES)
+def test_boxes_are_those_of_the_enlarged_masks(embedded: Embedded, device: torch.device) -> None:
+    logits = blobs(60, device)
+    logits[7] = -1.0
+    boxes, filled = grid._boxes(logits, embedded, 0.0)
+    masks = torch.cat(list(grid.enlarge(logits, embedded))).cpu() > 0
+    assert masks.shape[1:] == (90, 128)
+    assert torch.equal(filled.cpu(), masks.any(2).any(1))
+    assert 0 < filled.sum() < 60
+    for mask, box in zip(masks[filled.cpu()], boxes[filled], strict=True):
+        rows, columns = mask.nonzero(as_tuple=True)
+        assert box.tolist() == [columns.min(), rows.min(), columns.max(), rows.max()]
+    assert grid._boxes(logits[:0], embedded, 0.0)[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("overlap", [0.3, 0.9])
+def test_stability_measured_late_chooses_the_same(threshold: float, overlap: float, device: torch.device) -> None:
+    """As if every mask had been measured before NMS; with most masks stable, with few, and with none."""
+    from torchvision.ops import nms
+
+    embedded = SHAPES["padded"]
+    logits = blobs(300, device)
+    boxes, filled = grid._boxes(logits, embedded, 0.0)
+    logits, boxes = logits[filled], boxes[filled]
+    scores = torch.rand(len(logits), generator=torch.Generator().manual_seed(0)).mul(20).round().to(device)  # ties
+    options = GridOptions(stability_score_thresh=threshold, box_nms_thresh=overlap)
+    stability = grid._stability(logits, embedded, 0.0, options)
+    (stable,) = (stability >= threshold).nonzero(as_tuple=True)
+    expected = stable[nms(boxes[stable], scores[stable], overlap)]
+    found = grid._best_stable(logits, scores, boxes, embedded, 0.0, options)
+    assert torch.equal(found.boxes, boxes[expected])
+    assert torch.equal(found.logits, logits[expected])
+    torch.testing.assert_close(found.stability, stability[expected])
+    assert (len(expected) == 0) == (threshold == 1)
 
 
 class Squares(Promptable):
