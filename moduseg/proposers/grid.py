@@ -29,7 +29,7 @@ EDGE = 20.0
 """A mask whose box comes this near to the border of a crop, in pixels, is cut off by it and goes."""
 
 
-MOST_UNSTABLE_ROUNDS = 3
+MOST_UNSTABLE_ROUNDS = 10
 """So often what NMS keeps may turn out unstable before all that is left is measured at once."""
 _GROUP_BYTES = 1024
 """128 words of eight bytes, each at most 128 once they are added."""

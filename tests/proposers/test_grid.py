@@ -299,10 +299,14 @@ def test_boxes_are_those_of_the_enlarged_masks(embedded: Embedded, device: torch
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8, 0.9, 0.95, 1.0])
 @pytest.mark.parametrize("overlap", [0.3, 0.9])
-def test_stability_measured_late_chooses_the_same(threshold: float, overlap: float, device: torch.device) -> None:
-    """As if every mask had been measured before NMS; with most masks stable, with few, and with none."""
+@pytest.mark.parametrize("rounds", [0, 10])
+def test_stability_measured_late_chooses_the_same(
+    threshold: float, overlap: float, rounds: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if every mask had been measured before NMS: with most stable, few, none; with and without the last resort."""
     from torchvision.ops import nms
 
+    monkeypatch.setattr(grid, "MOST_UNSTABLE_ROUNDS", rounds)
     embedded = SHAPES["padded"]
     logits = blobs(300, device)
     boxes, filled = grid._boxes(logits, embedded, 0.0)
