@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -141,17 +142,27 @@ def write_label_png(array: np.ndarray) -> bytes:
 def write_rgb_png(array: np.ndarray, compress_level: int = 6) -> bytes:
     """`[H, W, 3]` uint8 as PNG; the same array gives the same bytes.
 
+    Args:
+        array: the picture, at least one pixel.
+        compress_level: 0 (none) to 9 (slowest).
+
     Raises:
         ValueError: another shape or type.
     """
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise ValueError(f"picture: got {array.shape} {array.dtype}, expected [H, W, 3] uint8")
-    return _png(Image.fromarray(array), compress_level)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
+        raise ValueError(f"picture: got {array.shape} {array.dtype}, expected [H, W, 3] uint8 with pixels")
+    # OpenCV takes two thirds of Pillow's time, and lets other threads run meanwhile.
+    done, data = cv2.imencode(
+        ".png", cv2.cvtColor(array, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, compress_level]
+    )
+    if not done:
+        raise ValueError(f"picture: {array.shape} cannot be encoded as PNG")
+    return bytes(data)
 
 
-def _png(picture: Image.Image, compress_level: int = 6) -> bytes:
+def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=False, compress_level=compress_level)
+    picture.save(buffer, format="PNG", optimize=False, compress_level=6)
     return buffer.getvalue()
 
 

@@ -27,8 +27,6 @@ CHUNK_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Pixels of full-size logits that are held at once, by device, 4 bytes each: what caches hold, or a share of a GPU."""
 EDGE = 20.0
 """A mask whose box comes this near to the border of a crop, in pixels, is cut off by it and goes."""
-
-
 MOST_UNSTABLE_ROUNDS = 10
 """So often what NMS keeps may turn out unstable before all that is left is measured at once."""
 _GROUP_BYTES = 1024

@@ -93,7 +93,7 @@ def panel(columns: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple[str,
             if colour is not None:
                 draw.rectangle((left, top + 2, left + 16, top + 18), fill=colour, outline=_INK)
             draw.text((left + (0 if colour is None else 22), top + 1), name, fill=_INK, font=font)
-    return write_rgb_png(np.asarray(sheet), compress_level=2)
+    return write_rgb_png(np.asarray(sheet), compress_level=1)
 
 
 def resize_labels_rgb(picture: np.ndarray) -> np.ndarray:

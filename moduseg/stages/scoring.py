@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from moduseg.datasets.io import read_label_png
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.bootstrap import bootstrap_miou
 from moduseg.evaluation.counts import FILE, SplitCounts
-from moduseg.evaluation.pairs import Pair, count_pairs
+from moduseg.evaluation.pairs import MAX_AUTO_WORKERS, Pair, count_pairs
 from moduseg.evaluation.tables import BoundaryFigures, results_markdown, results_record
 from moduseg.proposers import sa1b
 from moduseg.report.panel import image_panel
@@ -245,14 +247,15 @@ def draw_panels(
         count: how many.
         read: id -> label map; `None` for the artefact's own `labels/<id>.png`.
     """
-    chosen = sorted({int(i) for i in np.linspace(0, len(scored) - 1, min(count, len(scored)))})
-    for image_id in (scored[i] for i in chosen):
+    chosen = [scored[i] for i in sorted({int(i) for i in np.linspace(0, len(scored) - 1, min(count, len(scored)))})]
+
+    def draw(image_id: str) -> bytes:
         sample = dataset.load(image_id, truth=True, labels=False)
         masks = None
         if proposals is not None:
             masks = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), sample.size).masks
         own = artefact.file(safe_name(f"labels/{image_id}", ".png"))
-        picture = image_panel(
+        return image_panel(
             sample.image,
             dataset.classes,
             proposals=masks,
@@ -261,4 +264,7 @@ def draw_panels(
             truth=sample.semantic,
             title=image_id,
         )
-        write_atomic(artefact.file(safe_name(f"panels/{image_id}", ".png")), picture)
+
+    with ThreadPoolExecutor(min(MAX_AUTO_WORKERS, os.cpu_count() or 1), thread_name_prefix="panel") as pool:
+        for image_id, picture in zip(chosen, pool.map(draw, chosen), strict=True):
+            write_atomic(artefact.file(safe_name(f"panels/{image_id}", ".png")), picture)
