@@ -285,13 +285,19 @@ def _candidates(
     logits, scores, boxes = [], [], []
     for batch in points.split(options.points_per_batch):
         decoded = model.decode(embedded, batch, options.pred_iou_thresh)
-        decoded = _hopeful(decoded, embedded, model.threshold, options)
-        corners, filled = _boxes(decoded.logits, embedded, model.threshold)
+        rows = _hopeful(decoded.logits, embedded, model.threshold, options)
+        corners, filled = _boxes(decoded.logits, rows, embedded, model.threshold)
         keep = filled & ~_cut_off(corners, crop, image_size)
-        logits.append(decoded.logits[keep])
-        scores.append(decoded.scores[keep])
+        rows = rows[keep]
+        logits.append(decoded.logits[rows])
+        scores.append(decoded.scores[rows])
         boxes.append(corners[keep])
-    return _best_stable(torch.cat(logits), torch.cat(scores), torch.cat(boxes), embedded, model.threshold, options)
+    return _best_stable(_joined(logits), _joined(scores), _joined(boxes), embedded, model.threshold, options)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One after the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _best_stable(
@@ -319,36 +325,42 @@ def _best_stable(
         unstable_rounds += 1
 
 
-def _hopeful(decoded: Decoded, embedded: Embedded, threshold: float, options: GridOptions) -> Decoded:
-    """Without the masks that are far too unstable at the decoder's resolution; the others are measured at full size.
+def _hopeful(logits: Tensor, embedded: Embedded, threshold: float, options: GridOptions) -> Tensor:
+    """`[n]` int64, rows of the masks that are not far too unstable at the decoder's resolution.
 
     On trained and on random weights, images of 96 to 512 pixels, the two stabilities were never further apart than 0.05
     and 0.8 over the square root of the area in cells (that of the lower cut-off); the margin is twice that.
     """
     if options.stability_score_thresh <= 0:
-        return decoded
-    cells = decoded.logits.shape[1:]
+        return torch.arange(len(logits), device=logits.device)
+    cells = logits.shape[1:]
     padded = embedded.padded_size or embedded.input_size
     rows, columns = (
         min(count, -(-count * inner // outer) + 1)
         for count, inner, outer in zip(cells, embedded.input_size, padded, strict=True)
     )
-    inner = decoded.logits[:, :rows, :columns]
+    inner = logits[:, :rows, :columns]
     area = _count_above(inner, threshold - options.stability_score_offset)
     stability = _count_above(inner, threshold + options.stability_score_offset) / area
-    keep = stability + 0.1 + 1.6 / area.sqrt() >= options.stability_score_thresh
-    return Decoded(decoded.logits[keep], decoded.scores[keep])
+    return (stability + 0.1 + 1.6 / area.sqrt() >= options.stability_score_thresh).nonzero()[:, 0]
 
 
-def _boxes(logits: Tensor, embedded: Embedded, threshold: float) -> tuple[Tensor, Tensor]:
-    """Boxes at full size, `[N, 4]` float32 in x0, y0, x1, y1 of the outermost pixels, and `[N]` bool, whether there are
-    pixels at all.
+def _boxes(logits: Tensor, rows: Tensor, embedded: Embedded, threshold: float) -> tuple[Tensor, Tensor]:
+    """Boxes of some masks at full size.
+
+    Args:
+        logits: `[N, h, w]` float32.
+        rows: `[n]` int64, which.
+        embedded, threshold: as everywhere.
+
+    Returns:
+        `[n, 4]` float32, x0, y0, x1, y1 of the outermost pixels, and `[n]` bool, whether there are pixels at all.
     """
     target = _only_target(logits, embedded)
     if target is not None:
-        return _boxes_of_one_step(logits, target, embedded.size, threshold)
+        return _boxes_of_one_step(logits, rows, target, embedded.size, threshold)
     boxes, filled = [logits.new_zeros(0, 4)], [torch.zeros(0, dtype=torch.bool, device=logits.device)]
-    for chunk in enlarge(logits, embedded):
+    for chunk in enlarge(logits[rows], embedded):
         across, down = chunk.amax(1) > threshold, chunk.amax(2) > threshold
         (left, right), (top, bottom) = _ends(across), _ends(down)
         boxes.append(torch.stack([left, top, right, bottom], dim=1).float())
@@ -357,16 +369,16 @@ def _boxes(logits: Tensor, embedded: Embedded, threshold: float) -> tuple[Tensor
 
 
 def _boxes_of_one_step(
-    logits: Tensor, target: tuple[int, int], size: tuple[int, int], threshold: float
+    logits: Tensor, rows: Tensor, target: tuple[int, int], size: tuple[int, int], threshold: float
 ) -> tuple[Tensor, Tensor]:
     """`_boxes` on the CPU where one bilinear step leads to `target`: mask by mask, in blocks that stay in the cache."""
     large, above = np.empty(target, dtype=np.float32), np.empty(size, dtype=bool)
     level = np.float32(threshold)
-    found = np.zeros((len(logits), 4), dtype=np.float32)
-    for row, source in enumerate(logits.numpy()):
-        cv2.resize(source, (target[1], target[0]), dst=large, interpolation=cv2.INTER_LINEAR)
+    sources, found = logits.numpy(), np.zeros((len(rows), 4), dtype=np.float32)
+    for box, row in zip(found, rows.tolist(), strict=True):
+        cv2.resize(sources[row], (target[1], target[0]), dst=large, interpolation=cv2.INTER_LINEAR)
         np.greater(large[: size[0], : size[1]], level, out=above)
-        found[row] = cv2.boundingRect(above.view(np.uint8))
+        box[:] = cv2.boundingRect(above.view(np.uint8))
     filled = found[:, 2] > 0
     found[filled, 2:] += found[filled, :2] - 1
     return torch.from_numpy(found), torch.from_numpy(filled)

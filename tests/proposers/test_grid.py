@@ -277,7 +277,7 @@ def test_prefilter_loses_no_mask(embedded: Embedded) -> None:
     for threshold in (0.6, 0.9, 0.95):
         options = GridOptions(stability_score_thresh=threshold)
         exact = grid._stability(logits, embedded, 0.0, options) >= threshold
-        hopeful = grid._hopeful(Decoded(logits, torch.arange(400.0)), embedded, 0.0, options).scores
+        hopeful = grid._hopeful(logits, embedded, 0.0, options)
         assert set(exact.nonzero()[:, 0].tolist()) <= set(hopeful.tolist())
         assert 0 < exact.sum() < len(hopeful) < 400
 
@@ -286,15 +286,16 @@ def test_prefilter_loses_no_mask(embedded: Embedded) -> None:
 def test_boxes_are_those_of_the_enlarged_masks(embedded: Embedded, device: torch.device) -> None:
     logits = blobs(60, device)
     logits[7] = -1.0
-    boxes, filled = grid._boxes(logits, embedded, 0.0)
-    masks = torch.cat(list(grid.enlarge(logits, embedded))).cpu() > 0
-    assert masks.shape[1:] == (90, 128)
+    chosen = torch.arange(0, 60, 2, device=device) + 1
+    boxes, filled = grid._boxes(logits, chosen, embedded, 0.0)
+    masks = torch.cat(list(grid.enlarge(logits[chosen], embedded))).cpu() > 0
+    assert masks.shape == (30, 90, 128)
     assert torch.equal(filled.cpu(), masks.any(2).any(1))
-    assert 0 < filled.sum() < 60
+    assert 0 < filled.sum() < 30
     for mask, box in zip(masks[filled.cpu()], boxes[filled], strict=True):
         rows, columns = mask.nonzero(as_tuple=True)
         assert box.tolist() == [columns.min(), rows.min(), columns.max(), rows.max()]
-    assert grid._boxes(logits[:0], embedded, 0.0)[0].shape == (0, 4)
+    assert grid._boxes(logits, chosen[:0], embedded, 0.0)[0].shape == (0, 4)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8, 0.9, 0.95, 1.0])
@@ -309,7 +310,7 @@ def test_stability_measured_late_chooses_the_same(
     monkeypatch.setattr(grid, "MOST_UNSTABLE_ROUNDS", rounds)
     embedded = SHAPES["padded"]
     logits = blobs(300, device)
-    boxes, filled = grid._boxes(logits, embedded, 0.0)
+    boxes, filled = grid._boxes(logits, torch.arange(300, device=device), embedded, 0.0)
     logits, boxes = logits[filled], boxes[filled]
     scores = torch.rand(len(logits), generator=torch.Generator().manual_seed(0)).mul(20).round().to(device)  # ties
     options = GridOptions(stability_score_thresh=threshold, box_nms_thresh=overlap)
