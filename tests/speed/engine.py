@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -175,7 +174,9 @@ def _infer(pipe: Connection, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("moduseg").setLevel(logging.ERROR)
     infer.run(compose(arguments))
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not `ru_maxrss`: a process inherits that of the one that started it.
+    status = Path("/proc/self/status").read_text()
+    pipe.send(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")))
 
 
 def _together(folder: Path, images: int, cores: Sequence[int]) -> tuple[float, float]:
