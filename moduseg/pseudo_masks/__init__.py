@@ -8,6 +8,7 @@ from typing import Any
 from moduseg.backbones.base import Backbone
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.cam import CamGenerator
+from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator
 from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator
 from moduseg.pseudo_masks.corrclip import CorrClipGenerator
 from moduseg.pseudo_masks.files import FilePseudoMasks
@@ -18,6 +19,7 @@ from moduseg.runtime.devices import Device
 
 GENERATORS: dict[str, type[PseudoMaskGenerator]] = {
     "cam": CamGenerator,
+    "cam_neighbours": NeighbourCamGenerator,
     "clip_dense": ClipDenseGenerator,
     "corrclip": CorrClipGenerator,
     "files": FilePseudoMasks,

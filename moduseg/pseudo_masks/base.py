@@ -19,18 +19,26 @@ class PseudoMaskGenerator(ABC):
     """Whether `generate` wants proposals; they are handed over, never recomputed."""
     is_fitted: bool = False
     """Whether `fit` has to run over the training set first."""
+    fits_proposals: bool = False
+    """Whether `fit` wants proposals as well."""
 
     @property
     def digest(self) -> str:
         """What besides the configuration decides the result: the digest of weights, or of the files read."""
         return ""
 
-    def fit(self, samples: Callable[[], Iterable[Sample]], num_classes: int) -> dict[str, Tensor]:
+    def fit(
+        self,
+        samples: Callable[[], Iterable[Sample]],
+        num_classes: int,
+        proposals: Callable[[Sample], Proposals] | None = None,
+    ) -> dict[str, Tensor]:
         """Learn from the whole training set, where `is_fitted`; the tensors are stored and given to `load_state`.
 
         Args:
             samples: each call starts a new pass over the training images (with labels, without ground truth).
             num_classes: foreground classes, ids 1..num_classes.
+            proposals: those of a sample, where `fits_proposals`.
         """
         raise NotImplementedError(f"{type(self).__name__} is not fitted")
 

@@ -78,7 +78,12 @@ class CamGenerator(PseudoMaskGenerator):
         """Digest of the backbone's weights; what `fit` learned has its own."""
         return self._model().digest
 
-    def fit(self, samples: Callable[[], Iterable[Sample]], num_classes: int) -> dict[str, Tensor]:
+    def fit(
+        self,
+        samples: Callable[[], Iterable[Sample]],
+        num_classes: int,
+        proposals: Callable[[Sample], Proposals] | None = None,
+    ) -> dict[str, Tensor]:
         """See `PseudoMaskGenerator.fit`. Memory is a few `C x C` matrices, however many images there are.
 
         Returns:
@@ -141,6 +146,24 @@ class CamGenerator(PseudoMaskGenerator):
             DataError: a label that is no class, or no proposals where `region_scores` wants them.
             ArtefactError: nothing was fitted, or with another backbone.
         """
+        token_map, activation = self.activation(sample, labels)
+        scores = upsample(activation, token_map)
+        if self._region_scores:
+            if proposals is None:
+                raise DataError(f"{sample.id}: no proposals, which region_scores=true needs; run the proposals first")
+            found = proposals.to(activation.device)
+            weights = coverage(found.masks, token_map).flatten(1)
+            means = weights @ activation.flatten(1).T / weights.sum(1, keepdim=True).clamp(min=_EPSILON)
+            scores = painted(scores, means.T, found)
+        return ScoreMaps(tuple(labels), scaled(scores, self._scale))
+
+    def activation(self, sample: Sample, labels: tuple[int, ...]) -> tuple[TokenMap, Tensor]:
+        """The image's tokens and what each scores for the classes in `labels`, `[R, h, w]` float32 of any sign.
+
+        Raises:
+            DataError: a label that is no class.
+            ArtefactError: nothing was fitted, or with another backbone.
+        """
         if self._state is None:
             raise ArtefactError("class activation maps: not fitted; call fit and load_state first")
         if wrong := [label for label in labels if not 1 <= label <= self._num_classes]:
@@ -155,13 +178,24 @@ class CamGenerator(PseudoMaskGenerator):
             )
         self._state = {"weights": weights, "mean": mean}
         rows = torch.tensor(labels, dtype=torch.long, device=tokens.device) - 1
-        activation = torch.einsum("hwc,rc->rhw", tokens - mean, weights[rows])
-        scores = upsample(activation, token_map)
-        if self._region_scores:
-            if proposals is None:
-                raise DataError(f"{sample.id}: no proposals, which region_scores=true needs; run the proposals first")
-            scores = _per_region(scores, activation, token_map, proposals.to(tokens.device))
-        return ScoreMaps(tuple(labels), _scaled(scores, self._scale))
+        return token_map, torch.einsum("hwc,rc->rhw", tokens - mean, weights[rows])
+
+    def tokens_of(self, samples: Callable[[], Iterable[Sample]]) -> Iterator[tuple[Sample, TokenMap]]:
+        """Every image with its tokens, in order.
+
+        Raises:
+            DataError: an image without image-level labels.
+        """
+        batch: list[Sample] = []
+        for sample in samples():
+            if sample.labels is None:
+                raise DataError(f"{sample.id}: no image-level labels; add them, or take the image out of the list")
+            batch.append(sample)
+            if len(batch) == self._fit_batch:
+                yield from zip(batch, self._model().tokens([item.image for item in batch]), strict=True)
+                batch = []
+        if batch:
+            yield from zip(batch, self._model().tokens([item.image for item in batch]), strict=True)
 
     def _model(self) -> Backbone:
         if self._backbone is None:
@@ -170,20 +204,7 @@ class CamGenerator(PseudoMaskGenerator):
 
     def _pass(self, samples: Callable[[], Iterable[Sample]]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """`[n, C]` tokens and labels of every image, in order."""
-        batch: list[Sample] = []
-        for sample in samples():
-            if sample.labels is None:
-                raise DataError(f"{sample.id}: no image-level labels; add them, or take the image out of the list")
-            batch.append(sample)
-            if len(batch) == self._fit_batch:
-                yield from self._tokens(batch)
-                batch = []
-        if batch:
-            yield from self._tokens(batch)
-
-    def _tokens(self, batch: list[Sample]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-        maps = self._model().tokens([sample.image for sample in batch])
-        for sample, token_map in zip(batch, maps, strict=True):
+        for sample, token_map in self.tokens_of(samples):
             yield token_map.tokens.flatten(0, 1), sample.labels or ()
 
 
@@ -235,20 +256,19 @@ def _multi_hot(labels: tuple[int, ...], num_classes: int, like: Tensor) -> Tenso
     return target
 
 
-def _per_region(scores: Tensor, activation: Tensor, token_map: TokenMap, proposals: Proposals) -> Tensor:
-    """`scores` `[R, H, W]` with the pixels of each proposal set to the mean activation of its tokens."""
-    weights = coverage(proposals.masks, token_map).flatten(1)
-    means = weights @ activation.flatten(1).T / weights.sum(1, keepdim=True).clamp(min=_EPSILON)
+def painted(scores: Tensor, values: Tensor, proposals: Proposals) -> Tensor:
+    """`scores` `[R, H, W]` with the pixels of each proposal set to its `values` `[R, N]`; the smallest decides."""
     result = scores.clone()
     for index in proposals.areas.argsort(descending=True, stable=True):
-        result = torch.where(proposals.masks[index], means[index, :, None, None], result)
+        result = torch.where(proposals.masks[index], values[:, index, None, None], result)
     return result
 
 
-def _scaled(scores: Tensor, scale: str) -> Tensor:
-    """Each map into [0, 1]; a map that is flat (`minmax`) or nowhere positive (`max`) becomes 0."""
-    if not len(scores):
+def scaled(scores: Tensor, scale: str = "max") -> Tensor:
+    """Each row of `[R, ...]` into [0, 1]; one that is flat (`minmax`) or nowhere positive (`max`) becomes 0."""
+    if not scores.numel():
         return scores
-    low = scores.amin((1, 2), keepdim=True) if scale == "minmax" else 0.0
+    rest = tuple(range(1, scores.ndim))
+    low = scores.amin(rest, keepdim=True) if scale == "minmax" else 0.0
     scores = (scores - low).clamp(min=0)
-    return (scores / scores.amax((1, 2), keepdim=True).clamp(min=_EPSILON)).clamp(max=1)
+    return (scores / scores.amax(rest, keepdim=True).clamp(min=_EPSILON)).clamp(max=1)

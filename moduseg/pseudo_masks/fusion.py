@@ -61,19 +61,25 @@ class FusionGenerator(PseudoMaskGenerator):
         self.needs_truth = any(part.needs_truth for part in self._parts)
         self.needs_proposals = any(part.needs_proposals for part in self._parts)
         self.is_fitted = any(part.is_fitted for part in self._parts)
+        self.fits_proposals = any(part.fits_proposals for part in self._parts)
 
     @property
     def digest(self) -> str:
         """Of both."""
         return "&".join(part.digest for part in self._parts)
 
-    def fit(self, samples: Callable[[], Iterable[Sample]], num_classes: int) -> dict[str, Tensor]:
+    def fit(
+        self,
+        samples: Callable[[], Iterable[Sample]],
+        num_classes: int,
+        proposals: Callable[[Sample], Proposals] | None = None,
+    ) -> dict[str, Tensor]:
         """See `PseudoMaskGenerator.fit`; tensors of the first are called `first.<name>`."""
         return {
             f"{name}.{key}": tensor
             for name, part in zip(PARTS, self._parts, strict=True)
             if part.is_fitted
-            for key, tensor in part.fit(samples, num_classes).items()
+            for key, tensor in part.fit(samples, num_classes, proposals).items()
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -53,7 +53,7 @@ def plan(cfg: Config, work: Workspace) -> Plan:
     dataset = work.dataset(split)
     inputs = {"propose": propose.run(cfg, work, split)} if generator.needs_proposals else {}
     left_out = failures_of(inputs["propose"], "propose") if inputs else {}
-    fit_digest = _fit(cfg, work, left_out) if generator.is_fitted else ""
+    fit_digest = _fit(cfg, work, left_out, inputs.get("propose")) if generator.is_fitted else ""
     artefact = work.artefact(
         "scores",
         f"{cfg.pseudo_masks.generator['name']}-{split}",
@@ -97,20 +97,26 @@ def plan(cfg: Config, work: Workspace) -> Plan:
     return Plan(loop, inputs)
 
 
-def _fit(cfg: Config, work: Workspace, left_out: dict[str, str]) -> str:
+def _fit(cfg: Config, work: Workspace, left_out: dict[str, str], proposals: Path | None) -> str:
     """Fit the generator on the training images that can be read, or load what an earlier run fitted; its digest.
 
     The images that took part are part of the key: when a broken image is mended, the fit is made anew.
     """
-    work.peers.first("fit", lambda: work.once(cfg, "fit", work.train_split, lambda: _fitted(cfg, work, left_out)))
-    file = work.once(cfg, "fit", work.train_split, lambda: _fitted(cfg, work, left_out)) / _FIT
+
+    def make() -> Path:
+        return work.once(cfg, "fit", work.train_split, lambda: _fitted(cfg, work, left_out, proposals))
+
+    work.peers.first("fit", make)
+    file = make() / _FIT
     work.generator.load_state(load_tensors(file.read_bytes()))
     return file_digest(file)
 
 
-def _fitted(cfg: Config, work: Workspace, left_out: dict[str, str]) -> Path:
+def _fitted(cfg: Config, work: Workspace, left_out: dict[str, str], proposals: Path | None) -> Path:
     """The folder of the fit; see `_fit`."""
     dataset, generator = work.dataset(work.train_split), work.generator
+    if not generator.fits_proposals:
+        proposals = None
     usable = []
     for image_id in dataset.ids:
         if image_id in left_out:
@@ -130,6 +136,7 @@ def _fitted(cfg: Config, work: Workspace, left_out: dict[str, str]) -> Path:
             "digest": generator.digest,
             "images": digest_of(usable),
             "precision": work.device.precision,
+            **({"proposals": proposals.name} if proposals is not None else {}),
         },
     )
     file = artefact.path / _FIT
@@ -139,7 +146,10 @@ def _fitted(cfg: Config, work: Workspace, left_out: dict[str, str]) -> Path:
             for image_id in usable:
                 yield dataset.load(image_id)
 
-        state = generator.fit(samples, dataset.num_classes)
+        def proposals_of(sample: Sample) -> Proposals:
+            return sa1b.read_proposals(Path(str(proposals)) / safe_name(f"masks/{sample.id}", ".json"), sample.size)
+
+        state = generator.fit(samples, dataset.num_classes, proposals_of if proposals is not None else None)
         write_atomic(file, save_tensors({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
         artefact.write_manifest(status="complete", images=len(usable), sha256=file_digest(file))
         log.info("fit: %d images -> %s", len(usable), artefact.path)

@@ -76,7 +76,7 @@ class Half(PseudoMaskGenerator):
     def __init__(self, number: float) -> None:
         self.number, self.state = number, {}  # type: ignore[var-annotated]
 
-    def fit(self, samples: Any, num_classes: int) -> dict[str, torch.Tensor]:
+    def fit(self, samples: Any, num_classes: int, proposals: Any = None) -> dict[str, torch.Tensor]:
         return {"number": torch.tensor(self.number + num_classes + len(list(samples())))}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
