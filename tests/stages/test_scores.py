@@ -102,3 +102,23 @@ def test_mistakes(outputs: Path) -> None:
         next(pseudo_masks.apply(dataset, changed(cfg, "words", 0.5, None, "none").pseudo_masks, stored))
     with pytest.raises(ConfigError, match=r"pseudo_masks: dilations: got \[0\]"):
         compose(overrides(outputs, CAM, "pseudo_masks.dilations=[0]"))
+
+
+@pytest.mark.parametrize(("masks", "count"), [("cam", 1), ("cam_photo", 2)])
+def test_a_fit_is_made_anew_where_it_saw_the_proposals(masks: str, count: int, outputs: Path) -> None:
+    """And not where it did not."""
+    for most in (20, 30):
+        cfg = compose(
+            overrides(
+                outputs,
+                f"pseudo_masks={masks}",
+                "pseudo_masks.refine=none",
+                "proposer=superpixels",
+                f"proposer.max_proposals={most}",
+                *QUIET,
+            )
+        )
+        folder = scores.run(cfg)
+        assert len(list((folder / "maps").iterdir())) == 6
+    fits = {"cam": "cam", "cam_photo": "cam_neighbours"}[masks]
+    assert len(list((outputs / "miniature" / "fit").glob(f"{fits}-train-*"))) == count

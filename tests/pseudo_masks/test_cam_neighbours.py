@@ -1,0 +1,196 @@
+"""Class activation of regions, corrected by what other images have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moduseg.bank.aggregation import coverage
+from moduseg.errors import ArtefactError, ConfigError, DataError
+from moduseg.pseudo_masks import build
+from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator
+from moduseg.pseudo_masks.labels import label_map
+from moduseg.runtime.devices import Device
+from moduseg.structures import Proposals, Sample
+from tests.pseudo_masks.contract import CLASSES, NUM_CLASSES, GeneratorContract, halves, sample
+from tests.pseudo_masks.test_cam import CPU, ColourBackbone, world
+
+RIDGE = {"ridge": 0.1}
+
+
+def quarters(item: Sample) -> Proposals:
+    masks = torch.zeros(4, *item.size, dtype=torch.bool)
+    width = item.size[1] // 4
+    for i in range(4):
+        masks[i, :, i * width : (i + 1) * width if i < 3 else None] = True
+    return Proposals(masks)
+
+
+def fitted(device: torch.device = CPU, **arguments: Any) -> NeighbourCamGenerator:
+    backbone = ColourBackbone(device)
+    generator = NeighbourCamGenerator(lambda: backbone, CLASSES, **RIDGE | arguments)
+    generator.load_state(generator.fit(world, NUM_CLASSES, quarters))
+    return generator
+
+
+class TestContract(GeneratorContract):
+    @pytest.fixture
+    def generator(self, device: torch.device) -> NeighbourCamGenerator:
+        return fitted(device)
+
+    def test_labels_come_out_right(self, generator: NeighbourCamGenerator) -> None:
+        """With proposals that fit the objects."""
+        item = sample(name="24-2")
+        labels = label_map(generator.generate(item, (2, 4), quarters(item)), "constant", 0.5).cpu().numpy()
+        assert item.semantic is not None
+        assert (labels == item.semantic).mean() > 0.9
+
+
+def pooled(item: Sample, masks: Tensor, values: Tensor) -> Tensor:
+    """Mean of `[h, w, n]` over each mask, by a loop."""
+    token_map = ColourBackbone().tokens([item.image])[0]
+    rows = []
+    for mask in masks:
+        weights = coverage(mask[None], token_map)[0]
+        rows.append((weights[..., None] * values).sum((0, 1)) / weights.sum())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("neighbours", "others", "weight"), [(8, 5, 5.0), (1, 1, 2.0), (2, 3, 0.0)])
+@pytest.mark.parametrize("seen", [True, False])
+def test_equals_plain_loops(neighbours: int, others: int, weight: float, seen: bool) -> None:
+    """Of an image of the training set, which is not asked about itself, and of another."""
+    generator = NeighbourCamGenerator(
+        ColourBackbone, CLASSES, neighbours=neighbours, others=others, weight=weight, **RIDGE
+    )
+    state = generator.fit(world, NUM_CLASSES, quarters)
+    generator.load_state(state)
+    items = world()
+    item = items[2] if seen else sample((24, 40), (2, 4), "unseen image")
+    assert item.labels == (2, 4)
+    found = quarters(item)
+
+    tokens = {i.id: ColourBackbone().tokens([i.image])[0].tokens for i in [*items, item]}
+    regions = {i.id: pooled(i, quarters(i).masks, tokens[i.id]) for i in items}
+    centre = torch.cat(list(regions.values())).mean(0)
+    torch.testing.assert_close(state["centre"], centre)
+    activation = torch.stack(
+        [(tokens[item.id] - state["mean"]) @ state["weights"][label - 1] for label in (2, 4)], dim=-1
+    )
+    means = pooled(item, found.masks, activation).clamp(min=0)
+    means = means / means.amax(0)
+    own = pooled(item, found.masks, tokens[item.id]) - centre
+    expected = torch.zeros(4, 2)
+    for p in range(4):
+        for column, label in enumerate((2, 4)):
+            near: dict[bool, list[float]] = {True: [], False: []}
+            for other in items:
+                if other.id != item.id:
+                    best = max(
+                        float(torch.nn.functional.cosine_similarity(own[p], r - centre, dim=0))
+                        for r in regions[other.id]
+                    )
+                    near[label in (other.labels or ())].append(best)
+            yes, no = (sorted(near[has])[::-1] for has in (True, False))
+            answer = np.mean(yes[:neighbours]) - np.mean(no[:others])
+            expected[p, column] = max(0.0, float(means[p, column]) + weight * float(answer))
+    expected = expected / expected.amax(0)
+    scores = generator.generate(item, (2, 4), found).scores
+    values = torch.stack([scores[:, mask][:, 0] for mask in found.masks])
+    torch.testing.assert_close(values, expected, atol=5e-3, rtol=0)  # regions are stored in half precision
+    for mask in found.masks:
+        assert (scores[:, mask] == scores[:, mask][:, :1]).all()
+
+
+def test_neighbours_tell_apart_what_always_occurs_together() -> None:
+    """Every training image of class 2 has class 4 beside it, but one image has class 4 alone."""
+    items = [sample((24, 40), (2, 4), "x" * (i + 1)) for i in range(5)] + [
+        sample((24, 40), (4,), "four"),
+        sample((24, 40), (), "none"),
+    ]
+    item = items[0]
+    found = quarters(item)
+    shares = []
+    for weight in (0.0, 5.0):
+        generator = NeighbourCamGenerator(ColourBackbone, CLASSES, ridge=4.0, weight=weight, others=1)
+        generator.load_state(generator.fit(lambda: items, NUM_CLASSES, quarters))
+        scores = generator.generate(item, (2, 4), found).scores
+        left, right = (scores[0][mask].mean() for mask in (found.masks[0], found.masks[3]))
+        shares.append(float(right / left))  # of class 2, whose place is the left
+    assert shares[1] < shares[0]
+    assert shares[1] < 0.5
+
+
+def test_smaller_proposals_decide_and_the_rest_scores_nothing() -> None:
+    item = sample()
+    masks = torch.zeros(2, *item.size, dtype=torch.bool)
+    masks[0, :, :20] = True
+    masks[1, 4:20, :10] = True
+    scores = fitted().generate(item, (2, 4), Proposals(masks)).scores
+    assert scores[0, 5, 5] > scores[0, 0, 15] > 0
+    assert not scores[:, :, 20:].any()
+    assert not fitted().generate(item, (2, 4), Proposals(masks[:0])).scores.any()
+
+
+def test_a_class_that_no_other_image_has_keeps_its_activation() -> None:
+    items = [sample((24, 40), (2, 4), "own"), sample((24, 40), (4,), "four"), sample((24, 40), (), "none")]
+    with_answer, without = (
+        NeighbourCamGenerator(ColourBackbone, CLASSES, weight=weight, **RIDGE) for weight in (5.0, 0.0)
+    )
+    state = with_answer.fit(lambda: items, NUM_CLASSES, quarters)
+    scores = []
+    for generator in (with_answer, without):
+        generator.load_state(state)
+        scores.append(generator.generate(items[0], (2, 4), quarters(items[0])).scores)
+    assert torch.equal(scores[0][0], scores[1][0])
+    assert not torch.equal(scores[0][1], scores[1][1])
+
+
+def test_bad_input() -> None:
+    generator = NeighbourCamGenerator(ColourBackbone, CLASSES)
+    with pytest.raises(ArtefactError, match="not fitted"):
+        generator.generate(sample(), (2,), halves((24, 40)))
+    with pytest.raises(DataError, match="no proposals to fit on"):
+        generator.fit(world, NUM_CLASSES)
+    with pytest.raises(DataError, match="no region in any training image"):
+        generator.fit(world, NUM_CLASSES, lambda item: Proposals(torch.zeros((0, *item.size), dtype=torch.bool)))
+    with pytest.raises(DataError, match="no image-level labels"):
+        generator.fit(lambda: [Sample("bare", sample().image)], NUM_CLASSES, quarters)
+    with pytest.raises(DataError, match="no proposals, which cam_neighbours needs"):
+        fitted().generate(sample(), (2,), None)
+    with pytest.raises(DataError, match=r"labels \[6\], expected 1..5"):
+        fitted().generate(sample(), (6,), quarters(sample()))
+
+
+def test_bad_state() -> None:
+    generator = NeighbourCamGenerator(ColourBackbone, CLASSES, **RIDGE)
+    state = generator.fit(world, NUM_CLASSES, quarters)
+    changes: list[dict[str, Tensor | None]] = [
+        {"tags": None},
+        {"centre": torch.zeros(5)},
+        {"tags": torch.zeros(16, 4)},
+        {"image": state["image"] + 16},
+        {"image": state["image"][:-1]},
+    ]
+    for change in changes:
+        wrong = {name: tensor for name, tensor in (state | change).items() if tensor is not None}
+        with pytest.raises(ArtefactError, match=r"expected regions \(M, C\).*tags \(N, 5\); remove the fit"):
+            generator.load_state(wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"neighbours": 0}, "neighbours: got 0"),
+        ({"others": 0}, "others: got 0"),
+        ({"weight": -1.0}, r"weight: got -1\.0"),
+        ({"ridge": 0}, "ridge: got 0"),
+    ],
+)
+def test_bad_settings(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build({"name": "cam_neighbours"} | arguments, Device(CPU), ColourBackbone, CLASSES)
