@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moduseg.proposers.grid import Decoded, Embedded, Promptable
+from moduseg.proposers.full_size import Embedded
+from moduseg.proposers.grid import Decoded, Promptable
 from moduseg.runtime.clock import model_pass
 from moduseg.runtime.devices import Device
 

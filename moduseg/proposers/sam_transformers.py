@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.grid import Decoded, Embedded, Promptable, check_thickness, generate_batch
+from moduseg.proposers.full_size import Embedded
+from moduseg.proposers.grid import Decoded, Promptable, check_thickness, generate_batch
 from moduseg.proposers.grid_options import GridOptions, check_images_per_batch
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, longest_side, prepare
 from moduseg.runtime.devices import Device

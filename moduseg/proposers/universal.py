@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.grid import Embedded, enlarge
+from moduseg.proposers.full_size import Embedded, enlarge
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, prepare, shortest_side
 from moduseg.runtime.devices import Device
 from moduseg.runtime.pretrained import Pretrained

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moduseg.miniature.sam import build_miniature_sam
-from moduseg.proposers.grid import Promptable, enlarge
+from moduseg.proposers.full_size import enlarge
+from moduseg.proposers.grid import Promptable
 from moduseg.proposers.sam_decoder import PackagedSam
 from moduseg.proposers.sam_transformers import SamTransformersProposer
 from moduseg.runtime.devices import Device

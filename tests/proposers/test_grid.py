@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from moduseg import datasets
 from moduseg.config import compose
 from moduseg.errors import DataError
-from moduseg.proposers import build, grid
-from moduseg.proposers.grid import Decoded, Embedded, Promptable, generate
+from moduseg.proposers import build, full_size, grid
+from moduseg.proposers.full_size import Embedded
+from moduseg.proposers.grid import Decoded, Promptable, generate
 from moduseg.proposers.grid_options import GridOptions
 from moduseg.proposers.sam import SamProposer
 from moduseg.proposers.sam_decoder import PackagedSam
@@ -218,7 +219,7 @@ def test_model_and_enlarging(device: torch.device, size: tuple[int, int]) -> Non
         masks, scores, _ = predictor.predict_torch(coordinates[:, None], labels, return_logits=True)
         embedded = model.embed(picture)
         decoded = model.decode(embedded, coordinates, 0.0)
-        enlarged = torch.cat(list(grid.enlarge(decoded.logits, embedded)))
+        enlarged = torch.cat(list(full_size.enlarge(decoded.logits, embedded)))
     assert relative(embedded.features, predictor.features) < 1e-5
     assert relative(decoded.scores, scores.flatten()) < 1e-5
     assert relative(enlarged, masks.flatten(0, 1)) < 1e-4
@@ -238,7 +239,7 @@ def test_one_matrix_is_both_steps(padded: int | None, inner: int, target: int, d
     if padded is not None:
         large = F.interpolate(large, (padded, padded), mode="bilinear", align_corners=False)[..., :inner, :inner]
     expected = F.interpolate(large, (target, target), mode="bilinear", align_corners=False)[0]
-    matrix = grid.resize_matrix(64, padded, inner, target, device)
+    matrix = full_size.resize_matrix(64, padded, inner, target, device)
     torch.testing.assert_close(matrix @ logits @ matrix.T, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -258,9 +259,9 @@ def test_counts_above_a_level(shape: tuple[int, int, int], device: torch.device)
     torch.manual_seed(0)
     logits = torch.randn(shape[0], shape[1], shape[2] + 3, device=device)[..., :-3]
     for level in (-10.0, 0.5):
-        assert torch.equal(grid._count_above(logits, level), (logits > level).sum((1, 2)))
+        assert torch.equal(full_size.count_above(logits, level), (logits > level).sum((1, 2)))
     logits[:, 0, 0] = 0.5
-    assert torch.equal(grid._count_above(logits, 0.5), (logits > 0.5).sum((1, 2)))
+    assert torch.equal(full_size.count_above(logits, 0.5), (logits > 0.5).sum((1, 2)))
 
 
 SHAPES = {
@@ -276,8 +277,8 @@ def test_prefilter_loses_no_mask(embedded: Embedded) -> None:
     logits = blobs(400, torch.device("cpu"))
     for threshold in (0.6, 0.9, 0.95):
         options = GridOptions(stability_score_thresh=threshold)
-        exact = grid._stability(logits, embedded, 0.0, options) >= threshold
-        hopeful = grid._hopeful(logits, embedded, 0.0, options)
+        exact = full_size.stability(logits, embedded, 0.0, options) >= threshold
+        hopeful = full_size.hopeful(logits, embedded, 0.0, options)
         assert set(exact.nonzero()[:, 0].tolist()) <= set(hopeful.tolist())
         assert 0 < exact.sum() < len(hopeful) < 400
 
@@ -287,15 +288,15 @@ def test_boxes_are_those_of_the_enlarged_masks(embedded: Embedded, device: torch
     logits = blobs(60, device)
     logits[7] = -1.0
     chosen = torch.arange(0, 60, 2, device=device) + 1
-    boxes, filled = grid._boxes(logits, chosen, embedded, 0.0)
-    masks = torch.cat(list(grid.enlarge(logits[chosen], embedded))).cpu() > 0
+    boxes, filled = full_size.boxes(logits, chosen, embedded, 0.0)
+    masks = torch.cat(list(full_size.enlarge(logits[chosen], embedded))).cpu() > 0
     assert masks.shape == (30, 90, 128)
     assert torch.equal(filled.cpu(), masks.any(2).any(1))
     assert 0 < filled.sum() < 30
     for mask, box in zip(masks[filled.cpu()], boxes[filled], strict=True):
         rows, columns = mask.nonzero(as_tuple=True)
         assert box.tolist() == [columns.min(), rows.min(), columns.max(), rows.max()]
-    assert grid._boxes(logits, chosen[:0], embedded, 0.0)[0].shape == (0, 4)
+    assert full_size.boxes(logits, chosen[:0], embedded, 0.0)[0].shape == (0, 4)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8, 0.9, 0.95, 1.0])
@@ -310,11 +311,11 @@ def test_stability_measured_late_chooses_the_same(
     monkeypatch.setattr(grid, "MOST_UNSTABLE_ROUNDS", rounds)
     embedded = SHAPES["padded"]
     logits = blobs(300, device)
-    boxes, filled = grid._boxes(logits, torch.arange(300, device=device), embedded, 0.0)
+    boxes, filled = full_size.boxes(logits, torch.arange(300, device=device), embedded, 0.0)
     logits, boxes = logits[filled], boxes[filled]
     scores = torch.rand(len(logits), generator=torch.Generator().manual_seed(0)).mul(20).round().to(device)  # ties
     options = GridOptions(stability_score_thresh=threshold, box_nms_thresh=overlap)
-    stability = grid._stability(logits, embedded, 0.0, options)
+    stability = full_size.stability(logits, embedded, 0.0, options)
     (stable,) = (stability >= threshold).nonzero(as_tuple=True)
     expected = stable[nms(boxes[stable], scores[stable], overlap)]
     found = grid._best_stable(logits, scores, boxes, embedded, 0.0, options)
