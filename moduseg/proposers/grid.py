@@ -9,8 +9,11 @@ only what it chooses is measured exactly.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +27,9 @@ from moduseg.structures import Proposals, Sample
 
 EDGE = 20.0
 """A mask whose box comes this near to the border of a crop, in pixels, is cut off by it and goes."""
+Result = TypeVar("Result")
+_CALLS_WAITING = 3
+"""Calls that follow the model and may be under way while it goes on."""
 MOST_UNSTABLE_ROUNDS = 10
 """So often what NMS keeps may turn out unstable before all that is left is measured at once."""
 
@@ -149,26 +155,63 @@ def generate_batch(
             *generate_crop_boxes(image.shape[:2], options.crop_n_layers, options.crop_overlap_ratio), strict=True
         )
     ]
-    crops: list[_Crop] = []
-    results: list[Proposals] = []
-    for start in range(0, len(todo), images_per_batch):
-        part = todo[start : start + images_per_batch]
-        views = [np.ascontiguousarray(images[index][y0:y1, x0:x1]) for index, (x0, y0, x1, y1), _ in part]
-        for (index, box, layer), embedded in zip(part, model.embed_batch(views), strict=True):
-            if index > len(results):
-                results.append(_assembled(model, images[index - 1].shape[:2], crops, options))
-                crops = []
-            found = _candidates(model, embedded, grids[layer], box, images[index].shape[:2], options)
-            crops.append(_Crop(box, replace(embedded, features=None), found))
-    if images:
-        results.append(_assembled(model, images[-1].shape[:2], crops, options))
-    return results
+    crops: list[Future[_Crop]] = []
+    results: list[Future[Proposals]] = []
+    with _Behind(model.device) as behind:
+        for start in range(0, len(todo), images_per_batch):
+            part = todo[start : start + images_per_batch]
+            views = [np.ascontiguousarray(images[index][y0:y1, x0:x1]) for index, (x0, y0, x1, y1), _ in part]
+            for (index, box, layer), embedded in zip(part, model.embed_batch(views), strict=True):
+                if index > len(results):
+                    results.append(behind.do(_assembled, model, images[index - 1].shape[:2], crops, options))
+                    crops = []
+                crops.append(_crop(model, embedded, grids[layer], box, images[index].shape[:2], options, behind))
+        if images:
+            results.append(behind.do(_assembled, model, images[-1].shape[:2], crops, options))
+        return [result.result() for result in results]
 
 
-def _assembled(model: Promptable, size: tuple[int, int], crops: list[_Crop], options: GridOptions) -> Proposals:
+class _Behind:
+    """What follows the model: on the CPU in a thread of its own, while the model is at the next points.
+
+    Calls are made one after the other in the order in which they were asked for, so that a call may wait for the
+    results of earlier ones. On other devices, which work behind the program anyway, they are made at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="filter") if device.type == "cpu" else None
+        self._inference = torch.is_inference_mode_enabled()
+        self._waiting: deque[Future[Any]] = deque()
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def do(self, call: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """The result of a call, to be waited for; a few may be under way, so that memory is bounded."""
+        if self._thread is None:
+            done: Future[Result] = Future()
+            done.set_result(call(*arguments))
+            return done
+        while len(self._waiting) >= _CALLS_WAITING:
+            self._waiting.popleft().result()
+        future = self._thread.submit(self._called, call, arguments)
+        self._waiting.append(future)
+        return future
+
+    def _called(self, call: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+        # Gradient and inference mode belong to a thread.
+        with torch.inference_mode(self._inference), torch.no_grad():
+            return call(*arguments)
+
+
+def _assembled(model: Promptable, size: tuple[int, int], parts: list[Future[_Crop]], options: GridOptions) -> Proposals:
     """The masks of one image, given those of its crops."""
     height, width = size
-    crops = _between_crops(crops, options.crop_nms_thresh)
+    crops = _between_crops([part.result() for part in parts], options.crop_nms_thresh)
     scores = torch.cat([crop.found.scores for crop in crops])
     stability = torch.cat([crop.found.stability for crop in crops])
     masks = torch.zeros(len(scores), height, width, dtype=torch.bool, device=model.device)
@@ -186,28 +229,59 @@ def _assembled(model: Promptable, size: tuple[int, int], crops: list[_Crop], opt
     return proposals.select(torch.argsort(proposals.scores, descending=True, stable=True))
 
 
-def _candidates(
+def _crop(
     model: Promptable,
     embedded: Embedded,
     grid: np.ndarray,
-    crop: tuple[int, int, int, int],
+    box: tuple[int, int, int, int],
     image_size: tuple[int, int],
     options: GridOptions,
-) -> _Candidates:
+    behind: _Behind,
+) -> Future[_Crop]:
     """The masks of one crop that pass its filters and NMS, best predicted IoU first."""
     scale = np.array([embedded.input_size[1], embedded.input_size[0]])
     points = torch.from_numpy((grid * scale).astype(np.float32)).to(model.device)
-    logits, scores, boxes = [], [], []
-    for batch in points.split(options.points_per_batch):
-        decoded = model.decode(embedded, batch, options.pred_iou_thresh)
-        rows = full_size.hopeful(decoded.logits, embedded, model.threshold, options)
-        corners, filled = full_size.boxes(decoded.logits, rows, embedded, model.threshold)
-        keep = filled & ~_cut_off(corners, crop, image_size)
-        rows = rows[keep]
-        logits.append(decoded.logits[rows])
-        scores.append(decoded.scores[rows])
-        boxes.append(corners[keep])
-    return _best_stable(_joined(logits), _joined(scores), _joined(boxes), embedded, model.threshold, options)
+    frame = replace(embedded, features=None)
+    passed = [
+        behind.do(
+            _passed,
+            model.decode(embedded, batch, options.pred_iou_thresh),
+            frame,
+            model.threshold,
+            box,
+            image_size,
+            options,
+        )
+        for batch in points.split(options.points_per_batch)
+    ]
+    return behind.do(_chosen, passed, frame, model.threshold, box, options)
+
+
+def _passed(
+    decoded: Decoded,
+    embedded: Embedded,
+    threshold: float,
+    crop: tuple[int, int, int, int],
+    image_size: tuple[int, int],
+    options: GridOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, scores and boxes of those masks that may be stable and are not cut off by the crop."""
+    rows = full_size.hopeful(decoded.logits, embedded, threshold, options)
+    corners, filled = full_size.boxes(decoded.logits, rows, embedded, threshold)
+    keep = filled & ~_cut_off(corners, crop, image_size)
+    rows = rows[keep]
+    return decoded.logits[rows], decoded.scores[rows], corners[keep]
+
+
+def _chosen(
+    passed: list[Future[tuple[Tensor, Tensor, Tensor]]],
+    embedded: Embedded,
+    threshold: float,
+    crop: tuple[int, int, int, int],
+    options: GridOptions,
+) -> _Crop:
+    logits, scores, boxes = (_joined(list(parts)) for parts in zip(*(p.result() for p in passed), strict=True))
+    return _Crop(crop, embedded, _best_stable(logits, scores, boxes, embedded, threshold, options))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
