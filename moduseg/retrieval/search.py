@@ -295,8 +295,9 @@ def _places(rows: Tensor, count: int) -> tuple[Tensor, int]:
 def similarities_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`[P]` float32: cosine of query `rows[p]` and bank vector `columns[p]`, to the bit for equal vectors."""
     dim, device = queries.shape[1], queries.device
-    # Vectors are scaled to a largest component of 2^bits, rounded: C products of 2^(2 bits) fit into 63 bits.
-    bits = (62 - max(dim - 1, 0).bit_length()) // 2
+    # Vectors are scaled to a largest component of 2^bits, rounded: C products of 2^(2 bits) fit into the 53 bits in
+    # which float64 counts exactly. That is multiplied several numbers at a time, which int64 is not on most CPUs.
+    bits = (53 - max(dim - 1, 0).bit_length()) // 2
     fixed = _fixed(queries, bits)
     wide = torch.float32 if device.type == "mps" else torch.float64
     lengths = _dots(fixed, fixed).to(wide)
@@ -310,23 +311,27 @@ def similarities_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """`[n]` int64, the product of each two rows of `[n, C]` int64."""
+    """`[n]`, the product of each two rows of `[n, C]` whole numbers, exact; the dtype is theirs."""
     if a.device.type == "cpu":
         return torch.from_numpy(np.einsum("nc,nc->n", a.numpy(), b.numpy()))
     return (a * b).sum(1)
 
 
 def _fixed(vectors: Tensor, bits: int) -> Tensor:
-    """`[n, C]` int64: rows scaled by their largest magnitude, which no order of summing can change; zero rows stay."""
+    """`[n, C]` whole numbers as float64: rows scaled by their largest magnitude, which no order of summing can change.
+
+    Zero rows stay. MPS has no float64; there they are int64.
+    """
+    whole = torch.int64 if vectors.device.type == "mps" else torch.float64
     vectors = vectors.float()
     if vectors.shape[1] == 0:
-        return vectors.long()
+        return vectors.to(whole)
     largest = vectors.abs().amax(1, keepdim=True)
     zero = largest <= _ZERO
     if bool(zero.any()):
         zero = _lengths(vectors)[:, None] <= _ZERO
     # Powers of two scale exactly, so that one division does for both.
-    return (vectors / largest.mul_(2.0**-bits).masked_fill_(zero, torch.inf)).round_().long()
+    return (vectors / largest.mul_(2.0**-bits).masked_fill_(zero, torch.inf)).round_().to(whole)
 
 
 def _lengths(vectors: Tensor) -> Tensor:
