@@ -101,8 +101,8 @@ class BankConfig:
 class RetrievalConfig:
     """Search, vote and suppression (METHOD, stage 2).
 
-    From `vote_temperature` to `selection` these are options beyond the paper: see `moduseg.retrieval.vote`, `.balance`
-    and `.selection`. `cap_top_k` lets no more neighbours vote than the smallest class of the bank has vectors.
+    From `vote_temperature` to `selection` these are options beyond the paper: see `moduseg.retrieval.vote`, `.balance`,
+    `.selection` and `.majority`. `cap_top_k` lets no more neighbours vote than the smallest class of the bank has vectors.
     `engine` and `storage` of the bank's vectors are part of keys where they are not the default.
     """
 
@@ -113,7 +113,7 @@ class RetrievalConfig:
     vote_temperature: float | None = None
     vote_balance: Literal["none", "cap", "distance"] = "none"
     cap_top_k: bool = False
-    selection: Literal["nms", "nms_quality", "margin", "similarity"] = "nms"
+    selection: Literal["nms", "nms_quality", "margin", "similarity", "majority"] = "nms"
     engine: Literal["exact", "faiss"] = "exact"
     storage: Literal["float32", "float16"] = "float32"
 

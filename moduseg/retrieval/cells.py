@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moduseg.retrieval.majority import majority
+
 _BITS = 36
 """Masks between two renumberings: a cell number (below 2^27 pixels) and as many bits fit into 63."""
 
@@ -102,3 +104,16 @@ class Cells:
             return np.zeros(len(self.sizes), dtype=np.int64)
         hit = self.cover[:, order]
         return np.where(hit.any(1), labels[order][hit.argmax(1)], 0)
+
+    def majority(self, places: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """`[U]` int64: the label of most of some masks in each cell; see `moduseg.retrieval.majority`.
+
+        Args:
+            places: `[K]` indices of masks.
+            labels: `[N]` integers, 0 background.
+            scores: `[N]` float.
+        """
+        if not len(places):
+            return np.zeros(len(self.sizes), dtype=np.int64)
+        cover = torch.from_numpy(np.ascontiguousarray(self.cover[:, places].T))
+        return majority(cover, torch.from_numpy(labels[places]), torch.from_numpy(scores[places])).long().numpy()

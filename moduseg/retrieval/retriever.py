@@ -10,8 +10,10 @@ from torch import Tensor
 from moduseg.config import RetrievalConfig
 from moduseg.retrieval import indices
 from moduseg.retrieval.balance import ClassIndex, balanced, class_spreads, smallest_class
+from moduseg.retrieval.majority import assemble_majority
 from moduseg.retrieval.pipeline import assemble_proposals, label_proposals
 from moduseg.retrieval.selection import NEAREST, assemble_selected, margins, similarity_certainty, worth
+from moduseg.retrieval.suppress import descending
 from moduseg.retrieval.vote import vote
 from moduseg.structures import Proposals
 
@@ -74,6 +76,10 @@ class Retriever:
         if self._settings.selection in ("nms", "nms_quality"):
             ranks = scores if self._settings.selection == "nms" else scores * proposals.quality.to(scores.device)
             return assemble_proposals(proposals, labels, ranks, self._settings.nms_iou)
+        if self._settings.selection == "majority":
+            if proposals.id_map is not None:  # disjoint: each decides alone
+                return assemble_proposals(proposals, labels, scores, self._settings.nms_iou)
+            return assemble_majority(proposals.masks.to(labels.device), labels, scores), descending(scores)
         certainty = similarity_certainty(scores)
         if self._settings.selection == "margin":
             certainty = self._margins(pooled, labels)

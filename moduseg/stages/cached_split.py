@@ -152,7 +152,7 @@ class CachedSplit:
         return self._labelled[key]
 
     def _worth(self, bank: BankConfig, settings: RetrievalConfig, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        if settings.selection in ("nms", "nms_quality"):
+        if settings.selection in ("nms", "nms_quality", "majority"):
             return np.zeros(len(labels), dtype=np.int64)
         certainty = similarity_certainty(torch.from_numpy(scores))
         if settings.selection == "margin":
@@ -265,17 +265,19 @@ def _count(
     """`[S, S]` int64: one image under one setting."""
     places = np.flatnonzero(keep)
     order = places[np.argsort(-scores[places], kind="stable")]
-    rule = f"nms {settings.nms_iou}" if settings.selection in ("nms", "nms_quality") else "select"
-    key = (rule.encode(), order.tobytes(), labels.tobytes(), worths.tobytes())
+    suppressed, votes = settings.selection in ("nms", "nms_quality"), settings.selection == "majority"
+    rule = f"nms {settings.nms_iou}" if suppressed else "majority" if votes else "select"
+    decides = scores if votes else worths
+    key = (rule.encode(), order.tobytes(), labels.tobytes(), decides.tobytes())
     if key not in image.known:
         cells = image.cells
-        if settings.selection in ("nms", "nms_quality"):
+        if suppressed:
             order = cells.suppress(order, labels, settings.nms_iou)
-        else:
+        elif not votes:
             kept = Cells(cells.cover[:, places], cells.sizes, cells.values)
             chosen = places[select(kept, labels[places], worths[places])]
             order = order[np.isin(order, chosen)]
-        painted = cells.paint(order, labels)
+        painted = cells.majority(order, labels, scores) if votes else cells.paint(order, labels)
         counted = cells.values != IGNORE_INDEX
         codes = cells.values[counted] * size + painted[counted]
         counts = np.bincount(codes, cells.sizes[counted], size * size)

@@ -31,6 +31,7 @@ SETTINGS = (
     ["retrieval.top_k=7", "retrieval.cap_top_k=true", "bank.centre=false", "retrieval.selection=similarity"],
     ["retrieval.top_k=3", "retrieval.selection=margin", "retrieval.min_predicted_iou=0.5"],
     ["retrieval.selection=margin", "bank.outliers.drop_ratio=0.5", "bank.shuffle_labels=1"],
+    ["retrieval.top_k=3", "retrieval.selection=majority", "retrieval.min_area=40"],
     ["bank.prototypes=2", "retrieval.nms_iou=1.0", "retrieval.min_predicted_iou=1.0"],
     ["bank.images_per_class=1", "bank.classes=[red disc,yellow star]", "retrieval.top_k=2"],
 )
