@@ -102,8 +102,8 @@ class RetrievalConfig:
     """Search, vote and suppression (METHOD, stage 2).
 
     From `vote_temperature` to `selection` these are options beyond the paper: see `moduseg.retrieval.vote`, `.balance`,
-    `.selection` and `.majority`. `cap_top_k` lets no more neighbours vote than the smallest class of the bank has vectors.
-    `engine` and `storage` of the bank's vectors are part of keys where they are not the default.
+    `.selection` and `.majority`. `cap_top_k` lets no more neighbours vote than the smallest class of the bank has
+    vectors. `engine` and `storage` of the bank's vectors are part of keys where they are not the default.
     """
 
     top_k: int = 25

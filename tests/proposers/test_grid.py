@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -121,6 +123,46 @@ def test_nothing_passes(layers: int) -> None:
     ).propose(sample(40, 56))
     assert proposals.masks.shape == (0, 40, 56)
     assert proposals.scores.shape == (0,)
+
+
+def test_filters_run_while_the_model_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, the next points are decoded before the last ones' masks are filtered; the result is the same."""
+    picture = scenes(1)[0]
+    options = {**MINIATURE, "points_per_batch": 49}
+    expected = SamProposer(CPU, **options).propose(picture)
+    filtered, decoded = Event(), 0
+    plain, model = grid._passed, PackagedSam.decode
+
+    def slow(*arguments: Any) -> Any:
+        assert filtered.wait(60)
+        return plain(*arguments)
+
+    def counted(*arguments: Any) -> Decoded:
+        nonlocal decoded
+        decoded += 1
+        if decoded == 3:
+            filtered.set()  # had the filter been waited for, this would never be reached
+        return model(*arguments)
+
+    monkeypatch.setattr(grid, "_passed", slow)
+    monkeypatch.setattr(PackagedSam, "decode", counted)
+    found = SamProposer(CPU, **options).propose(picture)
+    assert decoded == 4
+    assert torch.equal(found.masks, expected.masks)
+    assert torch.equal(found.scores, expected.scores)
+
+
+def test_an_error_of_a_filter_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It arrives where the proposals are asked for, whichever image it was, and no thread is left behind."""
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no memory for boxes")
+
+    monkeypatch.setattr(full_size, "boxes", broken)
+    for count in (1, 3):
+        with pytest.raises(RuntimeError, match="no memory for boxes"):
+            SamProposer(CPU, **MINIATURE).propose_batch(scenes(count))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("filter")]
 
 
 def test_a_line_of_pixels_is_too_thin() -> None:

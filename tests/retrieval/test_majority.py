@@ -43,7 +43,8 @@ def test_as_pixel_by_pixel(
             torch.tensor(labels, dtype=torch.int64, device=device),
             torch.tensor(scores, dtype=torch.float32, device=device),
         )
-        assert found.dtype == torch.uint8 and found.device.type == device.type
+        assert found.dtype == torch.uint8
+        assert found.device.type == device.type
         assert np.array_equal(found.cpu().numpy(), by_loops(masks, labels, scores))
 
 
