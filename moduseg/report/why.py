@@ -69,22 +69,27 @@ def votes(answer: Answer, temperature: float | None) -> list[list[list[float]]]:
     return tallies
 
 
-def owners(masks: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def owners(masks: np.ndarray, labels: np.ndarray, kept: np.ndarray, label_map: np.ndarray | None = None) -> np.ndarray:
     """Which proposal decided each pixel.
 
     Args:
         masks: `[N, h, w]` bool.
         labels: `[N]` the proposals' labels.
         kept: `[K]` those that were not suppressed, in descending score.
+        label_map: `[h, w]` what came of them, where several proposals decide a pixel together.
 
     Returns:
         `[h, w]` int64: the proposal that painted the pixel; where none did, the one of the background that covers it;
-        -1 where there is none.
+        -1 where there is none. With `label_map`, the best of those that have its label, where there is one.
     """
     owner = np.full(masks.shape[1:], -1, dtype=np.int64)
     background = [i for i in kept.tolist() if labels[i] == 0]
     for index in [*background[::-1], *[i for i in kept.tolist() if labels[i] > 0][::-1]]:
         owner[masks[index]] = index
+    if label_map is not None and len(labels):
+        other = (owner >= 0) & (labels[owner] != label_map)
+        for index in kept.tolist()[::-1] if other.any() else ():
+            owner[other & masks[index] & (label_map == labels[index])] = index
     return owner
 
 

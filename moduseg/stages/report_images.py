@@ -235,7 +235,7 @@ def _write_image(
     if truth is None:
         return Entry(full, entry.photograph, pixels, score, len(proposals), answer)
     scale = full[0] * full[1] / (size[0] * size[1])
-    owner = owners(masks, answer.labels, answer.kept)
+    owner = owners(masks, answer.labels, answer.kept, resize_labels(labels, size))
     shrunk = resize_labels(truth, size)
     return Entry(full, entry.photograph, pixels, score, len(proposals), answer, owner, shrunk, scale)
 

@@ -53,6 +53,16 @@ def test_the_background_owns_only_what_nothing_paints() -> None:
     assert why.owners(masks[:0], np.zeros(0), np.zeros(0, int)).tolist() == [[-1] * 6]
 
 
+def test_what_a_majority_decided_is_owned_by_the_best_of_its_label() -> None:
+    masks = np.zeros((4, 1, 5), dtype=bool)
+    masks[0, 0, 0:4] = masks[1, 0, 0:2] = masks[2, 0, 0:3] = masks[3, 0, 1:4] = True
+    # Scores fall with the index. Pixel 0: two say 2; 1: two say 2; 2: a tie; 3: as painted; 4: nothing.
+    owner = why.owners(masks, np.array([1, 2, 2, 0]), np.arange(4), np.array([[2, 2, 0, 1, 0]]))
+    assert owner.tolist() == [[1, 1, 3, 0, -1]]
+    assert why.owners(masks, np.array([1, 2, 2, 0]), np.arange(4)).tolist() == [[0, 0, 0, 0, -1]]
+    assert why.owners(masks[:0], np.zeros(0), np.zeros(0, int), np.zeros((1, 5))).tolist() == [[-1] * 5]
+
+
 def test_pixels_are_shared_among_the_neighbours_that_voted_so() -> None:
     said = answer([[10, 11, 12], [20, 21, 22]], [[1, 1, 2], [0, 0, 0]], [[0.9, 0.8, 0.7]] * 2, [1, 0])
     owner = np.array([[0, 0, 0, 0, 1, -1]])

@@ -164,7 +164,9 @@ Report.viewer = (() => {
     if (!why.kept) return here;
     const kept = (i) => why.kept.indexOf(i);
     const alive = here.filter((i) => kept(i) >= 0).sort((a, b) => (why.label[a] === 0) - (why.label[b] === 0) || kept(a) - kept(b));
-    return [...alive.slice(0, 1), ...here.filter((i) => i !== alive[0])];
+    // Where proposals decide by majority, the best one of the winning label stands for it.
+    const decisive = alive.find((i) => why.label[i] === maps?.labels.ids[at]) ?? alive[0];
+    return [...(decisive === undefined ? [] : [decisive]), ...here.filter((i) => i !== decisive)];
   }
 
   const inside = (proposal) => (i) => why.codes[why.layer[proposal]][why.maps[why.layer[proposal]].ids[i]] === proposal;

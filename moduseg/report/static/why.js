@@ -41,7 +41,8 @@ Report.why = (() => {
     const kept = why.kept.indexOf(index);
     const neighbours = Report.codec.neighbours(why.neighbours)(index);
     const total = votes.reduce((sum, [, count]) => sum + count, 0);
-    const state = kept < 0 ? "suppressed: a better proposal of its label covers it" : label === 0 ? "background paints nothing" : `painted, ${kept + 1}${["st", "nd", "rd"][kept] ?? "th"} by score`;
+    const together = get("summary").retrieval.selection === "majority";
+    const state = together ? "one vote in each of its pixels, where most proposals decide" : kept < 0 ? "suppressed: a better proposal of its label covers it" : label === 0 ? "background paints nothing" : `painted, ${kept + 1}${["st", "nd", "rd"][kept] ?? "th"} by score`;
     return h("div", { class: "why" }, head,
       h("div", { class: "verdict" }, h("span", { class: "chip big" }, swatch(label), nameOf(label)),
         h("span", {}, "score ", h("b", {}, why.score[index].toFixed(3))), why.own[index] < 1 ? h("span", { class: "muted" }, `proposer's own ${why.own[index].toFixed(2)}`) : null),
