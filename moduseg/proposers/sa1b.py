@@ -27,6 +27,8 @@ MAX_PIXELS = 100_000_000
 """Largest image whose masks are read when the caller does not know its size."""
 MAX_MASK_PIXELS = 1 << 31
 """Largest number of pixels in all the masks of one file together, a byte each in memory."""
+_MOST_AREAS = 255
+"""Run lengths whose areas pycocotools gives at once: it keeps their number in a byte, beyond which NumPy 2 raises."""
 
 
 def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
         runs = coco.encode(columns.transpose(2, 1, 0))
         fields = zip(
             runs,
-            coco.area(runs).tolist(),
+            (area for start in range(0, count, _MOST_AREAS) for area in coco.area(runs[start : start + _MOST_AREAS])),
             coco.toBbox(runs).tolist(),
             _shortest(proposals.scores),
             _shortest(proposals.stability),
@@ -57,7 +59,7 @@ def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
                 {
                     "id": index,
                     "segmentation": {"size": [height, width], "counts": run["counts"].decode("ascii")},
-                    "area": area,
+                    "area": int(area),
                     "bbox": bbox,
                     "predicted_iou": score,
                     "stability_score": stability,

@@ -68,6 +68,15 @@ def test_fields_are_those_of_sa1b(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(coco.decode(annotation["segmentation"]).astype(bool), mask.numpy())
 
 
+@pytest.mark.parametrize("count", [255, 256, 600])
+def test_more_masks_than_a_byte_counts(count: int, rng: np.random.Generator, tmp_path: Path) -> None:
+    proposals = Proposals(torch.from_numpy(rng.random((count, 5, 7)) < 0.5))
+    data = sa1b.to_annotations(proposals, "a")
+    assert [a["area"] for a in data["annotations"]] == proposals.areas.tolist()
+    (tmp_path / "a.json").write_bytes(sa1b.dump(data))
+    assert torch.equal(sa1b.read_proposals(tmp_path / "a.json").masks, proposals.masks)
+
+
 def test_no_proposals() -> None:
     data = sa1b.to_annotations(Proposals(torch.zeros((0, 4, 7), dtype=torch.bool)), "a")
     assert data["annotations"] == []
