@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from moduseg.errors import ConfigError
+from moduseg.retrieval.bits import PackedMasks
+from moduseg.retrieval.suppress import PACKED
 from moduseg.structures import IGNORE_INDEX, Proposals, ScoreMaps
 
 BackgroundRule = Literal["constant", "power", "threshold", "given", "words", "probability"]
@@ -57,10 +59,11 @@ def label_map(
     if refine is not None:
         stacked = refine(stacked)
     ids = torch.tensor((0, *score_maps.class_ids), dtype=torch.uint8, device=stacked.device)
-    # The first of equal maxima: background, then ascending ids.
-    labels = ids[stacked.argmax(0)]
+    # The smallest of equal maxima; on a CPU a fraction of the time of argmax.
+    best = stacked.amax(0)
+    labels = torch.where(stacked == best, ids[:, None, None], IGNORE_INDEX).amin(0)
     if rule == "probability":
-        labels = labels.masked_fill(stacked.amax(0) < value, 0)
+        labels = labels.masked_fill(best < value, 0)
     if score_maps.ignore is not None:
         labels = labels.masked_fill(score_maps.ignore, IGNORE_INDEX)
     return labels
@@ -145,7 +148,15 @@ def region_vote(labels: Tensor, proposals: Proposals, purity: float = 0.0) -> Te
     order = torch.arange(len(masks), device=masks.device).flip(0)
     order = order[areas[order].argsort(descending=True, stable=True)]
     order = order[pure[order].int().argsort(stable=True)]
-    result = flat.clone()
-    for index in order[best[order] > 0]:
-        result = torch.where(masks[index].flatten(), ids[winner[index]], result)
+    order = order[best[order] > 0]
+    if masks.device.type in PACKED:
+        # What paints first stays; numbered from 1, so that 0 is what nothing paints.
+        order = order.flip(0)
+        numbers = (winner[order] + 1).to(torch.uint8).numpy()
+        painted = torch.from_numpy(PackedMasks.of(masks).select(order.numpy()).paint(numbers)).flatten()
+        result = torch.where(painted == 0, flat, torch.cat((ids[:1], ids))[painted.long()])
+    else:
+        result = flat.clone()
+        for index in order:
+            result = torch.where(masks[index].flatten(), ids[winner[index]], result)
     return torch.where(flat == IGNORE_INDEX, flat, result).view_as(labels)
