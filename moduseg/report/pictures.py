@@ -10,10 +10,11 @@ import zlib
 
 import cv2
 import numpy as np
+from zlib_ng import zlib_ng
 
 from moduseg.datasets.palette import voc_palette
 from moduseg.datasets.png import SIGNATURE
-from moduseg.report.overlay import distinct_colours, resize_image, resize_labels
+from moduseg.report.overlay import dimmed, distinct_colours, resize_image, resize_labels
 from moduseg.structures import IGNORE_INDEX
 
 MAX_CODES = 254
@@ -67,7 +68,7 @@ def index_png(ids: np.ndarray, palette: np.ndarray) -> bytes:
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
         (b"PLTE", palette[: highest + 1].astype(np.uint8).tobytes()),
-        (b"IDAT", zlib.compress(rows.tobytes(), 6)),
+        (b"IDAT", zlib_ng.compress(rows.tobytes(), 6)),
         (b"IEND", b""),
     )
     return SIGNATURE + b"".join(
@@ -183,9 +184,9 @@ def outlined(image: np.ndarray, labels: np.ndarray, purified: np.ndarray, longes
     shown = resize_image(image, size)
     before, after = resize_labels(labels, size), resize_labels(purified, size)
     tinted = cv2.addWeighted(shown, 0.65, _PALETTE[before], 0.35, 0.0)
-    painted = np.where(((before > 0) & (before != IGNORE_INDEX))[:, :, None], tinted, shown)
-    taken = after == IGNORE_INDEX
-    painted[taken] = painted[taken] * 0.6
+    painted = shown.copy()
+    cv2.copyTo(tinted, ((before > 0) & (before != IGNORE_INDEX)).view(np.uint8), painted)
+    cv2.copyTo(dimmed(painted, 0.6), (after == IGNORE_INDEX).view(np.uint8), painted)
     for label in np.unique(after).tolist():
         # The background's outline would only double those of the others.
         if label not in (0, IGNORE_INDEX):
