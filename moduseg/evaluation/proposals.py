@@ -72,14 +72,14 @@ def best_ious(objects: Tensor, proposals: Tensor, ignore: Tensor | None = None) 
     best = torch.zeros(len(objects), dtype=torch.float32, device=objects.device)
     if len(objects) == 0 or len(proposals) == 0:
         return best
-    counted = slice(None) if ignore is None else ~ignore.flatten()
-    # float32 counts pixels exactly up to 2^24, far above the size of one object.
-    wanted = objects.flatten(1)[:, counted].float()
-    areas = wanted.sum(1)
+    counted = torch.ones_like(objects[:1]) if ignore is None else ~ignore[None]
+    # float32 counts pixels exactly up to 2^24, far above the size of one object. The last row counts whole proposals.
+    wanted = torch.cat((objects & counted, counted)).flatten(1).float()
+    areas = wanted[:-1].sum(1)
     for chunk in proposals.split(_CHUNK):
-        offered = chunk.flatten(1)[:, counted].float()
-        shared = wanted @ offered.T
-        union = areas[:, None] + offered.sum(1)[None] - shared
+        shared = wanted @ chunk.flatten(1).float().T
+        offered, shared = shared[-1], shared[:-1]
+        union = areas[:, None] + offered[None] - shared
         best = torch.maximum(best, (shared / union.clamp(min=1)).amax(1))
     return best
 

@@ -13,10 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg.retrieval.majority import majority
-
 _BITS = 36
 """Masks between two renumberings: a cell number (below 2^27 pixels) and as many bits fit into 63."""
+
+
+def partition(masks: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The cells of an image; arguments as `Cells.of`.
+
+    Returns:
+        `code [H * W]` int64, the cell of each pixel, and `place [U]` int64, a pixel of each cell.
+    """
+    pixels = masks.flatten(1)
+    code = torch.zeros(pixels.shape[1], dtype=torch.int64, device=masks.device)
+    if values is not None:
+        code = values.flatten().to(masks.device).long()
+    for start in range(0, max(len(pixels), 1), _BITS):
+        for mask in pixels[start : start + _BITS]:
+            code = code * 2 + mask
+        code = code.unique(return_inverse=True)[1]
+    # Any pixel of a cell stands for it.
+    place = torch.zeros(int(code.max()) + 1 if len(code) else 0, dtype=torch.int64, device=masks.device)
+    place[code] = torch.arange(len(code), device=masks.device)
+    return code, place
 
 
 @dataclass(frozen=True)
@@ -48,20 +66,10 @@ class Cells:
             raise ValueError(f"masks: got {tuple(masks.shape)} {masks.dtype}, expected [N, H, W] bool")
         if values is not None and values.shape != masks.shape[1:]:
             raise ValueError(f"values: got {tuple(values.shape)}, expected the masks' {tuple(masks.shape[1:])}")
-        pixels = masks.flatten(1)
-        code = torch.zeros(pixels.shape[1], dtype=torch.int64, device=masks.device)
-        if values is not None:
-            code = values.flatten().to(masks.device).long()
-        for start in range(0, max(len(pixels), 1), _BITS):
-            for mask in pixels[start : start + _BITS]:
-                code = code * 2 + mask
-            code = code.unique(return_inverse=True)[1]
+        code, place = partition(masks, values)
         sizes = torch.bincount(code)
-        # Any pixel of a cell stands for it.
-        place = torch.zeros(len(sizes), dtype=torch.int64, device=masks.device)
-        place[code] = torch.arange(len(code), device=masks.device)
         value = place.new_zeros(len(sizes)) if values is None else values.flatten().to(masks.device).long()[place]
-        return cls(pixels[:, place].T.cpu().numpy(), sizes.cpu().numpy(), value.cpu().numpy())
+        return cls(masks.flatten(1)[:, place].T.cpu().numpy(), sizes.cpu().numpy(), value.cpu().numpy())
 
     @cached_property
     def shared(self) -> np.ndarray:
@@ -104,16 +112,3 @@ class Cells:
             return np.zeros(len(self.sizes), dtype=np.int64)
         hit = self.cover[:, order]
         return np.where(hit.any(1), labels[order][hit.argmax(1)], 0)
-
-    def majority(self, places: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """`[U]` int64: the label of most of some masks in each cell; see `moduseg.retrieval.majority`.
-
-        Args:
-            places: `[K]` indices of masks.
-            labels: `[N]` integers, 0 background.
-            scores: `[N]` float.
-        """
-        if not len(places):
-            return np.zeros(len(self.sizes), dtype=np.int64)
-        cover = torch.from_numpy(np.ascontiguousarray(self.cover[:, places].T))
-        return majority(cover, torch.from_numpy(labels[places]), torch.from_numpy(scores[places])).long().numpy()

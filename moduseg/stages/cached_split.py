@@ -25,6 +25,7 @@ from moduseg.proposers import sa1b
 from moduseg.retrieval import indices
 from moduseg.retrieval.balance import Candidates, balanced, class_candidates, class_spreads, smallest_class
 from moduseg.retrieval.cells import Cells
+from moduseg.retrieval.majority import majority_of_cells
 from moduseg.retrieval.search import BankIndex, search
 from moduseg.retrieval.selection import NEAREST, margins, select, similarity_certainty, worth
 from moduseg.retrieval.vote import vote
@@ -277,7 +278,7 @@ def _count(
             kept = Cells(cells.cover[:, places], cells.sizes, cells.values)
             chosen = places[select(kept, labels[places], worths[places])]
             order = order[np.isin(order, chosen)]
-        painted = cells.majority(order, labels, scores) if votes else cells.paint(order, labels)
+        painted = majority_of_cells(cells, order, labels, scores) if votes else cells.paint(order, labels)
         counted = cells.values != IGNORE_INDEX
         codes = cells.values[counted] * size + painted[counted]
         counts = np.bincount(codes, cells.sizes[counted], size * size)

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from moduseg.config import RetrievalConfig
-from moduseg.retrieval import majority as module
 from moduseg.retrieval.cells import Cells
-from moduseg.retrieval.majority import assemble_majority
+from moduseg.retrieval.majority import assemble_majority, majority_of_cells
 from moduseg.retrieval.retriever import Retriever
 from moduseg.structures import Proposals
 
@@ -28,13 +27,9 @@ def by_loops(masks: np.ndarray, labels: list[int], scores: list[float]) -> np.nd
     return out
 
 
-@pytest.mark.parametrize("block", [1, 1 << 22])
 @pytest.mark.parametrize("distinct", [1, 2, 4, 30])
-def test_as_pixel_by_pixel(
-    distinct: int, block: int, device: torch.device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_BLOCK", block)
-    for count in (0, 1, 2, 9, 40):
+def test_as_pixel_by_pixel(distinct: int, device: torch.device, rng: np.random.Generator) -> None:
+    for count in (0, 1, 2, 9, 40, 700):
         masks = rng.random((count, 7, 11)) < 0.4
         labels = (rng.integers(0, distinct, count) * 8).tolist()
         scores = (rng.integers(-4, 5, count) / 4).tolist()  # sums tie as well
@@ -68,8 +63,8 @@ def test_cells_give_the_same(rng: np.random.Generator) -> None:
     where = torch.arange(81).view(9, 9)
     cells = Cells.of(masks, where)  # one cell a pixel
     whole = assemble_majority(masks[places], torch.from_numpy(labels[places]), torch.from_numpy(scores[places]))
-    assert np.array_equal(cells.majority(places, labels, scores), whole.flatten().numpy())
-    assert not cells.majority(places[:0], labels, scores).any()
+    assert np.array_equal(majority_of_cells(cells, places, labels, scores), whole.flatten().numpy())
+    assert not majority_of_cells(cells, places[:0], labels, scores).any()
 
 
 def test_disjoint_proposals_are_painted_as_ever(device: torch.device, rng: np.random.Generator) -> None:
