@@ -29,6 +29,7 @@ NEEDS_NOTHING = {
     ("proposer", "sam_miniature"),
     ("proposer", "superpixels"),
     ("proposer", "superpixels_photo"),
+    ("proposer", "superpixels_photo_three"),
     ("backbone", "clip_miniature"),
     ("backbone", "miniature"),
     ("backbone", "miniature_random"),
