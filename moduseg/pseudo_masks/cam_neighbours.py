@@ -33,6 +33,11 @@ class NeighbourCamGenerator(PseudoMaskGenerator):
     on top of the closed form of `CamGenerator`. A region scores `max(0, a + weight * e)`, scaled into [0, 1] by class
     and image.
 
+    Where classes have few images `e` is below 0 nearly everywhere: the best of two images are farther away than the
+    best of a hundred, and what falls below 0 is cut off. `relative` measures it from its mean over the image's regions
+    and classes: what counts is which region, and which of its classes, other images speak for most. A class that no
+    other image has gets no answer, and keeps its activation.
+
     All regions of the training images are kept, in half precision: for training sets of thousands of images, not more.
 
     Args:
@@ -42,6 +47,7 @@ class NeighbourCamGenerator(PseudoMaskGenerator):
         neighbours: images of the class that are asked, 1 or more; all that there are where there are fewer.
         others: the same of images without the class.
         weight: of the neighbours' answer, 0 or more.
+        relative: `e` less its mean over the image, see above.
 
     Raises:
         ValueError: a number out of range.
@@ -61,6 +67,7 @@ class NeighbourCamGenerator(PseudoMaskGenerator):
         neighbours: int = 8,
         others: int = 5,
         weight: float = 5.0,
+        relative: bool = True,
         fit_batch: int = 8,
     ) -> None:
         for name, number in (("neighbours", neighbours), ("others", others)):
@@ -69,7 +76,7 @@ class NeighbourCamGenerator(PseudoMaskGenerator):
         if not weight >= 0:
             raise ValueError(f"weight: got {weight}, expected 0 or more; try 5")
         self._cam = CamGenerator(backbone, classes, ridge, rounds, top, fit_batch=fit_batch)
-        self._neighbours, self._others, self._weight = neighbours, others, weight
+        self._neighbours, self._others, self._weight, self._relative = neighbours, others, weight, relative
         self._num_classes = len(classes) - 1
         self._state: dict[str, Tensor] | None = None
 
@@ -168,7 +175,7 @@ class NeighbourCamGenerator(PseudoMaskGenerator):
         return ScoreMaps(tuple(labels), painted(empty, values, found))
 
     def _asked(self, pooled: Tensor, labels: tuple[int, ...], sample: Sample) -> Tensor:
-        """`e` of each region and class, `[P, R]`; 0 for a region without a vector and a class no other image has."""
+        """`e` of each region and class, `[P, R]`; 0 for a region without a vector and a class that got no answer."""
         state = self._state or {}
         count = len(state["ids"])
         unit = F.normalize(pooled - state["centre"], dim=1)
@@ -178,12 +185,17 @@ class NeighbourCamGenerator(PseudoMaskGenerator):
         seen = torch.bincount(state["image"], minlength=count) > 0
         asked = seen & (state["ids"] != _known_by(sample))
         answers = torch.zeros(len(unit), len(labels), device=unit.device)
+        answered = torch.zeros_like(answers, dtype=torch.bool)
+        found = (pooled != 0).any(1)
         for column, label in enumerate(labels):
             has = state["tags"][:, label - 1] > 0
             yes, no = nearest[:, asked & has], nearest[:, asked & ~has]
             if yes.shape[1] and no.shape[1]:
                 answers[:, column] = _mean_of_best(yes, self._neighbours) - _mean_of_best(no, self._others)
-        return answers * (pooled != 0).any(1, keepdim=True)
+                answered[:, column] = found
+        if self._relative and answered.any():
+            answers = answers - answers[answered].mean()
+        return answers * answered
 
 
 def _mean_of_best(similarities: Tensor, count: int) -> Tensor:
