@@ -29,7 +29,7 @@ NEEDS_NOTHING = {
     ("proposer", "sam_miniature"),
     ("proposer", "superpixels"),
     ("proposer", "superpixels_photo"),
-    ("proposer", "superpixels_photo_three"),
+    ("proposer", "superpixels_photo_nine"),
     ("backbone", "clip_miniature"),
     ("backbone", "miniature"),
     ("backbone", "miniature_random"),
