@@ -67,7 +67,7 @@ class NeighbourCamGenerator(PseudoMaskGenerator):
         neighbours: int = 8,
         others: int = 5,
         weight: float = 5.0,
-        relative: bool = True,
+        relative: bool = False,
         fit_batch: int = 8,
     ) -> None:
         for name, number in (("neighbours", neighbours), ("others", others)):

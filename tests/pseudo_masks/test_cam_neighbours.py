@@ -38,9 +38,9 @@ def fitted(device: torch.device = CPU, **arguments: Any) -> NeighbourCamGenerato
 
 
 class TestContract(GeneratorContract):
-    @pytest.fixture
-    def generator(self, device: torch.device) -> NeighbourCamGenerator:
-        return fitted(device)
+    @pytest.fixture(params=[False, True], ids=["absolute", "relative"])
+    def generator(self, device: torch.device, request: pytest.FixtureRequest) -> NeighbourCamGenerator:
+        return fitted(device, relative=request.param)
 
     def test_labels_come_out_right(self, generator: NeighbourCamGenerator) -> None:
         """With proposals that fit the objects."""
