@@ -22,11 +22,11 @@ from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
 from moduseg.bank.store import Bank
 from moduseg.config import Config, from_hydra
 from moduseg.datasets.io import read_image
+from moduseg.devices import Device, resolve_device
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
 from moduseg.retrieval.retriever import Retriever
 from moduseg.retrieval.search import search
-from moduseg.runtime.devices import Device, resolve_device
 from moduseg.structures import Prediction, Proposals, Sample, TokenMap
 
 

@@ -15,11 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the plain implementation is the tests'
 
-from moduseg.cli import guard
+from benchmarks import FIGURES, measure
+from benchmarks.common import Setting, as_json, machine, markdown
+from moduseg.cli.main import guard
+from moduseg.devices import resolve_device
 from moduseg.errors import ConfigError
-from moduseg.runtime.devices import resolve_device
-from tests.speed import FIGURES, measure
-from tests.speed.common import Setting, as_json, machine, markdown
 
 
 def main() -> int:

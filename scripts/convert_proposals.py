@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from moduseg.errors import ModusegError
-from moduseg.proposers.convert import convert_folder
+from moduseg.tools.convert import convert_folder
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ Drop a picture, click a region, see why it has its label, correct it, save what 
 (`pip install 'moduseg[app]'`).
 """
 
-from moduseg.cli import main_own
+from moduseg.cli.main import main_own
 
 if __name__ == "__main__":
     main_own("demo_app")

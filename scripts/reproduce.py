@@ -3,7 +3,7 @@
 Tables are in `configs/reproduce/`; `show` prints the command of each row instead of running it.
 """
 
-from moduseg.cli import main_reproduce
+from moduseg.cli.main import main_reproduce
 
 if __name__ == "__main__":
     main_reproduce()

@@ -18,7 +18,7 @@ from moduseg.errors import ModusegError
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train_miniature")
 def main(cfg: DictConfig) -> None:
     """Exit code 2 after one line on standard error where the settings cannot be used."""
-    from moduseg.miniature.train import run
+    from moduseg.miniature.training.train import run
 
     try:
         run(cfg)

@@ -3,7 +3,7 @@
 With `predictions=<folder>` the PNGs there are packed, else the run's own are, made first where they are not there.
 """
 
-from moduseg.cli import main
+from moduseg.cli.main import main
 
 if __name__ == "__main__":
     main("voc_package")

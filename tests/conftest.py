@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -34,14 +34,15 @@ from moduseg.datasets.labels import check_ids, read_classes, read_label_file, re
 from moduseg.datasets.voc import read_voc_xml
 from moduseg.errors import ModusegError
 from moduseg.evaluation.counts import ImageCounts, SplitCounts
+from moduseg.files import digest_of
+from moduseg.pipeline.artefacts import FORMAT, Artefact
 from moduseg.proposers import sa1b
 from moduseg.proposers.id_maps import read_id_map
 from moduseg.pseudo_masks.files import read_label_map
 from moduseg.pseudo_masks.store import pack, unpack
-from moduseg.runtime.artefacts import FORMAT, Artefact, digest_of
-from moduseg.runtime.weights import load_state
-from moduseg.stages.ablate import load_table
 from moduseg.structures import Proposals, ScoreMaps
+from moduseg.studies.ablate import load_table
+from moduseg.weights.sources import load_state
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 st = hypothesis.strategies
@@ -290,11 +291,11 @@ def test_a_mutilated_yaml_is_our_error_or_a_good_read(
 ) -> None:
     import shutil
 
-    from moduseg import config
-    from moduseg.stages import ablate
+    from moduseg.config import files as config_files
+    from moduseg.studies import ablate
 
-    shutil.copytree(config.config_dir(), tmp_path / "configs")
-    for module in (config, ablate):
+    shutil.copytree(config_files.config_dir(), tmp_path / "configs")
+    for module in (config_files, ablate):
         monkeypatch.setattr(module, "config_dir", lambda: tmp_path / "configs")
     path = tmp_path / "configs" / name
     whole = path.read_bytes()

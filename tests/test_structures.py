@@ -9,7 +9,7 @@ import torch
 from moduseg.bank.aggregation import coverage, proposal_coverage
 from moduseg.retrieval.pipeline import assemble, assemble_proposals
 from moduseg.structures import Proposals, TokenMap
-from tests import plain
+from tests import reference
 
 
 def of_ids(rng: np.random.Generator, device: torch.device, count: int = 7) -> Proposals:
@@ -70,7 +70,7 @@ def test_every_step_takes_the_map(input_size: tuple[int, int], device: torch.dev
             assert torch.equal(ours, theirs)
     np.testing.assert_array_equal(
         expected[0].cpu().numpy(),
-        plain.rasterize(found.masks.cpu().numpy(), labels.cpu().numpy(), found.scores.cpu().numpy()),
+        reference.rasterize(found.masks.cpu().numpy(), labels.cpu().numpy(), found.scores.cpu().numpy()),
     )
 
 

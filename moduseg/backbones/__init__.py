@@ -9,8 +9,8 @@ from moduseg.backbones.base import Backbone
 from moduseg.backbones.clip import ClipBackbone
 from moduseg.backbones.concat import ConcatBackbone
 from moduseg.backbones.timm_backbone import TimmBackbone
-from moduseg.runtime.construct import build_named
-from moduseg.runtime.devices import Device
+from moduseg.config.construct import build_named
+from moduseg.devices import Device
 
 BACKBONES: dict[str, type[Backbone]] = {"clip": ClipBackbone, "concat": ConcatBackbone, "timm": TimmBackbone}
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from moduseg.backbones.base import Backbone
+from moduseg.backbones.clip_attention import GIVEN, Affinity, Branches, check_variant, cosine_similarity, dense_tokens
 from moduseg.backbones.clip_model import Activation, ClipSource
-from moduseg.backbones.dense_clip import GIVEN, Affinity, Branches, check_variant, cosine_similarity, dense_tokens
 from moduseg.backbones.inputs import to_input
 from moduseg.backbones.regions import merge_table, region_grid
-from moduseg.runtime.devices import Device
+from moduseg.devices import Device
 from moduseg.structures import TokenMap
 
 
@@ -24,7 +24,7 @@ class ClipEncoder:
 
     Args:
         source: the model.
-        variant: one of `moduseg.backbones.dense_clip.VARIANTS`.
+        variant: one of `moduseg.backbones.clip_attention.VARIANTS`.
         project: tokens in the space of the texts.
         short_side: the image is resized until its short side has this many pixels; native size where left out.
         batch_size: images of one padded size that share a forward pass.

@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
-from moduseg.runtime.devices import Device
-from moduseg.runtime.hub import first_line as _first_line
-from moduseg.runtime.hub import model_digest, model_folder
-from moduseg.runtime.weights import find_weights
+from moduseg.weights.hub import first_line as _first_line
+from moduseg.weights.hub import model_digest, model_folder
+from moduseg.weights.sources import find_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer

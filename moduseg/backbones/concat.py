@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.upsample import regrid
-from moduseg.runtime.devices import Device
+from moduseg.devices import Device
 from moduseg.structures import TokenMap
 
 

@@ -31,10 +31,11 @@ from moduseg.backbones.timm_model import (
 )
 from moduseg.backbones.timm_published import hub_alternative, published_file
 from moduseg.backbones.windows import over_windows
+from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError
-from moduseg.runtime.devices import Device
-from moduseg.runtime.weights import file_digest, find_weights
+from moduseg.files import file_digest
 from moduseg.structures import TokenMap
+from moduseg.weights.sources import find_weights
 
 KEY = "backbone.weights"
 
@@ -46,7 +47,7 @@ class TimmBackbone(Backbone):
         model: timm's name of the model (`vit_base_patch14_dinov2`, `mobilenetv2_100`).
         device: where the model runs and in which precision; tokens are float32 there.
         weights: a path (`~` and `$VARIABLE` are expanded when the file is first needed), `miniature/<file>` for one
-            that the package carries, an address (`moduseg.runtime.weights.find_weights`), `hub` for timm's published
+            that the package carries, an address (`moduseg.weights.sources.find_weights`), `hub` for timm's published
             weights, or `random`.
         model_kwargs: more arguments for `timm.create_model` (`{img_size: 128, patch_size: 8}`).
         mean, std: of the RGB channels in [0, 1]; those of the model's `pretrained_cfg` where left out.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moduseg.errors import ArtefactError, ConfigError
-from moduseg.runtime.weights import load_state
+from moduseg.weights.sources import load_state
 
 HEAD_PREFIXES = ("head.", "head_dist.", "classifier.", "fc.", "fc_norm.", "attn_pool.")
 """Parameters of classifiers and of their pooling, which a model without them leaves out."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moduseg.backbones.timm_model import pretrained_id
 from moduseg.errors import ConfigError
-from moduseg.runtime.hub import hub_file, page
+from moduseg.weights.hub import hub_file, page
 
 
 def published_file(name: str, revision: str | None, key: str) -> Path:
@@ -19,7 +19,7 @@ def published_file(name: str, revision: str | None, key: str) -> Path:
 
     Raises:
         ConfigError: see `pretrained_id`.
-        MissingError, ArtefactError, StorageError: see `moduseg.runtime.hub.hub_file`.
+        MissingError, ArtefactError, StorageError: see `moduseg.weights.hub.hub_file`.
     """
     import timm
 

@@ -1,0 +1,1 @@
+"""The feature bank: purification, aggregation, outlier filter, storage."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from moduseg.bank.store import Bank
 from moduseg.errors import ArtefactError
-from moduseg.runtime.artefacts import FORMAT, digest_of, read_json, write_json
-from moduseg.runtime.digests import file_digest
+from moduseg.files import digest_of, file_digest, read_json, write_json
+from moduseg.pipeline.artefacts import FORMAT
 
 STAGE = "bank"
 """The folder of derived banks below a data set's, and the `stage` of their manifest."""

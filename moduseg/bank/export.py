@@ -12,7 +12,7 @@ import numpy as np
 
 from moduseg.bank.store import Bank, SearchBank
 from moduseg.errors import MissingError
-from moduseg.runtime.artefacts import write_atomic, write_json
+from moduseg.files import write_atomic, write_json
 
 FORMATS = ("npz", "faiss", "csv", "projector")
 """`npz`: NumPy arrays; `faiss`: an index of inner products, its rows described in a JSON file beside it; `csv`: one

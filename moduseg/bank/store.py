@@ -23,7 +23,7 @@ from moduseg.bank.prototypes import class_prototypes
 from moduseg.bank.subset import rows_of_images_per_class
 from moduseg.config import BankConfig, OutliersConfig
 from moduseg.errors import ArtefactError, ConfigError, DataError
-from moduseg.runtime.artefacts import read_json, write_atomic, write_json
+from moduseg.files import read_json, write_atomic, write_json
 
 _TENSORS = ("pooled", "labels", "image_index", "areas")
 

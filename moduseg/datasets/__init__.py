@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from moduseg.config.construct import build_named
 from moduseg.datasets.ade20k import Ade20kDataset
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.cityscapes import CityscapesDataset
@@ -15,7 +16,6 @@ from moduseg.datasets.coco150 import Coco150Dataset
 from moduseg.datasets.folder import FolderDataset
 from moduseg.datasets.miniature import MiniatureDataset
 from moduseg.datasets.voc import VocDataset
-from moduseg.runtime.construct import build_named
 
 __all__ = ["DATASETS", "Dataset", "build"]
 

@@ -20,7 +20,7 @@ from moduseg.datasets.classes import COCO_CATEGORIES, COCO_CONTIGUOUS
 from moduseg.datasets.io import MAX_PIXELS
 from moduseg.datasets.labels import without_suffix
 from moduseg.errors import DataError
-from moduseg.runtime.rle import checked_runs, polygon_runs
+from moduseg.masks.rle import checked_runs, polygon_runs
 from moduseg.structures import IGNORE_INDEX
 
 _DECODER = json.JSONDecoder()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from moduseg.datasets.labels import LabelFile
 from moduseg.datasets.voc import VocDataset
-from moduseg.miniature.voc_writer import write_voc
-from moduseg.miniature.world import CLASSES, WorldConfig
+from moduseg.miniature.world.scenes import CLASSES, WorldConfig
+from moduseg.miniature.world.voc_writer import write_voc
 
 
 class MiniatureDataset(VocDataset):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moduseg.config.construct import build_named
+from moduseg.devices import Device
 from moduseg.proposers.base import Proposer
 from moduseg.proposers.files import FileProposer
 from moduseg.proposers.ground_truth import GroundTruthProposer
@@ -12,8 +14,6 @@ from moduseg.proposers.sam import SamProposer
 from moduseg.proposers.sam_transformers import SamTransformersProposer
 from moduseg.proposers.superpixels import SuperpixelProposer
 from moduseg.proposers.universal import UniversalProposer
-from moduseg.runtime.construct import build_named
-from moduseg.runtime.devices import Device
 
 PROPOSERS: dict[str, type[Proposer]] = {
     "files": FileProposer,

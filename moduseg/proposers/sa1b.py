@@ -5,7 +5,7 @@
                       "predicted_iou": float, "stability_score": float}, ...]}
 
 Files from elsewhere may leave out the scores, may be the bare list of annotations that the SAM tools write, and may
-hold uncompressed run lengths or polygons. They are not trusted: `moduseg.runtime.rle` decodes and checks the run
+hold uncompressed run lengths or polygons. They are not trusted: `moduseg.masks.rle` decodes and checks the run
 lengths, because the decoder of pycocotools believes whatever the string says, beyond the end of its buffers.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moduseg.errors import DataError
-from moduseg.runtime.rle import checked_runs, disjoint_ids, polygon_runs
+from moduseg.masks.rle import checked_runs, disjoint_ids, polygon_runs
 from moduseg.structures import Proposals
 
 MAX_PIXELS = 100_000_000

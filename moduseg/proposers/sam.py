@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moduseg.clock import count_passes
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, MissingError
+from moduseg.files import file_digest
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.grid import check_thickness, generate_batch
 from moduseg.proposers.grid_options import GridOptions, check_images_per_batch
+from moduseg.proposers.mask_generation import check_thickness, generate_batch
 from moduseg.proposers.sam_decoder import PackagedSam
-from moduseg.runtime.clock import count_passes
-from moduseg.runtime.devices import Device
-from moduseg.runtime.download import fetch
-from moduseg.runtime.weights import ADDRESSES, file_digest, find_weights, load_state
 from moduseg.structures import Proposals, Sample
+from moduseg.weights.download import fetch
+from moduseg.weights.sources import ADDRESSES, find_weights, load_state
 
 if TYPE_CHECKING:
     from segment_anything import SamAutomaticMaskGenerator
@@ -54,7 +55,7 @@ class SamProposer(Proposer):
         device: where the model runs. Precision holds for the image encoder; prompts and masks stay in float32.
         model: `vit_b`, `vit_l`, `vit_h`, or `miniature` (moduseg/miniature/README.md).
         checkpoint: `published` (fetched from where the model's authors publish it), an address
-            (`moduseg.runtime.weights.find_weights`), a path (`~` allowed), `miniature/sam.safetensors`, or `random`.
+            (`moduseg.weights.sources.find_weights`), a path (`~` allowed), `miniature/sam.safetensors`, or `random`.
         points_per_side: points along each side of the image.
         points_per_batch: points that share a pass of the mask decoder; changes speed and memory only.
         pred_iou_thresh: least predicted IoU, in [0, 1].
@@ -68,7 +69,7 @@ class SamProposer(Proposer):
         min_mask_region_area: holes and islands smaller than this, in pixels, are removed; 0 leaves them.
         seed: of `random` weights.
         engine: who runs the model and filters: `packaged` is `SamAutomaticMaskGenerator` itself, `grid` gives the same
-            masks in a third of the time on a CPU (`moduseg.proposers.grid`).
+            masks in a third of the time on a CPU (`moduseg.proposers.mask_generation`).
         images_per_batch: of `grid`, images or crops that share a pass of the image encoder; speed and memory, and the
             last bits of the scores.
         compile: of `grid`, have `torch.compile` translate the image encoder: minutes at the first image, then faster.
@@ -277,6 +278,6 @@ def _registry() -> dict[str, Callable[[], Sam]]:
     """Builders of the published models, and of the miniature beside them."""
     from segment_anything import sam_model_registry
 
-    from moduseg.miniature.sam import build_miniature_sam
+    from moduseg.miniature.models.sam import build_miniature_sam
 
     return {**{name: sam_model_registry[name] for name in PUBLISHED}, "miniature": build_miniature_sam}

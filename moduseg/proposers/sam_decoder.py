@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moduseg.proposers.full_size import Embedded
-from moduseg.proposers.grid import Decoded, Promptable
-from moduseg.runtime.clock import model_pass
-from moduseg.runtime.devices import Device
+from moduseg.clock import model_pass
+from moduseg.devices import Device
+from moduseg.proposers.mask_generation import Decoded, Promptable
+from moduseg.proposers.mask_upsampling import Embedded
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam

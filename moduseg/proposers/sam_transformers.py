@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.full_size import Embedded
-from moduseg.proposers.grid import Decoded, Promptable, check_thickness, generate_batch
 from moduseg.proposers.grid_options import GridOptions, check_images_per_batch
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, longest_side, prepare
-from moduseg.runtime.devices import Device
-from moduseg.runtime.pretrained import Pretrained
+from moduseg.proposers.mask_generation import Decoded, Promptable, check_thickness, generate_batch
+from moduseg.proposers.mask_upsampling import Embedded
 from moduseg.structures import Proposals, Sample
+from moduseg.weights.pretrained import Pretrained
 
 CLASSES = {
     "sam": "SamModel",
@@ -92,7 +92,7 @@ class SamTransformersProposer(Proposer):
 
         Raises:
             MissingError: they are not there and cannot be fetched.
-            ArtefactError, StorageError: see `moduseg.runtime.hub.model_folder`.
+            ArtefactError, StorageError: see `moduseg.weights.hub.model_folder`.
         """
         return self._source.digest
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.full_size import Embedded, enlarge
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, prepare, shortest_side
-from moduseg.runtime.devices import Device
-from moduseg.runtime.pretrained import Pretrained
+from moduseg.proposers.mask_upsampling import Embedded, enlarge
 from moduseg.structures import Proposals, Sample
+from moduseg.weights.pretrained import Pretrained
 
 CLASSES = {
     "mask2former": "Mask2FormerForUniversalSegmentation",
@@ -81,7 +81,7 @@ class UniversalProposer(Proposer):
 
         Raises:
             MissingError: they are not there and cannot be fetched.
-            ArtefactError, StorageError: see `moduseg.runtime.hub.model_folder`.
+            ArtefactError, StorageError: see `moduseg.weights.hub.model_folder`.
         """
         return self._source.digest
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moduseg.backbones.base import Backbone
+from moduseg.config.construct import build_named
+from moduseg.devices import Device
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.cam import CamGenerator
 from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator
@@ -14,8 +16,6 @@ from moduseg.pseudo_masks.corrclip import CorrClipGenerator
 from moduseg.pseudo_masks.files import FilePseudoMasks
 from moduseg.pseudo_masks.fusion import FusionGenerator
 from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
-from moduseg.runtime.construct import build_named
-from moduseg.runtime.devices import Device
 
 GENERATORS: dict[str, type[PseudoMaskGenerator]] = {
     "cam": CamGenerator,

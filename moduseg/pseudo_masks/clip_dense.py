@@ -12,8 +12,8 @@ from torch import Tensor
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.clip import ClipEncoder
 from moduseg.backbones.clip_model import ClipSource
+from moduseg.devices import Device
 from moduseg.pseudo_masks.clip_words import KEY, ClipWordsGenerator
-from moduseg.runtime.devices import Device
 from moduseg.structures import TokenMap
 
 
@@ -30,7 +30,7 @@ class ClipDenseGenerator(ClipWordsGenerator):
         revision: branch, tag or commit of a hub id.
         config: `CLIPConfig`'s arguments, for `random`.
         tokenizer: directory of another tokenizer.
-        variant: how the last block is run; see `moduseg.backbones.dense_clip.VARIANTS`, of which
+        variant: how the last block is run; see `moduseg.backbones.clip_attention.VARIANTS`, of which
             `corrclip` is a generator of its own.
         templates: preset (`imagenet`, `miniature`, `single`) or sentences with `{}`; a word's feature is the normalised
             mean over them.

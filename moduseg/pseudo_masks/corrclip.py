@@ -13,12 +13,12 @@ from torch import Tensor
 from moduseg.backbones import BACKBONES
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.clip import ClipEncoder
+from moduseg.backbones.clip_attention import Branches
 from moduseg.backbones.clip_model import ClipSource
-from moduseg.backbones.dense_clip import Branches
 from moduseg.backbones.regions import RegionOrder, id_map
+from moduseg.config.construct import build_named
+from moduseg.devices import Device
 from moduseg.pseudo_masks.clip_words import KEY, ClipWordsGenerator
-from moduseg.runtime.construct import build_named
-from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, Sample, TokenMap
 
 
@@ -39,7 +39,7 @@ class CorrClipGenerator(ClipWordsGenerator):
         templates, class_words, word_merge, background_words, filter_labels, logit_scale, window, stride, short_side:
             see `moduseg.pseudo_masks.clip_dense.ClipDenseGenerator`.
         batch_size: windows that share a forward pass.
-        temperature, spatial, semantic, spatial_blocks: see `moduseg.backbones.dense_clip.Branches`.
+        temperature, spatial, semantic, spatial_blocks: see `moduseg.backbones.clip_attention.Branches`.
         merge_eps: distance up to which regions are merged; 0 merges none.
         min_score: proposals with a lower `predicted_iou` are no regions (the paper: 0.5).
         min_area: proposals with fewer pixels are no regions (the paper: no minimum).

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, DataError, MissingError
+from moduseg.files import file_digest
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
-from moduseg.runtime.devices import Device
-from moduseg.runtime.weights import ADDRESSES, file_digest, find_weights
 from moduseg.structures import IGNORE_INDEX, Proposals, Sample, ScoreMaps
+from moduseg.weights.sources import ADDRESSES, find_weights
 
 KEY = "pseudo_masks.generator.folder"
 
@@ -28,7 +29,7 @@ class FilePseudoMasks(PseudoMaskGenerator):
 
     Args:
         folder: where the files are: a folder (`~` allowed), a `.zip`, or the address of a `.zip` as
-            `moduseg.runtime.weights.find_weights` takes it (`hf://datasets/<owner>/<name>/<file>.zip`), fetched on
+            `moduseg.weights.sources.find_weights` takes it (`hf://datasets/<owner>/<name>/<file>.zip`), fetched on
             first use.
         device: where the scores are put.
         classes: class names, background first; ids beyond them are an error.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from moduseg.backbones.base import Backbone
+from moduseg.config.construct import build_named
+from moduseg.devices import Device
 from moduseg.errors import ConfigError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.labels import with_background
-from moduseg.runtime.construct import build_named
-from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, Sample, ScoreMaps
 
 PARTS = ("first", "second")

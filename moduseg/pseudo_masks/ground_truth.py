@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from moduseg.devices import Device
 from moduseg.errors import DataError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.files import one_hot
-from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, Sample, ScoreMaps
 
 

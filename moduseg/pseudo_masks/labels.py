@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moduseg.errors import ConfigError
-from moduseg.retrieval.bits import PackedMasks
+from moduseg.masks.bits import PackedMasks
 from moduseg.retrieval.suppress import PACKED
 from moduseg.structures import IGNORE_INDEX, Proposals, ScoreMaps
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moduseg.miniature.clip import PROMPT_TEMPLATES
-from moduseg.miniature.drawing import STUFF
+from moduseg.miniature.models.clip import PROMPT_TEMPLATES
+from moduseg.miniature.world.drawing import STUFF
 
 IMAGENET_TEMPLATES: tuple[str, ...] = (
     "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a photo of the hard to see {}.",

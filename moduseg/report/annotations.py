@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from moduseg.datasets.palette import voc_palette
-from moduseg.report.polygons import Convention, mask_polygons
+from moduseg.masks.polygons import Convention, mask_polygons
 from moduseg.structures import IGNORE_INDEX, Prediction
 
 LABELME_VERSION = "5.5.0"
@@ -77,7 +77,7 @@ def object_record(found: FoundObject, tolerance: float) -> dict[str, Any]:
 
     Args:
         found: an object.
-        tolerance: see `moduseg.report.polygons.mask_polygons`.
+        tolerance: see `moduseg.masks.polygons.mask_polygons`.
     """
     left, top, width, height = cv2.boundingRect(np.ascontiguousarray(found.mask).view(np.uint8))
     conventions: tuple[Convention, ...] = ("edges", "centres")

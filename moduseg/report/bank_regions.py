@@ -14,8 +14,8 @@ from moduseg.bank.store import Bank
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import read_image, read_label_png
 from moduseg.errors import ModusegError
+from moduseg.files import read_json
 from moduseg.report.overlay import outlines, resize_image, resize_labels
-from moduseg.runtime.artefacts import read_json
 
 _MARGIN = 0.15
 """What is shown around a region, as a share of its longer side."""

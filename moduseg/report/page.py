@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from moduseg.datasets.palette import voc_palette
 from moduseg.evaluation.counts import SplitCounts
 from moduseg.evaluation.published import BENCHMARKS, PUBLISHED
-from moduseg.runtime.artefacts import write_atomic
+from moduseg.files import write_atomic
 from moduseg.structures import IGNORE_INDEX
 
 FORMAT = 1

@@ -1,0 +1,1 @@
+"""From query vectors to a label map: search, vote, choice among masks, rasterisation."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg.retrieval.cells import Cells, partition
+from moduseg.masks.cells import Cells, partition
 from moduseg.retrieval.rasterize import check_labels
 from moduseg.retrieval.suppress import check_scored_masks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moduseg.retrieval.bits import PackedMasks
+from moduseg.masks.bits import PackedMasks
 from moduseg.retrieval.rasterize import check_labels, rasterize, rasterize_id_map, rasterize_packed
 from moduseg.retrieval.search import BankIndex, search
 from moduseg.retrieval.suppress import (

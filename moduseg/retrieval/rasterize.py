@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moduseg.retrieval.bits import PackedMasks
+from moduseg.masks.bits import PackedMasks
 from moduseg.retrieval.suppress import PACKED, check_scored_masks, descending
 
 _BLOCK = 1 << 22

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moduseg.masks.cells import Cells
 from moduseg.retrieval.balance import Candidates, class_ranks
-from moduseg.retrieval.cells import Cells
 from moduseg.retrieval.rasterize import rasterize
 from moduseg.retrieval.suppress import check_scored_masks, descending
 

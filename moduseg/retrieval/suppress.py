@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg.retrieval.bits import PackedMasks
+from moduseg.masks.bits import PackedMasks
 
 PACKED = ("cpu",)
 """Devices whose masks are packed into bits; the others multiply matrices."""

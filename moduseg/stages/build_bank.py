@@ -15,11 +15,21 @@ from moduseg.bank.store import Bank, read_vectors
 from moduseg.config import BankConfig, Config
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, DataError
-from moduseg.runtime.artefacts import Artefact
-from moduseg.runtime.engine import Files, Loop, Outcome, sizes
-from moduseg.runtime.weights import file_digest
+from moduseg.files import file_digest
+from moduseg.pipeline.artefacts import Artefact
+from moduseg.pipeline.batches import Files, Loop, Outcome, sizes
+from moduseg.pipeline.workspace import (
+    Plan,
+    Workspace,
+    carry_out,
+    failures_of,
+    finish,
+    image_file,
+    log,
+    plain,
+    safe_name,
+)
 from moduseg.stages import pseudo_masks
-from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, image_file, log, plain, safe_name
 from moduseg.structures import TokenMap
 
 

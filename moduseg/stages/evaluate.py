@@ -14,12 +14,12 @@ from moduseg.errors import DataError
 from moduseg.evaluation.counts import FILE
 from moduseg.evaluation.proposals import ProposalQuality
 from moduseg.evaluation.tables import markdown_table, results_markdown
+from moduseg.files import file_digest, read_json, write_atomic, write_json
+from moduseg.pipeline.workspace import Workspace, count_failures, failures_of, log, plain, safe_name
 from moduseg.proposers import sa1b
-from moduseg.runtime.artefacts import read_json, write_atomic, write_json
-from moduseg.runtime.weights import file_digest
-from moduseg.stages import build_bank, infer, propose, pseudo_masks, report, score_predictions
-from moduseg.stages.common import Workspace, count_failures, failures_of, log, plain, safe_name
-from moduseg.stages.scoring import scoring_settings
+from moduseg.report import build
+from moduseg.stages import build_bank, evaluate_folder, infer, propose, pseudo_masks
+from moduseg.stages.evaluate_masks import scoring_settings
 
 
 def run(cfg: Config, work: Workspace | None = None) -> Path:
@@ -36,8 +36,8 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     """
     if cfg.predictions is not None:
         work = work or Workspace(cfg)
-        path = score_predictions.run(cfg, work)
-        report.after(work, path, changed=False)
+        path = evaluate_folder.run(cfg, work)
+        build.after(work, path, changed=False)
         return path
     work = work or Workspace(cfg)
     dataset = work.dataset(work.eval_split)
@@ -90,7 +90,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
                     **({} if masks is None else {"pseudo_masks": str(masks)}),
                 },
             )
-        report.add_figures(predictions, read_json(file))
+        build.add_figures(predictions, read_json(file))
 
     work.peers.first("evaluate", complete)
     log.info("%s\nevaluate -> %s", (artefact.path / "results.md").read_text(encoding="utf-8").rstrip(), artefact.path)

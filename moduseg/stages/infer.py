@@ -12,16 +12,16 @@ from moduseg.bank.store import Bank, read_vectors
 from moduseg.config import Config
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import ArtefactError, DataError
+from moduseg.files import digest_of, file_digest
+from moduseg.pipeline.batches import Files, Loop, Outcome, sizes
+from moduseg.pipeline.workspace import Plan, Workspace, carry_out, failures_of, finish, log, plain, safe_name
 from moduseg.proposers import sa1b
+from moduseg.report import build
+from moduseg.report.image_data import answer_of
 from moduseg.report.why import Answer
 from moduseg.retrieval.retriever import Retriever
-from moduseg.runtime.artefacts import digest_of
-from moduseg.runtime.engine import Files, Loop, Outcome, sizes
-from moduseg.runtime.weights import file_digest
-from moduseg.stages import build_bank, propose, queries, report
-from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, log, plain, safe_name
-from moduseg.stages.report_images import answer_of
-from moduseg.stages.scoring import draw_panels, needs_scoring, score_label_maps
+from moduseg.stages import build_bank, propose, queries
+from moduseg.stages.evaluate_masks import draw_panels, needs_scoring, score_label_maps
 from moduseg.structures import Proposals
 
 
@@ -87,7 +87,7 @@ def plan(cfg: Config, work: Workspace, known: dict[str, Answer] | None = None) -
     bank = stored.configured(cfg.bank).to(device)
     retriever = Retriever(bank.vectors, bank.labels, bank.centre, settings)
     # The report tells why; what it needs is at hand here, and bounded by the images that it shows.
-    shown = frozenset(report.shown_ids(cfg, dataset.ids) if cfg.evaluation.report and known is not None else ())
+    shown = frozenset(build.shown_ids(cfg, dataset.ids) if cfg.evaluation.report and known is not None else ())
 
     def load(image_id: str) -> tuple[str, Proposals, Tensor]:
         found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), dataset.image_size(image_id))
@@ -135,7 +135,7 @@ def _finish(cfg: Config, work: Workspace, todo: Plan, outcome: Outcome, known: d
         if cfg.evaluation.panels:
             log.info("panels:  %s", artefact.path / "panels")
     done = finish(artefact, outcome, len(dataset.ids), todo.inputs, config=cfg.as_dict())
-    report.after(work, done, outcome.changed, known)
+    build.after(work, done, outcome.changed, known)
     return done
 
 

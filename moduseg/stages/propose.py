@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from moduseg.config import Config
+from moduseg.pipeline.batches import Files, Loop, Outcome, sizes
+from moduseg.pipeline.workspace import Plan, Workspace, carry_out, finish, image_file, plain, safe_name
 from moduseg.proposers import sa1b
-from moduseg.runtime.engine import Files, Loop, Outcome, sizes
-from moduseg.stages.common import Plan, Workspace, carry_out, finish, image_file, plain, safe_name
 from moduseg.structures import Sample
 
 

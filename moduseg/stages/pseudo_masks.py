@@ -14,14 +14,14 @@ from moduseg.config import Config, PseudoMasksConfig
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
+from moduseg.pipeline.batches import Files, Loop, Outcome, sizes
+from moduseg.pipeline.workspace import Plan, Workspace, carry_out, failures_of, finish, image_file, plain, safe_name
 from moduseg.proposers import sa1b
 from moduseg.pseudo_masks.labels import label_map, region_vote
 from moduseg.pseudo_masks.refine import pamr, par
 from moduseg.pseudo_masks.store import SUFFIX, unpack
-from moduseg.runtime.engine import Files, Loop, Outcome, sizes
-from moduseg.stages import propose, scores
-from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, image_file, plain, safe_name
-from moduseg.stages.scoring import draw_panels, needs_scoring, score_label_maps
+from moduseg.stages import class_scores, propose
+from moduseg.stages.evaluate_masks import draw_panels, needs_scoring, score_label_maps
 from moduseg.structures import Proposals, ScoreMaps
 
 DIFFUSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int], int], Tensor]] = {"pamr": pamr, "par": par}
@@ -62,7 +62,7 @@ def plan(cfg: Config, work: Workspace) -> Plan:
     """What `run` does with each image."""
     split, settings = work.train_split, cfg.pseudo_masks
     dataset = work.dataset(split)
-    inputs = {"scores": scores.run(cfg, work)}
+    inputs = {"scores": class_scores.run(cfg, work)}
     if settings.refine == "region_vote":
         inputs["propose"] = propose.run(cfg, work, split)
     artefact = work.artefact(

@@ -11,10 +11,10 @@ from safetensors.torch import save as save_tensors
 
 from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
 from moduseg.config import Config
+from moduseg.pipeline.batches import Files, Loop, sizes
+from moduseg.pipeline.workspace import Plan, Workspace, carry_out, failures_of, finish, image_file, safe_name
 from moduseg.proposers import sa1b
-from moduseg.runtime.engine import Files, Loop, sizes
 from moduseg.stages import propose
-from moduseg.stages.common import Plan, Workspace, carry_out, failures_of, finish, image_file, safe_name
 from moduseg.structures import Proposals, Sample
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from moduseg.backbones import build
 from moduseg.backbones.clip import ClipBackbone, ClipEncoder, resample_weights
 from moduseg.backbones.clip_model import ClipSource
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
-from moduseg.miniature.clip import build_tokenizer
-from moduseg.runtime.devices import Device
+from moduseg.miniature.models.clip import build_tokenizer
 from moduseg.structures import TokenMap
 from tests.backbones.contract import BackboneContract, picture
 

@@ -12,8 +12,8 @@ from moduseg.backbones import build
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.concat import ConcatBackbone
 from moduseg.backbones.upsample import regrid
+from moduseg.devices import Device
 from moduseg.errors import ConfigError
-from moduseg.runtime.devices import Device
 from moduseg.structures import TokenMap
 from tests.backbones.contract import BackboneContract, picture
 

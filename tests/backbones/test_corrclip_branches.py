@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moduseg.backbones.clip import resample_weights
-from moduseg.backbones.dense_clip import (
+from moduseg.backbones.clip_attention import (
     Affinity,
     Branches,
     attend_given,
@@ -26,7 +26,7 @@ from moduseg.backbones.dense_clip import (
 from moduseg.backbones.regions import id_map, merge_table, region_grid
 from moduseg.errors import ConfigError
 from moduseg.structures import Proposals
-from tests.backbones.test_dense_clip import GRID, make_clip
+from tests.backbones.test_clip_attention import GRID, make_clip
 
 COUNT = GRID[0] * GRID[1]
 Clip = Any

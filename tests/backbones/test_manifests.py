@@ -17,10 +17,10 @@ from moduseg.backbones.clip import ClipBackbone
 from moduseg.backbones.timm_backbone import TimmBackbone
 from moduseg.config import compose, config_dir
 from moduseg.errors import ArtefactError
-from tests.agreement import picture, renamed, tokens_of
-from tests.backbones.agree_clip import CPU, write_clip
-from tests.backbones.agree_vit import DEPTH, DINOV3, HEADS, SIGLIP, VIT, WIDTH, dinov2, dinov2_state
-from tests.key_names import CLIPS, FOLDER, META, TIMM, fold, model_of, preset, read, shapes_of, unfold, write
+from tests.support.agree_clip import CPU, write_clip
+from tests.support.agree_vit import DEPTH, DINOV3, HEADS, SIGLIP, VIT, WIDTH, dinov2, dinov2_state
+from tests.support.agreement import picture, renamed, tokens_of
+from tests.support.key_names import CLIPS, FOLDER, META, TIMM, fold, model_of, preset, read, shapes_of, unfold, write
 
 PRESETS = (*TIMM, *CLIPS)
 CHANNELS = {
@@ -143,7 +143,7 @@ def test_folded_lines_unfold() -> None:
 
 
 def test_manifests_are_written_as_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.key_names.FOLDER", tmp_path)
+    monkeypatch.setattr("tests.support.key_names.FOLDER", tmp_path)
     shapes = {"a.0.weight": (2, 3), "a.1.weight": (2, 3), "b": ()}
     write("tiny", "publisher/tiny", "timm", shapes)
     assert read("tiny") == shapes

@@ -20,8 +20,8 @@ from moduseg.backbones.timm_model import (
     pretrained_id,
     resample_to_patches,
 )
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError
-from moduseg.runtime.devices import Device
 from tests.backbones.contract import BackboneContract, picture
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -401,7 +401,7 @@ def shipped(name: str) -> dict[str, Any]:
 
 
 def test_the_miniature_is_what_is_trained() -> None:
-    from moduseg.miniature.vit import VIT_ARGS, VIT_MEAN, VIT_NAME, VIT_STD
+    from moduseg.miniature.models.vit import VIT_ARGS, VIT_MEAN, VIT_NAME, VIT_STD
 
     cfg = shipped("miniature")
     assert cfg["model"] == VIT_NAME

@@ -18,10 +18,10 @@ from moduseg.backbones.facets import query_plus_key
 from moduseg.backbones.timm_backbone import TimmBackbone
 from moduseg.backbones.timm_model import build_model
 from moduseg.backbones.windows import over_windows, window_starts
+from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError
-from moduseg.runtime.devices import Device
-from tests.agreement import randomise
 from tests.backbones.contract import BackboneContract, picture
+from tests.support.agreement import randomise
 
 CPU = Device(torch.device("cpu"))
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}

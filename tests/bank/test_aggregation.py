@@ -6,7 +6,7 @@ import torch
 
 from moduseg.bank.aggregation import aggregate, coverage, harden, id_map_coverage, patch_coverage
 from moduseg.structures import TokenMap
-from tests import plain
+from tests import reference
 
 SIZES = [(48, 64, 16), (50, 67, 14), (9, 5, 16), (33, 70, 7), (20, 20, 1), (300, 310, 260)]
 
@@ -18,8 +18,8 @@ def token_map(image_size: tuple[int, int], input_size: tuple[int, int], stride: 
 
 @pytest.mark.parametrize("index", range(4))
 def test_golden(index: int, device: torch.device) -> None:
-    golden = plain.load_golden(f"aggregation_{index}")
-    arrays = plain.tensors(golden, device)
+    golden = reference.load_golden(f"aggregation_{index}")
+    arrays = reference.tensors(golden, device)
     vectors = aggregate(arrays["tokens"], patch_coverage(arrays["masks"], int(golden["patch_size"])))
     torch.testing.assert_close(vectors, arrays["vectors"], atol=1e-5, rtol=0)
 
@@ -28,9 +28,9 @@ def test_golden(index: int, device: torch.device) -> None:
 def test_coverage_equals_counting(
     height: int, width: int, patch_size: int, device: torch.device, rng: np.random.Generator
 ) -> None:
-    masks = plain.random_masks(rng, 6, height, width)
+    masks = reference.random_masks(rng, 6, height, width)
     masks[0], masks[1] = False, True
-    expected = np.stack([plain.patch_coverage(mask, patch_size) for mask in masks])
+    expected = np.stack([reference.patch_coverage(mask, patch_size) for mask in masks])
     result = patch_coverage(torch.from_numpy(masks).to(device), patch_size)
     assert result.dtype == torch.float32
     np.testing.assert_array_equal(result.cpu().numpy(), expected)
@@ -42,7 +42,7 @@ def test_padding_counts_as_uncovered(device: torch.device) -> None:
 
 
 def test_masks_of_any_memory_layout(device: torch.device, rng: np.random.Generator) -> None:
-    masks = torch.from_numpy(plain.random_masks(rng, 4, 30, 22)).to(device)
+    masks = torch.from_numpy(reference.random_masks(rng, 4, 30, 22)).to(device)
     turned = masks.permute(0, 2, 1)
     assert torch.equal(patch_coverage(turned, 8), patch_coverage(turned.contiguous(), 8))
 
@@ -51,7 +51,7 @@ def test_masks_of_any_memory_layout(device: torch.device, rng: np.random.Generat
 def test_native_size_is_the_same_to_the_bit(
     height: int, width: int, patch_size: int, device: torch.device, rng: np.random.Generator
 ) -> None:
-    masks = torch.from_numpy(plain.random_masks(rng, 5, height, width)).to(device)
+    masks = torch.from_numpy(reference.random_masks(rng, 5, height, width)).to(device)
     native = coverage(masks, token_map((height, width), (height, width), patch_size))
     assert torch.equal(native, patch_coverage(masks, patch_size))
 
@@ -73,9 +73,9 @@ def test_resized_equals_supersampling(
     device: torch.device,
     rng: np.random.Generator,
 ) -> None:
-    masks = plain.random_masks(rng, 3, *size)
+    masks = reference.random_masks(rng, 3, *size)
     masks[0] = True
-    expected = np.stack([plain.resized_coverage(mask, input_size, stride) for mask in masks])
+    expected = np.stack([reference.resized_coverage(mask, input_size, stride) for mask in masks])
     result = coverage(torch.from_numpy(masks).to(device), token_map(size, input_size, stride))
     np.testing.assert_allclose(result.cpu().numpy(), expected, atol=1e-6, rtol=0)
 
@@ -127,10 +127,10 @@ def test_harden_without_masks(device: torch.device) -> None:
 def test_pooling_equals_loop(
     normalize: bool, height: int, width: int, patch_size: int, device: torch.device, rng: np.random.Generator
 ) -> None:
-    masks = plain.random_masks(rng, 5, height, width)
-    weights = np.stack([plain.patch_coverage(mask, patch_size) for mask in masks])
+    masks = reference.random_masks(rng, 5, height, width)
+    weights = np.stack([reference.patch_coverage(mask, patch_size) for mask in masks])
     tokens = rng.normal(size=(*weights.shape[1:], 9)).astype(np.float32)
-    expected = np.stack([plain.pool(tokens, weight, normalize) for weight in weights])
+    expected = np.stack([reference.pool(tokens, weight, normalize) for weight in weights])
     result = aggregate(torch.from_numpy(tokens).to(device), torch.from_numpy(weights).to(device), normalize)
     np.testing.assert_allclose(result.cpu().numpy(), expected, atol=1e-5)
 

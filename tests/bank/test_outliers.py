@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from moduseg.bank.outliers import nearest_to_centre
-from tests import plain
+from tests import reference
 
 
 @pytest.mark.parametrize("index", range(5))
 def test_golden(index: int, device: torch.device) -> None:
-    golden = plain.load_golden(f"outliers_{index}")
-    arrays = plain.tensors(golden, device)
+    golden = reference.load_golden(f"outliers_{index}")
+    arrays = reference.tensors(golden, device)
     assert torch.equal(nearest_to_centre(arrays["vectors"], float(golden["drop_ratio"])), arrays["kept"])
 
 
@@ -21,7 +21,7 @@ def test_equals_sorting(count: int, drop_ratio: float, device: torch.device, rng
     vectors = rng.normal(size=(count, 6)).astype(np.float32)
     kept = nearest_to_centre(torch.from_numpy(vectors).to(device), drop_ratio)
     assert kept.dtype == torch.int64
-    assert kept.tolist() == plain.nearest_to_centre(vectors, drop_ratio)
+    assert kept.tolist() == reference.nearest_to_centre(vectors, drop_ratio)
 
 
 def test_the_mean_is_not_normalised(device: torch.device) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moduseg.bank.purification import class_regions, purify
-from tests import plain
+from tests import reference
 
 
 def blocks(rng: np.random.Generator, height: int, width: int, cell: int, values: list[int]) -> np.ndarray:
@@ -16,8 +16,8 @@ def blocks(rng: np.random.Generator, height: int, width: int, cell: int, values:
 
 @pytest.mark.parametrize("index", range(3))
 def test_golden(index: int, device: torch.device) -> None:
-    golden = plain.load_golden(f"purification_{index}")
-    arrays = plain.tensors(golden, device)
+    golden = reference.load_golden(f"purification_{index}")
+    arrays = reference.tensors(golden, device)
     pure = purify(arrays["label_map"], int(golden["kernel_size"]), int(golden["iterations"]))
     class_ids, masks = class_regions(pure, int(golden["min_area"]))
     order = arrays["class_ids"].argsort()  # listed there with the background last
@@ -40,7 +40,7 @@ def test_equals_erosion_class_by_class(
     pure = purify(torch.from_numpy(label_map).to(device, dtype), kernel_size, iterations)
     assert pure.dtype == dtype
     assert pure.device.type == device.type
-    np.testing.assert_array_equal(pure.cpu().numpy(), plain.purify(label_map, kernel_size, iterations))
+    np.testing.assert_array_equal(pure.cpu().numpy(), reference.purify(label_map, kernel_size, iterations))
 
 
 @pytest.mark.parametrize(("kernel_size", "iterations"), [(3, 1), (5, 2), (3, 20)])
@@ -56,7 +56,7 @@ def test_ids_beyond_a_byte(
 ) -> None:
     label_map = blocks(rng, *size, cell=11, values=[0, 0, 1, 2, 7]).astype(np.int64) + offset
     pure = purify(torch.from_numpy(label_map).to(device), kernel_size, iterations, ignore_index=-1)
-    np.testing.assert_array_equal(pure.cpu().numpy(), plain.purify(label_map, kernel_size, iterations, -1))
+    np.testing.assert_array_equal(pure.cpu().numpy(), reference.purify(label_map, kernel_size, iterations, -1))
 
 
 def test_border_does_not_erode(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from moduseg.bank.subset import rows_of_images_per_class
 from moduseg.config import OutliersConfig, compose
 from moduseg.errors import ConfigError
 from moduseg.stages import build_bank, infer
-from tests.stages.helpers import overrides
+from tests.support.runs import overrides
 
 NO_FILTER = OutliersConfig(enabled=False)
 IDS = tuple(f"image{i}" for i in range(8))

@@ -17,7 +17,7 @@ from moduseg.datasets.classes import COCO_CLASSES, COCO_CONTIGUOUS
 from moduseg.datasets.coco import CocoDataset
 from moduseg.datasets.coco_json import read_index
 from moduseg.errors import ConfigError, DataError, MissingError
-from tests.datasets.skeletons import H, W, box, coco_entries, indexed, noise, picture, runs, write_coco
+from tests.support.skeletons import H, W, box, coco_entries, indexed, noise, picture, runs, write_coco
 
 TWO, CROWDED = "COCO_train2014_000000000009", "COCO_train2014_000000000070"
 

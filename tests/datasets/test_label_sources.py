@@ -12,7 +12,7 @@ from moduseg.datasets import Dataset, build
 from moduseg.datasets.labels import read_label_file
 from moduseg.datasets.voc import read_voc_xml
 from moduseg.errors import ConfigError, DataError, MissingError
-from tests.datasets.skeletons import VOC_LABELS, write_voc, write_xml
+from tests.support.skeletons import VOC_LABELS, write_voc, write_xml
 
 ID = "2007_000032"
 
@@ -131,7 +131,7 @@ def test_sources_that_a_file_may_not_state(tmp_path: Path, source: object) -> No
 
 
 def test_a_folder_takes_other_files_too(tmp_path: Path) -> None:
-    from tests.datasets.skeletons import noise, picture
+    from tests.support.skeletons import noise, picture
 
     picture(tmp_path / "images" / "trip" / "a 1.png", noise(1))
     (tmp_path / "classes.txt").write_text("background\ncat\ndog\n")

@@ -11,7 +11,7 @@ from moduseg.datasets import build
 from moduseg.datasets.ade20k import Ade20kDataset
 from moduseg.datasets.classes import ADE20K_CLASSES, CITYSCAPES_CLASSES
 from moduseg.errors import ConfigError, DataError, LabelIdError, MissingError
-from tests.datasets.skeletons import H, W, grey, noise, picture, write_ade20k, write_cityscapes
+from tests.support.skeletons import H, W, grey, noise, picture, write_ade20k, write_cityscapes
 
 
 def test_ade20k_other_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from moduseg.evaluation import boundary as module
 from moduseg.evaluation.boundary import boundary_counts, contour_width, near_contour
-from tests import plain
+from tests import reference
 
 
 @pytest.mark.parametrize(
@@ -42,17 +42,17 @@ def test_counts_match_eroding_class_by_class(
     monkeypatch.setattr(module, "EXACT_FLOAT32", 120)
     truth, prediction = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.uint8)
     for labels in (truth, prediction):
-        for value, mask in enumerate(plain.random_masks(rng, 4, *shape), start=1):
+        for value, mask in enumerate(reference.random_masks(rng, 4, *shape), start=1):
             labels[mask] = value
-    truth[plain.random_masks(rng, 1, *shape)[0]] = 255
+    truth[reference.random_masks(rng, 1, *shape)[0]] = 255
     found = boundary_counts(truth, prediction, 6, width)
-    np.testing.assert_array_equal(found, plain.boundary_counts(truth, prediction, 6, width))
+    np.testing.assert_array_equal(found, reference.boundary_counts(truth, prediction, 6, width))
     assert found.dtype == np.int64
 
 
 def test_equal_maps_agree_whatever_is_ignored(rng: np.random.Generator) -> None:
     truth = np.zeros((30, 40), dtype=np.uint8)
-    for value, mask in enumerate(plain.random_masks(rng, 3, 30, 40), start=1):
+    for value, mask in enumerate(reference.random_masks(rng, 3, 30, 40), start=1):
         truth[mask] = value
     prediction = truth.copy()
     truth[10:20, 10:20] = 255

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import evaluation as speed
 from moduseg.errors import DataError
 from moduseg.evaluation.pairs import count_pairs
-from tests import plain
-from tests.speed import evaluation as speed
+from tests import reference
 
 IDS = [str(i) for i in range(53)]
 
@@ -36,7 +36,7 @@ def test_any_number_of_workers_gives_the_same_in_order(workers: int) -> None:
         np.add.at(expected, (truth[kept], prediction[kept]), 1)
         np.testing.assert_array_equal(counts.confusion, expected)
         assert counts.width == 1
-        np.testing.assert_array_equal(counts.boundary, plain.boundary_counts(truth, prediction, 3, 1))
+        np.testing.assert_array_equal(counts.boundary, reference.boundary_counts(truth, prediction, 3, 1))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -67,7 +67,7 @@ def test_no_image() -> None:
 
 def test_files_are_counted_as_the_plain_way_counts_them(tmp_path: Path) -> None:
     pairs = speed.write_pairs(tmp_path, 5, 60, 80)
-    expected = plain.confusion_of_files(pairs, speed.SIZE)
+    expected = reference.confusion_of_files(pairs, speed.SIZE)
     assert expected.sum() > 0
     np.testing.assert_array_equal(speed.fast(pairs, 1).matrix(), expected)
     np.testing.assert_array_equal(speed.fast(pairs, 2).matrix(), expected)

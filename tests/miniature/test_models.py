@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError
-from moduseg.miniature.clip import (
+from moduseg.miniature.models.clip import (
     DENSE_MODES,
     build_miniature_clip,
     build_tokenizer,
@@ -23,16 +23,11 @@ from moduseg.miniature.clip import (
     text_embeddings,
     world_words,
 )
-from moduseg.miniature.pool import (
-    ScenePool,
-    Schedule,
-    draw_side,
-    make_pool,
-    make_pools,
-    mosaic,
-    split_mosaic,
-)
-from moduseg.miniature.quality import (
+from moduseg.miniature.models.sam import SAM_GENERATOR, build_miniature_sam
+from moduseg.miniature.models.vit import build_miniature_vit
+from moduseg.miniature.models.weights import WEIGHTS, WEIGHTS_DIR, load_weights, save_weights, weights_path
+from moduseg.miniature.training.pool import ScenePool, Schedule, draw_side, make_pool, make_pools, mosaic, split_mosaic
+from moduseg.miniature.training.quality import (
     dense_text_accuracy,
     object_regions,
     pool_regions,
@@ -41,13 +36,10 @@ from moduseg.miniature.quality import (
     sam_recall,
     vit_tokens,
 )
-from moduseg.miniature.sam import SAM_GENERATOR, build_miniature_sam
-from moduseg.miniature.train_clip import PHRASES, ClipTraining, held_phrases, train_clip
-from moduseg.miniature.train_sam import SamTraining, decode, draw_points, train_sam
-from moduseg.miniature.train_vit import TAG_NAMES, TAGS, TagHead, VitTraining, train_vit
-from moduseg.miniature.vit import build_miniature_vit
-from moduseg.miniature.weights import WEIGHTS, WEIGHTS_DIR, load_weights, save_weights, weights_path
-from moduseg.miniature.world import PRETRAIN_SEED, QUALITY_SEED, render_scene
+from moduseg.miniature.training.train_clip import PHRASES, ClipTraining, held_phrases, train_clip
+from moduseg.miniature.training.train_sam import SamTraining, decode, draw_points, train_sam
+from moduseg.miniature.training.train_vit import TAG_NAMES, TAGS, TagHead, VitTraining, train_vit
+from moduseg.miniature.world.scenes import PRETRAIN_SEED, QUALITY_SEED, render_scene
 
 
 def shipped(name: str) -> Path:

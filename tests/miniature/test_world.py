@@ -11,9 +11,8 @@ from PIL import Image
 
 from moduseg.datasets.palette import voc_palette
 from moduseg.errors import ArtefactError, ConfigError
-from moduseg.miniature.drawing import STUFF
-from moduseg.miniature.voc_writer import write_voc
-from moduseg.miniature.world import (
+from moduseg.miniature.world.drawing import STUFF
+from moduseg.miniature.world.scenes import (
     CLASSES,
     DATASET_SEEDS,
     HUES,
@@ -25,6 +24,7 @@ from moduseg.miniature.world import (
     describe,
     render_scene,
 )
+from moduseg.miniature.world.voc_writer import write_voc
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from moduseg.devices import Device
 from moduseg.errors import ConfigError
 from moduseg.proposers import Proposer, build
-from moduseg.runtime.devices import Device
 from moduseg.structures import Sample
 
 CPU = Device(torch.device("cpu"))

@@ -20,9 +20,9 @@ from PIL import Image
 
 from moduseg.errors import DataError, MissingError
 from moduseg.proposers import build, sa1b
-from moduseg.proposers.convert import convert_folder
 from moduseg.proposers.id_maps import read_id_map
 from moduseg.structures import Sample
+from moduseg.tools.convert import convert_folder
 from tests.proposers.contract import CPU, ProposerContract, sample
 
 ROOT = Path(__file__).parents[2]

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from moduseg.config import compose
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError
 from moduseg.proposers import build, sam
 from moduseg.proposers.sam import PUBLISHED, SamProposer
 from moduseg.proposers.sam_decoder import PackagedSam
 from moduseg.proposers.sam_transformers import HubSam, SamTransformersProposer
-from moduseg.runtime.devices import Device
-from tests.key_names import META, read, shapes_of
-from tests.proposers import manifests, tiny_models
 from tests.proposers.contract import CPU, sample
-from tests.proposers.test_grid import agree
+from tests.proposers.test_mask_generation import agree
+from tests.support import sam_manifests, tiny_models
+from tests.support.key_names import META, read, shapes_of
 
 
-@pytest.mark.parametrize("name", [*manifests.SAM, *manifests.HUB])
+@pytest.mark.parametrize("name", [*sam_manifests.SAM, *sam_manifests.HUB])
 def test_bytes_are_those_of_the_published_file(name: str) -> None:
     """The one thing about a published file that is known without it: its size, which each missing tensor would move."""
     size = 4 * sum(int(torch.Size(shape).numel()) for shape in read(name).values())
-    assert size == pytest.approx(manifests.PUBLISHED_BYTES[name], rel=0.003)
+    assert size == pytest.approx(sam_manifests.PUBLISHED_BYTES[name], rel=0.003)
 
 
 def _proposer(name: str, path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor]) -> SamProposer:
@@ -42,7 +42,7 @@ def _proposer(name: str, path: Path, monkeypatch: pytest.MonkeyPatch, state: dic
     return proposer
 
 
-@pytest.mark.parametrize("name", manifests.SAM)
+@pytest.mark.parametrize("name", sam_manifests.SAM)
 def test_published_names_load(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read(name)
     state = {tensor: torch.empty(shape, device="meta") for tensor, shape in manifest.items()}
@@ -51,7 +51,7 @@ def test_published_names_load(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert shapes_of(proposer._build().state_dict()) == manifest
 
 
-@pytest.mark.parametrize("name", manifests.SAM)
+@pytest.mark.parametrize("name", sam_manifests.SAM)
 def test_a_checkpoint_without_one_tensor_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = "image_encoder.blocks.5.attn.rel_pos_h"
     manifest = read(name)
@@ -69,11 +69,11 @@ def test_the_models_of_transformers_have_the_published_names() -> None:
     """SAM-HQ exactly; of SAM 2.1's video model all that the image model has, the rest being declared as not needed."""
     import transformers
 
-    assert shapes_of(manifests.build("sam_hq_vit_h").state_dict()) == read("sam_hq_vit_h")
+    assert shapes_of(sam_manifests.build("sam_hq_vit_h").state_dict()) == read("sam_hq_vit_h")
     published = read("sam2.1_hiera_large")
-    assert shapes_of(manifests.build("sam2.1_hiera_large").state_dict()) == published
+    assert shapes_of(sam_manifests.build("sam2.1_hiera_large").state_dict()) == published
     with torch.device("meta"):
-        image = transformers.Sam2Model(transformers.Sam2Config(vision_config=manifests.SAM2_LARGE))
+        image = transformers.Sam2Model(transformers.Sam2Config(vision_config=sam_manifests.SAM2_LARGE))
     needed = shapes_of(image.state_dict())
     assert {name: published.get(name) for name in needed} == needed
     declared = image._keys_to_ignore_on_load_unexpected
@@ -96,13 +96,13 @@ def test_sam_in_both_libraries_names() -> None:
 def test_the_published_file_of_sam_2_loads(tmp_path: Path) -> None:
     """A file of its names and its size, all zeros, through our loader; and the same without one tensor."""
     published = read("sam2.1_hiera_large")
-    manifests.build("sam2.1_hiera_large").config.save_pretrained(tmp_path)
-    manifests.write_sparse(tmp_path / "model.safetensors", published)
+    sam_manifests.build("sam2.1_hiera_large").config.save_pretrained(tmp_path)
+    sam_manifests.write_sparse(tmp_path / "model.safetensors", published)
     model = SamTransformersProposer(CPU, str(tmp_path)).promptable._model
     assert type(model).__name__ == "Sam2Model"
     assert model.vision_encoder.backbone.blocks[40].attn.qkv.weight.device.type == "cpu"
     del model, published["vision_encoder.backbone.blocks.40.attn.qkv.weight"]
-    manifests.write_sparse(tmp_path / "model.safetensors", published)
+    sam_manifests.write_sparse(tmp_path / "model.safetensors", published)
     with pytest.raises(ArtefactError, match=r"1 missing, 0 unexpected.*blocks\.40\.attn\.qkv\.weight"):
         _ = SamTransformersProposer(CPU, str(tmp_path)).promptable
 
@@ -121,12 +121,12 @@ def _on_meta(preset: str) -> Any:
 
     with torch.device("meta"):
         if preset == "sam_transformers":
-            config = transformers.SamConfig(vision_config=manifests.HUGE)
+            config = transformers.SamConfig(vision_config=sam_manifests.HUGE)
             model = transformers.SamModel(config).eval()
         elif preset == "sam_hq":
-            model = manifests.build("sam_hq_vit_h").eval()
+            model = sam_manifests.build("sam_hq_vit_h").eval()
         elif preset == "sam2":
-            model = transformers.Sam2Model(transformers.Sam2Config(vision_config=manifests.SAM2_LARGE)).eval()
+            model = transformers.Sam2Model(transformers.Sam2Config(vision_config=sam_manifests.SAM2_LARGE)).eval()
         else:
             model = transformers.Sam3TrackerModel(transformers.Sam3TrackerConfig()).eval()
     return model, HubSam(model, META, {})

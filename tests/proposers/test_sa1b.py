@@ -12,8 +12,8 @@ import torch
 from pycocotools import mask as coco
 
 from moduseg.errors import DataError
+from moduseg.masks.rle import decode_counts
 from moduseg.proposers import sa1b
-from moduseg.runtime.rle import decode_counts
 from moduseg.structures import Proposals
 
 SIZE = (37, 53)

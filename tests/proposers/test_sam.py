@@ -15,15 +15,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
-from moduseg.miniature.sam import build_miniature_sam
+from moduseg.miniature.models.sam import build_miniature_sam
 from moduseg.proposers import build
 from moduseg.proposers import sam as sam_module
 from moduseg.proposers.sam import PUBLISHED, SHA256, SamProposer, single_precision_transform
-from moduseg.runtime.devices import Device
 from moduseg.structures import Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
-from tests.serving import go_online, serve
+from tests.support.serving import go_online, serve
 
 # Random weights predict nothing of worth, so the filters are opened until masks survive.
 OPEN: dict[str, Any] = {

@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
-from moduseg.miniature.sam import build_miniature_sam
+from moduseg.miniature.models.sam import build_miniature_sam
 from moduseg.proposers import Proposer, build
 from moduseg.proposers.inputs import IMAGENET_MEAN, longest_side, prepare
 from moduseg.proposers.sam_transformers import CLASSES, HubSam, SamTransformersProposer
-from moduseg.runtime.devices import Device
 from moduseg.structures import Sample
-from tests.agreement import COMPARISONS, TOLERANCE, find, markdown, relative_error
-from tests.proposers import tiny_models
-from tests.proposers.agree_sam import hub_model
 from tests.proposers.contract import CPU, ProposerContract, sample
-from tests.proposers.test_grid import MINIATURE, agree, scenes
+from tests.proposers.test_mask_generation import MINIATURE, agree, scenes
+from tests.support import tiny_models
+from tests.support.agree_sam import hub_model
+from tests.support.agreement import COMPARISONS, TOLERANCE, find, markdown, relative_error
 
 FAMILIES = ("sam", "sam_hq", "sam2", "sam3_tracker")
 # Random weights predict nothing of worth, so the filters are opened until masks survive.
@@ -140,7 +140,7 @@ def test_lower_precision_is_for_the_encoder_only(directory: str, device: torch.d
 # Agreement with `segment_anything` on the same weights
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARISONS if name.startswith("tests.proposers.")])
+@pytest.mark.parametrize("name", [name for name in COMPARISONS if "agree_sam" in name])
 def test_implementations_agree(name: str, tmp_path: Path) -> None:
     rows = find(name)(tmp_path)
     assert len({row.size for row in rows}) >= 3
@@ -150,8 +150,8 @@ def test_implementations_agree(name: str, tmp_path: Path) -> None:
 
 def test_the_miniature_gives_the_same_proposals_through_transformers(tmp_path: Path) -> None:
     """The shipped weights under their names in `transformers`, from a directory, against proposer `sam`."""
-    from moduseg.miniature.weights import load_weights
-    from moduseg.runtime.weights import find_weights
+    from moduseg.miniature.models.weights import load_weights
+    from moduseg.weights.sources import find_weights
 
     sam = build_miniature_sam()
     load_weights(sam, find_weights("miniature/sam.safetensors", "checkpoint"))

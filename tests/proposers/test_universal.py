@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.proposers import build
 from moduseg.proposers.inputs import shortest_side
 from moduseg.proposers.universal import CLASSES, UniversalProposer, to_disjoint
-from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, Sample
-from tests.proposers import tiny_models
 from tests.proposers.contract import CPU, ProposerContract, sample
+from tests.support import tiny_models
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mask2former": {"size": {"shortest_edge": 64, "longest_edge": 96}, "size_divisor": 32},

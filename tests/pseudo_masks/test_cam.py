@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moduseg.backbones.base import Backbone
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.cam import CamGenerator
 from moduseg.pseudo_masks.labels import label_map
-from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, Sample, TokenMap
 from tests.pseudo_masks.contract import CLASSES, NUM_CLASSES, GeneratorContract, halves, sample
 

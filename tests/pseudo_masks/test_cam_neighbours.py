@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from moduseg.bank.aggregation import coverage
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator
 from moduseg.pseudo_masks.labels import label_map
-from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, Sample
 from tests.pseudo_masks.contract import CLASSES, NUM_CLASSES, GeneratorContract, halves, sample
 from tests.pseudo_masks.test_cam import CPU, ColourBackbone, world

@@ -12,16 +12,16 @@ import torch
 from torch.nn import functional as F
 
 from moduseg.backbones.base import Backbone
-from moduseg.backbones.dense_clip import VARIANTS
+from moduseg.backbones.clip_attention import VARIANTS
 from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.devices import Device
 from moduseg.errors import ConfigError, DataError, MissingError
-from moduseg.miniature.clip import build_tokenizer
+from moduseg.miniature.models.clip import build_tokenizer
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator
 from moduseg.pseudo_masks.clip_words import resize_short_side, window_boxes
 from moduseg.pseudo_masks.labels import label_map, region_vote
 from moduseg.pseudo_masks.prompts import BACKGROUND_WORDS, IMAGENET_TEMPLATES, class_words_of
-from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, TokenMap
 from tests.backbones.test_clip import tiny_config
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample

@@ -12,11 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from moduseg.backbones.base import Backbone
+from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError
-from moduseg.miniature.clip import build_tokenizer
+from moduseg.miniature.models.clip import build_tokenizer
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.corrclip import CorrClipGenerator
-from moduseg.runtime.devices import Device
 from moduseg.structures import Proposals, TokenMap
 from tests.backbones.test_clip import tiny_config
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, halves, sample

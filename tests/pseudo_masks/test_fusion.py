@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from moduseg.devices import Device
 from moduseg.errors import ConfigError
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.fusion import FusionGenerator, entropy, fuse
-from moduseg.runtime.devices import Device
 from moduseg.structures import Sample, ScoreMaps
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
 from tests.pseudo_masks.test_given_masks import no_backbone, write

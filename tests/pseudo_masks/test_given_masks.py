@@ -15,14 +15,14 @@ from PIL import Image
 from moduseg.backbones.base import Backbone
 from moduseg.config import compose
 from moduseg.datasets.palette import voc_palette
+from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
+from moduseg.files import file_digest
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.files import FilePseudoMasks
 from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
 from moduseg.pseudo_masks.labels import label_map
-from moduseg.runtime.devices import Device
-from moduseg.runtime.weights import file_digest
 from moduseg.structures import Sample
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
 

@@ -10,8 +10,8 @@ import pytest
 
 from moduseg.config import compose
 from moduseg.stages import infer
-from tests.report.browser import browser, chromium
-from tests.stages.helpers import overrides
+from tests.support.browser import browser, chromium
+from tests.support.runs import overrides
 
 
 @pytest.fixture(scope="package")

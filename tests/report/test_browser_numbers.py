@@ -13,7 +13,7 @@ from PIL import Image
 from moduseg.evaluation.confusion import iou_of_counts, label_counts
 from moduseg.evaluation.counts import FILE, SplitCounts
 from moduseg.report.page import program
-from tests.report.browser import Watched
+from tests.support.browser import Watched
 
 
 def test_scores_of_images_are_those_of_the_evaluation(opened: Any, index: Path, run: Path) -> None:

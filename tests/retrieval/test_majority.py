@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from moduseg.config import RetrievalConfig
-from moduseg.retrieval.cells import Cells
+from moduseg.masks.cells import Cells
 from moduseg.retrieval.majority import assemble_majority, majority_of_cells
 from moduseg.retrieval.retriever import Retriever
 from moduseg.structures import Proposals

@@ -6,7 +6,7 @@ import torch
 
 from moduseg.retrieval import rasterize as module
 from moduseg.retrieval.rasterize import rasterize
-from tests import plain
+from tests import reference
 
 A, B, C = [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]
 
@@ -45,11 +45,11 @@ def test_equals_painting(
     """Both ways on the CPU: as bits, and with the maxima of the other devices."""
     monkeypatch.setattr(module, "_BLOCK", block)
     monkeypatch.setattr(module, "PACKED", ("cpu",) if packed else ())
-    masks = plain.random_masks(rng, count, 33, 41)
+    masks = reference.random_masks(rng, count, 33, 41)
     labels, scores = rng.integers(0, 255, count), rng.integers(0, 40, count) / 40
     labels[: count // 5] = 0
     result = rasterize(*(torch.from_numpy(array).to(device) for array in (masks, labels, scores)))
-    np.testing.assert_array_equal(result.cpu().numpy(), plain.rasterize(masks, labels, scores))
+    np.testing.assert_array_equal(result.cpu().numpy(), reference.rasterize(masks, labels, scores))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 6), (2, 0, 6)])

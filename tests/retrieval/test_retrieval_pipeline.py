@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from moduseg.retrieval.pipeline import assemble, assemble_id_map, label_proposals
-from tests import plain
+from tests import reference
 
 
 @pytest.mark.parametrize("index", range(4))
 def test_golden(index: int, device: torch.device) -> None:
-    golden = plain.load_golden(f"retrieval_{index}")
-    arrays = plain.tensors(golden, device)
+    golden = reference.load_golden(f"retrieval_{index}")
+    arrays = reference.tensors(golden, device)
     large = (arrays["masks"].flatten(1).sum(1) >= int(golden["min_area"])).nonzero()[:, 0]
     masks = arrays["masks"][large]
     labels, scores, _, _ = label_proposals(
@@ -28,7 +28,7 @@ def test_golden(index: int, device: torch.device) -> None:
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("top_k", [1, 5, 100])
 def test_equals_plain_steps(centred: bool, top_k: int, device: torch.device, rng: np.random.Generator) -> None:
-    masks = plain.random_masks(rng, 20, 40, 50)
+    masks = reference.random_masks(rng, 20, 40, 50)
     pooled = rng.normal(size=(20, 8)).astype(np.float32) + 0.5
     pooled[3] = 0
     centre = rng.normal(size=8).astype(np.float32) if centred else np.zeros(8, np.float32)
@@ -37,7 +37,7 @@ def test_equals_plain_steps(centred: bool, top_k: int, device: torch.device, rng
         (0, 0.0) if not vector.any() else vote_of(vector - centre, bank, bank_labels, top_k) for vector in pooled
     ]
     expected_labels, expected_scores = (np.array(values) for values in zip(*expected, strict=True))
-    kept = plain.suppress(masks, expected_labels, expected_scores, 0.4)
+    kept = reference.suppress(masks, expected_labels, expected_scores, 0.4)
 
     labels, scores, neighbours, similarities = label_proposals(
         torch.from_numpy(pooled).to(device),
@@ -54,13 +54,13 @@ def test_equals_plain_steps(centred: bool, top_k: int, device: torch.device, rng
     label_map, found = assemble(torch.from_numpy(masks).to(device), labels, scores, 0.4)
     assert found.tolist() == kept
     np.testing.assert_array_equal(
-        label_map.cpu().numpy(), plain.rasterize(masks[kept], expected_labels[kept], expected_scores[kept])
+        label_map.cpu().numpy(), reference.rasterize(masks[kept], expected_labels[kept], expected_scores[kept])
     )
 
 
 def vote_of(query: np.ndarray, bank: np.ndarray, bank_labels: np.ndarray, top_k: int) -> tuple[int, float]:
-    similarities, ranked = plain.search(query, bank, top_k)
-    return plain.vote(bank_labels[ranked].tolist(), similarities)
+    similarities, ranked = reference.search(query, bank, top_k)
+    return reference.vote(bank_labels[ranked].tolist(), similarities)
 
 
 def test_without_a_vector_is_judged_before_centring(device: torch.device) -> None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moduseg.retrieval import search as module
 from moduseg.retrieval.search import ExactIndex, search
-from tests import plain
+from tests import reference
 
 
 def assert_nearest(queries: np.ndarray, bank: np.ndarray, top_k: int, found: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -17,7 +17,7 @@ def assert_nearest(queries: np.ndarray, bank: np.ndarray, top_k: int, found: tup
     assert similarities.dtype == np.float32
     assert indices.dtype == np.int64
     for query, row, neighbours in zip(queries, similarities, indices, strict=True):
-        expected, ranked = plain.search(query, bank, top_k)
+        expected, ranked = reference.search(query, bank, top_k)
         np.testing.assert_allclose(row, expected, atol=1e-6)
         assert neighbours.tolist() == ranked
 

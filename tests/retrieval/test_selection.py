@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from moduseg.config import RetrievalConfig
+from moduseg.masks.cells import Cells
 from moduseg.retrieval import selection
 from moduseg.retrieval.balance import class_candidates
-from moduseg.retrieval.cells import Cells
 from moduseg.retrieval.rasterize import rasterize
 from moduseg.retrieval.retriever import Retriever
 from moduseg.retrieval.selection import (
@@ -22,7 +22,7 @@ from moduseg.retrieval.selection import (
     worth,
 )
 from moduseg.structures import Proposals
-from tests import plain
+from tests import reference
 
 UNIT = 1 << 20
 
@@ -178,7 +178,7 @@ def test_suppressed_and_painted_by_score_and_quality(device: torch.device) -> No
 
 
 def test_painted_are_the_selected_in_descending_score(device: torch.device, rng: np.random.Generator) -> None:
-    masks = torch.from_numpy(plain.random_masks(rng, 25, 30, 40)).to(device)
+    masks = torch.from_numpy(reference.random_masks(rng, 25, 30, 40)).to(device)
     labels = torch.from_numpy(rng.integers(0, 4, 25)).to(device)
     scores = torch.from_numpy(rng.random(25).astype(np.float32)).to(device)
     worths = rng.integers(0, UNIT, 25)
@@ -196,7 +196,7 @@ def test_painted_are_the_selected_in_descending_score(device: torch.device, rng:
 @pytest.mark.parametrize("count", [0, 1, 7, 80])
 @pytest.mark.parametrize("split", [False, True])
 def test_cells_know_what_masks_know(count: int, split: bool, device: torch.device, rng: np.random.Generator) -> None:
-    masks = plain.random_masks(rng, count, 30, 40)
+    masks = reference.random_masks(rng, count, 30, 40)
     values = rng.integers(0, 3, (30, 40))
     given = torch.from_numpy(values).to(device) if split else None
     cells = Cells.of(torch.from_numpy(masks).to(device), given)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from moduseg.retrieval import bits
+from moduseg.masks import bits
 from moduseg.retrieval import suppress as module
 from moduseg.retrieval.suppress import suppress
-from tests import plain
+from tests import reference
 
 
 def bars(*spans: tuple[int, int], width: int = 20) -> torch.Tensor:
@@ -69,11 +69,11 @@ def test_equals_pairwise_loop(
     monkeypatch.setattr(module, "_BLOCK", block)
     monkeypatch.setattr(bits, "_PAIR_WORDS", block)
     monkeypatch.setattr(module, "PACKED", ("cpu",) if packed else ())
-    masks = plain.random_masks(rng, 40, 47, 61)
+    masks = reference.random_masks(rng, 40, 47, 61)
     masks[5], masks[11], masks[12] = False, masks[3], True
     labels, scores = rng.integers(0, classes, 40), rng.integers(0, 12, 40) / 12  # with equal scores
     found = suppress(*(torch.from_numpy(array).to(device) for array in (masks, labels, scores)), threshold)
-    assert found.tolist() == plain.suppress(masks, labels, scores, threshold)
+    assert found.tolist() == reference.suppress(masks, labels, scores, threshold)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moduseg.retrieval.vote import vote
-from tests import plain
+from tests import reference
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_by_hand(labels: list[int], similarities: list[float], label: int, score
     found, scores = vote(torch.tensor([labels], device=device), torch.tensor([similarities], device=device))
     assert found.tolist() == [label]
     assert scores.tolist() == [score]
-    assert plain.vote(labels, similarities) == (label, score)
+    assert reference.vote(labels, similarities) == (label, score)
 
 
 def test_sums_are_taken_in_float64(device: torch.device) -> None:
@@ -41,7 +41,7 @@ def test_equals_loop(k: int, device: torch.device, rng: np.random.Generator) -> 
     labels = rng.integers(0, 4, (200, k))
     similarities = -np.sort(-rng.integers(-4, 8, (200, k)) / 8, axis=1).astype(np.float32)  # many exact ties
     found, scores = vote(torch.from_numpy(labels).to(device), torch.from_numpy(similarities).to(device))
-    expected = [plain.vote(a.tolist(), b.tolist()) for a, b in zip(labels, similarities, strict=True)]
+    expected = [reference.vote(a.tolist(), b.tolist()) for a, b in zip(labels, similarities, strict=True)]
     assert found.tolist() == [label for label, _ in expected]
     np.testing.assert_allclose(scores.cpu().numpy(), [score for _, score in expected], atol=1e-7)
 

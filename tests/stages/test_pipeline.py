@@ -19,10 +19,10 @@ from moduseg.config import compose
 from moduseg.datasets.palette import voc_palette
 from moduseg.errors import ArtefactError, DataError, MissingError
 from moduseg.evaluation.confusion import miou
+from moduseg.pipeline.workspace import count_failures
 from moduseg.stages import build_bank, evaluate, infer, propose
-from moduseg.stages.common import count_failures
-from tests.stages.helpers import ORACLES, overrides, result_bytes
-from tests.stages.processes import start
+from tests.support.processes import start
+from tests.support.runs import ORACLES, overrides, result_bytes
 
 STAGES = ("propose", "scores", "pseudo_masks", "build_bank", "queries", "infer")
 

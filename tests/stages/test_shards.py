@@ -16,9 +16,9 @@ import moduseg
 from moduseg.config import compose
 from moduseg.datasets.labels import check_ids
 from moduseg.errors import ConfigError, DataError, IncompleteError, ModusegError
+from moduseg.pipeline.workspace import count_failures, safe_name
 from moduseg.stages import build_bank, infer, propose
-from moduseg.stages.common import count_failures, safe_name
-from tests.stages.helpers import overrides, result_bytes
+from tests.support.runs import overrides, result_bytes
 
 RUN = "import sys; from moduseg.cli import main; main(sys.argv.pop(1))"
 
@@ -115,7 +115,7 @@ def test_a_batch_made_anew_by_one_shard_is_merged_anew_by_whoever_comes_next(fin
 
 
 def _workspace(arguments: list[str]):  # type: ignore[no-untyped-def]
-    from moduseg.stages.common import Workspace
+    from moduseg.pipeline.workspace import Workspace
 
     return Workspace(compose(arguments))
 

@@ -10,7 +10,7 @@ import pytest
 from moduseg.config import compose
 from moduseg.errors import ConfigError
 from moduseg.stages import build_bank, infer, propose, pseudo_masks
-from tests.stages.helpers import overrides
+from tests.support.runs import overrides
 
 VOTE = ("pseudo_masks.refine=region_vote", "evaluation.panels=0")
 

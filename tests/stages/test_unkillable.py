@@ -14,8 +14,8 @@ import pytest
 
 from moduseg.config import compose
 from moduseg.stages import evaluate
-from tests.stages.helpers import overrides, result_bytes
-from tests.stages.processes import STAGES, start
+from tests.support.processes import STAGES, start
+from tests.support.runs import overrides, result_bytes
 
 SETTINGS = ("pseudo_masks=cam", "runtime.workers=2")
 """Class activation maps: the one generator that is fitted, so that the fit is killed as well."""

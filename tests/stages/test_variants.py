@@ -15,11 +15,11 @@ from moduseg.backbones.timm_backbone import TimmBackbone
 from moduseg.bank.store import Bank
 from moduseg.config import compose
 from moduseg.datasets.io import read_label_png
+from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers.ground_truth import GroundTruthProposer
 from moduseg.stages import build_bank, infer, pseudo_masks, queries
 from moduseg.stages.build_bank import image_vectors
-from moduseg.stages.common import Workspace
-from tests.stages import helpers
+from tests.support import runs
 
 OPTIONS = (
     "retrieval.vote_balance=cap",
@@ -35,7 +35,7 @@ OPTIONS = (
 
 def overrides(outputs: Path, *more: str, world: Path | None = None) -> list[str]:
     quick = ("evaluation.panels=0", "evaluation.bootstrap=0", "evaluation.boundary_width=0")
-    return helpers.overrides(outputs, *quick, *more, train=12, val=4, world=world)
+    return runs.overrides(outputs, *quick, *more, train=12, val=4, world=world)
 
 
 @pytest.fixture(scope="module")

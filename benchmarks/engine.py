@@ -1,0 +1,217 @@
+"""The loop over images: what a run costs beside its models, what it holds in memory, what a second process saves."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import Row, Setting, not_measured, summary
+from moduseg.clock import measure, model_cpu_seconds, model_seconds
+from moduseg.config import compose
+from moduseg.pipeline.workspace import Workspace, steps_of
+from moduseg.stages import build_bank, infer, propose
+
+OUTSIDE_MS = 30.0
+MEMORY_MB = 50.0
+SHARE = 0.6
+ORACLES = ("proposer=ground_truth", "pseudo_masks=ground_truth", "backbone=miniature")
+
+
+def outside_models(setting: Setting) -> list[Row]:
+    """Milliseconds an image that the demo spends outside models' forward passes, once its models are loaded.
+
+    `build_bank` and `infer` as the demo runs them, with a quarter of its images and of its pictures; merging, scoring
+    and drawing count, starting Python and loading weights do not.
+    """
+    train, val = (8, 4) if setting.small else (40, 20)
+    found: list[dict[str, float]] = []
+    steps: dict[str, Any] = {}
+    for _ in range(1 if setting.small else min(setting.repeats, 3)):
+        with _scratch() as folder:
+            cfg = compose(
+                [
+                    *(f"runtime.{k}={v}" for k, v in (("outputs", folder), ("device", setting.device))),
+                    f"dataset.train={train}",
+                    f"dataset.val={val}",
+                    "evaluation.panels=3",
+                ]
+            )
+            work = Workspace(cfg)
+            _warm(work)
+            begun, cpu = time.perf_counter(), time.process_time()
+            spent, cpu_spent = model_seconds(), model_cpu_seconds()
+            with measure():
+                build_bank.run(cfg, work)
+                path = infer.run(cfg, work)
+            wall, model = time.perf_counter() - begun, model_seconds() - spent
+            cpu, cpu_model = time.process_time() - cpu, model_cpu_seconds() - cpu_spent
+            steps = dict(steps_of(path))
+        each = 1000 / (train + val)
+        found.append({"outside": each * (wall - model), "cpu": each * (cpu - cpu_model), "share": model / wall})
+    outside, cpu_outside, share = (summary([run[key] for run in found]) for key in ("outside", "cpu", "share"))
+    text = (
+        f"{outside['median']:.1f} ms ({outside['min']:.1f} to {outside['max']:.1f}; CPU time of all threads "
+        f"{cpu_outside['median']:.1f} ms); forward passes take {100 * share['median']:.0f} % of the time"
+    )
+    figure, target = f"time outside forward passes, demo, an image of {train + val}", f"at most {OUTSIDE_MS:g} ms"
+    details = {"milliseconds": outside, "cpu_milliseconds": cpu_outside, "model_share": share, "steps": steps}
+    # What a proposer does with its model's masks is its own affair; this is what the loop and the other stages cost.
+    others = [s for name, s in steps.items() if not name.startswith("propose/")]
+    rest = 1000 / (train + val) * sum(s["wall"] - s["model"] for s in others)
+    return [
+        Row(figure, target, text, outside["median"] <= OUTSIDE_MS, details),
+        Row(f"{figure}, proposals apart", target, f"{rest:.1f} ms (last round)", rest <= OUTSIDE_MS),
+    ]
+
+
+def memory(setting: Setting) -> list[Row]:
+    """Peak memory of `infer` on many images over that on a tenth of them; each in a process of its own."""
+    few, many = (4, 40) if setting.small else (400, 4000)
+    figure, target = f"peak memory of infer, {many} images over {few}", f"at most +{MEMORY_MB:g} MB"
+    if not sys.platform.startswith("linux"):
+        return [not_measured(figure, target, "the mark of a process's memory is read as Linux writes it")]
+    with _scratch() as folder:
+        peaks = [_peak(folder / str(images), images) for images in (few, many)]
+    more = peaks[1] - peaks[0]
+    text = f"{more:+.1f} MB ({peaks[0]:.0f} to {peaks[1]:.0f} MB)"
+    return [Row(figure, target, text, more <= MEMORY_MB, {"megabytes": dict(zip((few, many), peaks, strict=True))})]
+
+
+def shards(setting: Setting) -> list[Row]:
+    """Time of two shards on a core each over that of one process on one core; start-up apart, rounds interleaved."""
+    figure, target = "two shards over one process, a core each", f"at most {SHARE:g} of the time"
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) < 2:
+        return [not_measured(figure, target, "fewer than two cores to put processes on")]
+    images = 8 if setting.small else 64
+    times: dict[int, list[float]] = {1: [], 2: []}
+    computed: dict[int, list[float]] = {1: [], 2: []}
+    with _scratch() as folder:
+        for round_ in range(1 if setting.small else min(setting.repeats, 3)):
+            for count in (1, 2) if round_ % 2 else (2, 1):
+                shutil.rmtree(folder / "miniature" / "propose", ignore_errors=True)
+                wall, cpu = _together(folder, images, cores[:count])
+                times[count].append(wall)
+                computed[count].append(cpu)
+    ratios, cpus = (summary([two / one for one, two in zip(t[1], t[2], strict=True)]) for t in (times, computed))
+    text = (
+        f"{ratios['median']:.2f} ({ratios['min']:.2f} to {ratios['max']:.2f}; CPU time of the slower shard "
+        f"{cpus['median']:.2f}); one {summary(times[1])['median']:.1f} s"
+    )
+    seconds = {str(count): summary(values) for count, values in times.items()}
+    details = {"ratio": ratios, "cpu_ratio": cpus, "seconds": seconds}
+    return [Row(figure, target, text, ratios["median"] <= SHARE, details)]
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for a while, and silence."""
+    log = logging.getLogger("moduseg")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        finally:
+            log.setLevel(level)
+
+
+def _warm(work: Workspace) -> None:
+    """Draw the world, load every model, and use it once."""
+    val, train = (work.dataset(split) for split in (work.eval_split, work.train_split))
+    with torch.inference_mode():
+        sample = val.load(val.ids[0], truth=work.proposer.needs_truth)
+        work.backbone.tokens([sample.image])
+        found = work.proposer.propose(sample)
+        labelled = train.load(train.ids[0])
+        work.generator.generate(labelled, labelled.labels or (1,), found if work.generator.needs_proposals else None)
+
+
+def _peak(folder: Path, images: int) -> float:
+    """Megabytes that a process running `infer` held at its worst."""
+    # Drawn by another process, so that what drawing takes does not hide the rest.
+    arguments = [
+        *ORACLES,
+        f"runtime.outputs={folder}",
+        "runtime.device=cpu",
+        "dataset.train=40",
+        f"dataset.val={images}",
+    ]
+    _in_process(_draw, arguments)
+    return float(_in_process(_infer, arguments))
+
+
+def _in_process(job: Any, arguments: Sequence[str]) -> Any:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=job, args=(theirs, list(arguments)))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def _draw(pipe: Connection, arguments: list[str]) -> None:
+    work = Workspace(compose(arguments))
+    pipe.send(len(work.dataset(work.eval_split).ids))
+
+
+def _infer(pipe: Connection, arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("moduseg").setLevel(logging.ERROR)
+    infer.run(compose(arguments))
+    # Not `ru_maxrss`: a process inherits that of the one that started it.
+    status = Path("/proc/self/status").read_text()
+    pipe.send(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")))
+
+
+def _together(folder: Path, images: int, cores: Sequence[int]) -> tuple[float, float]:
+    """Seconds that as many shards as there are cores take for the proposals of a split, and the most one computed."""
+    context = multiprocessing.get_context("spawn")
+    pairs = [context.Pipe() for _ in cores]
+    arguments = [f"runtime.outputs={folder}", "runtime.device=cpu", "runtime.batch_size=4", f"dataset.val={images}"]
+    processes = [
+        context.Process(target=_shard, args=(theirs, core, index, len(cores), [*arguments, "dataset.train=2"]))
+        for index, (core, (_, theirs)) in enumerate(zip(cores, pairs, strict=True))
+    ]
+    for process in processes:
+        process.start()
+    for ours, _ in pairs:
+        ours.recv()
+    begun = time.perf_counter()
+    for ours, _ in pairs:
+        ours.send("go")
+    computed = [float(ours.recv()) for ours, _ in pairs]
+    taken = time.perf_counter() - begun
+    for process in processes:
+        process.join()
+    return taken, max(computed)
+
+
+def _shard(pipe: Connection, core: int, index: int, count: int, arguments: list[str]) -> None:
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    logging.getLogger("moduseg").setLevel(logging.ERROR)
+    cfg = compose([*arguments, f"runtime.shard.index={index}", f"runtime.shard.count={count}"])
+    work = Workspace(cfg)
+    _warm(work)
+    loop = propose.plan(cfg, work, work.eval_split, "eval").loop
+    pipe.send("ready")
+    pipe.recv()
+    begun = time.process_time()
+    loop.own()
+    pipe.send(time.process_time() - begun)

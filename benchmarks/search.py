@@ -1,0 +1,64 @@
+"""The search beside the least that an exact search can do: a matrix product, chunk by chunk, and the k largest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benchmarks.common import Row, Setting, interleave, peak_memory, within
+from moduseg.retrieval import search as module
+from moduseg.retrieval.search import ExactIndex
+
+TOP_K = 25
+MOST = 1.3
+GIGABYTE = 1 << 30
+
+
+def bare(queries: Tensor, bank: Tensor, top_k: int, chunk: int = module.BANK_CHUNK) -> tuple[Tensor, Tensor]:
+    """The k largest products with a bank whose vectors have length 1, as are the queries."""
+    unit = normalize(queries, dim=1)
+    values = unit.new_empty((len(unit), 0))
+    indices = torch.empty((len(unit), 0), dtype=torch.int64, device=unit.device)
+    for start in range(0, len(bank), chunk):
+        scores = unit @ bank[start : start + chunk].T
+        best = scores.topk(min(top_k, scores.shape[1]))
+        values, indices = torch.cat((values, best.values), 1), torch.cat((indices, best.indices + start), 1)
+        values, order = values.topk(min(top_k, values.shape[1]))
+        indices = indices.gather(1, order)
+    return values, indices
+
+
+def search(setting: Setting) -> list[Row]:
+    """One image's queries in the bank of VOC, a thousand queries in a bank of a million."""
+    sizes = [(6, 200, 16), (10, 3000, 8)] if setting.small else [(60, 20_000, 768), (1000, 1_000_000, 384)]
+    return [_row(*size, setting) for size in sizes]
+
+
+def _row(count: int, bank_size: int, dim: int, setting: Setting) -> Row:
+    generator = torch.Generator().manual_seed(0)
+    # Filled in place: a copy of the large bank would be most of the memory that is measured.
+    bank = torch.empty((bank_size, dim), device=setting.device)
+    for part in bank.split(65536):
+        part.copy_(normalize(torch.randn(part.shape, generator=generator), dim=1))
+    queries = torch.randn((count, dim), generator=generator).to(setting.device)
+    index = ExactIndex(bank)
+    with peak_memory(setting.device) as memory:
+        similarities, indices = module.search(queries, index, TOP_K)
+    more = memory[0]
+    expected, places = bare(queries, bank, TOP_K)
+    torch.testing.assert_close(similarities, expected, atol=1e-4, rtol=0)
+    same = float((indices == places).float().mean())
+    ways: dict[str, Callable[[], object]] = {
+        "bare": lambda: bare(queries, bank, TOP_K),
+        "ours": lambda: module.search(queries, index, TOP_K),
+    }
+    repeats = setting.repeats if bank_size < 10**6 else max(1, min(3, setting.repeats // 2))
+    times = interleave(ways, repeats, setting.device, warm_up=bank_size < 10**6)
+    title = f"search: {count} queries, bank {bank_size:,} x {dim}, top {TOP_K}"
+    sizes = {"bank_bytes": bank.nbytes, "bytes_beside_the_bank": more, "same_places": same}
+    row = within(title, MOST, times, "bare", "ours", **sizes)
+    text = f"{row.found}; {more / 1e6:.0f} MB beside the bank"
+    return Row(title, f"{row.target}, under bank + 1 GB", text, bool(row.reached) and more < GIGABYTE, row.details)

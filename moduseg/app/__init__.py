@@ -1,0 +1,1 @@
+"""The demo: its state without a page, the page, and the server."""

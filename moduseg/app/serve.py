@@ -1,0 +1,65 @@
+"""The demo in a browser: a page on this machine, with a finished bank behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moduseg.api import Segmenter
+from moduseg.app.page import build_page, import_gradio
+from moduseg.app.session import Session
+from moduseg.bank.derived import open_bank
+from moduseg.cli.options import configured, parse
+from moduseg.pipeline.workspace import log
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Keys of `scripts/demo_app.py`.
+
+    Attributes:
+        bank: folder of the bank.
+        host: address to listen on; the default is this machine alone.
+        port: port to listen on; a free one where left out.
+    """
+
+    bank: str
+    host: str = "127.0.0.1"
+    port: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ValueError(f"port: got {self.port}, expected 1 to 65535; leave it out for a free one")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`bank=<folder> [key=value ...]`: serves the page until it is interrupted."""
+    options, overrides = parse(arguments, DemoOptions, "demo_app")
+    blocks = page(options, overrides)
+    log.info("demo_app: the bank is %s; stop with Ctrl-C", options.bank)
+    launch(blocks, options, wait=True)
+    return 0
+
+
+def page(options: DemoOptions, overrides: Sequence[str] = ()) -> Any:
+    """The page, not yet served.
+
+    Raises:
+        MissingError: gradio is not there.
+        ArtefactError, ConfigError: see `Segmenter.from_bank`.
+    """
+    import_gradio()
+    folder = Path(options.bank).expanduser()
+    cfg = configured(open_bank(folder).info["config"], overrides)
+    segmenter = Segmenter.from_bank(folder, cfg.runtime.device, cfg.as_dict())
+    return build_page(lambda: Session(segmenter, folder), segmenter.classes)
+
+
+def launch(blocks: Any, options: DemoOptions, wait: bool) -> str:
+    """Serve a page; its address. `wait` until it is interrupted."""
+    _, address, _ = blocks.launch(
+        server_name=options.host, server_port=options.port, share=False, prevent_thread_lock=not wait, quiet=not wait
+    )
+    return str(address)

@@ -1,0 +1,362 @@
+"""What the demo does, without any page around it: label an image, say why, take corrections into the bank.
+
+session = Session.open_bank("outputs/miniature/build_bank/timm-train-1a2b3c4d")
+session.show(image)                     # [H, W, 3] uint8
+proposal = session.at(x, y)
+session.why(proposal)                   # label, votes, the nearest regions of the bank with their pictures
+session.correct(proposal, "red star")   # what changes in the picture
+session.save("my/bank")                 # a bank of its own; the one that was opened stays as it is
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moduseg.api import Observation, Segmenter
+from moduseg.bank import edit
+from moduseg.bank.derived import open_bank, write_derived
+from moduseg.bank.store import Bank
+from moduseg.datasets.io import write_label_png, write_rgb_png
+from moduseg.errors import ConfigError
+from moduseg.files import write_atomic
+from moduseg.report.annotations import split_objects
+from moduseg.report.bank_regions import RegionPictures
+from moduseg.report.overlay import outlines, overlay_labels
+from moduseg.structures import IGNORE_INDEX, Prediction
+
+SHOWN = "shown"
+"""Images that were dropped are called `shown/<number>` in the bank."""
+NEIGHBOURS = 6
+"""Regions of the bank that explain a proposal, at least; fewer may vote."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A region of the bank near a proposal.
+
+    Attributes:
+        row: in the bank.
+        label: its class.
+        image: id of its training image.
+        similarity: cosine with the proposal.
+        voted: whether it is near enough to vote; the others are shown for comparison.
+        picture: `[h, w, 3]` uint8; `None` where the training image is not at hand.
+    """
+
+    row: int
+    label: str
+    image: str
+    similarity: float
+    voted: bool
+    picture: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a proposal has its label.
+
+    Attributes:
+        proposal: its number.
+        label: the class that won.
+        score: mean similarity of the neighbours that voted for it.
+        votes: voting neighbours by class, most first.
+        runner_up: the class with the second most votes, `None` where all agree.
+        neighbours: nearest first.
+    """
+
+    proposal: int
+    label: str
+    score: float
+    votes: dict[str, int]
+    runner_up: str | None
+    neighbours: tuple[Neighbour, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A proposal of the picture whose label is another one now."""
+
+    proposal: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A region that somebody named.
+
+    Attributes:
+        image: id of the picture in the bank.
+        proposal: its number in that picture.
+        label: what it was said to be.
+        vector, area: what it gives to the bank.
+        mask: `[H, W]` bool.
+    """
+
+    image: str
+    proposal: int
+    label: str
+    vector: torch.Tensor
+    area: int
+    mask: np.ndarray
+
+
+class Session:
+    """One person's look at pictures with one bank, and what they taught it. Nothing is written before `save`.
+
+    Args:
+        segmenter: the bank and its models; other sessions may share it.
+        folder: of the bank.
+    """
+
+    def __init__(self, segmenter: Segmenter, folder: Path) -> None:
+        self._first, self._folder = segmenter, folder
+        self._top_k: int | None = None
+        self._pictures = RegionPictures(folder, segmenter.bank)
+        self.corrections: list[Correction] = []
+        self._images: dict[str, np.ndarray] = {}
+        self._image_id = ""
+        self._seen: Observation | None = None
+        self._prediction: Prediction | None = None
+        self._segmenter = segmenter
+        self._renew()
+
+    @classmethod
+    def open_bank(cls, path: str | Path, device: str = "auto") -> Session:
+        """A session with the bank in a folder.
+
+        Raises:
+            ArtefactError: no bank is there, or it is damaged.
+        """
+        folder = Path(path).expanduser()
+        open_bank(folder)
+        return cls(Segmenter.from_bank(folder, device), folder)
+
+    @property
+    def bank(self) -> Bank:
+        """The bank with the corrections in it."""
+        return self._segmenter.bank
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, background first, those of corrections behind."""
+        return self.bank.classes
+
+    @property
+    def top_k(self) -> int:
+        """Neighbours that vote: as set, else as the bank was configured but no more than the rarest class has regions.
+
+        With more, a class of a few regions could never win a vote.
+        """
+        return self._votes(self.bank)
+
+    def _votes(self, bank: Bank) -> int:
+        if self._top_k is not None:
+            return self._top_k
+        rarest = min((count for count in bank.counts.values() if count), default=1)
+        return min(self._first.cfg.retrieval.top_k, rarest)
+
+    def set_top_k(self, top_k: int | None) -> None:
+        """Let so many neighbours vote; `None` for the number that `top_k` describes.
+
+        Raises:
+            ConfigError: less than 1.
+        """
+        if top_k is not None and top_k < 1:
+            raise ConfigError(f"top_k: got {top_k}, expected 1 or more; try 5")
+        self._top_k = top_k
+        self._renew()
+
+    def show(self, image: np.ndarray) -> None:
+        """Take a picture, `[H, W, 3]` uint8, and label it.
+
+        Raises:
+            ConfigError: not such an array.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ConfigError(
+                f"picture: got {image.shape} {image.dtype}, expected [H, W, 3] uint8 RGB; try another file"
+            )
+        taken = set(self.bank.image_ids) | set(self._images)
+        self._image_id = next(name for i in range(1, len(taken) + 2) if (name := f"{SHOWN}/{i}") not in taken)
+        self._images[self._image_id] = image
+        self._seen = self._segmenter.observe(image)
+        self._prediction = self._segmenter.label(self._seen)
+
+    @property
+    def image(self) -> np.ndarray:
+        """The picture that is shown."""
+        self._need()
+        return self._images[self._image_id]
+
+    @property
+    def prediction(self) -> Prediction:
+        """What is said of it."""
+        return self._need()
+
+    def labels(self) -> list[tuple[str, int]]:
+        """Classes in the picture and their pixels, most first."""
+        counts = np.bincount(self.prediction.label_map.ravel(), minlength=len(self.classes))
+        present = [(self.classes[i], int(counts[i])) for i in np.flatnonzero(counts)]
+        return sorted(present, key=lambda entry: -entry[1])
+
+    def overlay(self, proposal: int | None = None) -> np.ndarray:
+        """`[H, W, 3]` uint8: the picture in the colours of its labels, a chosen proposal outlined and left clear."""
+        painted = overlay_labels(self.image, self.prediction.label_map)
+        if proposal is not None:
+            mask = self.prediction.proposals.masks[proposal].cpu().numpy()
+            painted[mask] = (0.5 * painted[mask] + 0.5 * self.image[mask]).astype(np.uint8)
+            painted[outlines(mask.astype(np.uint8), 3)] = (255, 255, 0)
+        return painted
+
+    def at(self, x: float, y: float) -> int | None:
+        """The proposal at a pixel: the one that is seen there, else the smallest that covers it; `None` for none."""
+        prediction = self.prediction
+        height, width = prediction.label_map.shape
+        column, row = int(x), int(y)
+        if not (0 <= column < width and 0 <= row < height):
+            return None
+        covering = [int(i) for i in prediction.kept.tolist() if bool(prediction.proposals.masks[i, row, column])]
+        named = [i for i in covering if int(prediction.labels[i]) > 0]
+        if named:
+            return named[0]  # painted in descending score, as they are kept
+        areas = prediction.proposals.areas
+        return min(covering, key=lambda i: (int(areas[i]), i), default=None)
+
+    def why(self, proposal: int, pictures: bool = True) -> Explanation:
+        """Label, votes and neighbours of a proposal.
+
+        Args:
+            proposal: as `at` gives it.
+            pictures: whether the neighbours' pictures are made.
+
+        Raises:
+            ConfigError: no such proposal.
+        """
+        prediction = self._need()
+        self._check(proposal)
+        bank = self.bank
+        found = []
+        rows, similarities = self._nearest(proposal)
+        for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=True)):
+            label, image = bank.classes[int(bank.labels[row])], bank.image_ids[int(bank.image_index[row])]
+            picture = self._pictures.picture(image, label) if pictures else None
+            found.append(Neighbour(row, label, image, float(similarity), rank < self.top_k, picture))
+        votes = Counter(neighbour.label for neighbour in found if neighbour.voted)
+        label = self.classes[int(prediction.labels[proposal])]
+        others = [name for name, _ in votes.most_common() if name != label]
+        ordered = {name: votes[name] for name in [label, *others] if votes[name]}
+        score = float(prediction.scores[proposal])
+        return Explanation(proposal, label, score, ordered, others[0] if others else None, tuple(found))
+
+    def correct(self, proposal: int, label: str) -> list[Change]:
+        """Say what a proposal is: its vector goes into the bank, and the picture is labelled anew.
+
+        A proposal that is corrected twice counts once.
+
+        Args:
+            proposal: as `at` gives it.
+            label: a class of the bank, `background`, or a new name.
+
+        Returns:
+            The proposals that have another label now.
+
+        Raises:
+            ConfigError: no such proposal, or an empty name.
+        """
+        before = self._need()
+        self._check(proposal)
+        name = label.strip()
+        edit.with_classes(self.classes, [name])
+        seen, picture = self._seen, self._image_id
+        if seen is None:
+            raise ConfigError("picture: got none, expected one to be shown; drop a picture first")
+        mask = seen.proposals.masks[proposal]
+        vector, area = edit.region_vector(mask, seen.tokens, self._first.cfg.bank)
+        made = Correction(picture, proposal, name, vector.cpu(), area, mask.cpu().numpy())
+        self.corrections = [c for c in self.corrections if (c.image, c.proposal) != (picture, proposal)] + [made]
+        names = [self.classes[int(i)] for i in before.labels]
+        self._renew()
+        return [
+            Change(i, names[i], self.classes[int(label_id)])
+            for i, label_id in enumerate(self.prediction.labels)
+            if self.classes[int(label_id)] != names[i]
+        ]
+
+    def undo(self) -> Correction | None:
+        """Take the last correction back; `None` where there is none."""
+        if not self.corrections:
+            return None
+        taken = self.corrections.pop()
+        self._renew()
+        return taken
+
+    def left_out(self) -> list[Correction]:
+        """Corrections that the outlier filter keeps out of the search."""
+        searched = set(self._segmenter.searched_rows)
+        start = len(self._first.bank)
+        return [c for i, c in enumerate(self.corrections) if start + i not in searched]
+
+    def save(self, out: str | Path) -> Path:
+        """Write the bank with the corrections into a folder of its own, with the pictures they came from.
+
+        Raises:
+            ConfigError: nothing was corrected.
+            ArtefactError: the folder holds something else, or is that of the bank.
+        """
+        if not self.corrections:
+            raise ConfigError("save: got no correction, expected one at least; name a proposal first")
+        target = Path(out).expanduser()
+        files: dict[str, str] = {}
+        maps: dict[str, np.ndarray] = {}
+        for made in self.corrections:
+            files[made.image] = str((target / "images" / f"{made.image}.png").resolve())
+            labels = maps.setdefault(made.image, np.full(made.mask.shape, IGNORE_INDEX, np.uint8))
+            labels[made.mask] = self.classes.index(made.label)
+        details = {"corrections": [[c.image, c.label, c.area] for c in self.corrections]}
+        bank = edit.with_files(self.bank, files)
+        path = write_derived(bank, "correct", [self._folder], details, target, target, config=bank.info["config"])
+        for image_id, labels in maps.items():
+            write_atomic(path / "images" / f"{image_id}.png", write_rgb_png(self._images[image_id]))
+            write_atomic(path / "labels" / f"{image_id}.png", write_label_png(labels))
+        return path
+
+    def objects(self) -> int:
+        """How many objects are seen in the picture."""
+        return len(split_objects(self.prediction)[1])
+
+    def _renew(self) -> None:
+        """The segmenter and the prediction for the present corrections and number of votes."""
+        bank = self._first.bank
+        for made in self.corrections:
+            bank = edit.add_region(bank, made.image, made.label, made.vector, made.area)
+            self._pictures.give(made.image, made.label, self._images[made.image], made.mask)
+        retrieval = dataclasses.replace(self._first.cfg.retrieval, top_k=self._votes(bank))
+        self._segmenter = self._first.with_bank(bank, dataclasses.replace(self._first.cfg, retrieval=retrieval))
+        if self._seen is not None:
+            self._prediction = self._segmenter.label(self._seen)
+
+    def _nearest(self, proposal: int) -> tuple[list[int], list[float]]:
+        """Rows and similarities of the neighbours that are shown; none of a proposal without a vector."""
+        if self._seen is None or not bool(self._seen.pooled[proposal].any()):
+            return [], []
+        rows, similarities = self._segmenter.nearest(
+            self._seen.pooled[proposal : proposal + 1], max(self.top_k, NEIGHBOURS)
+        )
+        return rows[0].tolist(), similarities[0].tolist()
+
+    def _need(self) -> Prediction:
+        if self._prediction is None:
+            raise ConfigError("picture: got none, expected one to be shown; drop a picture first")
+        return self._prediction
+
+    def _check(self, proposal: int) -> None:
+        count = len(self._need().labels)
+        if not 0 <= proposal < count:
+            raise ConfigError(f"proposal: got {proposal}, expected 0..{count - 1}; click inside the picture")

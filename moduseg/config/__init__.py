@@ -1,0 +1,34 @@
+"""The configuration: where the YAML files are, what they may hold, how they become objects."""
+
+from moduseg.config.files import UNREADABLE, compose, config_dir, from_hydra
+from moduseg.config.schemas import (
+    BackgroundConfig,
+    BankConfig,
+    Config,
+    EvaluationConfig,
+    OutliersConfig,
+    PseudoMasksConfig,
+    PurifyConfig,
+    RayConfig,
+    RetrievalConfig,
+    RuntimeConfig,
+    ShardConfig,
+)
+
+__all__ = [
+    "UNREADABLE",
+    "BackgroundConfig",
+    "BankConfig",
+    "Config",
+    "EvaluationConfig",
+    "OutliersConfig",
+    "PseudoMasksConfig",
+    "PurifyConfig",
+    "RayConfig",
+    "RetrievalConfig",
+    "RuntimeConfig",
+    "ShardConfig",
+    "compose",
+    "config_dir",
+    "from_hydra",
+]

@@ -1,0 +1,146 @@
+"""From a configuration mapping to an object, with errors that a reader of the YAML understands.
+
+The signature of a class is its schema: names, types and defaults are read from `__init__`, values are checked there.
+A backend with many settings takes one dataclass, its first argument `options`, whose fields are the flat keys of the
+YAML; values are then checked in the dataclass's `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from moduseg.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def build_named(room: str, registry: Mapping[str, type[T]], cfg: Mapping[str, Any], **context: Any) -> T:
+    """Build the backend that `cfg["name"]` names, with the other keys of `cfg` as arguments.
+
+    Args:
+        room: the configuration group, for messages (`"proposer"`).
+        registry: from name to class.
+        cfg: the group's configuration.
+        context: values the program supplies (device, precision, a backbone); a backend gets those it asks for.
+
+    Raises:
+        ConfigError: unknown name or key, missing key, wrong type, or a value that `__init__` refuses.
+    """
+    arguments = dict(cfg)
+    name = arguments.pop("name", None)
+    if name not in registry:
+        raise ConfigError(
+            f"{room}.name: got {name!r}, expected one of {', '.join(sorted(registry))}; "
+            f"pick a shipped file with {room}=<file> or set {room}.name"
+        )
+    backend = registry[name]
+    options_class = _options_class(backend)
+    if options_class is None:
+        return construct(backend, arguments, room, **context)
+    options: Any = construct(options_class, arguments, room)
+    accepted = inspect.signature(backend.__init__).parameters
+    try:
+        return backend(options, **{k: v for k, v in context.items() if k in accepted})  # type: ignore[call-arg]
+    except ValueError as error:
+        raise ConfigError(f"{room}: {error}") from error
+
+
+def _options_class(backend: type) -> type | None:
+    """Return the dataclass of a backend whose first argument is `options`; `None` where it takes plain arguments."""
+    names = list(inspect.signature(backend.__init__).parameters)  # type: ignore[misc]
+    if names[1:2] != ["options"]:
+        return None
+    hint = get_type_hints(backend.__init__)["options"]  # type: ignore[misc]
+    return hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None
+
+
+def construct(cls: type[T], arguments: Mapping[str, Any], where: str, **context: Any) -> T:
+    """Call `cls` with `arguments`, checked against its signature; see `build_named`."""
+    hints = get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
+    parameters = {
+        name: p
+        for name, p in inspect.signature(cls.__init__).parameters.items()
+        if name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+    allowed = [name for name in parameters if name not in context]
+    values: dict[str, Any] = {name: value for name, value in context.items() if name in parameters}
+    for key, value in arguments.items():
+        if key not in allowed:
+            close = difflib.get_close_matches(str(key), allowed, 1)
+            hint = f"did you mean {where}.{close[0]}?" if close else "remove it"
+            raise ConfigError(f"{where}.{key}: unknown key, expected one of {', '.join(allowed) or 'none'}; {hint}")
+        values[key] = _fit(value, hints.get(key, Any), f"{where}.{key}")
+    for name, parameter in parameters.items():
+        if name not in values and parameter.default is parameter.empty:
+            raise ConfigError(f"{where}.{name}: missing; set {where}.{name}=<value>")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _fit(value: Any, hint: Any, where: str) -> Any:
+    """`value` if it has type `hint` (int passes for float, a list for a tuple), else a ConfigError."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, Mapping):
+            return construct(hint, value, where)
+        if isinstance(value, hint):
+            return value
+    elif origin in (Union, types.UnionType):
+        for choice in choices:
+            try:
+                return _fit(value, choice, where)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value in choices:
+            return value
+    elif origin in (list, tuple):
+        if isinstance(value, list | tuple):
+            if origin is list:
+                return [_fit(v, choices[0], f"{where}[{i}]") for i, v in enumerate(value)]
+            inner = [choices[0]] * len(value) if len(choices) == 2 and choices[1] is Ellipsis else list(choices)
+            if len(inner) == len(value):
+                return tuple(_fit(v, t, f"{where}[{i}]") for i, (v, t) in enumerate(zip(value, inner, strict=True)))
+    elif origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+    else:
+        return value
+    got = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
+    raise ConfigError(f"{where}: got {got} ({type(value).__name__}), expected {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(choice) for choice in choices)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in choices)
+    if hint is type(None):
+        return "null"
+    if isinstance(hint, type) and origin is None:
+        return {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}.get(
+            hint.__name__, hint.__name__
+        )
+    return str(hint).replace("typing.", "")

@@ -1,0 +1,114 @@
+"""Where the YAML files are, and how they become a checked `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from moduseg.config.construct import construct
+from moduseg.config.schemas import (
+    BankConfig,
+    Config,
+    EvaluationConfig,
+    PseudoMasksConfig,
+    RetrievalConfig,
+    RuntimeConfig,
+)
+from moduseg.errors import ConfigError, MissingError
+
+UNREADABLE = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError)
+"""What Hydra and OmegaConf let through of a damaged YAML file, beside their own errors."""
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: inside an installed package, or at the top of a clone.
+
+    Raises:
+        MissingError: neither is there.
+    """
+    package = Path(__file__).parent.parent
+    for candidate in (package / "configs", package.parent / "configs"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise MissingError(f"{package / 'configs'}: no config.yaml; install moduseg again, or run inside a clone")
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
+    """The configuration that a command line gives.
+
+    Args:
+        overrides: as on the command line: `retrieval.top_k=9`, `proposer=sam`, `experiment=coco150`.
+        config_name: the file at the top of the folder.
+
+    Raises:
+        ConfigError: an unknown key, group or file, a wrong type, a value out of range.
+    """
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+            cfg = hydra_compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+        raise ConfigError(_one_line(error)) from error
+    return from_hydra(cfg)
+
+
+def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
+    """Check what Hydra composed; see `compose`."""
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"configuration: got {type(plain).__name__}, expected groups; start from configs/config.yaml")
+    plain.pop("hydra", None)
+    known = [f.name for f in dataclasses.fields(Config)]
+    for key in plain:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            raise ConfigError(f"{key!s}: unknown key, expected one of {', '.join(known)}; {hint}")
+    hints = {
+        "pseudo_masks": PseudoMasksConfig,
+        "bank": BankConfig,
+        "retrieval": RetrievalConfig,
+        "evaluation": EvaluationConfig,
+        "runtime": RuntimeConfig,
+    }
+    predictions = plain.get("predictions")
+    if not isinstance(predictions, str | None):
+        raise ConfigError(f"predictions: got {predictions!r}, expected a folder; set predictions=<folder>")
+    train_proposer = plain.get("train_proposer")
+    if not isinstance(train_proposer, Mapping | None):
+        raise ConfigError(
+            f"train_proposer: got {train_proposer!r}, expected a group of settings; pick a file with "
+            "proposer@train_proposer=<file>"
+        )
+    values: dict[str, Any] = {"predictions": predictions, "train_proposer": train_proposer}
+    for name in known:
+        value = plain.get(name)
+        if name in values:
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name}: got {value!r}, expected a group of settings; pick a file with {name}=<file>")
+        values[name] = construct(hints[name], value, name) if name in hints else value
+    return Config(**values)
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's message on one line, with the remedy that fits this program."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(
+        line for line in lines if not line.startswith(("To append to your config", "full_key", "object_type"))
+    )
+    if "Could not override" in text or "is not in struct" in text:
+        text += "; unknown key, see configs/ for the allowed ones"
+    return text or type(error).__name__

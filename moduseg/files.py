@@ -1,0 +1,114 @@
+"""Files that are either whole or absent, their JSON, and their digests."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from moduseg.errors import ArtefactError, MissingError, StorageError
+
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "host"
+# Containers may share a folder and have one name and the same process ids.
+_TOKEN = os.urandom(4).hex()
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and without spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either all of it or what it held before, even if the process dies meanwhile.
+
+    Raises:
+        StorageError: disk full, no permission, read-only file system.
+    """
+    temporary = path.with_name(f".{path.name}.{_HOST}.{_TOKEN}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        remedy = {
+            errno.ENOSPC: "free some space",
+            errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+            errno.EDQUOT: "free some space of your quota",
+            errno.EACCES: "check the permissions, or set runtime.outputs=<folder>",
+            errno.EPERM: "check the permissions, or set runtime.outputs=<folder>",
+            errno.EROFS: "set runtime.outputs=<a folder that can be written>",
+        }.get(error.errno or 0, "set runtime.outputs=<another folder>")
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}); {remedy} and run again, finished images are kept"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`.
+
+    Raises:
+        ArtefactError: it is not there or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path}: not readable as JSON ({error}); remove the folder and run again") from error
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hexadecimal; read once for each size and modification time.
+
+    Raises:
+        MissingError: there is no such file.
+    """
+    if not path.is_file():
+        raise MissingError(f"{path}: no such file; check the path")
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files below a folder that a process of this machine left when it was killed."""
+    for leftover in folder.rglob(f".*.{_HOST}.*.tmp"):
+        owner = leftover.name.split(".")[-2]
+        if owner.isdigit() and not _is_running(int(owner)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Geometry of masks: run lengths, bits, cells, polygons."""

@@ -1,0 +1,1 @@
+"""The three small models of the embedded world."""

@@ -1,0 +1,1 @@
+"""What every stage needs: batches and resume, artefact folders, shards and peers."""

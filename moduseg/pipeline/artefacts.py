@@ -1,0 +1,123 @@
+"""Folders that hold the result of a stage, named by everything that decides it.
+
+`outputs/<dataset>/<stage>/<name>-<key8>/`: the key hashes the stage's configuration, the digests of its weights and the
+keys of the artefacts it was made from. Runs that differ never share a folder, runs that agree share their work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moduseg.errors import ArtefactError
+from moduseg.files import digest_of, read_json, remove_leftovers, write_json
+
+FORMAT = 1
+"""Raised when the files of a stage change meaning, so that older folders are not taken for new ones."""
+
+
+class Artefact:
+    """The folder of one stage's result.
+
+    Args:
+        outputs: root of all artefacts.
+        dataset: name of the data set, the first folder.
+        stage: name of the stage, the second folder.
+        name: readable part of the third folder's name.
+        parts: everything that decides the result, JSON values; hashed into the key.
+
+    Raises:
+        StorageError: the folder cannot be made.
+        ArtefactError: the folder holds something made from other parts.
+    """
+
+    def __init__(self, outputs: Path, dataset: str, stage: str, name: str, parts: Mapping[str, Any]) -> None:
+        self.stage = stage
+        self.parts = {"format": FORMAT, **parts}
+        self.key = digest_of(self.parts)
+        self.path = outputs / dataset / stage / f"{name}-{self.key[:8]}"
+        found = self._stored_manifest()
+        if found is not None and found.get("key") != self.key:
+            raise ArtefactError(
+                f"{self.path}: holds key {found.get('key')!r}, expected {self.key!r}; remove the folder"
+            )
+        remove_leftovers(self.path)
+        if found is None:
+            self.write_manifest(status="running")
+
+    @property
+    def manifest_path(self) -> Path:
+        """Where `manifest.json` is."""
+        return self.path / "manifest.json"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What `manifest.json` says."""
+        value = read_json(self.manifest_path)
+        if not isinstance(value, dict):
+            raise ArtefactError(
+                f"{self.manifest_path}: got {type(value).__name__}, expected an object; remove the folder"
+            )
+        return value
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the stage once came to its end here."""
+        return self.manifest_path.exists() and self.manifest.get("status") == "complete"
+
+    def is_whole(self, verify: bool = False) -> bool:
+        """Whether it is complete and what was merged has the recorded sizes (`verify`: and digests).
+
+        Files of single images are the loop's to look at.
+        """
+        if not self.is_complete:
+            return False
+        products = self.manifest.get("products")
+        if not isinstance(products, dict):
+            return False
+        try:
+            return all(
+                (path := self.file(name)).stat().st_size == size and (not verify or _sha256(path) == digest)
+                for name, (size, digest) in products.items()
+            )
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def write_manifest(self, **fields: Any) -> None:
+        """Write `manifest.json`: stage, key, parts and `fields` (`status` is `running` or `complete`).
+
+        When complete, also size and sha256 of what was merged: the files beside it, and the pictures in `panels/`.
+        """
+        if fields.get("status") == "complete":
+            found = [p for p in (*self.path.iterdir(), *self.path.glob("panels/**/*")) if not p.name.startswith(".")]
+            files = sorted(p for p in found if p.is_file() and p != self.manifest_path)
+            fields["products"] = {p.relative_to(self.path).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
+        write_json(self.manifest_path, {"stage": self.stage, "key": self.key, "parts": self.parts, **fields})
+
+    def file(self, relative: str) -> Path:
+        """`path / relative`, refused if it would leave the folder.
+
+        Raises:
+            ArtefactError: `relative` is absolute or climbs out.
+        """
+        candidate = Path(relative)
+        if candidate.is_absolute() or ".." in candidate.parts:
+            raise ArtefactError(f"{relative!r}: leaves the folder {self.path}; rename the image")
+        return self.path / candidate
+
+    def _stored_manifest(self) -> dict[str, Any] | None:
+        """What `manifest.json` says; `None` where it is absent or damaged, and the stage is to be looked at anew."""
+        try:
+            return self.manifest
+        except ArtefactError:
+            return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,259 @@
+"""A finished run as a folder that a browser opens from disk: `report/index.html` beside its results.
+
+`infer` and `evaluate` write it where `evaluation.report` is set; `scripts/report.py` writes it for any finished run,
+for PNGs of another tool, and for two runs side by side. Everything is read from what the stages stored: no model runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moduseg.bank.edit import in_classes
+from moduseg.bank.store import Bank
+from moduseg.config import Config, compose
+from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
+from moduseg.evaluation.tables import versions
+from moduseg.files import digest_of, file_digest, read_json, write_atomic, write_json
+from moduseg.pipeline.workspace import Workspace, log
+from moduseg.report.bank_data import write_bank
+from moduseg.report.image_data import Entry, Reasons, write_images
+from moduseg.report.page import Page, cells_of, figures_of, program_digest, read_script, script, summary
+from moduseg.report.source import Source, config_of, open_source
+from moduseg.report.why import Answer
+from moduseg.stages import evaluate_folder
+from moduseg.tools import compare as compare_stage
+
+FOLDER = "report"
+"""Where a run's report is, inside its folder."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command `report`: `run=<folder>` or `predictions=<folder>`, `compare=<folder>`; the rest are overrides."""
+    named: dict[str, str] = {}
+    overrides = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("run", "predictions", "compare"):
+            named[key] = value
+        else:
+            overrides.append(argument)
+    run(named.get("run"), overrides, named.get("predictions"), named.get("compare"))
+    return 0
+
+
+def shown_ids(cfg: Config, ids: Sequence[str]) -> list[str]:
+    """The images that a report shows: all, or `evaluation.report_images` of them, evenly spaced."""
+    most = cfg.evaluation.report_images
+    return list(ids) if len(ids) <= most else [ids[int(i)] for i in np.linspace(0, len(ids) - 1, most).round()]
+
+
+def after(work: Workspace, path: Path, changed: bool, known: Mapping[str, Answer] | None = None) -> None:
+    """Write the report of a run that a stage has just ended, where `evaluation.report` asks for it.
+
+    Args:
+        work: of the run.
+        path: its folder, complete.
+        changed: whether its label maps are others than before.
+        known: what retrieval said of images that were labelled just now; the others are searched again.
+
+    A report that cannot be written (a photograph that is gone) costs a warning, never the run.
+    """
+    if not work.cfg.evaluation.report:
+        return
+    folder = path / FOLDER
+    stamp = _stamp(work.cfg, path)
+    if not changed and (folder / "index.html").is_file() and _stored_stamp(folder) == stamp:
+        return
+    try:
+        write(work, open_source(path, work), folder, stamp=stamp, known=known)
+    except (ConfigError, DataError, ArtefactError, MissingError) as error:
+        log.warning("report: not written: %s", error)
+
+
+def run(
+    target: str | None, overrides: Sequence[str] = (), predictions: str | None = None, against: str | None = None
+) -> Path:
+    """Write the report of a finished run, or of PNGs, alone or compared with a second one.
+
+    Args:
+        target: folder of a run (`infer`, `evaluate`, `pseudo_masks`); `None` where `predictions` is given.
+        overrides: for a run `key=value` over its own configuration; for PNGs as on the command line (`dataset=voc`).
+        predictions: a folder of `<id>.png` in place of a run.
+        against: a second run or folder of PNGs.
+
+    Returns:
+        The path of `index.html`: in the run's `report/`, or in that of the comparison.
+
+    Raises:
+        ConfigError: neither or both of `target` and `predictions`.
+        ModusegError: what is named cannot be used.
+    """
+    if (target is None) == (predictions is None):
+        raise ConfigError(
+            f"report: got run={target} and predictions={predictions}, expected one of them; set run=<folder of a run>, "
+            "or predictions=<folder of PNGs> dataset=<name>"
+        )
+    if target is not None:
+        path = Path(target).expanduser()
+        cfg = config_of(path, overrides)
+    else:
+        cfg = dataclasses.replace(compose(overrides), predictions=str(predictions))
+        path = evaluate_folder.run(cfg)
+    work = Workspace(cfg)
+    source = open_source(path, work)
+    if against is None:
+        page = write(work, source, source.path / FOLDER, stamp=_stamp(cfg, source.path))
+        if path != source.path:
+            add_figures(source.path, read_json(path / "results.json"))
+        return page
+    other = Path(against).expanduser()
+    if not (other / "results.json").is_file():
+        other = evaluate_folder.run(dataclasses.replace(cfg, predictions=str(other)))
+        second = open_source(other, work)
+    else:
+        second = open_source(other, Workspace(config_of(other)))
+    compared = compare_stage.run(str(source.path), str(second.path), cfg, True)
+    return write(work, source, compared / FOLDER, second, read_json(compared / "results.json"))
+
+
+def add_figures(path: Path, record: Mapping[str, Any]) -> None:
+    """Add what stage `evaluate` found (pseudo masks, proposals) to the report of the run that it evaluated."""
+    file = path / FOLDER / "data" / "summary.js"
+    if not (path / FOLDER / "index.html").is_file() or not file.is_file():
+        return
+    content = read_script(file)
+    rows = figures_of(record)
+    if content["figures"] != rows:
+        content["figures"] = rows
+        write_atomic(file, script("summary", content))
+
+
+def write(
+    work: Workspace,
+    source: Source,
+    folder: Path,
+    second: Source | None = None,
+    compared: Mapping[str, Any] | None = None,
+    stamp: str = "",
+    known: Mapping[str, Answer] | None = None,
+) -> Path:
+    """Write the report of an opened run.
+
+    Args:
+        work: of its configuration.
+        source: the run.
+        folder: where it goes; an earlier report there is replaced.
+        second, compared: the run it is compared with, and what `compare` said of the two.
+        stamp: what tells later whether the report is still the run's.
+        known: see `after`.
+
+    Returns:
+        The path of `index.html`.
+
+    Raises:
+        DataError: a label map cannot be read.
+    """
+    start = time.perf_counter()
+    ids = [i for i in source.ids if second is None or i in set(second.ids)]
+    every, ids = len(ids), shown_ids(work.cfg, ids)
+    if len(ids) < every:
+        log.warning("report: %d of %d images are shown, evenly spaced; set evaluation.report_images", len(ids), every)
+    page = Page(folder)
+    bank = retriever = None
+    if {"build_bank", "queries", "propose"} <= set(source.inputs):
+        bank = Bank.load(source.inputs["build_bank"])
+        if work.cfg.bank.path is not None:
+            bank = in_classes(bank, source.dataset.classes)
+        retriever = Reasons(work.cfg, bank, source.inputs["queries"], work.device.torch_device, known)
+    written = write_images(work, source, page, ids, retriever, second)
+    if bank is not None and retriever is not None:
+        write_bank(work, source, page, bank, retriever, written)
+    page.script("images", _images(source, ids, written.entries, second))
+    head = _summary(work, source, len(ids))
+    head |= {"why": any(e.proposals is not None for e in written.entries), "bank": bank is not None}
+    if compared is not None:
+        head["compare"] = {**compared, "changes": _changes(source, second)}
+    page.script("summary", head)
+    write_json(folder / "report.json", {"stamp": stamp, "images": len(ids)})
+    index = page.finish()
+    log.info("report:  %s (%.1f s)", index, time.perf_counter() - start)
+    return index
+
+
+def _summary(work: Workspace, source: Source, shown: int) -> dict[str, Any]:
+    dataset, record = source.dataset, source.record
+    config = (record or {}).get("config") or work.cfg.as_dict()
+    return summary(
+        record,
+        dataset=dataset.name,
+        split=dataset.split,
+        what=source.what,
+        classes=dataset.classes,
+        has_background=dataset.has_background,
+        uncovered=source.rule,
+        label_source=str((record or {}).get("label_source") or work.dataset(work.train_split).label_source),
+        total=len(dataset.ids),
+        shown=shown,
+        config=config,
+        seconds=source.seconds,
+        versions=(record or {}).get("versions") or versions(),
+        run=source.path.name,
+    )
+
+
+def _changes(source: Source, second: Source | None) -> list[list[str]]:
+    """Keys that the two runs have other values of: `[key, first, second]`."""
+    one, other = (_flat((side.record if side else None) or {}) for side in (source, second))
+    keys = [key for key in {**one, **other} if one.get(key, "-") != other.get(key, "-")]
+    return [[key, one.get(key, "-"), other.get(key, "-")] for key in keys]
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted keys of what decides a run, each with its value as text."""
+    found: dict[str, str] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                visit(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            found[prefix] = "null" if value is None else str(value)
+
+    config = record.get("config", {})
+    visit("", {key: config[key] for key in config if key not in ("runtime", "evaluation")})
+    return found
+
+
+def _images(source: Source, ids: Sequence[str], entries: Sequence[Entry], second: Source | None) -> dict[str, Any]:
+    """The list of images, a column each, in the order of the data set."""
+    columns: dict[str, Any] = {
+        "ids": list(ids),
+        "sizes": [list(entry.size) for entry in entries],
+        "photographs": [int(entry.photograph) for entry in entries],
+        "scores": [None if entry.score is None else round(entry.score, 4) for entry in entries],
+        "proposals": [entry.proposals for entry in entries],
+        "areas": [entry.areas for entry in entries],
+        "cells": None if source.counts is None else cells_of(source.counts, ids),
+        "second": None,
+    }
+    if second is not None and second.counts is not None:
+        columns["second"] = cells_of(second.counts, ids)
+    return columns
+
+
+def _stamp(cfg: Config, path: Path) -> str:
+    results = path / "results.json"
+    settings = {key: value for key, value in cfg.as_dict()["evaluation"].items() if key.startswith("report")}
+    scored = file_digest(results) if results.is_file() else None
+    return digest_of({"program": program_digest(), "settings": settings, "results": scored})
+
+
+def _stored_stamp(folder: Path) -> str:
+    file = folder / "report.json"
+    return str(read_json(file).get("stamp")) if file.is_file() else ""

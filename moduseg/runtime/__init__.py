@@ -1,1 +1,0 @@
-"""Artefact folders, devices, weights, construction of backends from configuration."""

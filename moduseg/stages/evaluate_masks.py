@@ -1,0 +1,271 @@
+"""Label maps on disk against ground truth: figures, table and panels, written beside the label maps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from moduseg.config import Config
+from moduseg.datasets.base import Dataset
+from moduseg.datasets.io import read_label_png
+from moduseg.errors import ConfigError, DataError
+from moduseg.evaluation.bootstrap import bootstrap_miou
+from moduseg.evaluation.counts import FILE, SplitCounts
+from moduseg.evaluation.pairs import MAX_AUTO_WORKERS, Pair, count_pairs
+from moduseg.evaluation.tables import BoundaryFigures, results_markdown, results_record
+from moduseg.files import read_json, write_atomic, write_json
+from moduseg.pipeline.artefacts import Artefact
+from moduseg.pipeline.batches import Outcome
+from moduseg.pipeline.workspace import Workspace, log, safe_name, steps_of, wall_seconds
+from moduseg.proposers import sa1b
+from moduseg.report.panel import image_panel
+from moduseg.structures import IGNORE_INDEX
+
+Reader = Callable[[str, tuple[int, int]], np.ndarray]
+"""Id and `(H, W)` of the truth -> `[H, W]` uint8 label map."""
+
+
+def scoring_settings(cfg: Config) -> dict[str, Any]:
+    """What of the configuration decides a score: the group `evaluation` but for the workers and the report."""
+    return _deciding(cfg.as_dict()["evaluation"])
+
+
+def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome) -> bool:
+    """Whether `results.json` is missing, older than the label maps, or made with other evaluation settings."""
+    file = artefact.path / "results.json"
+    if outcome.changed or not file.is_file():
+        return True
+    return _deciding(read_json(file)["config"]["evaluation"]) != scoring_settings(work.cfg)
+
+
+def _deciding(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in evaluation.items() if key != "workers" and not key.startswith("report")}
+
+
+def score_label_maps(
+    work: Workspace,
+    artefact: Artefact,
+    outcome: Outcome,
+    dataset: Dataset,
+    proposals: Path | None,
+    what: str,
+    inputs: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Score `labels/*.png` of an artefact; write `results.json`, `results.md`, the counts of each image and `panels/`.
+
+    Pixels that a pseudo mask leaves open (255) count as background, as they would on a screen; predictions have none.
+    Images without ground truth are left out and named.
+
+    Args:
+        work: configuration and rooms.
+        artefact: holds the label maps.
+        outcome: of the stage that made them.
+        dataset: the split they belong to.
+        proposals: the artefact of stage `propose`, for the panels; `None` leaves that column out.
+        what: `prediction` or `pseudo mask`, for the panels.
+        inputs: artefacts it was made from, by stage; their seconds are listed.
+
+    Returns:
+        What `results.json` holds.
+    """
+
+    def read(image_id: str, expected: tuple[int, int]) -> np.ndarray:
+        labels = read_label_png(artefact.file(safe_name(f"labels/{image_id}", ".png")))
+        return labels if what == "prediction" else np.where(labels == IGNORE_INDEX, np.uint8(0), labels)
+
+    done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
+    counts, left_out = count_split(work, dataset, done, read, f"score {what}s")
+    seconds = {artefact.stage: wall_seconds(outcome.seconds)}
+    steps = {f"{artefact.stage}/{artefact.path.name}": dict(outcome.seconds)}
+    for stage, path in (inputs or {}).items():
+        steps.update(steps_of(path))
+        seconds[stage] = wall_seconds(read_json(path / "manifest.json").get("seconds", {}))
+    record = figures(
+        work,
+        dataset,
+        counts,
+        label_source=work.dataset(work.train_split).label_source,
+        config=work.cfg.as_dict(),
+        seconds=seconds,
+        failures=[*outcome.failed, *left_out],
+        extra={
+            "refinement": "none (no CRF, no test-time augmentation)",
+            "seed": work.cfg.runtime.seed,
+            **timing(steps),
+        },
+    )
+    table = results_markdown(record)
+    write_atomic(artefact.path / FILE, counts.to_bytes())
+    write_json(artefact.path / "results.json", record)
+    write_atomic(artefact.path / "results.md", table.encode())
+    draw_panels(artefact, dataset, counts.ids, proposals, what, work.cfg.evaluation.panels)
+    log.info("%s\nresults: %s", table.rstrip(), artefact.path / "results.json")
+    if work.cfg.evaluation.panels:
+        log.info("panels:  %s", artefact.path / "panels")
+    return record
+
+
+def timing(steps: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What results say of time.
+
+    Args:
+        steps: seconds by step (`load`, `work`, `model`, `write`, `wall`) of each artefact that a result took.
+
+    Returns:
+        `steps`, rounded, and `model_share`: of the time on the clock, the share that models' forward passes took
+        (on CUDA as seen from the CPU); `None` where nothing was timed.
+    """
+    wall = sum(seconds.get("wall", 0.0) for seconds in steps.values())
+    model = sum(seconds.get("model", 0.0) for seconds in steps.values())
+    rounded = {name: {step: round(value, 3) for step, value in seconds.items()} for name, seconds in steps.items()}
+    return {"steps": rounded, "model_share": round(model / wall, 3) if wall else None}
+
+
+def count_split(
+    work: Workspace, dataset: Dataset, ids: Sequence[str], read: Reader, title: str
+) -> tuple[SplitCounts, list[str]]:
+    """Count the pixels of label maps against the truth, image by image.
+
+    Args:
+        work: for the settings of evaluation.
+        dataset: the split.
+        ids: the images that have a label map.
+        read: gives it.
+        title: what the progress bar says.
+
+    Returns:
+        The counts, and the images left out because they have no usable ground truth.
+
+    Raises:
+        DataError: a label map does not fit its truth, or no image has ground truth.
+        ConfigError: uncovered pixels are to be ignored where they are background.
+    """
+    settings = work.cfg.evaluation
+    if settings.uncovered == "ignore" and dataset.has_background:
+        raise ConfigError(
+            f"evaluation.uncovered: got 'ignore', expected 'wrong' on {dataset.name}, whose label 0 is a class "
+            "(background); 'ignore' is for data sets without one"
+        )
+
+    def load(image_id: str) -> Pair | None:
+        try:
+            truth = dataset.semantic_of(image_id)
+        except DataError as error:
+            log.warning("not scored: %s", error)
+            return None
+        if truth is None:
+            return None
+        labels = read(image_id, (truth.shape[0], truth.shape[1]))
+        if labels.shape != truth.shape and dataset.image_size(image_id) != truth.shape:
+            log.warning(
+                "not scored: image %r: its label map is %s, expected the image's %s; make it again at that size",
+                image_id,
+                truth.shape,
+                dataset.image_size(image_id),
+            )
+            return None
+        return truth, labels
+
+    counts, left_out = SplitCounts(len(dataset.classes)), []
+    pairs = count_pairs(ids, load, counts.size, boundary_width=settings.boundary_width, workers=settings.workers)
+    for image_id, found in tqdm(pairs, desc=title, total=len(ids), unit="img", leave=False):
+        if found is None:
+            left_out.append(image_id)
+            continue
+        if not dataset.has_background and found.confusion[0].any():
+            raise DataError(
+                f"image {image_id!r}: its truth has {int(found.confusion[0].sum())} pixels of label 0, expected 1.."
+                f"{dataset.num_classes} or 255 on {dataset.name}, which has no background; correct the label map"
+            )
+        counts.append(image_id, found)
+    if not len(counts):
+        raise DataError(f"{dataset.name} {dataset.split}: no image has ground truth; check the folder of label maps")
+    return counts, left_out
+
+
+def figures(
+    work: Workspace,
+    dataset: Dataset,
+    counts: SplitCounts,
+    *,
+    label_source: str,
+    config: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    failures: Sequence[str],
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The record of `results_record` from the counts of a split; arguments as there."""
+    settings = work.cfg.evaluation
+    interval = None
+    if settings.bootstrap:
+        by_label = counts.label_counts(dataset.has_background, settings.uncovered)
+        interval = bootstrap_miou(by_label, settings.bootstrap, seed=work.cfg.runtime.seed)
+    boundary = None
+    if counts.has_boundary:
+        total = counts.boundary_counts(dataset.has_background).sum(0)
+        boundary = BoundaryFigures(total, settings.boundary_width, counts.widths)
+    return results_record(
+        counts.matrix(),
+        dataset.classes,
+        dataset=dataset.name,
+        split=dataset.split,
+        images=len(counts),
+        label_source=label_source,
+        config=config,
+        seconds=seconds,
+        failures=failures,
+        interval=interval,
+        boundary=boundary,
+        has_background=dataset.has_background,
+        uncovered=settings.uncovered,
+        extra=extra,
+    )
+
+
+def draw_panels(
+    artefact: Artefact,
+    dataset: Dataset,
+    scored: Sequence[str],
+    proposals: Path | None,
+    what: str,
+    count: int,
+    read: Callable[[str], np.ndarray] | None = None,
+) -> None:
+    """Panels of `count` images spread evenly over the split; truth and errors are left out where there is no truth.
+
+    Args:
+        artefact: the pictures go to its `panels/`.
+        dataset: the images.
+        scored: ids to choose from.
+        proposals: the artefact of stage `propose`; `None` leaves that column out.
+        what: `prediction` or `pseudo mask`.
+        count: how many.
+        read: id -> label map; `None` for the artefact's own `labels/<id>.png`.
+    """
+    chosen = [scored[i] for i in sorted({int(i) for i in np.linspace(0, len(scored) - 1, min(count, len(scored)))})]
+
+    def draw(image_id: str) -> bytes:
+        sample = dataset.load(image_id, truth=True, labels=False)
+        masks = None
+        if proposals is not None:
+            masks = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), sample.size).masks
+        own = artefact.file(safe_name(f"labels/{image_id}", ".png"))
+        return image_panel(
+            sample.image,
+            dataset.classes,
+            proposals=masks,
+            labels=read_label_png(own) if read is None else read(image_id),
+            labels_title=what,
+            truth=sample.semantic,
+            title=image_id,
+        )
+
+    with ThreadPoolExecutor(min(MAX_AUTO_WORKERS, os.cpu_count() or 1), thread_name_prefix="panel") as pool:
+        for image_id, picture in zip(chosen, pool.map(draw, chosen), strict=True):
+            write_atomic(artefact.file(safe_name(f"panels/{image_id}", ".png")), picture)

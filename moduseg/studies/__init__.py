@@ -1,0 +1,1 @@
+"""Experiments that run the stages many times."""

@@ -1,0 +1,194 @@
+"""Tables from one command: a grid of overrides, each cell a run, runs that agree shared.
+
+A table is a file of `configs/table/`: `base` overrides for every run, `axes` (one column each: option -> overrides),
+`replicates` (lists of overrides whose results are averaged) and `columns` (figures of stage `evaluate`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from moduseg.config import UNREADABLE, compose, config_dir
+from moduseg.config.construct import construct
+from moduseg.errors import ConfigError
+from moduseg.evaluation.tables import markdown_table, versions
+from moduseg.files import read_json, write_atomic, write_json
+from moduseg.pipeline.workspace import log
+from moduseg.stages import evaluate
+
+FIGURES: dict[str, tuple[str, ...]] = {
+    "mIoU": ("prediction", "miou"),
+    "low": ("prediction", "miou_interval", "low"),
+    "high": ("prediction", "miou_interval", "high"),
+    "mIoU in truth": ("prediction", "miou_classes_in_truth"),
+    "pixel accuracy": ("prediction", "pixel_accuracy"),
+    "pseudo-mask mIoU": ("pseudo_masks", "miou"),
+    "pseudo-mask mIoU in truth": ("pseudo_masks", "miou_classes_in_truth"),
+    "proposal recall": ("proposals", "recall"),
+    "mean best IoU": ("proposals", "mean_best_iou"),
+    "proposals": ("proposals", "proposals_per_image"),
+}
+"""Columns that a table may have, and where `evaluate` puts them; all in percent but `proposals` (an image)."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        title: what it shows.
+        base: overrides of every run.
+        axes: axis -> option -> overrides, or -> a list of lists of overrides, whose results are averaged.
+        replicates: lists of overrides; every cell is run with each, and the results averaged.
+        columns: keys of `FIGURES`.
+    """
+
+    title: str
+    axes: Mapping[str, Any]
+    base: list[str] = field(default_factory=list)
+    replicates: list[Any] = field(default_factory=lambda: [[]])
+    columns: list[str] = field(default_factory=lambda: ["mIoU"])
+
+    def __post_init__(self) -> None:
+        unknown = [c for c in self.columns if c not in FIGURES]
+        if unknown:
+            raise ValueError(f"columns: got {', '.join(unknown)}, expected some of {', '.join(FIGURES)}")
+        if not self.axes or not all(isinstance(options, Mapping) and options for options in self.axes.values()):
+            raise ValueError(f"axes: got {dict(self.axes)!r}, expected axis -> option -> overrides")
+
+
+def load_table(name: str) -> Table:
+    """The table that `configs/table/<name>.yaml` describes.
+
+    Raises:
+        ConfigError: no such table, or a key that tables do not have.
+    """
+    return construct(Table, read_table("ablate", name), f"table {name}")
+
+
+FOLDERS = {"ablate": "table", "reproduce": "reproduce"}
+"""Command -> folder of `configs/` that holds its tables."""
+
+
+def read_table(command: str, name: str) -> dict[str, Any]:
+    """The content of a table's file, interpolations left as they are.
+
+    Args:
+        command: `ablate` (grids of `configs/table/`) or `reproduce` (the paper's tables, `configs/reproduce/`).
+        name: of the file.
+
+    Raises:
+        ConfigError: no such table, or a file that is no mapping.
+    """
+    folder = config_dir() / FOLDERS[command]
+    path = folder / f"{name}.yaml"
+    if "/" in name or not path.is_file():
+        owners = [c for c, f in FOLDERS.items() if "/" not in name and (folder.parent / f / path.name).is_file()]
+        remedy = f"scripts/{owners[0]}.py table={name}" if owners else f"scripts/{command}.py table=<name>"
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ConfigError(f"table: got {name!r}, expected one of {known}; try: python {remedy}")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OmegaConfBaseException, *UNREADABLE) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; correct the file") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: got {type(content).__name__}, expected keys such as title; correct the file")
+    return {str(key): value for key, value in content.items()}
+
+
+def run(name: str, overrides: Sequence[str] = ()) -> Path:
+    """Run every cell of a table and write it.
+
+    Args:
+        name: of a file in `configs/table/`.
+        overrides: for every run, after the table's own.
+
+    Returns:
+        The Markdown file `<outputs>/tables/<name>.md`, with `<name>.json` beside it.
+    """
+    table = load_table(name)
+    cells = list(_cells(table))
+    total = sum(len(runs) for _, runs in cells)
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=total, desc=f"table {name}", unit="run") as progress:
+        for options, runs in cells:
+            results = []
+            start = time.perf_counter()
+            for extra in runs:
+                path = evaluate.run(compose(["evaluation.report=false", *table.base, *extra, *overrides]))
+                results.append(read_json(path / "results.json"))
+                progress.update()
+            figures = {c: [figure(r, c) for r in results] for c in table.columns}
+            rows.append(
+                {
+                    "options": options,
+                    "runs": [[*table.base, *extra, *overrides] for extra in runs],
+                    "figures": figures,
+                    "images": results[0]["prediction"]["images"],
+                    "dataset": results[0]["prediction"]["dataset"],
+                    "split": results[0]["prediction"]["split"],
+                    "seconds": round(time.perf_counter() - start, 1),
+                }
+            )
+    outputs = Path(compose([*table.base, *overrides]).runtime.outputs) / "tables"
+    record = {"title": table.title, "table": name, "overrides": list(overrides), "rows": rows, "versions": versions()}
+    write_json(outputs / f"{name}.json", record)
+    text = _markdown(table, rows)
+    write_atomic(outputs / f"{name}.md", text.encode())
+    log.info("%s\ntable -> %s", text.rstrip(), outputs / f"{name}.md")
+    return outputs / f"{name}.md"
+
+
+def _cells(table: Table) -> Iterator[tuple[dict[str, str], list[list[str]]]]:
+    """Each row's options with the overrides of its runs."""
+    for choice in itertools.product(*(options.items() for options in table.axes.values())):
+        alternatives = [[list(o) for o in _as_alternatives(overrides)] for _, overrides in choice]
+        runs = [
+            [override for part in parts for override in part]
+            for parts in itertools.product(*alternatives, [list(r) for r in table.replicates])
+        ]
+        yield dict(zip(table.axes, (option for option, _ in choice), strict=True)), runs
+
+
+def _as_alternatives(overrides: Any) -> list[list[str]]:
+    """`[a, b]` is one run, `[[a], [b]]` is two whose results are averaged."""
+    entries = list(overrides or [])
+    return entries if entries and all(isinstance(e, list) for e in entries) else [entries]
+
+
+def figure(record: Mapping[str, Any], column: str) -> float | None:
+    """What `evaluate`'s record says of a column; `None` where it says nothing."""
+    value: Any = record
+    for key in FIGURES[column]:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _markdown(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
+    body = [
+        [*row["options"].values(), *(mean_cell(row["figures"][c]) for c in table.columns), len(row["runs"])]
+        for row in rows
+    ]
+    where = f"{rows[0]['dataset']} {rows[0]['split']}, {rows[0]['images']} images. "
+    note = "Mean ± sample standard deviation where a row has several runs; percent."
+    header = [*table.axes, *table.columns, "runs"]
+    return f"**{table.title}** {where}{note}\n\n{markdown_table(header, body)}"
+
+
+def mean_cell(values: Sequence[float | None], sign: str = "") -> str:
+    """Mean ± sample standard deviation of the runs that have a value; `sign="+"` shows a plus as well."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "-"
+    # Adding zero turns -0.0 into 0.0.
+    return f"{round(mean(known), 1) + 0:{sign}.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")

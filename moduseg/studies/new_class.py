@@ -1,0 +1,172 @@
+"""How well a class is learned from a few tagged images: it is withheld from a bank, then added.
+
+For each class, every training image that shows it is taken out of the full bank, and the class with it; what is left is
+the bank that would have been built without these images. Then the first few of them are added with their tags, as
+`scripts/bank.py add` does it. IoU of the class on the evaluated split: before, after, and with all images; and the
+seconds that the addition took, loading the models included, by the clock and of all processors together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from moduseg.bank import edit
+from moduseg.bank.derived import write_derived
+from moduseg.bank.store import Bank
+from moduseg.cli.options import parse
+from moduseg.config import Config, compose
+from moduseg.errors import ConfigError, DataError
+from moduseg.evaluation.tables import markdown_table, versions
+from moduseg.files import read_json, write_atomic, write_json
+from moduseg.pipeline.workspace import Workspace, log
+from moduseg.stages import build_bank, extend_bank, infer
+
+
+@dataclass(frozen=True)
+class NewClassOptions:
+    """Keys of `scripts/new_class.py`.
+
+    Attributes:
+        class_: names of the classes to withhold, one after the other; `all` for every class.
+        images: how many tagged images are added.
+        name: of the table's files.
+    """
+
+    class_: tuple[str, ...] = ("all",)
+    images: int = 5
+    name: str = "new_class"
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ValueError(f"images: got {self.images}, expected 1 or more; try 5")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`[class=<name>] [images=5] [key=value ...]`: makes the table and prints it."""
+    options, overrides = parse(arguments, NewClassOptions, "new_class")
+    log.setLevel("WARNING")
+    print(run(options, compose(overrides)).read_text(encoding="utf-8"))
+    return 0
+
+
+def run(options: NewClassOptions, cfg: Config) -> Path:
+    """Withhold each class and add it.
+
+    Returns:
+        The Markdown file `<outputs>/tables/<name>.md`, with `<name>.json` beside it.
+
+    Raises:
+        ConfigError: a class that the data set does not have.
+        DataError: the evaluated split has no ground truth, or no training image shows the class.
+    """
+    work = Workspace(cfg)
+    dataset = work.dataset(work.train_split)
+    names = list(dataset.classes[1:]) if options.class_ == ("all",) else list(options.class_)
+    for name in names:
+        if name not in dataset.classes[1:]:
+            raise ConfigError(f"class: got {name!r}, expected all or some of {', '.join(dataset.classes[1:])}")
+    if not work.dataset(work.eval_split).has_truth:
+        raise DataError(f"{dataset.name} {work.eval_split}: got no ground truth, expected label maps to score against")
+    source = build_bank.run(cfg, work)
+    whole = read_json(infer.run(cfg, work) / "results.json")
+    rows = [_withhold(name, options.images, cfg, work, source, whole) for name in names]
+    folder = work.outputs / "tables"
+    record = {"images": options.images, "rows": rows, "config": cfg.as_dict(), "versions": versions()}
+    write_json(folder / f"{options.name}.json", record)
+    write_atomic(folder / f"{options.name}.md", _table(rows, whole).encode())
+    return folder / f"{options.name}.md"
+
+
+def _withhold(
+    name: str, count: int, cfg: Config, work: Workspace, source: Path, whole: dict[str, Any]
+) -> dict[str, Any]:
+    dataset = work.dataset(work.train_split)
+    label = dataset.classes.index(name)
+    bank = Bank.load(source)
+    tags = {i: dataset.labels_of(i) or () for i in bank.image_ids}
+    showing = [i for i in bank.image_ids if label in tags[i]]
+    if not showing:
+        raise DataError(f"{name}: no training image shows it, expected {count} to add; pick another class")
+    base = edit.remove(bank, classes=[name], images=showing)
+    without = write_derived(base, "remove", [source], {"class": [name], "image": showing}, None, work.outputs)
+    chosen = showing[:count]
+    masks = {i: file for i in chosen if (file := dataset.mask_path(i)) and work.generator.needs_truth}
+    # In a folder of its own, so that what an earlier run computed is not what is timed.
+    with tempfile.TemporaryDirectory() as scratch:
+        runtime = dataclasses.replace(cfg.runtime, outputs=scratch)
+        start, cpu = time.perf_counter(), time.process_time()
+        path, seconds = extend_bank.add(
+            base,
+            without,
+            dataclasses.replace(cfg, runtime=runtime),
+            {i: dataset.image_path(i) for i in chosen},
+            {i: tags[i] for i in chosen},
+            dataset.classes,
+            masks=masks,
+            tag_source=dataset.label_source,
+            start=start,
+            outputs=work.outputs,
+        )
+        cpu = time.process_time() - cpu
+    figures = {"before": _scores(name, cfg, without), "after": _scores(name, cfg, path)}
+    figures["all"] = {"iou": whole["iou"][name], "miou": whole["miou"]}
+    log.info("new_class: %s: %s", name, figures)
+    return {
+        "class": name,
+        "added": len(chosen),
+        "of": len(showing),
+        "images_before": len(base.image_ids),
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 2),
+        **figures,
+    }
+
+
+def _scores(name: str, cfg: Config, bank: Path) -> dict[str, float | None]:
+    """IoU of the class and mIoU of the evaluated split with a bank, percent."""
+    named = dataclasses.replace(
+        cfg,
+        bank=dataclasses.replace(cfg.bank, path=str(bank)),
+        evaluation=dataclasses.replace(cfg.evaluation, report=False),  # one of many runs, and nobody looks at it
+    )
+    results = read_json(infer.run(named) / "results.json")
+    return {"iou": results["iou"][name], "miou": results["miou"]}
+
+
+def _table(rows: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
+    header = (
+        "class withheld", "added", "of", "IoU before", "after", "all images", "mIoU before", "after", "all images",
+        "seconds", "CPU seconds",
+    )  # fmt: skip
+    stages = ("before", "after", "all")
+    cells = [
+        [
+            row["class"],
+            row["added"],
+            row["of"],
+            *(_cell(row[stage]["iou"]) for stage in stages),
+            *(_cell(row[stage]["miou"]) for stage in stages),
+            f"{row['seconds']:.1f}",
+            f"{row['cpu_seconds']:.1f}",
+        ]
+        for row in rows
+    ]
+    if len(rows) > 1:
+        means = [
+            _cell(mean(row[stage][figure] or 0.0 for row in rows)) for figure in ("iou", "miou") for stage in stages
+        ]
+        times = [f"{mean(row[key] for row in rows):.1f}" for key in ("seconds", "cpu_seconds")]
+        cells.append(["mean", "", "", *means, *times])
+    where = f"{whole['dataset']} {whole['split']}, {whole['images']} images, percent"
+    return f"A class withheld from the bank, then added from tagged images. {where}.\n\n{markdown_table(header, cells)}"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

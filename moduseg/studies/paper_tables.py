@@ -1,0 +1,200 @@
+"""The paper's tables as configurations: each row, on each data set, is a list of overrides beside a published figure.
+
+A table is a file of `configs/reproduce/`. Its keys are those of `PaperTable`, those of a row are those of `Row`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from moduseg.config.construct import construct
+from moduseg.errors import ConfigError
+from moduseg.evaluation.published import PUBLISHED, TABLES, PublishedRow
+from moduseg.studies.ablate import FIGURES, read_table
+
+BASE: dict[str, list[str]] = {
+    "voc": ["experiment=voc"],
+    "coco": ["experiment=coco"],
+    "ade20k": ["experiment=ade20k"],
+    "cityscapes": ["experiment=cityscapes"],
+    "miniature": [],
+}
+"""The data sets that a table may have, and the overrides every row starts from."""
+FULL = ("voc", "coco")
+"""What `full` means in a table: the data sets of the paper's ablations."""
+MINIATURE = "miniature"
+"""The embedded world, which is no benchmark: its rows have VOC's published figures beside them."""
+SPLITS = {"mIoU": "val", "pseudo-mask mIoU": "train"}
+"""What a table may be about, and the split that its published figures belong to."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: it is a row of those data sets that it has overrides for (`[]` is a list of none).
+
+    Attributes:
+        published: the method's name in the table of `moduseg.evaluation.published`, or data set -> name.
+        all, full: overrides on VOC, COCO and the miniature; on VOC and COCO.
+        voc, coco, ade20k, cityscapes, miniature: overrides on this data set, after the others.
+    """
+
+    published: Any = None
+    all: list[str] | None = None
+    full: list[str] | None = None
+    voc: list[str] | None = None
+    coco: list[str] | None = None
+    ade20k: list[str] | None = None
+    cityscapes: list[str] | None = None
+    miniature: list[str] | None = None
+
+    def overrides(self, dataset: str) -> list[str] | None:
+        """Of the row on a data set; `None` where it is no row of it."""
+        everywhere = self.all if dataset in (*FULL, MINIATURE) else None
+        parts = [everywhere, self.full if dataset in FULL else None, getattr(self, dataset)]
+        given = [part for part in parts if part is not None]
+        return [override for part in given for override in part] if given else None
+
+    @property
+    def is_quoted(self) -> bool:
+        """Whether there is nothing to run: another method's figure, for the reader."""
+        return all_none(getattr(self, f.name) for f in fields(self) if f.name != "published")
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table.
+
+    Attributes:
+        title: what it shows.
+        rows: name -> row, in the order shown.
+        published: which of `moduseg.evaluation.published.TABLES`.
+        figure: key of `SPLITS` that the published figures are.
+        columns: more keys of `moduseg.studies.ablate.FIGURES`, ours alone.
+        reference: the row that changes are counted from, or data set -> row.
+        base: data set -> overrides that take the place of `BASE`.
+        seeds: runs of a row, where the data set has a key in `replicate`.
+        replicate: data set -> key that is set to 0, 1, ... in these runs.
+        notes: data set -> sentences below the table.
+
+    Wherever data sets are keys, `full` stands for VOC and COCO.
+    """
+
+    title: str
+    rows: Mapping[str, Row]
+    published: str
+    figure: str = "mIoU"
+    columns: list[str] = field(default_factory=list)
+    reference: Any = None
+    base: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 1
+    replicate: Mapping[str, Any] = field(default_factory=lambda: {"miniature": "dataset.seed"})
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("rows: got none, expected name -> row")
+        if self.published not in TABLES:
+            raise ValueError(f"published: got {self.published!r}, expected one of {', '.join(TABLES)}")
+        if self.figure not in SPLITS:
+            raise ValueError(f"figure: got {self.figure!r}, expected one of {', '.join(SPLITS)}")
+        if unknown := [column for column in self.columns if column not in FIGURES]:
+            raise ValueError(f"columns: got {unknown[0]!r}, expected some of {', '.join(FIGURES)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds: got {self.seeds}, expected 1 or more")
+        for name, value in (("base", self.base), ("replicate", self.replicate), ("notes", self.notes)):
+            if wrong := [key for key in value if key not in (*BASE, "full")]:
+                raise ValueError(f"{name}: got {wrong[0]!r}, expected some of full, {', '.join(BASE)}")
+        methods = {row.method for row in PUBLISHED if row.table == self.published}
+        for name, row in self.rows.items():
+            asked = row.published.values() if isinstance(row.published, Mapping) else [row.published]
+            if unknown := [method for method in asked if method is not None and method not in methods]:
+                raise ValueError(
+                    f"rows.{name}.published: got {unknown[0]!r}, expected one of {', '.join(sorted(methods))}"
+                )
+            if row.is_quoted and row.published is None:
+                raise ValueError(f"rows.{name}: got neither overrides nor a published figure, expected one of them")
+        for dataset in self.datasets:
+            reference = pick(self.reference, dataset)
+            if reference is not None and reference not in self.names(dataset):
+                raise ValueError(
+                    f"reference: got {reference!r}, expected a row of {dataset}: {', '.join(self.names(dataset))}"
+                )
+
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets that have a row to run."""
+        return [d for d in BASE if any(row.overrides(d) is not None for row in self.rows.values())]
+
+    @property
+    def published_on(self) -> list[str]:
+        """The data sets that have a row to run with a published figure of their own."""
+        own = [d for d in self.datasets if d != MINIATURE]
+        return [d for d in own if any(self.figure_of(name, d) for name in self.names(d))]
+
+    def names(self, dataset: str) -> list[str]:
+        """The rows of a data set that can be run."""
+        return [name for name, row in self.rows.items() if row.overrides(dataset) is not None]
+
+    def figure_of(self, name: str, dataset: str) -> PublishedRow | None:
+        """The published figure of a row; the miniature's rows have that of VOC, for orientation."""
+        method = pick(self.rows[name].published, dataset)
+        benchmark = f"{'voc' if dataset == MINIATURE else dataset}/{SPLITS[self.figure]}"
+        found = (r for r in PUBLISHED if (r.table, r.method, r.benchmark) == (self.published, method, benchmark))
+        return next(found, None)
+
+    def runs(self, name: str, dataset: str, seeds: int, overrides: Sequence[str] = ()) -> list[list[str]]:
+        """The overrides of each run of a row: the table's, then the user's, then the row's own, the last one counts.
+
+        Args:
+            name: of the row.
+            dataset: one of `datasets`.
+            seeds: runs, where the data set has a key to repeat it by; else there is one.
+            overrides: the user's.
+        """
+        base = pick(dict(self.base), dataset) or BASE[dataset]
+        own = self.rows[name].overrides(dataset) or []
+        key = pick(dict(self.replicate), dataset)
+        if key is None:
+            return [merge(base, overrides, own)]
+        return [merge(base, overrides, own, [f"{key}={seed}"] if seeds > 1 else []) for seed in range(seeds)]
+
+
+def load_paper_table(name: str) -> PaperTable:
+    """The table that `configs/reproduce/<name>.yaml` describes.
+
+    Raises:
+        ConfigError: no such table, or a key or a value that tables do not have.
+    """
+    content = read_table("reproduce", name)
+    rows = content.get("rows")
+    if not isinstance(rows, Mapping):
+        raise ConfigError(f"table {name}.rows: got {rows!r}, expected name -> row; correct the file")
+    content["rows"] = {
+        str(row): construct(Row, {str(k): v for k, v in (settings or {}).items()}, f"table {name}.rows.{row}")
+        for row, settings in rows.items()
+    }
+    return construct(PaperTable, content, f"table {name}")
+
+
+def merge(*parts: Sequence[str]) -> list[str]:
+    """Overrides one after the other; of those with the same key the last one stays, at its own place."""
+    merged: dict[str, str] = {}
+    for override in (override for part in parts for override in part):
+        key = override.partition("=")[0].lstrip("+")
+        merged.pop(key, None)
+        merged[key] = override
+    return list(merged.values())
+
+
+def pick(value: Any, dataset: str) -> Any:
+    """What a value, or a mapping from data sets to values, is on a data set; `None` where it is nothing."""
+    if not isinstance(value, Mapping):
+        return value
+    return value.get(dataset, value.get("full") if dataset in FULL else None)
+
+
+def all_none(values: Any) -> bool:
+    """Whether every value is `None`."""
+    return all(value is None for value in values)

@@ -1,0 +1,69 @@
+"""From folders of id maps to our own proposal files, the annotation format of SA-1B."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moduseg.errors import DataError, MissingError
+from moduseg.files import write_atomic
+from moduseg.proposers.id_maps import SUFFIXES, read_id_map
+from moduseg.proposers.sa1b import dump, to_annotations
+
+
+@dataclass
+class Conversion:
+    """What `convert_folder` did.
+
+    Attributes:
+        written: files written now.
+        kept: files that an earlier run wrote and whose map has not changed since.
+        failed: what was wrong, by path of the map.
+    """
+
+    written: int = 0
+    kept: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def convert_folder(source: Path, out: Path) -> Conversion:
+    """Write `<out>/<id>.json` for every `<source>/<id>.npz` and `<source>/<id>.png`, sub-folders included.
+
+    Each file appears whole or not at all, and one that is newer than its map is kept, so that a run that was stopped
+    goes on where it was. A map that cannot be read costs its own file only.
+
+    Args:
+        source: the folder of maps; see `moduseg.proposers.id_maps`.
+        out: the folder to write to, made where it is not there.
+
+    Raises:
+        MissingError: no such folder, or no map in it.
+        DataError: two maps of one id.
+        StorageError: a file cannot be written.
+    """
+    if not source.is_dir():
+        raise MissingError(f"{source}: no such folder; name the folder of .npz or .png maps")
+    maps: dict[str, Path] = {}
+    for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+        image_id = path.relative_to(source).with_suffix("").as_posix()
+        if image_id in maps:
+            raise DataError(f"{path}: a second map of {image_id!r} beside {maps[image_id].name}; keep one of them")
+        maps[image_id] = path
+    if not maps:
+        raise MissingError(f"{source}: no {' or '.join(SUFFIXES)} file in it; name the folder of the maps")
+    done = Conversion()
+    for image_id, path in tqdm(maps.items(), desc="convert", disable=None):
+        target = out / f"{image_id}.json"
+        if target.is_file() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+            done.kept += 1
+            continue
+        try:
+            data = dump(to_annotations(read_id_map(path), image_id))
+        except DataError as error:
+            done.failed[str(path)] = str(error)
+            continue
+        write_atomic(target, data)
+        done.written += 1
+    return done

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moduseg.masks import bits
+from moduseg.masks.bits import PackedMasks
+from tests import reference
+
+
+@pytest.mark.parametrize("width", [2, 7, 8, 9, 63, 64, 65, 130])
+@pytest.mark.parametrize("counting", ["numpy 2", "numpy 1"])
+def test_counts_boxes_and_paint(
+    width: int, counting: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if counting == "numpy 1":
+        monkeypatch.delattr(np, "bitwise_count", raising=False)
+    masks = reference.random_masks(rng, 12, 21, width)
+    masks[2], masks[3] = False, True
+    packed = PackedMasks.of(torch.from_numpy(masks))
+    assert packed.areas.tolist() == masks.sum((1, 2)).tolist()
+    first, second = np.nonzero(np.ones((12, 12)))
+    expected = (masks[:, None] & masks[None]).sum((2, 3))
+    np.testing.assert_array_equal(packed.shared(first, second).reshape(12, 12), expected)
+    for mask, *box in zip(masks, *packed.spans(), strict=True):
+        rows, columns = np.nonzero(mask)
+        if len(rows):
+            assert box == [rows.min(), rows.max() + 1, columns.min(), columns.max() + 1]
+        else:
+            assert box == [21, 0, width, 0]
+    labels = rng.integers(1, 255, 12).astype(np.uint8)
+    np.testing.assert_array_equal(packed.paint(labels), reference.rasterize(masks, labels, -np.arange(12)))
+    order = rng.permutation(12)[:7]
+    np.testing.assert_array_equal(packed.select(order).areas, packed.areas[order])
+
+
+def test_masks_of_any_memory_layout(rng: np.random.Generator) -> None:
+    turned = torch.from_numpy(reference.random_masks(rng, 4, 30, 22)).permute(0, 2, 1)
+    np.testing.assert_array_equal(PackedMasks.of(turned).words, PackedMasks.of(turned.contiguous()).words)
+
+
+def test_disjoint_or_not() -> None:
+    masks = torch.zeros((3, 2, 70), dtype=torch.bool)
+    masks[0, 0, :65], masks[1, 0, 65:] = True, True
+    assert PackedMasks.of(masks).are_disjoint
+    masks[2, 0, 64] = True
+    assert not PackedMasks.of(masks).are_disjoint
+    assert PackedMasks.of(masks[:0]).are_disjoint
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+def test_without_masks_or_pixels(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (1 << 16, 1):
+        monkeypatch.setattr(bits, "_PAIR_WORDS", words)
+        packed = PackedMasks.of(torch.zeros(shape, dtype=torch.bool))
+        assert packed.areas.tolist() == [0] * shape[0]
+        assert packed.paint(np.ones(shape[0], np.uint8)).shape == shape[1:]
+        assert all(len(side) == shape[0] for side in packed.spans())

@@ -1,0 +1,207 @@
+"""The loop over images: resume, failures, damaged files."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from moduseg.errors import DataError, IncompleteError, StorageError
+from moduseg.pipeline.artefacts import Artefact
+from moduseg.pipeline.batches import Loop, Outcome, Spread
+
+IDS = tuple(f"im{i}" for i in range(7))
+
+
+class World:
+    """Counts what is asked of it; images in `broken` cannot be loaded, those in `poisoned` cannot be processed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.broken, self.poisoned = folder, set[str](), set[str]()
+        self.stamps: dict[str, int] = {}
+        self.worked: list[str] = []
+        self.batches: list[list[str]] = []
+
+    def load(self, image_id: str) -> str:
+        if image_id in self.broken:
+            raise DataError(f"{image_id}: truncated")
+        return image_id
+
+    def work(self, items: list[str]) -> list[dict[str, bytes]]:
+        if self.poisoned & set(items):
+            raise RuntimeError("bad\nvalues")
+        self.batches.append(list(items))
+        self.worked += items
+        return [{f"out/{item}.txt": item.encode() * 3} for item in items]
+
+    def stamp(self, image_id: str) -> list[int]:
+        return [self.stamps.get(image_id, 1)]
+
+    def run(self, left_out: dict[str, str] | None = None) -> Outcome:
+        artefact = Artefact(self.folder, "d", "s", "n", {})
+        self.worked.clear()
+        self.batches.clear()
+        outcome = Loop(artefact, IDS, self.load, self.work, 3, left_out, "test", self.stamp).run()
+        artefact.write_manifest(status="complete", content=outcome.content)
+        return outcome
+
+    def files(self) -> dict[str, bytes]:
+        folder = Artefact(self.folder, "d", "s", "n", {}).path
+        return {p.name: p.read_bytes() for p in (folder / "out").iterdir()}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_everything_is_done_once(world: World) -> None:
+    first = world.run()
+    assert world.batches == [["im0", "im1", "im2"], ["im3", "im4", "im5"], ["im6"]]
+    assert (first.fresh, first.changed, first.failed) == (7, True, {})
+    second = world.run()
+    assert (second.fresh, second.changed, world.worked) == (0, False, [])
+    assert second.seconds.keys() == {"load", "work", "model", "write", "wall"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "record"])
+def test_only_the_batch_with_a_damaged_file_is_done_again(world: World, damage: str) -> None:
+    world.run()
+    before = world.files()
+    folder = Artefact(world.folder, "d", "s", "n", {}).path
+    if damage == "missing":
+        (folder / "out/im4.txt").unlink()
+    elif damage == "truncated":
+        (folder / "out/im4.txt").write_bytes(b"i")
+    else:
+        (folder / "batches/000001.json").write_text('{"ids": ["im3"')
+    assert world.run().fresh == 3
+    assert world.worked == ["im3", "im4", "im5"]
+    assert world.files() == before
+
+
+def test_a_broken_image_is_recorded_and_tried_again_without_redoing_the_rest(world: World) -> None:
+    world.broken = {"im1"}
+    outcome = world.run()
+    assert outcome.failed == {"im1": "im1: truncated"}
+    assert len(world.files()) == 6
+    lines = (Artefact(world.folder, "d", "s", "n", {}).path / "failures.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"id": "im1", "error": "im1: truncated"}]
+
+    assert world.run().failed == outcome.failed
+    assert world.worked == []
+
+    world.broken = set()
+    mended = world.run()
+    assert (mended.failed, mended.fresh, mended.changed) == ({}, 3, True)
+    assert len(world.files()) == 7
+    assert (Artefact(world.folder, "d", "s", "n", {}).path / "failures.jsonl").read_text() == ""
+
+
+def test_an_image_that_breaks_later_loses_its_files(world: World) -> None:
+    world.run()
+    world.broken, world.stamps = {"im4"}, {"im4": 0}
+    assert world.run().failed == {"im4": "im4: truncated"}
+    assert sorted(world.files()) == [f"im{i}.txt" for i in (0, 1, 2, 3, 5, 6)]
+
+
+def test_another_batch_size_loses_nothing(world: World) -> None:
+    world.run()
+    before = world.files()
+    for size in (4, 2, 3):
+        Loop(Artefact(world.folder, "d", "s", "n", {}), IDS, world.load, world.work, size, None, "t", world.stamp).run()
+        assert world.files() == before
+
+
+def test_a_changed_input_redoes_its_batch_alone(world: World) -> None:
+    world.run()
+    world.stamps["im6"] = 2
+    assert world.run().fresh == 1
+    assert world.worked == ["im6"]
+    assert world.run().fresh == 0
+
+
+def test_a_poisoned_image_costs_only_itself(world: World) -> None:
+    world.poisoned = {"im4"}
+    outcome = world.run()
+    assert outcome.failed == {"im4": "RuntimeError: bad values"}
+    assert sorted(world.files()) == [f"im{i}.txt" for i in (0, 1, 2, 3, 5, 6)]
+
+
+def test_images_an_earlier_stage_lost_are_left_out_until_it_has_them(world: World) -> None:
+    assert world.run({"im6": "propose failed: truncated"}).failed == {"im6": "left out: propose failed: truncated"}
+    assert world.run().failed == {}
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_done(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if "im4" in self.name:
+            raise OSError(28, "No space left on device")
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="No space left"):
+        world.run()
+    monkeypatch.undo()
+    assert world.run().fresh == 4
+    assert world.batches == [["im3", "im4", "im5"], ["im6"]]
+
+
+def test_digests_find_what_sizes_do_not(world: World) -> None:
+    world.run()
+    before = world.files()
+    artefact = Artefact(world.folder, "d", "s", "n", {})
+    artefact.file("out/im4.txt").write_bytes(b"x" * len(before["im4.txt"]))
+    assert world.run().fresh == 0
+    loop = Loop(artefact, IDS, world.load, world.work, 3, None, "t", world.stamp, Spread(verify=True))
+    assert loop.run().fresh == 3
+    assert world.files() == before
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_images_are_loaded_ahead_and_files_written_behind_in_order(world: World, workers: int) -> None:
+    """Batches of one image: several are loaded at once, and still each is worked on in its turn."""
+    artefact = Artefact(world.folder, "d", "s", "n", {})
+    barrier, inside, most = threading.Lock(), [0], [0]
+
+    def load(image_id: str) -> str:
+        with barrier:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        with barrier:
+            inside[0] -= 1
+        return image_id
+
+    loop = Loop(artefact, IDS, load, world.work, 1, None, "t", None, Spread(workers=workers))
+    assert [index for index, _ in loop.batches_done(range(7))] == list(range(7))
+    assert world.worked == list(IDS)
+    assert most[0] == workers if workers == 1 else most[0] > 1
+    outcome = loop.gather()
+    assert outcome.seconds["load"] >= 7 * 0.02
+    assert outcome.seconds["wall"] >= outcome.seconds["work"] >= outcome.seconds["model"] == 0
+
+
+def test_shards_do_their_own_batches_and_say_who_is_missing(world: World) -> None:
+    def shard(index: int) -> Loop[str]:
+        artefact = Artefact(world.folder, "d", "s", "n", {})
+        return Loop(artefact, IDS, world.load, world.work, 2, None, "t", world.stamp, Spread(index, 3))
+
+    assert shard(1).own() == 2
+    assert world.worked == ["im2", "im3"]
+    with pytest.raises(IncompleteError, match=r"s: shard 1 of 3 is done; 5 of 7 images are missing, of shards 0, 2;"):
+        shard(1).gather()
+    assert [shard(index).own() for index in (0, 1, 2)] == [3, 0, 2]
+    assert shard(2).gather(2).fresh == 2
+    assert len(world.files()) == 7
+
+
+def test_nothing_but_failures_is_an_error(world: World) -> None:
+    world.broken = set(IDS)
+    with pytest.raises(DataError, match="none of 7 images could be processed; first im0: im0: truncated"):
+        world.run()

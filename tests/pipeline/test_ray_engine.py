@@ -1,0 +1,121 @@
+"""Batches on the workers of a local Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moduseg.config import compose
+from moduseg.errors import ConfigError, MissingError
+from moduseg.stages import propose
+from tests.support.runs import overrides, result_bytes
+
+RAY = ("runtime.engine=ray", "runtime.ray.actors=2", "runtime.ray.cpus=1", "runtime.ray.batches=1")
+RUN = "import sys; from moduseg.cli import main; main(sys.argv.pop(1))"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def records(outputs: Path) -> list[Path]:
+    return sorted(outputs.glob("miniature/propose/*/batches/*.json"))
+
+
+def test_one_stage_on_ray_gives_the_same_bytes_and_passes_a_poisoned_image_by(tmp_path: Path) -> None:
+    """What is done is left out: the first batch is there before Ray starts, and stays as it is."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    plain, spread = overrides(tmp_path / "plain", world=tmp_path), overrides(tmp_path / "ray", world=tmp_path)
+    image = tmp_path / "world-6-4" / "JPEGImages" / "val_00003.png"
+    loop = propose.plan(compose(spread), _workspace(spread), "val", "eval").loop
+    assert list(loop.batches_done([0])) == [(0, 2)]
+    image.write_bytes(image.read_bytes()[:50])
+    before = records(tmp_path / "ray")[0].stat().st_mtime_ns
+    propose.run(compose(plain))
+
+    run = subprocess.run(
+        [sys.executable, "-c", RUN, "propose", *spread, *RAY],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "4 images (1 now, 2 done before), 1 failed" in run.stdout
+    assert "Traceback" not in run.stderr
+    assert records(tmp_path / "ray")[0].stat().st_mtime_ns == before
+    assert result_bytes(tmp_path / "ray") == result_bytes(tmp_path / "plain")
+    failures = next((tmp_path / "ray").glob("miniature/propose/*/failures.jsonl")).read_text()
+    assert json.loads(failures)["id"] == "val_00003"
+
+
+def _workspace(arguments: list[str]):  # type: ignore[no-untyped-def]
+    from moduseg.pipeline.workspace import Workspace
+
+    return Workspace(compose(arguments))
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_and_its_images_are_done_by_another(tmp_path: Path) -> None:
+    """The whole job, every stage on two workers; one of those that label the images is killed in the middle."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    plain = overrides(tmp_path / "plain", train=12, val=40, world=tmp_path)
+    spread = overrides(tmp_path / "ray", train=12, val=40, world=tmp_path)
+    run_plain = [sys.executable, "-c", RUN, "infer", *plain]
+    assert subprocess.run(run_plain, env=ENVIRONMENT, capture_output=True, check=False).returncode == 0
+
+    command = [sys.executable, "-c", RUN, "infer", *spread, *RAY]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        killed = 0
+        while run.poll() is None and not killed:
+            if len(records(tmp_path / "ray")) >= 2:
+                workers = [pid for pid in _descendants(run.pid) if "MapWorker" in _title(pid)]
+                if len(workers) > 1:
+                    os.kill(workers[0], signal.SIGKILL)
+                    killed = workers[0]
+            time.sleep(0.005)
+        out, err = run.communicate(timeout=500)
+    assert killed, "no worker was caught alive"
+    assert run.returncode == 0, out + err
+    assert result_bytes(tmp_path / "ray") == result_bytes(tmp_path / "plain")
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _descendants(pid: int) -> list[int]:
+    found, waiting = [], [pid]
+    while waiting:
+        parent = waiting.pop()
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                children = [int(child) for child in task.read_text().split()]
+            except OSError:
+                continue
+            found += children
+            waiting += children
+    return found
+
+
+def test_ray_that_is_not_there_and_gpus_that_are_not_given_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moduseg.pipeline import workspace
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingError, match=r"runtime\.engine: got ray, which is not installed .*moduseg\[ray\]"):
+        propose.run(compose([*overrides(tmp_path), *RAY]))
+    work = _workspace(["runtime.device=cpu", "runtime.ray.gpus=0"])
+    assert workspace._for_worker(work).runtime.device == "cpu"
+    work.__dict__["device"] = workspace.Device(workspace.torch.device("cuda", 1), "bfloat16")
+    with pytest.raises(ConfigError, match=r"ray\.gpus: got 0 with runtime\.device=cuda"):
+        workspace._for_worker(work)

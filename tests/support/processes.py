@@ -1,0 +1,58 @@
+"""Stages in processes of their own that start at once, to be killed, starved of disk or run side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import resource
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+STAGES = ("propose", "scores", "pseudo_masks", "build_bank", "queries", "infer", "evaluate")
+
+
+def context() -> ForkServerContext:
+    """Processes forked from one that has imported everything."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.support.processes_preload"])
+    return found
+
+
+def start(stage: str, arguments: Sequence[str], log: Path, file_limit: int | None = None) -> BaseProcess:
+    """Run a stage as the command line does; what it says goes to `log`.
+
+    Args:
+        stage: its module.
+        arguments: overrides.
+        log: stdout and stderr.
+        file_limit: largest file that the process may write, in bytes.
+    """
+    process = context().Process(target=_run, args=(stage, list(arguments), str(log), file_limit))
+    process.start()
+    return process
+
+
+def _run(stage: str, arguments: list[str], log: str, file_limit: int | None) -> None:
+    import torch
+
+    from moduseg.cli.main import guard, run_config
+    from moduseg.config import compose
+
+    torch.set_num_threads(1)
+    with Path(log).open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        code = guard(lambda: run_config(stage, compose(arguments)))
+    os._exit(code)
+
+
+def preload() -> None:
+    """Import what the stages import on first use."""
+    for name in ("timm", "cv2", "pycocotools.mask", "skimage.segmentation", "moduseg.backbones.timm_model"):
+        importlib.import_module(name)
+    for stage in STAGES:
+        importlib.import_module(f"moduseg.stages.{stage}")

@@ -1,0 +1,196 @@
+"""One's own images labelled with a finished bank, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from moduseg import Segmenter
+from moduseg.cli.main import entry
+from moduseg.cli.options import parse
+from moduseg.config import compose
+from moduseg.datasets.io import read_label_png
+from moduseg.datasets.palette import voc_palette
+from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, ModusegError
+from moduseg.masks.polygons import iou, polygons_mask
+from moduseg.stages import build_bank
+from moduseg.tools import predict
+from tests.support.tagged_world import CLIP, ORACLE, image_id, settings, write_folder
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bank")
+    write_folder(root / "own", range(12))
+    return build_bank.run(compose(settings(root / "own", root / "outputs", *CLIP)))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three scenes, one of them in a sub-folder, called by a name that has to be quoted."""
+    write_folder(tmp_path / "mine", [20, 21, 22], masks=False)
+    folder = tmp_path / "mine" / "images"
+    (folder / "a trip").mkdir()
+    (folder / f"{image_id(22)}.png").rename(folder / "a trip" / "no#1.png")
+    return folder
+
+
+def run(*arguments: str) -> tuple[Path, dict[str, str]]:
+    return predict.run(
+        *parse([*arguments, "runtime.device=cpu", "retrieval.min_area=10"], predict.PredictOptions, "predict")
+    )
+
+
+def test_every_format_says_the_same(bank: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, failed = run(f"bank={bank}", "images=mine/images", "out=found", "objects=components")
+    assert failed == {}
+    segmenter = Segmenter.from_bank(bank, device="cpu", overrides={"retrieval": _retrieval(bank)})
+    coco = COCO(str(out / "coco.json"))
+    tasks = json.loads((out / "labelstudio.json").read_text())
+    by_name = {image["file_name"]: image["id"] for image in coco.loadImgs(coco.getImgIds())}
+    assert set(by_name) == {"mine/images/scene020.png", "mine/images/scene021.png", "mine/images/a trip/no#1.png"}
+    assert tasks[0]["data"]["image"] == "/data/local-files/?d=mine/images/a%20trip/no%231.png"
+    seen = 0
+    for task, (name, number) in zip(tasks, by_name.items(), strict=True):
+        image = Path(name).relative_to("mine/images").with_suffix("")
+        label_map = read_label_png(out / "labels" / f"{image}.png")
+        assert np.array_equal(label_map, segmenter.predict(tmp_path / name).label_map)
+        labelme = json.loads((out / "labelme" / f"{image}.json").read_text())
+        assert (out / "labelme" / image.parent / labelme["imagePath"]).resolve() == (tmp_path / name).resolve()
+        height, width = label_map.shape
+        assert (labelme["imageHeight"], labelme["imageWidth"]) == (height, width)
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=number))
+        for label in set(np.unique(label_map).tolist()) - {0}:
+            name_of = segmenter.classes[label]
+            mask = label_map == label
+            masks = [coco.annToMask(a).astype(bool) for a in annotations if a["category_id"] == label]
+            assert iou(np.any(masks, axis=0), mask) > 0.95
+            rings = [np.array(s["points"]) for s in labelme["shapes"] if s["label"] == name_of]
+            assert iou(polygons_mask(rings, (height, width), "centres"), mask) > 0.95
+            results = [r for r in task["predictions"][0]["result"] if r["value"]["polygonlabels"] == [name_of]]
+            rings = [np.array(r["value"]["points"]) / 100 * [width, height] for r in results]
+            assert iou(polygons_mask(rings, (height, width)), mask) > 0.95
+            seen += 1
+        assert {a["category_id"] for a in annotations} == set(np.unique(label_map).tolist()) - {0}
+    assert seen > 3
+    picture = Image.open(out / "labels" / "scene020.png")
+    assert (picture.mode, picture.getpalette()) == ("P", voc_palette().ravel().tolist())
+    assert len(list(out.glob("overlays/**/*.png"))) == 3
+    assert (out / "classes.txt").read_text().splitlines() == list(segmenter.classes)
+
+
+def _retrieval(bank: Path) -> dict[str, object]:
+    stored = json.loads((bank / "bank.json").read_text())["config"]["retrieval"]
+    return {**stored, "min_area": 10}
+
+
+def test_low_scores_are_unknown_here(bank: Path, images: Path, tmp_path: Path) -> None:
+    sure, _ = run(f"bank={bank}", f"images={images}", f"out={tmp_path / 'sure'}", "formats=png;coco")
+    strict, _ = run(
+        f"bank={bank}", f"images={images}", f"out={tmp_path / 'strict'}", "min_score=0.8", "formats=[png,coco]"
+    )
+    none, _ = run(f"bank={bank}", f"images={images}", f"out={tmp_path / 'none'}", "min_score=1.0", "formats=png;coco")
+    maps = [read_label_png(folder / "labels" / "scene020.png") for folder in (sure, strict, none)]
+    assert 255 not in maps[0]
+    assert 0 < (maps[1] == 255).sum() < maps[1].size
+    assert set(np.unique(maps[2])) <= {0, 255}
+    assert (maps[2] == 255).mean() > 0.9  # all but superpixels of less than min_area
+    counts = [len(json.loads((folder / "coco.json").read_text())["annotations"]) for folder in (sure, strict, none)]
+    assert counts[0] > counts[1] > counts[2] == 0
+    scores = [a["score"] for a in json.loads((strict / "coco.json").read_text())["annotations"]]
+    assert min(scores) >= 0.8
+    assert not (sure / "overlays").exists()
+    assert not (sure / "labelstudio.json").exists()
+
+
+def test_what_is_done_is_not_done_again(
+    bank: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}")
+    out, _ = run(*arguments, "formats=png;coco")
+    before = {path: path.stat().st_mtime_ns for path in (out / "labels").rglob("*.png")}
+    whole = (out / "coco.json").read_bytes()
+    calls: list[object] = []
+    inner = Segmenter.predict
+    monkeypatch.setattr(Segmenter, "predict", lambda self, image: calls.append(1) or inner(self, image))
+    run(*arguments, "formats=png;coco")
+    assert calls == []
+    (out / "labels" / "scene021.png").unlink()
+    (out / "records" / "scene020.json").write_text("{")
+    run(*arguments, "formats=png;coco")
+    assert len(calls) == 2
+    assert (out / "coco.json").read_bytes() == whole
+    assert set(before) == set((out / "labels").rglob("*.png"))
+    run(*arguments)  # more formats
+    assert len(calls) == 5
+    for more in ("retrieval.top_k=2", "min_score=0.5", "objects=components"):
+        with pytest.raises(ArtefactError, match=r"result of another bank or other settings; set out=<new folder>"):
+            run(*arguments, more)
+    with pytest.raises(ArtefactError, match=r"holds other files; set out="):
+        run(*arguments[:2], f"out={images}")
+
+
+def test_a_broken_image_is_left_out_and_tried_again(bank: Path, images: Path, tmp_path: Path) -> None:
+    broken = images / "scene020.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:50])
+    arguments = (f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}", "formats=png;coco")
+    out, failed = run(*arguments)
+    assert list(failed) == ["scene020"]
+    assert json.loads((out / "failures.jsonl").read_text())["id"] == "scene020"
+    assert len(json.loads((out / "coco.json").read_text())["images"]) == 2
+    with pytest.raises(DataError, match=r"none of 1 images could be processed; first .*scene020"):
+        run(f"bank={bank}", f"images={broken}", f"out={tmp_path / 'other'}")
+    broken.write_bytes(whole)
+    out, failed = run(*arguments)
+    assert failed == {}
+    assert len(json.loads((out / "coco.json").read_text())["images"]) == 3
+
+
+def test_mistakes_are_one_line(bank: Path, images: Path, tmp_path: Path) -> None:
+    own = write_folder(tmp_path / "own", [0, 1])
+    oracle = build_bank.run(compose(settings(own, tmp_path / "o", *ORACLE)))
+    given = (f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}")
+    for arguments, kind, message in (
+        ((*given, "min_score=high"), ConfigError, r"min_score: got 'high'"),
+        ((*given, "min_score=5"), ConfigError, r"min_score: got 5\.0, expected a cosine"),
+        ((*given, "formats=png;svg"), ConfigError, r"formats: got \['svg'\], expected some of png, overlay"),
+        ((*given, "tolerance=-1"), ConfigError, r"tolerance: got -1\.0"),
+        ((*given, "objects=things"), ConfigError, r"objects: got 'things'.*one of proposals, components"),
+        ((given[0], f"images={tmp_path / 'no'}"), MissingError, r"images: got .*no such file or folder"),
+        (given[1:], ConfigError, r"bank: missing"),
+        ((f"bank={tmp_path}", *given[1:]), ArtefactError, r"got no bank\.json"),
+        ((f"bank={oracle}", *given[1:]), ConfigError, r"proposer\.name: got 'ground_truth', which needs ground truth"),
+        ((*given, "backbone=miniature"), ArtefactError, r"made with backbone weights"),
+    ):
+        with pytest.raises(ModusegError, match=message) as caught:
+            run(*arguments)
+        assert caught.type is kind
+        assert "\n" not in str(caught.value)
+
+
+def test_more_votes_than_the_rarest_class_has_vectors_is_warned_of(
+    bank: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="moduseg"):
+        run(f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}", "retrieval.top_k=50", "formats=png")
+    assert "50 neighbours vote, but a class of the bank has only" in caplog.text
+
+
+def test_the_command_exits_with_one_where_an_image_was_left_out(
+    bank: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "scene020.png").write_bytes(b"no picture")
+    arguments = [f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}", "formats=png"]
+    monkeypatch.setattr("sys.argv", ["moduseg", "predict", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        entry()
+    captured = capsys.readouterr()
+    assert ended.value.code == 1
+    assert "3 images (2 now, 0 done before), 1 failed" in captured.out
