@@ -1,4 +1,4 @@
-"""The steps of METHOD.md as they read, one mask at a time in numpy and OpenCV.
+"""The steps of docs/method.md as they read, one mask at a time in numpy and OpenCV.
 
 Tests compare results with it, the benchmark times.
 """

@@ -1,4 +1,4 @@
-"""Soft-masked feature aggregation: patch tokens pooled by how much of each patch a mask covers (METHOD, step 3)."""
+"""Soft-masked aggregation: pool patch tokens by the share of each patch that a mask covers (docs/method.md, step 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prototype purification: the vectors of a class that lie farthest from its mean are dropped (METHOD, step 4)."""
+"""Prototype purification: drop the vectors of a class that lie farthest from its mean (docs/method.md, step 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Semantic boundary purification: the bank takes only pixels that are far from other classes (METHOD, step 2)."""
+"""Boundary purification: the bank takes only pixels that are far from other classes (docs/method.md, step 2)."""
 
 from __future__ import annotations
 

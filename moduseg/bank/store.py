@@ -1,6 +1,6 @@
 """The bank on disk and in memory.
 
-Stored are the pooled vectors before normalisation and before the outlier filter (METHOD, known traps), so that
+Stored are the pooled vectors before normalisation and before the outlier filter (docs/method.md, known traps), so that
 centring, the filter and class subsets are switches of the reader and run no model.
 """
 
@@ -184,7 +184,7 @@ class Bank:
         images_per_class: int | None = None,
         images_seed: int = 0,
     ) -> SearchBank:
-        """Choose images, centre, normalise and filter (METHOD, stage 1, steps 3 and 4).
+        """Choose images, centre, normalise and filter (docs/method.md, steps 3 and 4).
 
         Args:
             centre: subtract the mean of all vectors (of the chosen images) before normalising; CNN features need it.

@@ -45,8 +45,8 @@ class Dataset(ABC):
         extra_sources: values of `labels` that only this data set knows (`xml`, `instances`).
         has_background: whether id 0 is a class of the ground truth. Where it is not (ADE20K, Cityscapes), truth holds
             `1..C` and 255 only; a predicted 0 says that nothing covered the pixel. Counting it as a miss of the true
-            class is the strict number, leaving such pixels out the flattering one (METHOD, published numbers); the
-            background itself is no class to average over.
+            class is the strict number, leaving such pixels out the flattering one (docs/method.md, published numbers).
+            The background itself is no class to average over.
         masks_optional: whether single images may go without ground truth.
 
     Raises:

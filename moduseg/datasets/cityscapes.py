@@ -28,8 +28,8 @@ class CityscapesDataset(Dataset):
     Ids are `<city>/<city>_<sequence>_<frame>`. The 19 evaluated labels become 1..19 (`trainId + 1`), every other label
     is 255: ground truth has no background (`has_background` is false), since each pixel of a street is something. A
     prediction's 0 only says that no proposal covered the pixel. The strict number counts such a pixel as a miss of its
-    true class; the published one left it out (METHOD), which flatters. There are no objects here: `instanceIds` has
-    none for road, sky and their like, which proposals have to find as well.
+    true class; the published one left it out, which flatters (docs/method.md, published numbers). There are no objects
+    here: `instanceIds` has none for road, sky and their like, which proposals have to find as well.
 
     Args:
         root: the folder that holds `leftImg8bit/` and `gtFine/`.

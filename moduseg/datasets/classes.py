@@ -23,7 +23,7 @@ COCO_CATEGORIES: dict[int, str] = {
 }  # fmt: skip
 """COCO's eighty things by the category ids of its annotations, which leave out ten of 1..90."""
 COCO_CLASSES = ("background", *COCO_CATEGORIES.values())
-"""The eighty by contiguous id 1..80, in the order of category ids (METHOD, data protocol)."""
+"""The eighty by contiguous id 1..80, in the order of category ids (docs/method.md, data protocol)."""
 COCO_CONTIGUOUS = {category: index for index, category in enumerate(COCO_CATEGORIES, start=1)}
 """Category id -> contiguous id."""
 

@@ -26,7 +26,7 @@ PUBLISHED_SIZES = {
     ("train", 2017, True): 118287,
     ("val", 2017, True): 5000,
 }
-"""Images by split, year, and whether those without annotations count (METHOD, data protocol; for 2017, COCO's own)."""
+"""Images by split, year, and whether those without annotations count (docs/method.md, data protocol; 2017: COCO's)."""
 MARKER = "made_from.json"
 """Says in a folder of rasterised masks how they were made."""
 

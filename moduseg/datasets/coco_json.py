@@ -1,7 +1,7 @@
 """COCO's `instances_*.json` as an index: small arrays about every object, outlines left in the file.
 
 The file of 118,287 images holds 450 MB, and ten times that as Python objects. It is read once, one object after the
-other; of each the index keeps where it stands in the file (METHOD asks for memory that does not grow with the content).
+other; of each the index keeps where it stands in the file, so that memory does not grow with the outlines.
 """
 
 from __future__ import annotations

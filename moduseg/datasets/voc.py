@@ -12,7 +12,7 @@ from moduseg.datasets.labels import Label, LabelFile, read_classes, read_label_f
 from moduseg.errors import DataError, MissingError
 
 PUBLISHED_SIZES = {"train": 1464, "train_aug": 10582, "val": 1449, "trainval": 2913, "test": 1456}
-"""Images in the splits that published numbers refer to (METHOD, data protocol)."""
+"""Images in the splits that published numbers refer to (docs/method.md, data protocol)."""
 LIST_NAMES = {"train_aug": ("train_aug", "trainaug"), "trainaug": ("trainaug", "train_aug")}
 """What lists are called, where there is more than one custom."""
 
