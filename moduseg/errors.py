@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ModusegError(Exception):
     """Base of every error that moduseg raises on purpose; the commands print its message and exit with code 2."""
@@ -33,3 +36,8 @@ class StorageError(ModusegError):
 
 class IncompleteError(ModusegError):
     """Other shards have work left, so that what needs all images has to wait. The commands print it and exit with 0."""
+
+
+def suggest(name: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed name that is most like a misspelt one, for "did you mean ...?"; `None` if none is close."""
+    return next(iter(difflib.get_close_matches(name, list(allowed), 1)), None)

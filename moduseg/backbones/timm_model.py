@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moduseg.errors import ArtefactError, ConfigError
+from moduseg.errors import ArtefactError, ConfigError, suggest
 from moduseg.weights.sources import load_state
 
 HEAD_PREFIXES = ("head.", "head_dist.", "classifier.", "fc.", "fc_norm.", "attn_pool.")
@@ -283,8 +282,7 @@ def _check_name(name: str) -> None:
 
     if timm.is_model(name.split(".")[0]):
         return
-    close = difflib.get_close_matches(name, timm.list_models(), 1)
     raise ConfigError(
         f"backbone.model: got {name!r}, which timm {timm.__version__} does not have; "
-        f"try {close[0] if close else 'vit_base_patch14_dinov2'}, or look in timm.list_models()"
+        f"try {suggest(name, timm.list_models()) or 'vit_base_patch14_dinov2'}, or look in timm.list_models()"
     )

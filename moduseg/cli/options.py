@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import keyword
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
@@ -14,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moduseg.config import Config, compose, from_hydra
 from moduseg.config.construct import construct
-from moduseg.errors import ConfigError
+from moduseg.errors import ConfigError, suggest
 
 Options = TypeVar("Options")
 GROUPS = tuple(field.name for field in dataclasses.fields(Config) if field.name != "predictions")
@@ -48,8 +47,8 @@ def parse(arguments: Sequence[str], cls: type[Options], command: str) -> tuple[O
             if key.split(".")[0] in GROUPS:
                 overrides.append(argument)
                 continue
-            close = difflib.get_close_matches(key, fields, 1)
-            hint = f"did you mean {close[0]}?" if close else "or a group of the configuration, as retrieval.top_k=3"
+            close = suggest(key, fields)
+            hint = f"did you mean {close}?" if close else "or a group of the configuration, as retrieval.top_k=3"
             raise ConfigError(f"{key}: unknown key of {command}, expected one of {', '.join(fields)}; {hint}")
         if fields[key] in values:
             raise ConfigError(f"{key}: given twice to {command}, expected once; separate several values by ';'")

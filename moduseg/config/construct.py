@@ -8,13 +8,12 @@ YAML; values are then checked in the dataclass's `__post_init__`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from moduseg.errors import ConfigError
+from moduseg.errors import ConfigError, suggest
 
 T = TypeVar("T")
 
@@ -71,8 +70,8 @@ def construct(cls: type[T], arguments: Mapping[str, Any], where: str, **context:
     values: dict[str, Any] = {name: value for name, value in context.items() if name in parameters}
     for key, value in arguments.items():
         if key not in allowed:
-            close = difflib.get_close_matches(str(key), allowed, 1)
-            hint = f"did you mean {where}.{close[0]}?" if close else "remove it"
+            close = suggest(str(key), allowed)
+            hint = f"did you mean {where}.{close}?" if close else "remove it"
             raise ConfigError(f"{where}.{key}: unknown key, expected one of {', '.join(allowed) or 'none'}; {hint}")
         values[key] = _fit(value, hints.get(key, Any), f"{where}.{key}")
     for name, parameter in parameters.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from moduseg.config.schemas import (
     RetrievalConfig,
     RuntimeConfig,
 )
-from moduseg.errors import ConfigError, MissingError
+from moduseg.errors import ConfigError, MissingError, suggest
 
 UNREADABLE = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError)
 """What Hydra and OmegaConf let through of a damaged YAML file, beside their own errors."""
@@ -73,8 +72,8 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     known = [f.name for f in dataclasses.fields(Config)]
     for key in plain:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {close[0]}?" if close else "remove it"
+            close = suggest(str(key), known)
+            hint = f"did you mean {close}?" if close else "remove it"
             raise ConfigError(f"{key!s}: unknown key, expected one of {', '.join(known)}; {hint}")
     hints = {
         "pseudo_masks": PseudoMasksConfig,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import re
@@ -13,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from moduseg.datasets.io import IMAGE_SUFFIXES
 from moduseg.datasets.pickled import read_pickled_labels
-from moduseg.errors import DataError
+from moduseg.errors import DataError, suggest
 
 MAX_CLASSES = 254
 """Foreground classes that fit an 8-bit label map beside background and 255."""
@@ -177,8 +176,8 @@ def resolve_labels(raw: Sequence[Label], classes: Sequence[str], image_id: str, 
             elif re.fullmatch(r"\d+", label):
                 label = int(label)
             else:
-                close = difflib.get_close_matches(label, classes[1:], 1)
-                hint = f"did you mean {close[0]!r}?" if close else "add it to the class list or correct it"
+                close = suggest(label, classes[1:])
+                hint = f"did you mean {close!r}?" if close else "add it to the class list or correct it"
                 raise DataError(
                     f"{where}: image {quoted(image_id)} has label {quoted(label)}, expected one of the "
                     f"{len(classes) - 1} class names; {hint}"

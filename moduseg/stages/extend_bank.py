@@ -8,7 +8,6 @@ rows, and the same bytes where batches hold the same images.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from moduseg.cli.options import configured
 from moduseg.config import Config, PseudoMasksConfig
 from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, RawLabels, read_label_file, resolve_labels
 from moduseg.datasets.tagged import TaggedImages, find_images
-from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
+from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, suggest
 from moduseg.pipeline.workspace import Workspace, count_failures, log
 from moduseg.pseudo_masks.prompts import background_words_of
 from moduseg.stages import build_bank
@@ -191,8 +190,8 @@ def gather(
     for image_id in found:
         for label in labels[image_id]:
             if isinstance(label, str) and not label.isdigit() and label not in classes:
-                close = difflib.get_close_matches(label, classes[1:], 1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
+                close = suggest(label, classes[1:])
+                hint = f"did you mean {close!r}? " if close else ""
                 raise ConfigError(
                     f"tags: image {image_id!r} has {label!r}, which is no class of the bank; {hint}for a new class set "
                     f"new={label!r}"
