@@ -76,7 +76,7 @@ def sam_vit_h(setting: Setting) -> list[Row]:
     image = np.kron(rng.integers(0, 256, (24, 32, 3)), np.ones((16, 16, 1))).astype(np.uint8)[:375, :500]
     sample = Sample("noise", image)
     exact = Device(setting.device)
-    scores = SamProposer(exact, **options, engine="grid").propose(sample).scores
+    scores = SamProposer(exact, **options, engine="grid").propose(sample).predicted_iou
     # NMS goes from the best score down, so that the best hundred stay whatever is cut off below them.
     options["pred_iou_thresh"] = float(scores[min(CUDA_MASKS, len(scores)) - 1]) - 1e-6
     with _without_tf32():

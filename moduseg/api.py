@@ -119,7 +119,7 @@ class Segmenter:
         sample = Sample("image" if isinstance(image, np.ndarray) else Path(image).stem, pixels)
         settings, where = self.cfg.retrieval, self.device.torch_device
         found = self.proposer.propose(sample)
-        found = found.select((found.areas >= settings.min_area) & (found.scores >= settings.min_predicted_iou))
+        found = found.select((found.areas >= settings.min_area) & (found.predicted_iou >= settings.min_predicted_iou))
         found = found.to(where)
         tokens = self.backbone.tokens([pixels])[0]
         weights = proposal_coverage(found, tokens)

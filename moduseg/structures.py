@@ -54,16 +54,16 @@ class Proposals:
 
     Attributes:
         masks: `[N, H, W]` bool; they may overlap.
-        scores: `[N]` float32, the proposer's own quality estimate (`predicted_iou`), 1 where it gives none.
-        stability: `[N]` float32, `stability_score` of SAM, 1 where there is none.
+        predicted_iou: `[N]` float32, the proposer's own quality estimate, 1 where it gives none.
+        stability_score: `[N]` float32, how little the mask changes with the threshold (SAM), 1 where there is none.
         id_map: `[H, W]` int32, the proposal that each pixel belongs to, -1 where there is none: the same masks, where
             they are known to share no pixel; `None` where they overlap, or where nobody has looked. Made by
             `of_id_map`.
     """
 
     masks: Tensor
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
-    stability: Tensor = field(default_factory=lambda: torch.empty(0))
+    predicted_iou: Tensor = field(default_factory=lambda: torch.empty(0))
+    stability_score: Tensor = field(default_factory=lambda: torch.empty(0))
     id_map: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class Proposals:
                 f"proposals: got masks {tuple(self.masks.shape)} {self.masks.dtype}, expected [N, H, W] bool"
             )
         count = len(self.masks)
-        for name in ("scores", "stability"):
+        for name in ("predicted_iou", "stability_score"):
             values = getattr(self, name)
             if values.numel() == 0 and count:
                 object.__setattr__(self, name, torch.ones(count, device=self.masks.device))
@@ -85,13 +85,22 @@ class Proposals:
 
     @classmethod
     def of_id_map(
-        cls, id_map: Tensor, count: int, scores: Tensor | None = None, stability: Tensor | None = None
+        cls,
+        id_map: Tensor,
+        count: int,
+        predicted_iou: Tensor | None = None,
+        stability_score: Tensor | None = None,
     ) -> Proposals:
-        """Disjoint masks: proposal `i` is where `id_map [H, W]`, integers below `count`, is `i`; scores as above."""
+        """Return disjoint proposals: proposal `i` is where `id_map [H, W]`, integers below `count`, is `i`."""
         ids = id_map.to(torch.int32)
         masks = ids == torch.arange(count, dtype=torch.int32, device=ids.device)[:, None, None]
         none = torch.empty(0, device=ids.device)
-        return cls(masks, none if scores is None else scores, none if stability is None else stability, ids)
+        return cls(
+            masks,
+            none if predicted_iou is None else predicted_iou,
+            none if stability_score is None else stability_score,
+            ids,
+        )
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -115,7 +124,7 @@ class Proposals:
     @property
     def quality(self) -> Tensor:
         """`[N]` float32, how good the proposer holds each outline to be: `predicted_iou * stability_score`."""
-        return self.scores * self.stability
+        return self.predicted_iou * self.stability_score
 
     def select(self, keep: Tensor) -> Proposals:
         """The proposals that `keep` (`[N]` bool or indices) names, all fields filtered together."""
@@ -128,12 +137,12 @@ class Proposals:
                 table[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
                 places = self.id_map.flatten() % (len(self) + 1)
                 ids = table.index_select(0, places).view_as(self.id_map)
-        return Proposals(self.masks[keep], self.scores[keep], self.stability[keep], ids)
+        return Proposals(self.masks[keep], self.predicted_iou[keep], self.stability_score[keep], ids)
 
     def to(self, device: torch.device) -> Proposals:
         """The same proposals on another device."""
         ids = None if self.id_map is None else self.id_map.to(device)
-        return Proposals(self.masks.to(device), self.scores.to(device), self.stability.to(device), ids)
+        return Proposals(self.masks.to(device), self.predicted_iou.to(device), self.stability_score.to(device), ids)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def test_map_and_masks_are_the_same(device: torch.device, rng: np.random.Generat
         assert torch.equal(mask, found.id_map == index)
     assert found.areas.tolist() == found.masks.flatten(1).sum(1).tolist()
     assert found.areas.dtype == torch.int64
-    assert torch.equal(found.stability, torch.ones(7, device=device))
+    assert torch.equal(found.stability_score, torch.ones(7, device=device))
     assert found.to(torch.device("cpu")).id_map is not None
 
 
@@ -58,19 +58,19 @@ def test_selected(keep: list[int], device: torch.device, rng: np.random.Generato
 def test_every_step_takes_the_map(input_size: tuple[int, int], device: torch.device, rng: np.random.Generator) -> None:
     """To the same bits as the masks, at native size and where the image was resized."""
     found = of_ids(rng, device)
-    masks = Proposals(found.masks, found.scores)
+    masks = Proposals(found.masks, found.predicted_iou)
     grid = [-(-side // 8) for side in input_size]
     tokens = TokenMap(torch.zeros((*grid, 3), device=device), 8, (35, 52), input_size)
     assert torch.equal(proposal_coverage(found, tokens), coverage(found.masks, tokens))
     assert torch.equal(proposal_coverage(masks, tokens), coverage(found.masks, tokens))
     labels = torch.from_numpy(rng.integers(0, 5, 7)).to(device)
-    expected = assemble(found.masks, labels, found.scores, 0.4)
+    expected = assemble(found.masks, labels, found.predicted_iou, 0.4)
     for proposals in (found, masks):
-        for ours, theirs in zip(assemble_proposals(proposals, labels, found.scores, 0.4), expected, strict=True):
+        for ours, theirs in zip(assemble_proposals(proposals, labels, found.predicted_iou, 0.4), expected, strict=True):
             assert torch.equal(ours, theirs)
     np.testing.assert_array_equal(
         expected[0].cpu().numpy(),
-        reference.rasterize(found.masks.cpu().numpy(), labels.cpu().numpy(), found.scores.cpu().numpy()),
+        reference.rasterize(found.masks.cpu().numpy(), labels.cpu().numpy(), found.predicted_iou.cpu().numpy()),
     )
 
 

@@ -27,7 +27,7 @@ def id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
     masks = proposals.masks
     if not len(masks):
         return torch.full(masks.shape[1:], -1, dtype=torch.int64, device=masks.device)
-    key = -proposals.scores if order == "score" else proposals.areas
+    key = -proposals.predicted_iou if order == "score" else proposals.areas
     best_first = key.argsort(stable=True)
     stacked = masks[best_first]
     # argmax takes the first of equal maxima.

@@ -226,7 +226,7 @@ def _assembled(model: Promptable, size: tuple[int, int], parts: list[Future[_Cro
         proposals = _without_small_regions(
             proposals, options.min_mask_region_area, max(options.box_nms_thresh, options.crop_nms_thresh)
         )
-    return proposals.select(torch.argsort(proposals.scores, descending=True, stable=True))
+    return proposals.select(torch.argsort(proposals.predicted_iou, descending=True, stable=True))
 
 
 def _crop(
@@ -353,4 +353,4 @@ def _without_small_regions(proposals: Proposals, least: int, threshold: float) -
         untouched.append(float(not (holes or islands)))
     mended = torch.stack(masks)
     keep = nms(batched_mask_to_box(mended).float(), torch.tensor(untouched), threshold)
-    return Proposals(mended[keep], proposals.scores[keep], proposals.stability[keep])
+    return Proposals(mended[keep], proposals.predicted_iou[keep], proposals.stability_score[keep])

@@ -50,8 +50,8 @@ def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
             runs,
             (area for start in range(0, count, _MOST_AREAS) for area in coco.area(runs[start : start + _MOST_AREAS])),
             coco.toBbox(runs).tolist(),
-            _shortest(proposals.scores),
-            _shortest(proposals.stability),
+            _shortest(proposals.predicted_iou),
+            _shortest(proposals.stability_score),
             strict=True,
         )
         for index, (run, area, bbox, score, stability) in enumerate(fields, start=1):

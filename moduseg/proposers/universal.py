@@ -113,7 +113,7 @@ class UniversalProposer(Proposer):
         if not masks:
             return Proposals(torch.zeros((0, *sample.size), dtype=torch.bool))
         found = Proposals(torch.cat(masks), torch.cat(scores))
-        found = found.select(torch.argsort(found.scores, descending=True, stable=True))
+        found = found.select(torch.argsort(found.predicted_iou, descending=True, stable=True))
         return (to_disjoint(found) if self._disjoint else found).to(torch.device("cpu"))
 
     @cached_property
@@ -207,5 +207,5 @@ def to_disjoint(proposals: Proposals) -> Proposals:
     owner = proposals.masks.to(torch.uint8).argmax(0)
     rank = torch.arange(len(proposals), device=owner.device)
     masks = proposals.masks & (owner == rank[:, None, None])
-    left = Proposals(masks, proposals.scores, proposals.stability)
+    left = Proposals(masks, proposals.predicted_iou, proposals.stability_score)
     return left.select(left.areas > 0)

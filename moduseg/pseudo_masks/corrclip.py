@@ -127,7 +127,9 @@ class CorrClipGenerator(ClipWordsGenerator):
         if proposals is None:
             return torch.full(sample.size, -1, dtype=torch.int64, device=self._device.torch_device)
         found = proposals.to(self._device.torch_device)
-        return id_map(found.select((found.scores >= self._min_score) & (found.areas >= self._min_area)), self._order)
+        return id_map(
+            found.select((found.predicted_iou >= self._min_score) & (found.areas >= self._min_area)), self._order
+        )
 
     def _encode(self, crops: list[np.ndarray], regions: list[Tensor] | None) -> list[TokenMap]:
         return self._encoder.encode(crops, self._affinity.tokens(crops), regions)

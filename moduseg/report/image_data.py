@@ -67,7 +67,9 @@ class Reasons:
             DataError: the stored vectors are gone or do not fit the proposals.
         """
         settings, bank = self.settings, self.bank
-        keep = (torch.from_numpy(areas(found)) >= settings.min_area) & (found.scores >= settings.min_predicted_iou)
+        keep = (torch.from_numpy(areas(found)) >= settings.min_area) & (
+            found.predicted_iou >= settings.min_predicted_iou
+        )
         answer = self.known.get(image_id)
         if answer is not None and len(answer.labels) == int(keep.sum()):
             return found.select(keep), answer
@@ -252,7 +254,7 @@ def _why(masks: np.ndarray, proposals: Proposals, answer: Answer | None, tempera
         "layer": layer_of,
         "code": code_of,
         "area": areas(proposals).tolist(),
-        "own": [round(float(score), 4) for score in proposals.scores],
+        "own": [round(float(score), 4) for score in proposals.predicted_iou],
     }
     if answer is not None:
         near = slice(0, SHOWN_NEIGHBOURS)

@@ -101,7 +101,7 @@ def plan(cfg: Config, work: Workspace, known: dict[str, Answer] | None = None) -
     def process(items: list[tuple[str, Proposals, Tensor]]) -> list[Files]:
         files: list[Files] = []
         for image_id, found, pooled in items:
-            keep = (found.areas >= settings.min_area) & (found.scores >= settings.min_predicted_iou)
+            keep = (found.areas >= settings.min_area) & (found.predicted_iou >= settings.min_predicted_iou)
             found, pooled = found.select(keep), pooled[keep].to(device)
             labels, scores, neighbours, similarities = retriever.label(pooled)
             label_map, kept = retriever.assemble(found, pooled, labels, scores)

@@ -160,7 +160,7 @@ def ingredients(
         if proposals is None:
             raise DataError(f"{image_id}: no proposals, which refine=region_vote needs; name their artefact")
         found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), size)
-        found = found.select(found.scores >= settings.vote_min_score)
+        found = found.select(found.predicted_iou >= settings.vote_min_score)
     if settings.refine in DIFFUSIONS:
         image = dataset.load(image_id, truth=False, labels=False).image
         if image.shape[:2] != size:

@@ -100,7 +100,7 @@ class CachedSplit:
                 )
             cells = Cells.of(own.masks, torch.from_numpy(truth))
             self.images.append(_Image(image_id, cells, slice(count, count + len(own))))
-            predicted.append(own.scores)
+            predicted.append(own.predicted_iou)
             quality.append(own.quality)
             count += len(own)
         if not self.images:

@@ -49,8 +49,8 @@ class ProposerContract:
         assert proposals.masks.dtype == torch.bool
         assert proposals.masks.device.type == "cpu"
         assert proposals.masks.shape[1:] == size
-        assert proposals.scores.shape == proposals.stability.shape == (len(proposals),)
-        assert proposals.scores.dtype == proposals.stability.dtype == torch.float32
+        assert proposals.predicted_iou.shape == proposals.stability_score.shape == (len(proposals),)
+        assert proposals.predicted_iou.dtype == proposals.stability_score.dtype == torch.float32
         assert (proposals.areas > 0).all(), "a mask without a pixel"
 
     def test_finds_what_is_plain(self, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ class ProposerContract:
         config = self.config(tmp_path, [picture])
         first, second = (build(config, CPU).propose(picture) for _ in range(2))
         assert torch.equal(first.masks, second.masks)
-        assert torch.equal(first.scores, second.scores)
+        assert torch.equal(first.predicted_iou, second.predicted_iou)
 
     def test_image_is_left_alone(self, tmp_path: Path) -> None:
         picture = sample(48, 64)

@@ -62,7 +62,7 @@ def test_masks_without_a_pixel_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(sa1b.dump(sa1b.to_annotations(stored, "a")))
     proposals = build({"name": "files", "folder": str(tmp_path)}, CPU).propose(sample(20, 30, "a"))
     assert torch.equal(proposals.masks, masks[1:2])
-    assert torch.equal(proposals.scores, torch.tensor([0.2]))
+    assert torch.equal(proposals.predicted_iou, torch.tensor([0.2]))
 
 
 def test_digest_follows_the_files(tmp_path: Path) -> None:

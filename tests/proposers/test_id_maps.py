@@ -69,7 +69,7 @@ def test_one_mask_for_each_id(tmp_path: Path, suffix: str) -> None:
         assert proposals.areas.tolist() == [3, 2, 2, 1]
         for mask, region in zip(proposals.masks, (1, 2, 4, 300), strict=True):
             np.testing.assert_array_equal(mask.numpy(), region == IDS)
-        assert proposals.scores.tolist() == [1, 1, 1, 1]
+        assert proposals.predicted_iou.tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint64, bool])
@@ -95,8 +95,8 @@ def test_no_region(tmp_path: Path) -> None:
 )
 def test_scores(tmp_path: Path, ids: list[list[int]], scores: list[float], expected: list[float]) -> None:
     proposals = read_id_map(write_npz(tmp_path / "a.npz", np.array(ids), scores=np.array(scores)))
-    assert proposals.scores.tolist() == pytest.approx(expected)
-    assert proposals.scores.dtype == torch.float32
+    assert proposals.predicted_iou.tolist() == pytest.approx(expected)
+    assert proposals.predicted_iou.dtype == torch.float32
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -214,7 +214,7 @@ def test_conversion_reads_back(tmp_path: Path) -> None:
         expected = read_id_map(source / name)
         read = sa1b.read_proposals((out / name).with_suffix(".json"), (3, 4))
         assert torch.equal(read.masks, expected.masks)
-        assert torch.equal(read.scores, expected.scores)
+        assert torch.equal(read.predicted_iou, expected.predicted_iou)
 
 
 def test_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_exported_masks_read_back(exporter: Any, tmp_path: Path, kind: torch.dty
     exporter.write_json(path, exporter.to_proposals(instances, "trip/a", min_score=0.05))
     proposals = sa1b.read_proposals(path, (3, 4))
     assert torch.equal(proposals.masks, _instances().pred_masks[:2])
-    assert torch.equal(proposals.scores, instances.scores[:2])
+    assert torch.equal(proposals.predicted_iou, instances.scores[:2])
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 

@@ -60,8 +60,8 @@ def agree(ours: Proposals, theirs: Proposals) -> None:
     assert share >= 0.98
     assert extra <= 0.02
     if len(ours) == len(theirs):
-        torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours.stability, theirs.stability, rtol=0.02, atol=0.01)
+        torch.testing.assert_close(ours.predicted_iou, theirs.predicted_iou, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.stability_score, theirs.stability_score, rtol=0.02, atol=0.01)
 
 
 @lru_cache
@@ -110,7 +110,7 @@ def test_masks_of_random_weights(device: torch.device, options: dict[str, Any], 
 def test_filter_by_predicted_iou(device: torch.device) -> None:
     """At the median of what is predicted, half of the masks are never decoded."""
     picture = sample(80, 60)
-    threshold = SamProposer(Device(device), **OPEN).propose(picture).scores.median().item() + 1e-4
+    threshold = SamProposer(Device(device), **OPEN).propose(picture).predicted_iou.median().item() + 1e-4
     ours, theirs = both(picture, {**OPEN, "pred_iou_thresh": threshold}, device)
     agree(ours, theirs)
     assert len(ours) < 27
@@ -122,7 +122,7 @@ def test_nothing_passes(layers: int) -> None:
         CPU, **{**OPEN, "engine": "grid", "pred_iou_thresh": 1.0, "crop_n_layers": layers, "min_mask_region_area": 5}
     ).propose(sample(40, 56))
     assert proposals.masks.shape == (0, 40, 56)
-    assert proposals.scores.shape == (0,)
+    assert proposals.predicted_iou.shape == (0,)
 
 
 def test_filters_run_while_the_model_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_filters_run_while_the_model_goes_on(monkeypatch: pytest.MonkeyPatch) ->
     found = SamProposer(CPU, **options).propose(picture)
     assert decoded == 4
     assert torch.equal(found.masks, expected.masks)
-    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.predicted_iou, expected.predicted_iou)
 
 
 def test_an_error_of_a_filter_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +175,9 @@ def test_lower_precision_is_for_the_encoder_only(device: torch.device) -> None:
         SamProposer(Device(device, precision), **OPEN, engine="grid").propose(sample(48, 64))
         for precision in ("float32", "bfloat16")
     )
-    assert rough.scores.dtype == torch.float32
-    assert not torch.equal(rough.scores, exact.scores)
-    assert rough.scores.max().item() == pytest.approx(exact.scores.max().item(), abs=0.05)
+    assert rough.predicted_iou.dtype == torch.float32
+    assert not torch.equal(rough.predicted_iou, exact.predicted_iou)
+    assert rough.predicted_iou.max().item() == pytest.approx(exact.predicted_iou.max().item(), abs=0.05)
 
 
 @pytest.mark.parametrize(("layers", "batches"), [(0, [2, 1]), (1, [2] * 7 + [1])])
@@ -202,7 +202,7 @@ def test_images_and_crops_embedded_together(
     assert together.propose_batch([]) == []
     for one, ours in zip(alone, found, strict=True):
         assert ours.masks.shape == one.masks.shape
-        torch.testing.assert_close(ours.scores, one.scores, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.predicted_iou, one.predicted_iou, rtol=1e-4, atol=1e-5)
         assert (ours.masks != one.masks).float().mean() < 1e-3
 
 
@@ -391,9 +391,9 @@ def test_points_boxes_and_the_empty_mask_by_hand() -> None:
     options = GridOptions(points_per_side=2, pred_iou_thresh=0.5)
     proposals = generate(Squares(), np.zeros((24, 40, 3), np.uint8), options)
     assert proposals.areas.tolist() == [36] * 4
-    assert proposals.scores.tolist() == pytest.approx([0.9 - s / 1000 for s in (16, 28, 36, 48)])
+    assert proposals.predicted_iou.tolist() == pytest.approx([0.9 - s / 1000 for s in (16, 28, 36, 48)])
     assert proposals.masks[0, 3:9, 7:13].all()
-    assert (proposals.stability == 1).all()
+    assert (proposals.stability_score == 1).all()
 
 
 def test_masks_that_a_crop_cuts_off_go() -> None:

@@ -36,7 +36,7 @@ def test_reads_back_exactly(rng: np.random.Generator, device: torch.device, tmp_
     (tmp_path / "a.json").write_bytes(data)
     for expected in (SIZE, None):
         read = sa1b.read_proposals(tmp_path / "a.json", expected)
-        for name in ("masks", "scores", "stability"):
+        for name in ("masks", "predicted_iou", "stability_score"):
             assert torch.equal(getattr(read, name), getattr(stored, name)), name
         assert read.masks.is_contiguous()
 

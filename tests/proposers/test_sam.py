@@ -55,8 +55,8 @@ class TestContract(ProposerContract):
         records = SamAutomaticMaskGenerator(sam, **options).generate(picture.image)
         records = [record for record in records if record["segmentation"].any()]
         assert len(proposals) == len(records) > 1
-        assert proposals.scores.tolist() == pytest.approx([r["predicted_iou"] for r in records])
-        assert proposals.stability.tolist() == pytest.approx([r["stability_score"] for r in records])
+        assert proposals.predicted_iou.tolist() == pytest.approx([r["predicted_iou"] for r in records])
+        assert proposals.stability_score.tolist() == pytest.approx([r["stability_score"] for r in records])
         for mask, record in zip(proposals.masks, records, strict=True):
             np.testing.assert_array_equal(mask.numpy(), record["segmentation"])
 
@@ -96,15 +96,15 @@ def test_nothing_passes_the_filters(layers: int) -> None:
 def test_masks_of_crops_are_in_descending_predicted_iou() -> None:
     proposals = SamProposer(CPU, **{**OPEN, "crop_n_layers": 1, "points_per_side": 2}).propose(sample(64, 64))
     assert len(proposals) > 1
-    assert (proposals.scores.diff() <= 0).all()
+    assert (proposals.predicted_iou.diff() <= 0).all()
 
 
 def test_lower_precision_is_for_the_encoder_only(device: torch.device) -> None:
     exact = SamProposer(Device(device), **OPEN).propose(sample(48, 64))
     rough = SamProposer(Device(device, "bfloat16"), **OPEN).propose(sample(48, 64))
-    assert rough.scores.dtype == torch.float32
+    assert rough.predicted_iou.dtype == torch.float32
     assert len(rough)
-    assert rough.scores.max().item() == pytest.approx(exact.scores.max().item(), abs=0.05)
+    assert rough.predicted_iou.max().item() == pytest.approx(exact.predicted_iou.max().item(), abs=0.05)
 
 
 def test_coordinates_in_single_precision() -> None:
@@ -142,7 +142,7 @@ def test_checkpoint_is_loaded_and_named_by_its_digest(tmp_path: Path) -> None:
 
 def test_seed_of_random_weights() -> None:
     state = torch.random.get_rng_state()
-    masks = [SamProposer(CPU, **OPEN, seed=seed).propose(sample(48, 64)).scores for seed in (0, 0, 1)]
+    masks = [SamProposer(CPU, **OPEN, seed=seed).propose(sample(48, 64)).predicted_iou for seed in (0, 0, 1)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
     assert torch.equal(state, torch.random.get_rng_state())

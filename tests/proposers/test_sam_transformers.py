@@ -84,7 +84,7 @@ def test_no_mask_survives(directory: str) -> None:
     )
     limit = torch.tensor(1.0)
     assert proposals.masks.shape[1:] == (40, 56)
-    assert (proposals.scores > limit).all()
+    assert (proposals.predicted_iou > limit).all()
     stable = {**OPEN, "stability_score_thresh": 1.0, "stability_score_offset": 100.0}
     assert SamTransformersProposer(CPU, directory, **stable).propose(sample(40, 56)).masks.shape == (0, 40, 56)
 
@@ -94,7 +94,7 @@ def test_batches_of_points(directory: str) -> None:
     picture = sample(60, 90)
     plain = SamTransformersProposer(CPU, directory, **OPEN).propose(picture)
     split = SamTransformersProposer(CPU, directory, **OPEN, points_per_batch=3).propose(picture)
-    torch.testing.assert_close(plain.scores, split.scores)
+    torch.testing.assert_close(plain.predicted_iou, split.predicted_iou)
     assert (plain.masks == split.masks).float().mean() > 0.999
 
 
@@ -105,7 +105,7 @@ def test_images_embedded_together(directory: str) -> None:
     for picture, ours in zip(pictures, together, strict=True):
         alone = build(options, CPU).propose(picture)
         assert ours.masks.shape == alone.masks.shape
-        torch.testing.assert_close(ours.scores, alone.scores, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.predicted_iou, alone.predicted_iou, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["sam", "sam2"])
@@ -124,7 +124,7 @@ def test_compiled_encoder(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path
         for value in (False, True)
     )
     assert traced
-    torch.testing.assert_close(compiled.scores, plain.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled.predicted_iou, plain.predicted_iou, rtol=1e-4, atol=1e-5)
 
 
 def test_lower_precision_is_for_the_encoder_only(directory: str, device: torch.device) -> None:
@@ -132,9 +132,9 @@ def test_lower_precision_is_for_the_encoder_only(directory: str, device: torch.d
         SamTransformersProposer(Device(device, precision), directory, **OPEN).propose(sample(48, 64))
         for precision in ("float32", "bfloat16")
     )
-    assert rough.scores.dtype == torch.float32
-    assert not torch.equal(rough.scores, exact.scores)
-    assert rough.scores.max().item() == pytest.approx(exact.scores.max().item(), abs=0.2)
+    assert rough.predicted_iou.dtype == torch.float32
+    assert not torch.equal(rough.predicted_iou, exact.predicted_iou)
+    assert rough.predicted_iou.max().item() == pytest.approx(exact.predicted_iou.max().item(), abs=0.2)
 
 
 # Agreement with `segment_anything` on the same weights

@@ -52,9 +52,9 @@ class _Contract(ProposerContract):
         proposals = self.make(tmp_path, []).propose(sample(48, 64))
         assert 4 < len(proposals) <= 8
         assert len({m.numpy().tobytes() for m in proposals.masks}) > 4
-        assert (proposals.scores.diff() <= 0).all()
-        assert proposals.scores.min() > 0
-        assert proposals.scores.max() < 1
+        assert (proposals.predicted_iou.diff() <= 0).all()
+        assert proposals.predicted_iou.min() > 0
+        assert proposals.predicted_iou.max() < 1
 
 
 class TestMask2Former(_Contract):
@@ -104,7 +104,7 @@ def test_scores_of_eomt_are_those_of_its_post_processing(size: tuple[int, int], 
         output, [size], threshold=0.0
     )
     expected = sorted((s["score"] for s in theirs[0]["segments_info"]), reverse=True)
-    assert proposer.propose(picture).scores.tolist() == pytest.approx(expected, abs=1e-4)
+    assert proposer.propose(picture).predicted_iou.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mask2former", "oneformer"])
@@ -124,17 +124,19 @@ def test_scores_and_masks_are_those_of_the_post_processing(family: str, tmp_path
         theirs = processor.post_process_instance_segmentation(output, threshold=0.0, return_binary_maps=True)[0]
         scores = torch.tensor([s["score"] for s in theirs["segments_info"]])
         order = scores.argsort(descending=True)
-        assert ours.scores.tolist() == pytest.approx(scores[order].tolist(), abs=1e-4)
+        assert ours.predicted_iou.tolist() == pytest.approx(scores[order].tolist(), abs=1e-4)
         assert (ours.masks == (theirs["segmentation"][order] > 0)).float().mean() > 0.9999
     else:
         probabilities = output.class_queries_logits[0].softmax(-1)[:, 0]
-        assert ours.scores.max() <= probabilities.max()
+        assert ours.predicted_iou.max() <= probabilities.max()
         assert len(ours) == 8
 
 
 def test_the_task_changes_what_oneformer_says(directories: dict[str, str]) -> None:
     scores = [
-        UniversalProposer(CPU, directories["oneformer"], score_thresh=0.0, task=task).propose(sample(48, 64)).scores
+        UniversalProposer(CPU, directories["oneformer"], score_thresh=0.0, task=task)
+        .propose(sample(48, 64))
+        .predicted_iou
         for task in ("panoptic", "instance", "panoptic")
     ]
     assert torch.equal(scores[0], scores[2])
@@ -145,10 +147,10 @@ def test_the_task_changes_what_oneformer_says(directories: dict[str, str]) -> No
 def test_thresholds(family: str, directories: dict[str, str]) -> None:
     picture = sample(48, 64)
     whole = UniversalProposer(CPU, directories[family], score_thresh=0.0).propose(picture)
-    middle = whole.scores.median().item()
+    middle = whole.predicted_iou.median().item()
     half = UniversalProposer(CPU, directories[family], score_thresh=middle).propose(picture)
-    assert torch.equal(half.scores, whole.scores[whole.scores >= middle])
-    assert torch.equal(half.masks, whole.masks[whole.scores >= middle])
+    assert torch.equal(half.predicted_iou, whole.predicted_iou[whole.predicted_iou >= middle])
+    assert torch.equal(half.masks, whole.masks[whole.predicted_iou >= middle])
     none = UniversalProposer(CPU, directories[family], score_thresh=1.0).propose(picture)
     assert none.masks.shape == (0, 48, 64)
     small = UniversalProposer(CPU, directories[family], score_thresh=0.0, mask_thresh=0.9).propose(picture)
@@ -172,7 +174,7 @@ def test_disjoint_by_hand() -> None:
     masks = torch.tensor([[[1, 1, 0, 0]], [[0, 1, 1, 0]], [[1, 1, 0, 0]], [[0, 0, 1, 1]]], dtype=torch.bool)
     left = to_disjoint(Proposals(masks, torch.tensor([0.9, 0.8, 0.7, 0.6])))
     assert left.masks.int().tolist() == [[[1, 1, 0, 0]], [[0, 0, 1, 0]], [[0, 0, 0, 1]]]
-    assert left.scores.tolist() == pytest.approx([0.9, 0.8, 0.6])
+    assert left.predicted_iou.tolist() == pytest.approx([0.9, 0.8, 0.6])
     empty = Proposals(torch.zeros((0, 2, 3), dtype=torch.bool))
     assert to_disjoint(empty).masks.shape == (0, 2, 3)
 
