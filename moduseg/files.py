@@ -14,6 +14,9 @@ from typing import Any
 
 from moduseg.errors import ArtefactError, MissingError, StorageError
 
+FORMAT = 1
+"""Raised when the files of a stage change meaning, so that older folders are not taken for new ones."""
+
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "host"
 # Containers may share a folder and have one name and the same process ids.
 _TOKEN = os.urandom(4).hex()

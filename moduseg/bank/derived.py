@@ -9,8 +9,7 @@ from typing import Any
 
 from moduseg.bank.store import Bank
 from moduseg.errors import ArtefactError
-from moduseg.files import digest_of, file_digest, read_json, write_json
-from moduseg.pipeline.artefacts import FORMAT
+from moduseg.files import FORMAT, digest_of, file_digest, read_json, write_json
 
 STAGE = "bank"
 """The folder of derived banks below a data set's, and the `stage` of their manifest."""

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from moduseg.datasets.palette import voc_palette
 from moduseg.datasets.png import plain_png_ids
 from moduseg.errors import DataError
+from moduseg.masks.palette import voc_palette
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 80_000_000

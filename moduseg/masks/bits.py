@@ -12,6 +12,8 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
+PACKED = ("cpu",)
+"""Types of devices whose masks are packed into bits; the others multiply matrices."""
 _PAIR_WORDS = 1 << 16
 """Words looked at together for pairs of masks: they stay in the cache."""
 _ONES_OF = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)

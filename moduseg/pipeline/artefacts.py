@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moduseg.errors import ArtefactError
-from moduseg.files import digest_of, read_json, remove_leftovers, write_json
-
-FORMAT = 1
-"""Raised when the files of a stage change meaning, so that older folders are not taken for new ones."""
+from moduseg.files import FORMAT, digest_of, read_json, remove_leftovers, write_json
 
 
 class Artefact:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from moduseg.errors import ConfigError
-from moduseg.masks.bits import PackedMasks
-from moduseg.retrieval.suppress import PACKED
+from moduseg.masks.bits import PACKED, PackedMasks
 from moduseg.structures import IGNORE_INDEX, Proposals, ScoreMaps
 
 BackgroundRule = Literal["constant", "power", "threshold", "given", "words", "probability"]

@@ -11,7 +11,7 @@ from xml.sax.saxutils import quoteattr
 import cv2
 import numpy as np
 
-from moduseg.datasets.palette import voc_palette
+from moduseg.masks.palette import voc_palette
 from moduseg.masks.polygons import Convention, mask_polygons
 from moduseg.structures import IGNORE_INDEX, Prediction
 

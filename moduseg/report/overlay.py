@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from moduseg.datasets.palette import voc_palette
+from moduseg.masks.palette import voc_palette
 from moduseg.structures import IGNORE_INDEX
 
 CORRECT, MISSED, FALSE, CONFUSED, IGNORED = (

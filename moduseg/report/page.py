@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from moduseg.datasets.palette import voc_palette
 from moduseg.evaluation.counts import SplitCounts
 from moduseg.evaluation.published import BENCHMARKS, PUBLISHED
 from moduseg.files import write_atomic
+from moduseg.masks.palette import voc_palette
 from moduseg.structures import IGNORE_INDEX
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from moduseg.datasets.io import write_rgb_png
-from moduseg.datasets.palette import voc_palette
+from moduseg.masks.palette import voc_palette
 from moduseg.report.overlay import (
     ERROR_LEGEND,
     error_map,

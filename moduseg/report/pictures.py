@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from zlib_ng import zlib_ng
 
-from moduseg.datasets.palette import voc_palette
 from moduseg.datasets.png import SIGNATURE
+from moduseg.masks.palette import voc_palette
 from moduseg.report.overlay import dimmed, distinct_colours, resize_image, resize_labels
 from moduseg.structures import IGNORE_INDEX
 

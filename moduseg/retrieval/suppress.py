@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg.masks.bits import PackedMasks
+from moduseg.masks.bits import PACKED, PackedMasks
 
-PACKED = ("cpu",)
-"""Devices whose masks are packed into bits; the others multiply matrices."""
 _BLOCK = 1 << 22
 """Mask pixels turned into floats at once: bounds the memory, and float32 counts that many without rounding."""
 

@@ -18,8 +18,7 @@ from moduseg.cli.options import configured, parse
 from moduseg.datasets.io import read_image, write_label_png
 from moduseg.datasets.tagged import find_images
 from moduseg.errors import ArtefactError, ConfigError, DataError
-from moduseg.files import digest_of, read_json, write_atomic, write_json
-from moduseg.pipeline.artefacts import FORMAT
+from moduseg.files import FORMAT, digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import log, safe_name
 from moduseg.report.annotations import (
     coco_annotations,

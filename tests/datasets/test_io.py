@@ -18,8 +18,8 @@ from moduseg.datasets.io import (
     write_label_png,
     write_rgb_png,
 )
-from moduseg.datasets.palette import voc_palette
 from moduseg.errors import DataError
+from moduseg.masks.palette import voc_palette
 
 H, W = 6, 9
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.datasets.palette import voc_palette
 from moduseg.errors import ArtefactError, ConfigError
+from moduseg.masks.palette import voc_palette
 from moduseg.miniature.world.drawing import STUFF
 from moduseg.miniature.world.scenes import (
     CLASSES,

@@ -14,10 +14,10 @@ from PIL import Image
 
 from moduseg.backbones.base import Backbone
 from moduseg.config import compose
-from moduseg.datasets.palette import voc_palette
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.files import file_digest
+from moduseg.masks.palette import voc_palette
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.files import FilePseudoMasks

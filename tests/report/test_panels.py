@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moduseg.datasets.palette import voc_palette
+from moduseg.masks.palette import voc_palette
 from moduseg.report import overlay
 from moduseg.report.panel import class_legend, display_size, image_panel, panel
 

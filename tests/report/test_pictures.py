@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.datasets.palette import voc_palette
 from moduseg.datasets.png import plain_png_ids
+from moduseg.masks.palette import voc_palette
 from moduseg.report import pictures
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from moduseg.cli.main import main, main_compare
 from moduseg.config import compose
 from moduseg.datasets.folder import FolderDataset
-from moduseg.datasets.palette import voc_palette
 from moduseg.errors import ConfigError, DataError, ModusegError
 from moduseg.evaluation.counts import FILE, SplitCounts
+from moduseg.masks.palette import voc_palette
 from moduseg.stages import evaluate, infer
 from moduseg.tools import compare, voc_package
 from tests.support.runs import overrides

@@ -16,9 +16,9 @@ from PIL import Image
 from moduseg import Segmenter
 from moduseg.bank.store import Bank
 from moduseg.config import compose
-from moduseg.datasets.palette import voc_palette
 from moduseg.errors import ArtefactError, DataError, MissingError
 from moduseg.evaluation.confusion import miou
+from moduseg.masks.palette import voc_palette
 from moduseg.pipeline.workspace import count_failures
 from moduseg.stages import build_bank, evaluate, infer, propose
 from tests.support.processes import start

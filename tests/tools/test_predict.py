@@ -15,8 +15,8 @@ from moduseg.cli.main import entry
 from moduseg.cli.options import parse
 from moduseg.config import compose
 from moduseg.datasets.io import read_label_png
-from moduseg.datasets.palette import voc_palette
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, ModusegError
+from moduseg.masks.palette import voc_palette
 from moduseg.masks.polygons import iou, polygons_mask
 from moduseg.stages import build_bank
 from moduseg.tools import predict

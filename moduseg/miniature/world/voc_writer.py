@@ -12,6 +12,7 @@ from PIL import Image
 
 from moduseg.errors import ArtefactError, ConfigError
 from moduseg.files import remove_leftovers, write_atomic
+from moduseg.masks.palette import voc_palette
 from moduseg.miniature.world.scenes import CLASSES, WORLD_VERSION, WorldConfig, render_scene
 
 
@@ -37,9 +38,6 @@ def write_voc(root: Path, seed: int, train: int = 160, val: int = 80, config: Wo
         ConfigError: a number is negative.
         StorageError: a file cannot be written.
     """
-    # Imported here because `moduseg.datasets` serves this world and so imports this module.
-    from moduseg.datasets.palette import voc_palette
-
     config, root = config or WorldConfig(), Path(root)
     if min(seed, train, val) < 0:
         raise ConfigError(f"seed, train, val: got {(seed, train, val)}, expected numbers >= 0; try 0, 160, 80")
