@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.weights.hub import first_line as _first_line
-from moduseg.weights.hub import model_digest, model_folder
-from moduseg.weights.sources import find_weights
+from moduseg.weights.hub import model_digest
+from moduseg.weights.pretrained import Pretrained
+from moduseg.weights.sources import find_model_folder, find_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -90,7 +89,7 @@ class ClipSource:
     def folder(self) -> Path:
         """The directory of the weights, fetched from the hub where need be; not for `random`."""
         companions = TOKENIZER_FILES if self._tokenizer_folder is None else ()
-        return model_folder(self.weights, self.key, self._revision, "CLIP", companions)
+        return find_model_folder(self.weights, self.key, revision=self._revision, what="CLIP", companions=companions)
 
     @cached_property
     def model(self) -> CLIPModel:
@@ -211,36 +210,13 @@ def _activate(config: CLIPConfig, activation: Activation | None, key: str) -> CL
 
 
 def _load(folder: Path, key: str, activation: Activation | None = None) -> CLIPModel:
-    """The model of a directory, every tensor accounted for."""
-    from transformers import CLIPConfig, CLIPModel
-    from transformers.utils import logging
+    """Load the model of a directory, so that every tensor is accounted for."""
+    from transformers import CLIPModel
 
-    # Its bar would break into the one over the images.
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        config = _activate(CLIPConfig.from_pretrained(str(folder), local_files_only=True), activation, key)
-        model, report = CLIPModel.from_pretrained(
-            str(folder), config=config, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ArtefactError(
-            f"{folder}: not readable as a CLIP ({_first_line(error)}); fetch the files again, or check {key}"
-        ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    # Buffers of position numbers, which older files hold, are made anew by the model.
-    wrong = {
-        what: sorted(str(name) for name in report.get(what, ()) if not str(name).endswith("position_ids"))
-        for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    }
-    if any(wrong.values()):
-        counts = ", ".join(f"{len(names)} {what.removesuffix('_keys')}" for what, names in wrong.items())
-        first = next(names[0] for names in wrong.values() if names)
-        raise ArtefactError(
-            f"{folder}: not the weights of its config.json ({counts} tensors, first {first}); check {key}"
-        )
+    # Older files hold buffers of position numbers, which the model makes again.
+    model: CLIPModel = Pretrained(str(folder), None, key, "CLIP").load(
+        CLIPModel, unused=r"position_ids$", adjust_config=lambda config: _activate(config, activation, key)
+    )
     return model
 
 

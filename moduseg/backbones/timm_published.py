@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moduseg.backbones.timm_model import pretrained_id
 from moduseg.errors import ConfigError
-from moduseg.weights.hub import hub_file, page
+from moduseg.weights.hub import fetch_hub_file, get_page_url
 
 
 def published_file(name: str, revision: str | None, key: str) -> Path:
@@ -19,7 +19,7 @@ def published_file(name: str, revision: str | None, key: str) -> Path:
 
     Raises:
         ConfigError: see `pretrained_id`.
-        MissingError, ArtefactError, StorageError: see `moduseg.weights.hub.hub_file`.
+        MissingError, ArtefactError, StorageError: see `moduseg.weights.hub.fetch_hub_file`.
     """
     import timm
 
@@ -27,7 +27,8 @@ def published_file(name: str, revision: str | None, key: str) -> Path:
     given = getattr(timm.get_pretrained_cfg(name), "hf_hub_filename", None) or "pytorch_model.bin"
     safe = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
     preferred = safe.get(given, given.rpartition(".")[0] + ".safetensors")
-    return hub_file(hub_id, list(dict.fromkeys([preferred, given])), revision or named or None, key, "hub")
+    names = list(dict.fromkeys([preferred, given]))
+    return fetch_hub_file(hub_id, names, revision or named or None, key, value="hub")
 
 
 def hub_alternative(name: str, key: str) -> str:
@@ -36,4 +37,4 @@ def hub_alternative(name: str, key: str) -> str:
         hub_id = pretrained_id(name).partition("@")[0]
     except ConfigError:
         return ""
-    return f", or {key}=hub to fetch model.safetensors from {page(hub_id)}"
+    return f", or {key}=hub to fetch model.safetensors from {get_page_url(hub_id)}"

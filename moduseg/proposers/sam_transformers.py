@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moduseg.devices import Device
-from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
 from moduseg.proposers.grid_options import GridOptions, check_images_per_batch
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, longest_side, prepare
@@ -92,7 +91,7 @@ class SamTransformersProposer(Proposer):
 
         Raises:
             MissingError: they are not there and cannot be fetched.
-            ArtefactError, StorageError: see `moduseg.weights.hub.model_folder`.
+            ArtefactError, StorageError: see `moduseg.weights.sources.find_model_folder`.
         """
         return self._source.digest
 
@@ -125,21 +124,8 @@ class SamTransformersProposer(Proposer):
         Raises:
             MissingError, ArtefactError: see `propose`.
         """
-        import transformers
-
-        name = CLASSES.get(self._source.model_type)
-        if name is None:
-            raise ArtefactError(
-                f"{self._source.folder}: config.json names model_type {self._source.model_type!r}, expected one of "
-                f"{', '.join(CLASSES)}; check proposer.weights, or try proposer=mask2former for models without prompts"
-            )
-        cls = getattr(transformers, name, None)
-        if cls is None:
-            raise ArtefactError(
-                f"proposer.weights: transformers {transformers.__version__} has no {name}, which "
-                f"{self._source.weights} needs; upgrade it: pip install -U transformers"
-            )
-        return HubSam(self._source.load(cls), self._device, self._source.preprocessor, self._compile)
+        model = self._source.load_by_type(CLASSES, "try proposer=mask2former for models without prompts")
+        return HubSam(model, self._device, self._source.preprocessor, self._compile)
 
 
 class HubSam(Promptable):

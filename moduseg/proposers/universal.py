@@ -81,7 +81,7 @@ class UniversalProposer(Proposer):
 
         Raises:
             MissingError: they are not there and cannot be fetched.
-            ArtefactError, StorageError: see `moduseg.weights.hub.model_folder`.
+            ArtefactError, StorageError: see `moduseg.weights.sources.find_model_folder`.
         """
         return self._source.digest
 
@@ -123,26 +123,13 @@ class UniversalProposer(Proposer):
         Raises:
             MissingError, ArtefactError: see `propose`.
         """
-        import transformers
-
-        name = CLASSES.get(self._source.model_type)
-        if name is None:
-            raise ArtefactError(
-                f"{self._source.folder}: config.json names model_type {self._source.model_type!r}, expected one of "
-                f"{', '.join(CLASSES)}; check proposer.weights, or try proposer=sam_transformers for a SAM"
-            )
-        cls = getattr(transformers, name, None)
-        if cls is None:
-            raise ArtefactError(
-                f"proposer.weights: transformers {transformers.__version__} has no {name}, which "
-                f"{self._source.weights} needs; upgrade it: pip install -U transformers"
-            )
-        if self._source.preprocessor.get("do_split_image"):
+        if self._source.model_type in CLASSES and self._source.preprocessor.get("do_split_image"):
             raise ArtefactError(
                 f"{self._source.folder}: a model for semantic segmentation in windows, whose masks are whole classes; "
                 "expected one for panoptic or instance segmentation; try tue-mps/coco_panoptic_eomt_large_640"
             )
-        return self._source.load(cls, UNUSED).to(self._device.torch_device)
+        model = self._source.load_by_type(CLASSES, "try proposer=sam_transformers for a SAM", unused=UNUSED)
+        return model.to(self._device.torch_device)
 
     @cached_property
     def _extra(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The cache folder, and files fetched into it from a web address: resumed, checked, complete or not there.
+"""The cache folder, and files fetched into it from a web address: resumed, checked, complete or absent.
 
-A file of `https://<host>/<path>` lies at `$MODUSEG_HOME/<host>/<path>`, whoever put it there.
+The file of `https://<host>/<path>` is stored as `$MODUSEG_HOME/<host>/<path>`; a copy that somebody put there is used.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -28,9 +30,9 @@ from moduseg.files import file_digest
 log = logging.getLogger("moduseg")
 
 ATTEMPTS = 4
-"""Tries in a row that bring nothing before a download is given up; one that brings something starts the count anew."""
+"""A download is given up after so many tries in a row that bring nothing; bytes that arrive reset the count."""
 PAUSE = 1.0
-"""Seconds before the first new try; doubled each time."""
+"""Seconds before the second try; doubled before each further one."""
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
 _BLOCK = 1 << 20
@@ -38,16 +40,16 @@ _OFFLINE = {"1", "ON", "YES", "TRUE"}
 
 
 class _LostError(Exception):
-    """The connection ended early; what was fetched is kept."""
+    """The connection ended early; the bytes that arrived are kept."""
 
 
-def home() -> Path:
-    """The one folder for weights that are fetched: `MODUSEG_HOME`, else `~/.cache/moduseg`."""
+def get_cache_home() -> Path:
+    """Return the folder for fetched weights: `MODUSEG_HOME`, else `~/.cache/moduseg`."""
     return Path(os.environ.get("MODUSEG_HOME") or "~/.cache/moduseg").expanduser()
 
 
 def is_offline() -> bool:
-    """Whether `HF_HUB_OFFLINE` (or `TRANSFORMERS_OFFLINE`) forbids every use of the network."""
+    """Return whether `HF_HUB_OFFLINE` (or `TRANSFORMERS_OFFLINE`) forbids every use of the network."""
     from huggingface_hub import constants
 
     # The hub's client reads the variable once, on import; here it also counts when it is set later.
@@ -55,55 +57,63 @@ def is_offline() -> bool:
     return asked or bool(constants.HF_HUB_OFFLINE)
 
 
-def place_of(url: str, key: str = "weights") -> Path:
-    """Where in the cache folder the file of an address lies.
+def get_cached_path(url: str, key: str = "weights") -> Path:
+    """Return the path in the cache folder that the file of an address has, whether it is there or not.
 
     Raises:
-        ConfigError: not an address of a file.
+        ConfigError: the address names no file.
     """
     parts = urlsplit(url)
     names = [unquote(name) for name in parts.path.split("/") if name]
     harmless = all(name not in (".", "..") and "/" not in name and "\\" not in name for name in names)
     if parts.scheme not in ("http", "https") or not parts.hostname or not names or not harmless:
         raise ConfigError(f"{key}: got {url!r}, expected the address of a file; try https://<host>/<path>/<file>")
-    return home().joinpath(parts.netloc.rpartition("@")[2].replace(":", "_"), *names)
+    return get_cache_home().joinpath(parts.netloc.rpartition("@")[2].replace(":", "_"), *names)
 
 
 def fetch(url: str, key: str, sha256: str | None = None, value: str | None = None) -> Path:
-    """The file of an address in the cache folder, fetched where it is not there.
+    """Return the file of an address from the cache folder, fetching it if it is not there.
 
-    Processes that want the same file wait for the one that fetches it. What a broken connection or a killed process
-    leaves (`<file>.part`) is continued.
+    Processes that want the same file wait for the one that fetches it. A part (`<file>.part`) that a broken connection
+    or a killed process left behind is continued.
 
     Args:
         url: `http(s)://<host>/<path>/<file>`.
         key: the configuration key, for messages.
-        sha256: of the file, hexadecimal; checked on arrival and of a file that was there.
-        value: what the configuration holds, for messages; the address where left out.
+        sha256: expected digest, 64 hexadecimal digits; checked on arrival and for a file that was there before.
+        value: the value of `key`, for messages; the address if omitted.
 
     Raises:
-        ConfigError: not an address of a file.
-        MissingError: not there, and offline or not to be had.
-        ArtefactError: another digest; a file that was just fetched is removed.
+        ConfigError: the address names no file.
+        MissingError: the file is not there, and the program is offline or the server does not give it.
+        ArtefactError: the digest differs; a file that has just arrived is removed.
         StorageError: the file cannot be written.
     """
-    target = place_of(url, key)
+    target = get_cached_path(url, key)
     if not target.is_file():
+        missing = partial(
+            missing_weights,
+            key=key,
+            got=repr(value or url),
+            what=target.name,
+            source=url,
+            folder=target.parent,
+            otherwise=f"<path of {target.name}>",
+        )
         if is_offline():
-            raise _not_had(url, key, value, target, "HF_HUB_OFFLINE forbids to fetch it")
+            raise missing("HF_HUB_OFFLINE forbids to fetch it")
         with locked(target):
             if not target.is_file():
-                part = target.with_name(target.name + ".part")
-                _download(url, part, key, value, target, known=sha256 is not None)
-                if sha256 is not None and file_digest(part) != sha256:
-                    got = file_digest(part)
-                    part.unlink()
+                download = _Download(url, target, missing, has_digest=sha256 is not None)
+                download.run()
+                if sha256 is not None and (got := file_digest(download.part)) != sha256:
+                    download.part.unlink()
                     raise ArtefactError(
                         f"{key}: got sha256 {got} from {url}, expected {sha256}, so it was removed; run again, and if "
                         f"it comes again, fetch the file by other means and set {key}=<path of {target.name}>"
                     )
-                with storage(part):
-                    part.replace(target)
+                with storage(download.part):
+                    download.part.replace(target)
     if sha256 is not None and (got := file_digest(target)) != sha256:
         raise ArtefactError(
             f"{key}: {target} has sha256 {got}, expected {sha256}; remove the file and run again, or fetch {url} anew"
@@ -111,32 +121,28 @@ def fetch(url: str, key: str, sha256: str | None = None, value: str | None = Non
     return target
 
 
-def not_here(
-    key: str, got: str, what: str, reason: str, fetching: str, folder: Path | str, otherwise: str
+def missing_weights(
+    reason: str, *, key: str, got: str, what: str, source: str, folder: Path | str, otherwise: str
 ) -> MissingError:
-    """The line for weights that are neither here nor to be had.
+    """Return the error for weights that are neither in the cache folder nor can be fetched.
 
     Args:
-        key, got: the configuration key and its value.
+        reason: why they could not be fetched.
+        key: the configuration key.
+        got: its value.
         what: name of the file or repository.
-        reason: why it could not be fetched.
-        fetching: what to fetch, with its address.
-        folder: where to put it so that it is found.
+        source: what a person would fetch, with its address.
+        folder: where a person would put it so that it is found.
         otherwise: the value of `key` that names another place.
     """
     return MissingError(
-        f"{key}: got {got}, but {what} is not here and {reason}; fetch {fetching} into {folder}, "
-        f"or set {key}={otherwise}"
+        f"{key}: got {got}, but {what} is not here and {reason}; fetch {source} into {folder}, or set {key}={otherwise}"
     )
-
-
-def _not_had(url: str, key: str, value: str | None, target: Path, reason: str) -> MissingError:
-    return not_here(key, repr(value or url), target.name, reason, url, target.parent, f"<path of {target.name}>")
 
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Let one process at a time make `target`; its folder is made. The lock goes with the process that holds it.
+    """Let one process at a time make `target`, whose folder is created; a process that dies releases its lock.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -159,7 +165,7 @@ def locked(target: Path) -> Iterator[None]:
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Turn what the file system answers into one line.
+    """Turn an error of the file system into a StorageError, which is one line.
 
     Raises:
         StorageError: disk full, no permission, read-only file system.
@@ -171,7 +177,7 @@ def storage(path: Path) -> Iterator[None]:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """The line for a file of the cache folder that cannot be written."""
+    """Return the error for a file of the cache folder that cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "free some space" if full else "check the permissions"
     return StorageError(
@@ -180,88 +186,128 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     )
 
 
-def _download(url: str, part: Path, key: str, value: str | None, target: Path, known: bool) -> None:
-    """Bring `part` to completeness, whatever is in it already."""
-    tries = 0
-    began = _size(part)
-    while True:
-        before = _size(part)
-        try:
-            _transfer(url, part, target.name, known)
-        except urllib.error.HTTPError as error:
-            reason = f"the server answers {error.code} {error.reason}"
-            if error.code < 500 and error.code != 429:
-                raise _not_had(url, key, value, target, reason) from error
-        except (_LostError, urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            cause = error.reason if isinstance(error, urllib.error.URLError) else error
-            reason = f"could not be fetched ({' '.join(str(cause).split()) or type(cause).__name__})"
-            # Without a network there is nothing to wait for.
-            if not isinstance(error, _LostError) and _size(part) == began:
-                raise _not_had(url, key, value, target, reason) from error
-        else:
-            part.with_name(part.name + ".tag").unlink(missing_ok=True)
-            return
-        tries = 1 if _size(part) > before else tries + 1
-        if tries >= ATTEMPTS:
-            kept = f"{reason}, {_size(part)} bytes are kept, run again to go on" if _size(part) else reason
-            raise _not_had(url, key, value, target, kept)
-        time.sleep(PAUSE * 2 ** (tries - 1))
+@dataclass(frozen=True)
+class _Download:
+    """One file on its way into the cache folder.
 
-
-def _transfer(url: str, part: Path, title: str, known: bool) -> None:
-    """One connection: from what `part` holds to the end.
-
-    A part is continued where the server says that it still has the same file, or where the digest will tell (`known`).
+    Attributes:
+        url: its address.
+        target: its path once it is complete.
+        missing: makes the error for a reason why it cannot be fetched.
+        has_digest: whether the caller compares its digest, so that a part of unknown origin may be continued.
     """
-    tag = part.with_name(part.name + ".tag")
-    had = _size(part)
-    seen = tag.read_text(encoding="utf-8") if tag.is_file() else ""
-    if had and not seen and not known:
-        had = 0
-    headers = {"User-Agent": "moduseg", "Accept-Encoding": "identity"}
-    if had:
-        headers["Range"] = f"bytes={had}-"
-        if seen:
-            headers["If-Range"] = seen
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not had:
-            raise
-        # Nothing lies behind what is here: it is the whole file, or not this file.
-        if re.fullmatch(rf"bytes \*/{had}", error.headers.get("Content-Range", "")):
-            return
-        _discard(part, tag)
-        raise _LostError("the file is another one now") from error
-    with response:
+
+    url: str
+    target: Path
+    missing: Callable[[str], MissingError]
+    has_digest: bool
+
+    @property
+    def part(self) -> Path:
+        """The file that holds what has arrived."""
+        return self.target.with_name(self.target.name + ".part")
+
+    @property
+    def _tag(self) -> Path:
+        """The file that holds the server's validator of the version that `part` belongs to."""
+        return self.part.with_name(self.part.name + ".tag")
+
+    def run(self) -> None:
+        """Complete `part`, whatever it holds already.
+
+        Raises:
+            MissingError: the server does not give the file.
+            StorageError: the file cannot be written.
+        """
+        tries = 0
+        began = _size(self.part)
+        while True:
+            before = _size(self.part)
+            try:
+                self._transfer()
+            except urllib.error.HTTPError as error:
+                reason = f"the server answers {error.code} {error.reason}"
+                if error.code < 500 and error.code != 429:
+                    raise self.missing(reason) from error
+            except (_LostError, urllib.error.URLError, http.client.HTTPException, OSError) as error:
+                cause = error.reason if isinstance(error, urllib.error.URLError) else error
+                reason = f"could not be fetched ({' '.join(str(cause).split()) or type(cause).__name__})"
+                # Without a network there is nothing to wait for.
+                if not isinstance(error, _LostError) and _size(self.part) == began:
+                    raise self.missing(reason) from error
+            else:
+                self._tag.unlink(missing_ok=True)
+                return
+            tries = 1 if _size(self.part) > before else tries + 1
+            if tries >= ATTEMPTS:
+                arrived = _size(self.part)
+                raise self.missing(f"{reason}, {arrived} bytes are kept, run again to go on" if arrived else reason)
+            time.sleep(PAUSE * 2 ** (tries - 1))
+
+    def _transfer(self) -> None:
+        """Make one connection and append to `part` until the end of the file.
+
+        A part is continued if the server confirms that it still has the same version, or if a digest will tell.
+        """
+        had = _size(self.part)
+        validator = self._tag.read_text(encoding="utf-8") if self._tag.is_file() else ""
+        if had and not validator and not self.has_digest:
+            had = 0
+        headers = {"User-Agent": "moduseg", "Accept-Encoding": "identity"}
+        if had:
+            headers["Range"] = f"bytes={had}-"
+            if validator:
+                headers["If-Range"] = validator
+        try:
+            response = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            if error.code != 416 or not had:
+                raise
+            # The server has no byte after these: `part` is the complete file, or a part of another version.
+            if re.fullmatch(rf"bytes \*/{had}", error.headers.get("Content-Range", "")):
+                return
+            self._discard()
+            raise _LostError("the file is another one now") from error
+        with response:
+            self._append(response, had)
+
+    def _append(self, response: Any, had: int) -> None:
+        """Append the response to `part`, of which the server was told to skip `had` bytes."""
         total = _length(response, had)
         if response.status != 206:
             had = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {had}-"):
-            _discard(part, tag)
+            self._discard()
             raise _LostError(f"got bytes {response.headers.get('Content-Range')}, asked for {had} onwards")
-        _check_room(part, None if total is None else total - had)
+        _check_free_space(self.part, None if total is None else total - had)
         strong = response.headers.get("ETag", "")
         validator = strong if strong.startswith('"') else response.headers.get("Last-Modified", "")
-        # What the network answers is no OSError here: see `_blocks`.
-        with storage(part):
+        # Network errors are no OSError inside this block: `_blocks` turns them into _LostError.
+        with storage(self.part):
             if not had:
-                tag.write_text(validator, encoding="utf-8")
+                self._tag.write_text(validator, encoding="utf-8")
             with (
-                part.open("ab" if had else "wb") as file,
-                tqdm(total=total, initial=had, desc=title, unit="B", unit_scale=True, leave=False) as progress,
+                self.part.open("ab" if had else "wb") as file,
+                tqdm(
+                    total=total, initial=had, desc=self.target.name, unit="B", unit_scale=True, leave=False
+                ) as progress,
             ):
                 for block in _blocks(response):
                     file.write(block)
                     progress.update(len(block))
-    if total is not None and _size(part) < total:
-        raise _LostError(f"the connection ended at {_size(part)} of {total} bytes")
-    if total is not None and _size(part) > total:
-        _discard(part, tag)
-        raise _LostError(f"more than the announced {total} bytes came")
+        if total is not None and _size(self.part) < total:
+            raise _LostError(f"the connection ended at {_size(self.part)} of {total} bytes")
+        if total is not None and _size(self.part) > total:
+            self._discard()
+            raise _LostError(f"more than the announced {total} bytes came")
+
+    def _discard(self) -> None:
+        self.part.unlink(missing_ok=True)
+        self._tag.unlink(missing_ok=True)
 
 
 def _blocks(response: Any) -> Iterator[bytes]:
+    """Yield the body of a response block by block; network errors become `_LostError`."""
     while True:
         try:
             block = response.read(_BLOCK)
@@ -277,7 +323,7 @@ def _blocks(response: Any) -> Iterator[bytes]:
 
 
 def _length(response: Any, had: int) -> int | None:
-    """Bytes of the whole file, where the server says so."""
+    """Return the size of the complete file in bytes; `None` if the server does not say it."""
     if response.status == 206:
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:
@@ -285,7 +331,8 @@ def _length(response: Any, had: int) -> int | None:
     return int(total) if total.isdigit() else None
 
 
-def _check_room(part: Path, needed: int | None) -> None:
+def _check_free_space(part: Path, needed: int | None) -> None:
+    """Raise StorageError if `needed` bytes do not fit on the disk."""
     free = shutil.disk_usage(part.parent).free
     if needed is not None and needed > free:
         raise StorageError(
@@ -294,10 +341,6 @@ def _check_room(part: Path, needed: int | None) -> None:
         )
 
 
-def _discard(part: Path, tag: Path) -> None:
-    part.unlink(missing_ok=True)
-    tag.unlink(missing_ok=True)
-
-
 def _size(path: Path) -> int:
+    """Return the size of a file in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.is_file() else 0

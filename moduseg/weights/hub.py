@@ -2,8 +2,9 @@
 
 The id of a data set begins with `datasets/`, as its address does.
 
-Looked for in the cache folder, at `$MODUSEG_HOME/huggingface.co/<owner>/<name>/<revision>/` (where whoever has no
-network puts them), then in the hub's own cache, which other programs may have filled; fetched into the first.
+A file is looked for in the cache folder, at `$MODUSEG_HOME/huggingface.co/<owner>/<name>/<revision>/` (where people
+without a network put it), then in the hub's own cache, which other programs may have filled. If neither has it, it is
+fetched into the cache folder.
 """
 
 from __future__ import annotations
@@ -13,196 +14,176 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from moduseg.errors import ArtefactError, MissingError
 from moduseg.files import file_digest
-from moduseg.weights.download import TIMEOUT, home, is_offline, locked, not_here, storage_error
+from moduseg.weights.download import (
+    TIMEOUT,
+    get_cache_home,
+    is_offline,
+    locked,
+    missing_weights,
+    storage_error,
+)
 
 DATASETS = "datasets/"
 """How the ids of data sets begin, as in the hub's addresses."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ("*config.json", "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json")
-"""What lies beside the weights and is read with them."""
+"""Patterns of the files beside the weights that are read with them."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the weight file, the preferred one first: older repositories have a PyTorch file only."""
 INDEX = ".index.json"
-"""Behind the name, where the weights are in several files."""
+"""Suffix of the file that lists the parts of weights stored in several files."""
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-"""What the file system, never the network, answers."""
+"""Error numbers that come from the file system, never from the network."""
 
 
-def model_folder(
-    weights: str,
-    key: str,
-    revision: str | None = None,
-    what: str = "model",
-    companions: Sequence[str] = (),
+def fetch_hub_folder(
+    hub_id: str, revision: str | None, key: str, *, what: str = "model", companions: Sequence[str] = ()
 ) -> Path:
-    """The directory that a configuration's `weights` names, with `config.json` and every weight file there.
-
-    Args:
-        weights: a directory as `save_pretrained` writes it (`~` and `$VARIABLE` are expanded), `miniature/<name>` for
-            one that the package carries, or a hub id such as `openai/clip-vit-base-patch16` (an existing directory of
-            that name wins).
-        key: the configuration key, for messages.
-        revision: branch, tag or commit of a hub id.
-        what: of which kind the model is, for messages.
-        companions: see `hub_folder`.
-
-    Raises:
-        MissingError: no such directory, or the hub cannot be reached.
-        ArtefactError, StorageError: see `hub_folder`.
-    """
-    from moduseg.weights.sources import find_weights
-
-    text = os.path.expandvars(weights)
-    if unset := re.search(r"\$\{?(\w+)", text):
-        raise MissingError(
-            f"{key}: got {weights!r}, but the environment variable {unset[1]} is not set; set it to the "
-            f"directory of a {what}, or give it: {key}=<directory>"
-        )
-    if HUB_ID.fullmatch(text) and not text.startswith("miniature/") and not Path(text).exists():
-        return hub_folder(text, revision, key, what, companions)
-    folder = find_weights(text, key)
-    if not _is_whole(folder):
-        raise MissingError(
-            f"{key}: {folder} holds no config.json with model.safetensors or pytorch_model.bin (all parts of it); "
-            f"set {key}=<directory of a {what} as save_pretrained writes it>"
-        )
-    return folder
-
-
-def hub_folder(
-    hub_id: str, revision: str | None, key: str, what: str = "model", companions: Sequence[str] = ()
-) -> Path:
-    """The directory of a transformers repository: configuration, preprocessor, tokenizer, weights.
+    """Return the directory of a transformers repository: configuration, preprocessor, tokenizer, weights.
 
     Args:
         hub_id: `<owner>/<name>`.
-        revision: branch, tag or commit; `None` is `main`. What is here is not compared with the hub again.
+        revision: branch, tag or commit; `None` is `main`. Files on this machine are not compared with the hub again.
         key: the configuration key, for messages.
-        what: of which kind the model is, for messages.
-        companions: files of which at least one has to be there as well (a tokenizer's).
+        what: kind of model, for messages.
+        companions: files (of a tokenizer, say) of which the directory needs at least one.
 
     Raises:
-        MissingError: not here, and offline or not to be had.
-        ArtefactError: another digest than the hub announced; the file is removed.
+        MissingError: the files are not here, and the program is offline or the hub does not give them.
+        ArtefactError: the hub announced another digest; the file is removed.
         StorageError: the files cannot be written.
     """
-    own = hub_place(hub_id, revision)
-    if _is_whole(own):
-        return own
-    cached = _cached(hub_id, "config.json", revision)
-    if (
-        cached is not None
-        and _is_whole(cached.parent)
-        and (not companions or any((cached.parent / name).is_file() for name in companions))
-    ):
-        return cached.parent
-
-    def get(files: set[str]) -> Path:
-        from huggingface_hub import snapshot_download
-
-        for name in WEIGHTS:
-            if name in files:
-                wanted = [name]
-                break
-            if name + INDEX in files:
-                stem, suffix = name.rsplit(".", 1)
-                wanted = [name + INDEX, f"{stem}-*.{suffix}"]
-                break
-        else:
-            raise FileNotFoundError(f"the repository has no {' or '.join(WEIGHTS)}")
-        # Weights come last, so that a directory that has them is complete.
-        for patterns in (list(SMALL_FILES), wanted):
-            snapshot_download(
-                hub_id, revision=revision, local_dir=own, cache_dir=_bookkeeping(), allow_patterns=patterns
-            )
-        return own
-
+    target = get_cached_folder(hub_id, revision)
+    if is_complete(target):
+        return target
+    config = _find_in_hub_cache(hub_id, "config.json", revision)
+    if config is not None and is_complete(config.parent):
+        folder = config.parent
+        if not companions or any((folder / name).is_file() for name in companions):
+            return folder
     option = f" --revision {revision}" if revision else ""
-    fetching = (
-        "config.json, preprocessor_config.json, the tokenizer's files (vocab.json, merges.txt) where there are any and "
-        f"model.safetensors (or pytorch_model.bin) from {page(hub_id, revision)}"
+    missing = partial(
+        missing_weights,
+        key=key,
+        got=f"hub id {hub_id!r}{f' at revision {revision}' if revision else ''}",
+        what=f"its {what}",
+        source="config.json, preprocessor_config.json, the tokenizer's files (vocab.json, merges.txt) where there are "
+        f"any and model.safetensors (or pytorch_model.bin) from {get_page_url(hub_id, revision)}",
+        folder=f"{target} (`hf download {hub_id}{option} --local-dir {target}` does it where there is a network)",
+        otherwise="<directory with these files>",
     )
-    place = f"{own} (`hf download {hub_id}{option} --local-dir {own}` does it where there is a network)"
-    name = f"hub id {hub_id!r}{f' at revision {revision}' if revision else ''}"
-
-    def missing(reason: str) -> MissingError:
-        return not_here(key, name, f"its {what}", reason, fetching, place, "<directory with these files>")
-
-    _fetch(hub_id, revision, own, get, missing, _is_whole)
-    for file in weight_files(own):
-        _check(own, file.name, key)
-    return own
+    with _open_repository(hub_id, revision, target, missing) as names:
+        _fetch_model_files(hub_id, revision, target, names)
+    if not is_complete(target):
+        # The client returns without an error if the hub stops answering.
+        raise missing("could not be fetched in full")
+    for file in list_weight_files(target):
+        _check_digest(target, file.name, key)
+    return target
 
 
-def hub_file(
-    hub_id: str, names: Sequence[str], revision: str | None, key: str, value: str = "", otherwise: str = ""
+def _fetch_model_files(hub_id: str, revision: str | None, target: Path, names: set[str]) -> None:
+    """Fetch the files of a model into `target`; `names` are the repository's files."""
+    from huggingface_hub import snapshot_download
+
+    for name in WEIGHTS:
+        if name in names:
+            weights = [name]
+            break
+        if name + INDEX in names:
+            stem, suffix = name.rsplit(".", 1)
+            weights = [name + INDEX, f"{stem}-*.{suffix}"]
+            break
+    else:
+        raise FileNotFoundError(f"the repository has no {' or '.join(WEIGHTS)}")
+    # Weights come last, so that a directory that has them is complete.
+    for patterns in (list(SMALL_FILES), weights):
+        snapshot_download(
+            hub_id, revision=revision, local_dir=target, cache_dir=_get_client_cache(), allow_patterns=patterns
+        )
+
+
+def fetch_hub_file(
+    hub_id: str, names: Sequence[str], revision: str | None, key: str, *, value: str = "", otherwise: str = ""
 ) -> Path:
-    """One file of a repository: the first of `names` that it has.
+    """Return one file of a repository: the first of `names` that it has.
 
     Args:
-        hub_id, revision, key: see `hub_folder`; the id of a data set begins with `datasets/`.
+        hub_id: `<owner>/<name>`, or `datasets/<owner>/<name>` for a data set.
         names: file names, the preferred one first.
-        value: what the configuration holds, for messages; the hub id where left out.
+        revision: branch, tag or commit; `None` is `main`.
+        key: the configuration key, for messages.
+        value: the value of `key`, for messages; the hub id if empty.
         otherwise: the value of `key` that names a local file, for messages.
 
     Raises:
-        MissingError, ArtefactError, StorageError: see `hub_folder`.
+        MissingError, ArtefactError, StorageError: as `fetch_hub_folder` does.
     """
-    own = hub_place(hub_id, revision)
+    target = get_cached_folder(hub_id, revision)
     for name in names:
-        if (own / name).is_file():
-            return own / name
+        if (target / name).is_file():
+            return target / name
     for name in names:
-        if (cached := _cached(hub_id, name, revision)) is not None:
+        if (cached := _find_in_hub_cache(hub_id, name, revision)) is not None:
             return cached
-
-    def get(files: set[str]) -> Path:
+    missing = partial(
+        missing_weights,
+        key=key,
+        got=repr(value or hub_id),
+        what=f"{names[0]} of {hub_id}{f' at revision {revision}' if revision else ''}",
+        source=f"{' or '.join(names)} from {get_page_url(hub_id, revision)}",
+        folder=target,
+        otherwise=otherwise or "<path of the file>",
+    )
+    with _open_repository(hub_id, revision, target, missing) as repository_names:
         from huggingface_hub import hf_hub_download
 
-        for name in names:
-            if name in files:
-                fetched = hf_hub_download(
-                    hub_id.removeprefix(DATASETS),
-                    name,
-                    repo_type=_kind(hub_id),
-                    revision=revision,
-                    local_dir=own,
-                    cache_dir=_bookkeeping(),
-                )
-                return Path(fetched)
-        raise FileNotFoundError(f"the repository has no {' or '.join(names)}")
-
-    def missing(reason: str) -> MissingError:
-        fetching = f"{' or '.join(names)} from {page(hub_id, revision)}"
-        what = f"{names[0]} of {hub_id}{f' at revision {revision}' if revision else ''}"
-        return not_here(key, repr(value or hub_id), what, reason, fetching, own, otherwise or "<path of the file>")
-
-    file = _fetch(hub_id, revision, own, get, missing, Path.is_file)
-    _check(own, file.relative_to(own).as_posix(), key)
+        chosen = next((name for name in names if name in repository_names), None)
+        if chosen is None:
+            raise FileNotFoundError(f"the repository has no {' or '.join(names)}")
+        file = Path(
+            hf_hub_download(
+                hub_id.removeprefix(DATASETS),
+                chosen,
+                repo_type=_get_repo_type(hub_id),
+                revision=revision,
+                local_dir=target,
+                cache_dir=_get_client_cache(),
+            )
+        )
+    if not file.is_file():
+        raise missing("could not be fetched in full")
+    _check_digest(target, file.relative_to(target).as_posix(), key)
     return file
 
 
-def hub_place(hub_id: str, revision: str | None) -> Path:
-    """Where in the cache folder the files of a repository lie."""
-    return home().joinpath("huggingface.co", *hub_id.split("/"), (revision or "main").replace("/", "--"))
+def get_cached_folder(hub_id: str, revision: str | None) -> Path:
+    """Return the directory in the cache folder that the files of a repository have, whether they are there or not."""
+    return get_cache_home().joinpath("huggingface.co", *hub_id.split("/"), (revision or "main").replace("/", "--"))
 
 
-def page(hub_id: str, revision: str | None = None) -> str:
-    """The address of a repository, for people."""
+def get_page_url(hub_id: str, revision: str | None = None) -> str:
+    """Return the address of a repository's page, for people."""
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{hub_id}" + (f"/tree/{revision}" if revision else "")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files from which transformers takes a model's weights: safetensors first, one file before several.
+def list_weight_files(folder: Path) -> list[Path]:
+    """Return the files from which transformers takes a model's weights: safetensors first, one file before several.
 
-    Empty where a part of several is not there.
+    Returns:
+        The weight file, or the index followed by all parts in order of name; empty if a part is absent.
+
+    Raises:
+        ArtefactError: the index is damaged.
     """
     for name in WEIGHTS:
         if (folder / name).is_file():
@@ -219,54 +200,65 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def model_digest(*folders: Path) -> str:
-    """sha256 over names and digests of models' files: configuration, tokenizer, and the weights that are loaded."""
+    """Return the sha256 over names and digests of models' files: configuration, tokenizer, weights that are loaded."""
     total = hashlib.sha256()
     for folder in folders:
-        found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)} | set(weight_files(folder))
-        for path in sorted(found):
+        files = {path for pattern in SMALL_FILES for path in folder.glob(pattern)} | set(list_weight_files(folder))
+        for path in sorted(files):
             total.update(f"{path.name}:{file_digest(path)}\n".encode())
     return total.hexdigest()
 
 
 def first_line(error: BaseException) -> str:
-    """What a library says, on one line."""
+    """Return the first line of an error's message that is not blank; the error's type if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and bool(weight_files(folder))
+def is_complete(folder: Path) -> bool:
+    """Return whether a directory holds a model: `config.json` and every weight file."""
+    return (folder / "config.json").is_file() and bool(list_weight_files(folder))
 
 
-def _cached(hub_id: str, name: str, revision: str | None) -> Path | None:
-    """A file in the hub's own cache."""
+def _find_in_hub_cache(hub_id: str, name: str, revision: str | None) -> Path | None:
+    """Return a file of a repository from the hub's own cache; `None` if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(hub_id.removeprefix(DATASETS), name, revision=revision, repo_type=_kind(hub_id))
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(
+        hub_id.removeprefix(DATASETS), name, revision=revision, repo_type=_get_repo_type(hub_id)
+    )
+    return Path(path) if isinstance(path, str) else None
 
 
-def _kind(hub_id: str) -> str:
+def _get_repo_type(hub_id: str) -> str:
     return "dataset" if hub_id.startswith(DATASETS) else "model"
 
 
-def _bookkeeping() -> Path:
-    return home() / "huggingface.co" / ".cache"
+def _get_client_cache() -> Path:
+    """Return the folder for the bookkeeping of the hub's client."""
+    return get_cache_home() / "huggingface.co" / ".cache"
 
 
-def _fetch(
-    hub_id: str,
-    revision: str | None,
-    own: Path,
-    get: Callable[[set[str]], Path],
-    missing: Callable[[str], MissingError],
-    is_there: Callable[[Path], bool],
-) -> Path:
-    """What `get` fetches, given the repository's file names, or why it cannot be had."""
+@contextmanager
+def _open_repository(
+    hub_id: str, revision: str | None, target: Path, missing: Callable[[str], MissingError]
+) -> Iterator[set[str]]:
+    """Yield the file names of a repository while files are fetched from it into `target`, one process at a time.
+
+    Args:
+        hub_id: the repository, as `fetch_hub_file` takes it.
+        revision: branch, tag or commit; `None` is `main`.
+        target: the directory that is written; it is locked.
+        missing: makes the error for a reason why the files cannot be fetched.
+
+    Raises:
+        MissingError: the program is offline, or the hub does not give the files.
+        StorageError: the files cannot be written.
+    """
     from huggingface_hub import HfApi, errors
 
     if is_offline():
         raise missing("HF_HUB_OFFLINE forbids to fetch it")
-    # The client's own base class of everything that goes wrong on the way (requests' or httpx's, by its version).
+    # The base class of the client's network errors belongs to requests or to httpx, depending on its version.
     transport = [
         c for c in errors.HfHubHTTPError.__mro__ if c.__module__.split(".")[0] in ("requests", "httpx", "httpx2")
     ]
@@ -278,34 +270,31 @@ def _fetch(
         RuntimeError,  # of the transfer library of newer hub clients
         *transport,
     )
-    with locked(own):
+    with locked(target):
         try:
-            # Unlike a download, this fails at once where there is no network.
+            # Unlike a download, this fails at once if there is no network.
             info = HfApi().repo_info(
-                hub_id.removeprefix(DATASETS), repo_type=_kind(hub_id), revision=revision, timeout=TIMEOUT
+                hub_id.removeprefix(DATASETS), repo_type=_get_repo_type(hub_id), revision=revision, timeout=TIMEOUT
             )
-            found = get({file.rfilename for file in getattr(info, "siblings", None) or ()})
+            yield {file.rfilename for file in getattr(info, "siblings", None) or ()}
         except errors.GatedRepoError as error:
             raise missing(
-                f"asks for its licence to be accepted: do so at {page(hub_id)}, then run `hf auth login` and try again"
+                f"asks for its licence to be accepted: do so at {get_page_url(hub_id)}, then run `hf auth login` and "
+                "try again"
             ) from error
         except failures as error:
             if isinstance(error, OSError) and error.errno in _STORAGE:
-                raise storage_error(own, error) from error
+                raise storage_error(target, error) from error
             if "No space left" in str(error):  # the transfer library has no error numbers
-                raise storage_error(own, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+                raise storage_error(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
             raise missing(f"could not be fetched ({first_line(error)})") from error
-    if not is_there(found):
-        # The client returns what it finds where the hub does not answer.
-        raise missing("could not be fetched in full")
-    return found
 
 
-def _check(folder: Path, name: str, key: str) -> None:
-    """Compare a file that has just come with the sha256 that the hub announced for it.
+def _check_digest(folder: Path, name: str, key: str) -> None:
+    """Compare a file that has just arrived with the sha256 that the hub announced for it.
 
     Raises:
-        ArtefactError: another one; the file is removed.
+        ArtefactError: the digest differs; the file is removed.
     """
     file, record = folder / name, folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []

@@ -17,7 +17,7 @@ import pytest
 
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError, StorageError
 from moduseg.weights import download
-from moduseg.weights.download import fetch, home, is_offline, place_of
+from moduseg.weights.download import fetch, get_cache_home, get_cached_path, is_offline
 from moduseg.weights.sources import find_weights
 from tests.support.serving import Site, go_online, serve
 
@@ -47,7 +47,7 @@ def left_in(folder: Path) -> set[str]:
 
 def test_a_file_is_fetched_once(site: Site) -> None:
     path = fetch(url_of(site), KEY, SHA256)
-    assert path == home() / site.address.removeprefix("http://").replace(":", "_") / "models" / "w.pth"
+    assert path == get_cache_home() / site.address.removeprefix("http://").replace(":", "_") / "models" / "w.pth"
     assert path.read_bytes() == CONTENT
     assert left_in(path.parent) == {"w.pth"}
     assert fetch(url_of(site), KEY, SHA256) == path
@@ -64,7 +64,7 @@ def test_a_broken_connection_is_taken_up_where_it_ended(site: Site, digest: str 
 
 def part_of(site: Site, content: bytes, tag: str | None) -> Path:
     """What a process that was killed leaves."""
-    part = place_of(url_of(site)).with_name("w.pth.part")
+    part = get_cached_path(url_of(site)).with_name("w.pth.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(content)
     if tag is not None:
@@ -121,13 +121,13 @@ def test_another_digest_is_refused(site: Site) -> None:
     with pytest.raises(ArtefactError, match=rf"^proposer\.checkpoint: got sha256 .*expected {SHA256}") as caught:
         fetch(url_of(site), KEY, SHA256)
     assert one_line(caught.value)
-    assert not left_in(place_of(url_of(site)).parent)
+    assert not left_in(get_cached_path(url_of(site)).parent)
     site.files["/models/w.pth"] = CONTENT
     assert fetch(url_of(site), KEY, SHA256).read_bytes() == CONTENT
 
 
 def test_a_file_put_there_is_checked_too(site: Site) -> None:
-    place = place_of(url_of(site))
+    place = get_cached_path(url_of(site))
     place.parent.mkdir(parents=True)
     place.write_bytes(b"not these")
     with pytest.raises(ArtefactError, match=r"w\.pth has sha256 .*remove the file"):
@@ -141,7 +141,7 @@ def one_line(error: BaseException) -> bool:
 
 
 def says_what_to_do(error: BaseException, url: str) -> bool:
-    place = place_of(url)
+    place = get_cached_path(url)
     return one_line(error) and all(t in str(error) for t in (KEY, url, place.name, str(place.parent), f"{KEY}=<"))
 
 
@@ -195,7 +195,7 @@ def test_offline_means_no_network_for_addresses_either(site: Site, how: str, mon
     with pytest.raises(MissingError, match="HF_HUB_OFFLINE forbids") as caught:
         fetch(url_of(site), KEY, SHA256)
     assert says_what_to_do(caught.value, url_of(site))
-    place = place_of(url_of(site))
+    place = get_cached_path(url_of(site))
     place.parent.mkdir(parents=True)
     place.write_bytes(CONTENT)
     assert fetch(url_of(site), KEY, SHA256) == place
@@ -225,7 +225,7 @@ def test_processes_share_one_download(site: Site) -> None:
     for process in processes:
         process.join(timeout=30)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert place_of(url_of(site)).read_bytes() == CONTENT
+    assert get_cached_path(url_of(site)).read_bytes() == CONTENT
     assert site.parts == [None, "bytes=1000000-"]
 
 
@@ -234,13 +234,13 @@ def test_processes_share_one_download(site: Site) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_ends_in_one_line(site: Site) -> None:
-    part = place_of(url_of(site)).with_name("w.pth.part")
+    part = get_cached_path(url_of(site)).with_name("w.pth.part")
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"No space left on device\); free some space.*MODUSEG_HOME=") as caught:
         fetch(url_of(site), KEY, SHA256)
     assert one_line(caught.value)
-    assert not place_of(url_of(site)).exists()
+    assert not get_cached_path(url_of(site)).exists()
     assert len(site.asked) == 1
 
 
@@ -248,7 +248,7 @@ def test_too_little_room_is_said_before_anything_is_fetched(site: Site, monkeypa
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
     with pytest.raises(StorageError, match=r"0\.00 GB are free.*MODUSEG_HOME="):
         fetch(url_of(site), KEY)
-    assert not place_of(url_of(site)).with_name("w.pth.part").exists()
+    assert not get_cached_path(url_of(site)).with_name("w.pth.part").exists()
 
 
 def test_a_folder_that_cannot_be_made(site: Site, tmp_path: Path) -> None:
@@ -274,15 +274,17 @@ def test_remedies(number: int, remedy: str) -> None:
 )
 def test_no_address_of_a_file(url: str) -> None:
     with pytest.raises(ConfigError, match=r"proposer\.checkpoint: got .*expected the address of a file"):
-        place_of(url, KEY)
+        get_cached_path(url, KEY)
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MODUSEG_HOME", raising=False)
-    assert place_of("https://host/a/w.pth?download=1") == tmp_path / ".cache" / "moduseg" / "host" / "a" / "w.pth"
+    assert (
+        get_cached_path("https://host/a/w.pth?download=1") == tmp_path / ".cache" / "moduseg" / "host" / "a" / "w.pth"
+    )
     monkeypatch.setenv("MODUSEG_HOME", "~/weights")
-    assert home() == tmp_path / "weights"
+    assert get_cache_home() == tmp_path / "weights"
 
 
 def test_weights_by_address(site: Site) -> None:

@@ -22,9 +22,9 @@ from moduseg.devices import Device
 from moduseg.errors import ArtefactError, MissingError, StorageError
 from moduseg.files import file_digest
 from moduseg.weights import hub
-from moduseg.weights.download import home
-from moduseg.weights.hub import hub_file, hub_folder, hub_place, model_digest, model_folder, weight_files
-from moduseg.weights.sources import find_weights
+from moduseg.weights.download import get_cache_home
+from moduseg.weights.hub import fetch_hub_file, fetch_hub_folder, get_cached_folder, list_weight_files, model_digest
+from moduseg.weights.sources import find_model_folder, find_weights
 from tests.support.serving import HubHandler, Site, go_online, serve
 
 CPU = Device(torch.device("cpu"))
@@ -78,33 +78,33 @@ def whole(**more: bytes) -> dict[str, bytes]:
 
 def test_the_hubs_own_cache_is_found(cache: Cache) -> None:
     folder = cache(whole())
-    assert hub_folder(ID, None, KEY) == folder
-    assert hub_folder(ID, "main", KEY) == folder
-    assert hub_folder(ID, COMMIT, KEY) == folder
-    assert hub_file(ID, ["model.safetensors", "pytorch_model.bin"], None, KEY) == folder / "model.safetensors"
+    assert fetch_hub_folder(ID, None, KEY) == folder
+    assert fetch_hub_folder(ID, "main", KEY) == folder
+    assert fetch_hub_folder(ID, COMMIT, KEY) == folder
+    assert fetch_hub_file(ID, ["model.safetensors", "pytorch_model.bin"], None, KEY) == folder / "model.safetensors"
     assert find_weights(f"hf://{ID}@{COMMIT}/model.safetensors", KEY) == folder / "model.safetensors"
     with pytest.raises(MissingError, match=r"got hub id 'owner/model-b' at revision v2"):
-        hub_folder(ID, "v2", KEY)
+        fetch_hub_folder(ID, "v2", KEY)
 
 
 def test_a_revision_is_its_own_weights(cache: Cache) -> None:
     cache(whole())
     other = cache(whole() | {"model.safetensors": b"other"}, branch="v2", commit=COMMIT[::-1])
-    assert hub_folder(ID, "v2", KEY) == other
-    assert (hub_file(ID, ["model.safetensors"], None, KEY)).read_bytes() == b"weights"
-    assert (hub_file(ID, ["model.safetensors"], "v2", KEY)).read_bytes() == b"other"
+    assert fetch_hub_folder(ID, "v2", KEY) == other
+    assert (fetch_hub_file(ID, ["model.safetensors"], None, KEY)).read_bytes() == b"weights"
+    assert (fetch_hub_file(ID, ["model.safetensors"], "v2", KEY)).read_bytes() == b"other"
 
 
 def test_files_put_into_the_cache_folder_come_first(cache: Cache) -> None:
     cache(whole())
     for revision in (None, "refs/pr/3"):
-        place = hub_place(ID, revision)
+        place = get_cached_folder(ID, revision)
         place.mkdir(parents=True)
         for name, content in whole().items():
             (place / name).write_bytes(content)
-        assert hub_folder(ID, revision, KEY) == place
-        assert hub_file(ID, ["model.safetensors"], revision, KEY) == place / "model.safetensors"
-    assert hub_place(ID, None) == home() / "huggingface.co" / "owner" / "model-b" / "main"
+        assert fetch_hub_folder(ID, revision, KEY) == place
+        assert fetch_hub_file(ID, ["model.safetensors"], revision, KEY) == place / "model.safetensors"
+    assert get_cached_folder(ID, None) == get_cache_home() / "huggingface.co" / "owner" / "model-b" / "main"
 
 
 @pytest.mark.parametrize(
@@ -119,33 +119,33 @@ def test_files_put_into_the_cache_folder_come_first(cache: Cache) -> None:
 def test_half_a_model_is_none(cache: Cache, files: dict[str, bytes]) -> None:
     cache(files)
     with pytest.raises(MissingError, match="HF_HUB_OFFLINE forbids"):
-        hub_folder(ID, None, KEY)
+        fetch_hub_folder(ID, None, KEY)
 
 
 def test_a_copy_without_tokenizer_is_not_enough_for_texts(cache: Cache) -> None:
     folder = cache(whole())
     with pytest.raises(MissingError):
-        hub_folder(ID, None, KEY, companions=("tokenizer.json", "vocab.json"))
+        fetch_hub_folder(ID, None, KEY, companions=("tokenizer.json", "vocab.json"))
     cache({"vocab.json": b"{}"})
-    assert hub_folder(ID, None, KEY, companions=("tokenizer.json", "vocab.json")) == folder
+    assert fetch_hub_folder(ID, None, KEY, companions=("tokenizer.json", "vocab.json")) == folder
 
 
 def test_directories_hub_ids_and_variables(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = cache(whole())
     local = shutil.copytree(folder, tmp_path / "owner" / "model-b")
-    assert model_folder(ID, KEY) == folder
-    assert model_folder(str(local), KEY) == local
+    assert find_model_folder(ID, KEY) == folder
+    assert find_model_folder(str(local), KEY) == local
     monkeypatch.setenv("HERE", str(local))
-    assert model_folder("$HERE", KEY) == local
+    assert find_model_folder("$HERE", KEY) == local
     monkeypatch.chdir(tmp_path)
-    assert model_folder(ID, KEY) == Path(ID)
+    assert find_model_folder(ID, KEY) == Path(ID)
     for text, message in (
         ("$MODUSEG_NOT_SET", "variable MODUSEG_NOT_SET is not set; set it to the directory of a SAM"),
         ("./nowhere", r"backbone\.weights: got './nowhere', no such file"),
         (str(tmp_path), r"holds no config\.json with model\.safetensors or pytorch_model\.bin"),
     ):
         with pytest.raises(MissingError, match=message):
-            model_folder(text, KEY, what="SAM")
+            find_model_folder(text, KEY, what="SAM")
 
 
 def says_what_to_do(error: BaseException, *words: str) -> bool:
@@ -158,13 +158,13 @@ def test_offline_and_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", touched)
     for revision in (None, "v2"):
-        place = str(hub_place(ID, revision))
+        place = str(get_cached_folder(ID, revision))
         address = f"https://huggingface.co/{ID}" + ("/tree/v2" if revision else "")
         with pytest.raises(MissingError, match="HF_HUB_OFFLINE forbids") as caught:
-            hub_folder(ID, revision, KEY)
+            fetch_hub_folder(ID, revision, KEY)
         assert says_what_to_do(caught.value, address, place, "config.json", "model.safetensors", f"hf download {ID}")
         with pytest.raises(MissingError, match="HF_HUB_OFFLINE forbids") as caught:
-            hub_file(ID, ["model.safetensors"], revision, KEY, "hub")
+            fetch_hub_file(ID, ["model.safetensors"], revision, KEY, value="hub")
         assert says_what_to_do(caught.value, address, place, "model.safetensors", "got 'hub'")
 
 
@@ -174,10 +174,10 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     go_online(monkeypatch)
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    for get in (lambda: hub_folder(ID, None, KEY), lambda: hub_file(ID, ["model.safetensors"], None, KEY)):
+    for get in (lambda: fetch_hub_folder(ID, None, KEY), lambda: fetch_hub_file(ID, ["model.safetensors"], None, KEY)):
         with pytest.raises(MissingError, match="could not be fetched") as caught:
             get()
-        assert says_what_to_do(caught.value, f"https://huggingface.co/{ID}", str(hub_place(ID, None)))
+        assert says_what_to_do(caught.value, f"https://huggingface.co/{ID}", str(get_cached_folder(ID, None)))
 
 
 # Fetching from a stand-in for the hub
@@ -194,13 +194,13 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 def test_a_model_is_fetched_once(site: Site) -> None:
-    folder = hub_folder(ID, None, KEY)
-    assert folder == hub_place(ID, None)
+    folder = fetch_hub_folder(ID, None, KEY)
+    assert folder == get_cached_folder(ID, None)
     assert {p.name for p in folder.iterdir() if p.is_file()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     count = len(site.asked)
-    assert hub_folder(ID, None, KEY) == folder
-    assert hub_file(ID, ["model.safetensors"], None, KEY) == folder / "model.safetensors"
+    assert fetch_hub_folder(ID, None, KEY) == folder
+    assert fetch_hub_file(ID, ["model.safetensors"], None, KEY) == folder / "model.safetensors"
     assert len(site.asked) == count
 
 
@@ -208,7 +208,9 @@ def test_a_file_of_a_data_set_is_fetched_once(site: Site) -> None:
     site.files["/datasets/owner/masks/VOC2012/pseudo.zip"] = b"archive"
     address = "hf://datasets/owner/masks/VOC2012/pseudo.zip"
     found = find_weights(address, KEY)
-    assert found == home() / "huggingface.co" / "datasets" / "owner" / "masks" / "main" / "VOC2012" / "pseudo.zip"
+    folder = get_cached_folder("datasets/owner/masks", None)
+    assert folder == get_cache_home() / "huggingface.co" / "datasets" / "owner" / "masks" / "main"
+    assert found == folder / "VOC2012" / "pseudo.zip"
     assert found.read_bytes() == b"archive"
     count = len(site.asked)
     assert find_weights(address, KEY) == found
@@ -223,42 +225,42 @@ def test_a_file_of_a_data_set_is_fetched_once(site: Site) -> None:
 
 def test_older_models_have_a_pytorch_file(site: Site) -> None:
     site.files[f"/{ID}/pytorch_model.bin"] = site.files.pop(f"/{ID}/model.safetensors")
-    assert weight_files(hub_folder(ID, "v1", KEY)) == [hub_place(ID, "v1") / "pytorch_model.bin"]
-    found = hub_file(ID, ["model.safetensors", "pytorch_model.bin"], None, KEY)
-    assert found == hub_place(ID, None) / "pytorch_model.bin"
+    assert list_weight_files(fetch_hub_folder(ID, "v1", KEY)) == [get_cached_folder(ID, "v1") / "pytorch_model.bin"]
+    found = fetch_hub_file(ID, ["model.safetensors", "pytorch_model.bin"], None, KEY)
+    assert found == get_cached_folder(ID, None) / "pytorch_model.bin"
 
 
 def test_what_the_hub_answers(site: Site, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"could not be fetched \(the repository has no other\.safetensors\)"):
-        hub_file(ID, ["other.safetensors"], None, KEY)
+        fetch_hub_file(ID, ["other.safetensors"], None, KEY)
     with pytest.raises(
         MissingError, match=r"got hub id 'owner/none', but its model is not here and could not"
     ) as caught:
-        hub_folder("owner/none", None, KEY)
+        fetch_hub_folder("owner/none", None, KEY)
     assert says_what_to_do(caught.value)
     del site.files[f"/{ID}/config.json"]
     with pytest.raises(MissingError, match="could not be fetched in full"):
-        hub_folder(ID, None, KEY)
+        fetch_hub_folder(ID, None, KEY)
     site.answers = [403]
-    for get in (lambda: hub_folder(ID, "v3", KEY), lambda: hub_file(ID, ["model.safetensors"], "v3", KEY)):
+    for get in (lambda: fetch_hub_folder(ID, "v3", KEY), lambda: fetch_hub_file(ID, ["model.safetensors"], "v3", KEY)):
         with pytest.raises(MissingError, match=r"licence to be accepted: do so at .*/owner/model-b, then run `hf auth"):
             get()
 
 
 def test_another_digest_than_the_hub_announced(site: Site) -> None:
     site.files["/announced/model.safetensors"] = b"WEIGHTS"
-    for get in (lambda: hub_folder(ID, None, KEY), lambda: hub_file(ID, ["model.safetensors"], None, KEY)):
+    for get in (lambda: fetch_hub_folder(ID, None, KEY), lambda: fetch_hub_file(ID, ["model.safetensors"], None, KEY)):
         with pytest.raises(ArtefactError, match=r"model\.safetensors came with sha256 .*, and was removed"):
             get()
-        assert not (hub_place(ID, None) / "model.safetensors").exists()
+        assert not (get_cached_folder(ID, None) / "model.safetensors").exists()
     del site.files["/announced/model.safetensors"]
-    assert weight_files(hub_folder(ID, None, KEY))
+    assert list_weight_files(fetch_hub_folder(ID, None, KEY))
 
 
 def test_a_cache_folder_that_cannot_be_written(site: Site, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     with pytest.raises(StorageError, match=r"cannot be written.*MODUSEG_HOME="):
-        hub_folder(ID, None, KEY)
+        fetch_hub_folder(ID, None, KEY)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_a_full_disk(site: Site, error: Exception, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
     with pytest.raises(StorageError, match=r"No space left on device\); free some space"):
-        hub_file(ID, ["model.safetensors"], None, KEY)
+        fetch_hub_file(ID, ["model.safetensors"], None, KEY)
 
 
 # Digests
@@ -298,7 +300,7 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
     )
     model = CLIPModel(config)
     model.save_pretrained(tmp_path, max_shard_size="8KB")
-    parts = weight_files(tmp_path)
+    parts = list_weight_files(tmp_path)
     assert len(parts) > 2
     assert parts[0].name == "model.safetensors.index.json"
     loaded = ClipBackbone(CPU, str(tmp_path))._source.model
@@ -312,7 +314,7 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
         _ = ClipBackbone(CPU, str(tmp_path)).digest
     parts[0].write_text(json.dumps(["no map"]))
     with pytest.raises(ArtefactError, match=r"index\.json: lists no weight files"):
-        weight_files(tmp_path)
+        list_weight_files(tmp_path)
 
 
 # Timm's published weights
