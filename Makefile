@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+SCRIPTS := moduseg/report/static/main.js moduseg/report/static/lib moduseg/report/static/views
 
 .PHONY: install demo test test-slow lint clean
 
@@ -22,6 +23,8 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/oxlint moduseg/report/static
+	$(BIN)/oxfmt --check $(SCRIPTS)
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"

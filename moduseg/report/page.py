@@ -67,9 +67,15 @@ class Page:
 
 
 def program() -> dict[str, bytes]:
-    """The files of the page itself, by name: `index.html`, style and scripts."""
+    """Return the files of the page itself, by path: `index.html`, style sheets, `main.js`, `lib/`, `views/`."""
     static = resources.files("moduseg.report") / "static"
-    return {entry.name: entry.read_bytes() for entry in static.iterdir() if entry.is_file()}
+    folders = [("", static), *((f"{name}/", static / name) for name in ("lib", "views"))]
+    return {
+        prefix + entry.name: entry.read_bytes()
+        for prefix, folder in folders
+        for entry in folder.iterdir()
+        if entry.is_file()
+    }
 
 
 def program_digest() -> str:

@@ -105,7 +105,7 @@ def test_the_slider_the_layers_and_the_zoom(opened: Any, index: Path) -> None:
     watched = Watched(opened)
     page = watched.open(index, "#/images/image/0")
     page.wait_for_selector(".layers button")
-    canvas = page.locator(".stage canvas.layer").first
+    canvas = page.locator(".image-canvas canvas.layer").first
     page.get_by_label("Opacity of the layer").fill("20")
     assert canvas.evaluate("c => c.style.opacity") == "0.2"
     layers = page.get_by_role("radiogroup", name="Layer")
@@ -115,14 +115,14 @@ def test_the_slider_the_layers_and_the_zoom(opened: Any, index: Path) -> None:
     assert canvas.is_visible()
     outlines = page.get_by_role("button", name="Outlines of the proposals")
     outlines.click()
-    assert page.locator(".stage canvas.lines").is_visible()
+    assert page.locator(".image-canvas canvas.lines").is_visible()
     outlines.click()
-    assert page.locator(".stage canvas.lines").is_hidden()
+    assert page.locator(".image-canvas canvas.lines").is_hidden()
     scale = "new DOMMatrix(getComputedStyle(document.querySelector('.plane')).transform).a"
     assert page.evaluate(scale) == 1
     page.get_by_role("button", name="Zoom in").click()
     assert page.evaluate(scale) == pytest.approx(1.5)
-    box = page.locator(".stage").bounding_box()
+    box = page.locator(".image-canvas").bounding_box()
     page.mouse.move(box["x"] + 50, box["y"] + 50)
     page.mouse.wheel(0, -300)
     assert page.evaluate(scale) > 1.5
@@ -293,8 +293,8 @@ def test_two_runs_side_by_side(opened: Any, compared: Path) -> None:
     assert f"{abs(head['miou']['difference']):.1f}" in page.locator(".hero .big").inner_text()
     page.locator(".grid .tile").first.click()
     page.wait_for_selector(".layers button")
-    assert page.locator(".stage").count() == 2
-    both = page.locator(".stage canvas.layer:not(.lines)").evaluate_all(
+    assert page.locator(".image-canvas").count() == 2
+    both = page.locator(".image-canvas canvas.layer:not(.lines)").evaluate_all(
         "all => all.map(c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size)"
     )
     assert both[1] < both[0]  # the second run says background everywhere

@@ -62,7 +62,7 @@ def test_labels_and_errors_are_painted_to_the_pixel(opened: Any, index: Path, ru
     page = Watched(opened).open(index, "#/images/image/3")
     page.wait_for_selector(".layers button")
     labels = np.asarray(Image.open(run / "labels" / "val_00003.png"))
-    read = """() => { const c = document.querySelector('.stage canvas.layer');
+    read = """() => { const c = document.querySelector('.image-canvas canvas.layer');
         return [c.height, c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]; }"""
     height, width, data = page.evaluate(read)
     assert (height, width) == labels.shape
@@ -81,3 +81,16 @@ def test_labels_and_errors_are_painted_to_the_pixel(opened: Any, index: Path, ru
 def test_the_program_names_no_address() -> None:
     for name, content in program().items():
         assert not re.search(rb"https?:|//[a-z0-9-]+\.[a-z]|@import|XMLHttpRequest|WebSocket|\bfetch\(", content), name
+
+
+def test_the_page_loads_every_script_once() -> None:
+    """`index.html` names each script of the program, and none that is not there."""
+    files = program()
+    loaded = re.findall(r'src="app/([^"]+)"', files["index.html"].decode())
+    assert sorted(loaded) == sorted(name for name in files if name.endswith(".js"))
+
+
+def test_scripts_have_short_lines() -> None:
+    for name, content in program().items():
+        if name.endswith(".js"):
+            assert max(map(len, content.decode().splitlines())) <= 120, name

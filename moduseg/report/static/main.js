@@ -5,16 +5,28 @@
   const { h, get, views } = Report;
   const main = document.getElementById("main");
   const summary = get("summary");
-  const tabs = ["overview", ...(summary.record ? ["classes"] : []), "images", ...(summary.bank ? ["bank"] : []), ...(summary.compare ? ["compare"] : [])];
+  const tabs = [
+    "overview",
+    ...(summary.record ? ["classes"] : []),
+    "images",
+    ...(summary.bank ? ["bank"] : []),
+    ...(summary.compare ? ["compare"] : []),
+  ];
   let shown = { key: null, address: null };
 
-  document.title = `${summary.dataset} ${summary.split}${summary.record ? `, mIoU ${Report.percent(summary.record.miou)} %` : ""}`;
+  const score = summary.record ? `, mIoU ${Report.percent(summary.record.miou)} %` : "";
+  document.title = `${summary.dataset} ${summary.split}${score}`;
   document.getElementById("brand-name").textContent = `${summary.dataset} ${summary.split}`;
   document.getElementById("brand-run").textContent = summary.run;
-  document.getElementById("tabs").append(...tabs.map((key) => h("a", { href: `#/${key === "overview" ? "" : key}`, "data-tab": key }, views[key].title)));
+  document
+    .getElementById("tabs")
+    .append(
+      ...tabs.map((key) => h("a", { href: `#/${key === "overview" ? "" : key}`, "data-tab": key }, views[key].title)),
+    );
   document.getElementById("theme").addEventListener("click", Report.toggleTheme);
   document.addEventListener("keydown", (event) => {
-    if (event.key === "t" && !event.ctrlKey && !event.metaKey && !event.target.matches("input, select, textarea")) Report.toggleTheme();
+    if (event.key === "t" && !event.ctrlKey && !event.metaKey && !event.target.matches("input, select, textarea"))
+      Report.toggleTheme();
   });
 
   function route() {
@@ -27,7 +39,10 @@
       shown = { key, address };
       Report.hideTip();
       main.replaceChildren(views[key].render(new URLSearchParams(query)));
-      for (const link of document.querySelectorAll("[data-tab]")) link.dataset.tab === key ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+      for (const link of document.querySelectorAll("[data-tab]")) {
+        if (link.dataset.tab === key) link.setAttribute("aria-current", "page");
+        else link.removeAttribute("aria-current");
+      }
       if (image === undefined) scrollTo(0, 0);
     }
     const position = Number(image);

@@ -23,13 +23,24 @@ window.Report = (() => {
   function load(key) {
     if (values.has(key)) return Promise.resolve(values.get(key));
     if (!waiting.has(key)) {
-      waiting.set(key, new Promise((resolve, reject) => {
-        const script = document.createElement("script");
-        script.src = `data/${key}.js`;
-        script.onload = () => { resolve(values.get(key)); script.remove(); waiting.delete(key); };
-        script.onerror = () => { reject(new Error(`data/${key}.js is missing`)); script.remove(); waiting.delete(key); };
-        document.head.append(script);
-      }));
+      waiting.set(
+        key,
+        new Promise((resolve, reject) => {
+          const script = document.createElement("script");
+          script.src = `data/${key}.js`;
+          script.onload = () => {
+            resolve(values.get(key));
+            script.remove();
+            waiting.delete(key);
+          };
+          script.onerror = () => {
+            reject(new Error(`data/${key}.js is missing`));
+            script.remove();
+            waiting.delete(key);
+          };
+          document.head.append(script);
+        }),
+      );
     }
     return waiting.get(key);
   }
@@ -42,7 +53,8 @@ window.Report = (() => {
     for (const [name, value] of Object.entries(attributes || {})) {
       if (value === undefined || value === null || value === false) continue;
       if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-      else if (name === "style") for (const [key, setting] of Object.entries(value)) element.style.setProperty(key, setting);
+      else if (name === "style")
+        for (const [key, setting] of Object.entries(value)) element.style.setProperty(key, setting);
       else if (name in element && name !== "list" && typeof value === "boolean") element[name] = value;
       else element.setAttribute(name, value === true ? "" : value);
     }
@@ -61,15 +73,29 @@ window.Report = (() => {
   const icon = (path) => svg("0 0 24 24", path, "icon");
 
   const ICONS = {
-    left: "M15 5l-7 7 7 7", right: "M9 5l7 7-7 7", close: "M6 6l12 12M18 6L6 18", plus: "M12 5v14M5 12h14", minus: "M5 12h14",
-    fit: "M4 9V4h5M20 9V4h-5M4 15v5h5M20 15v5h-5", copy: "M9 9h11v11H9zM5 15H4V4h11v1", check: "M5 13l4 4L19 7",
-    sun: "M12 8a4 4 0 100 8 4 4 0 000-8zM12 2v2M12 20v2M4.9 4.9l1.4 1.4M17.7 17.7l1.4 1.4M2 12h2M20 12h2M4.9 19.1l1.4-1.4M17.7 6.3l1.4-1.4",
-    moon: "M20 14.5A8 8 0 019.5 4 8 8 0 1020 14.5z", outline: "M4 4h7v7H4zM13 13h7v7h-7zM13 4h7v7h-7zM4 13h7v7H4z", back: "M10 6l-6 6 6 6M4 12h16",
+    left: "M15 5l-7 7 7 7",
+    right: "M9 5l7 7-7 7",
+    close: "M6 6l12 12M18 6L6 18",
+    plus: "M12 5v14M5 12h14",
+    minus: "M5 12h14",
+    fit: "M4 9V4h5M20 9V4h-5M4 15v5h5M20 15v5h-5",
+    copy: "M9 9h11v11H9zM5 15H4V4h11v1",
+    check: "M5 13l4 4L19 7",
+    sun:
+      "M12 8a4 4 0 100 8 4 4 0 000-8zM12 2v2M12 20v2M4.9 4.9l1.4 1.4M17.7 17.7l1.4 1.4" +
+      "M2 12h2M20 12h2M4.9 19.1l1.4-1.4M17.7 6.3l1.4-1.4",
+    moon: "M20 14.5A8 8 0 019.5 4 8 8 0 1020 14.5z",
+    outline: "M4 4h7v7H4zM13 13h7v7h-7zM13 4h7v7h-7zM4 13h7v7H4z",
+    back: "M10 6l-6 6 6 6M4 12h16",
   };
 
-  const percent = (value, digits = 1) => (value === null || value === undefined || Number.isNaN(value) ? "–" : value.toFixed(digits));
-  const signed = (value) => (value === null || value === undefined ? "–" : `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(1)}`);
-  const whole = (value) => Math.round(value).toLocaleString("en");
+  const percent = (value, digits = 1) =>
+    value === null || value === undefined || Number.isNaN(value) ? "–" : value.toFixed(digits);
+  const signed = (value) =>
+    value === null || value === undefined
+      ? "–"
+      : `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(1)}`;
+  const integer = (value) => Math.round(value).toLocaleString("en");
   const numbered = (index) => String(index).padStart(6, "0");
   function duration(seconds) {
     if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
@@ -93,12 +119,18 @@ window.Report = (() => {
   }
   const nameOf = (label) => {
     const { classes, ignore } = get("summary");
-    return label === ignore ? "ignored" : classes[label] ?? `id ${label}`;
+    return label === ignore ? "ignored" : (classes[label] ?? `id ${label}`);
   };
 
   /* Theme: the system's, until the reader chooses. */
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const stored = () => { try { return localStorage.getItem("moduseg-theme"); } catch { return null; } };
+  const stored = () => {
+    try {
+      return localStorage.getItem("moduseg-theme");
+    } catch {
+      return null;
+    }
+  };
   const listeners = [];
   function applyTheme() {
     const theme = stored() || (dark.matches ? "dark" : "light");
@@ -109,7 +141,11 @@ window.Report = (() => {
   }
   function toggleTheme() {
     const next = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-    try { localStorage.setItem("moduseg-theme", next); } catch { /* private windows forget the choice */ }
+    try {
+      localStorage.setItem("moduseg-theme", next);
+    } catch {
+      /* private windows forget the choice */
+    }
     applyTheme();
     if (document.documentElement.dataset.theme !== next) document.documentElement.dataset.theme = next;
   }
@@ -126,7 +162,9 @@ window.Report = (() => {
     box.style.left = `${Math.max(8, Math.min(x + 14, innerWidth - width - 8))}px`;
     box.style.top = `${y + 18 + height > innerHeight ? Math.max(8, y - height - 12) : y + 18}px`;
   }
-  const hideTip = () => { document.getElementById("tip").hidden = true; };
+  const hideTip = () => {
+    document.getElementById("tip").hidden = true;
+  };
 
   /** A row of buttons of which one is chosen. `options` are [value, text]; arrow keys move the choice. */
   function segmented(label, options, chosen, onChoose) {
@@ -140,7 +178,21 @@ window.Report = (() => {
       }
     };
     for (const [value, text] of options) {
-      box.append(h("button", { type: "button", role: "radio", "data-value": value, onclick: () => { choose(value); onChoose(value); } }, text));
+      box.append(
+        h(
+          "button",
+          {
+            type: "button",
+            role: "radio",
+            "data-value": value,
+            onclick: () => {
+              choose(value);
+              onChoose(value);
+            },
+          },
+          text,
+        ),
+      );
     }
     box.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
@@ -170,7 +222,30 @@ window.Report = (() => {
   }
 
   return {
-    receive, load, get, h, svg, icon, ICONS, percent, signed, whole, numbered, duration, swatch, colour, vivid, nameOf,
-    applyTheme, toggleTheme, onTheme, css, tip, hideTip, segmented, sharp, views: {},
+    receive,
+    load,
+    get,
+    h,
+    svg,
+    icon,
+    ICONS,
+    percent,
+    signed,
+    integer,
+    numbered,
+    duration,
+    swatch,
+    colour,
+    vivid,
+    nameOf,
+    applyTheme,
+    toggleTheme,
+    onTheme,
+    css,
+    tip,
+    hideTip,
+    segmented,
+    sharp,
+    views: {},
   };
 })();

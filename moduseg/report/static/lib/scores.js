@@ -1,11 +1,11 @@
 "use strict";
-/* IoU of images and of the whole from the cells of confusions that are not zero (truth * labels + predicted). */
+/* IoU of each image from the non-zero cells of its confusion matrix (truth * labels + predicted). */
 
 Report.scores = (() => {
   /** Of one image: labels (label -> {hit, truth, predicted, iou}), miou and wrong in percent; null where not scored. */
   function ofImage([cells, counts]) {
     const { classes, has_background: background, ignore_uncovered: ignore } = Report.get("summary");
-    const size = classes.length;
+    const numLabels = classes.length;
     const labels = new Map();
     const entry = (label) => {
       if (!labels.has(label)) labels.set(label, { hit: 0, truth: 0, predicted: 0, iou: null });
@@ -13,12 +13,15 @@ Report.scores = (() => {
     };
     let [total, hits] = [0, 0];
     for (let i = 0; i < cells.length; i++) {
-      const truth = Math.floor(cells[i] / size);
-      const predicted = cells[i] % size;
+      const truth = Math.floor(cells[i] / numLabels);
+      const predicted = cells[i] % numLabels;
       // Where label 0 is no class, a pixel predicted 0 is one left uncovered: wrong, or left out if so configured.
       if (!background && (truth === 0 || (predicted === 0 && ignore))) continue;
       total += counts[i];
-      if (truth === predicted) { hits += counts[i]; entry(truth).hit += counts[i]; }
+      if (truth === predicted) {
+        hits += counts[i];
+        entry(truth).hit += counts[i];
+      }
       entry(truth).truth += counts[i];
       if (background || predicted > 0) entry(predicted).predicted += counts[i];
     }
@@ -32,13 +35,13 @@ Report.scores = (() => {
   }
 
   /** Every image of a column, computed once. */
-  const made = new Map();
+  const computed = new Map();
   function all(column = "cells") {
-    if (!made.has(column)) {
+    if (!computed.has(column)) {
       const cells = Report.get("images")[column];
-      made.set(column, cells ? cells.map(ofImage) : null);
+      computed.set(column, cells ? cells.map(ofImage) : null);
     }
-    return made.get(column);
+    return computed.get(column);
   }
 
   /** Pixels of one cell of the confusion in an image. */
@@ -48,10 +51,11 @@ Report.scores = (() => {
     return at < 0 ? 0 : counts[at];
   }
 
-  /** Labels in an image, with their pixels, most first: of truth and prediction where scored, else of the prediction. */
+  /** Labels of an image with their pixels, most first: of truth and prediction if scored, else of the prediction. */
   function present(index) {
     const score = all()?.[index];
-    if (score) return [...score.labels].map(([label, v]) => [label, Math.max(v.truth, v.predicted)]).sort((a, b) => b[1] - a[1]);
+    if (score)
+      return [...score.labels].map(([label, v]) => [label, Math.max(v.truth, v.predicted)]).sort((a, b) => b[1] - a[1]);
     return [...Report.get("images").areas[index]].sort((a, b) => b[1] - a[1]);
   }
 

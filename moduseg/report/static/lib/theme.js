@@ -3,6 +3,10 @@
 
 document.documentElement.dataset.theme = (() => {
   let chosen = null;
-  try { chosen = localStorage.getItem("moduseg-theme"); } catch { /* private windows keep nothing */ }
+  try {
+    chosen = localStorage.getItem("moduseg-theme");
+  } catch {
+    /* private windows keep nothing */
+  }
   return chosen || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 })();

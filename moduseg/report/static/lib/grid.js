@@ -19,7 +19,10 @@ Report.Grid = class {
     const queue = () => {
       if (this.queued) return;
       this.queued = true;
-      requestAnimationFrame(() => { this.queued = false; this.update(); });
+      requestAnimationFrame(() => {
+        this.queued = false;
+        this.update();
+      });
     };
     addEventListener("scroll", queue, { passive: true });
     new ResizeObserver(queue).observe(this.element);
@@ -40,10 +43,10 @@ Report.Grid = class {
 
   layout() {
     const gap = 14;
-    const room = this.element.clientWidth;
-    const smallest = room < 480 ? Math.min(this.width, 140) : this.width;
-    const columns = Math.max(1, Math.floor((room + gap) / (smallest + gap)));
-    const width = (room - gap * (columns - 1)) / columns;
+    const available = this.element.clientWidth;
+    const minWidth = available < 480 ? Math.min(this.width, 140) : this.width;
+    const columns = Math.max(1, Math.floor((available + gap) / (minWidth + gap)));
+    const width = (available - gap * (columns - 1)) / columns;
     return { gap, columns, width, picture: width / this.ratio, height: width / this.ratio + this.caption };
   }
 
@@ -57,9 +60,17 @@ Report.Grid = class {
     const first = Math.max(0, Math.floor((-top - innerHeight) / (height + gap)));
     const last = Math.min(rows - 1, Math.floor((innerHeight * 2 - top) / (height + gap)));
     const wanted = new Set();
-    for (let position = first * columns; position <= Math.min(this.items.length - 1, last * columns + columns - 1); position++) wanted.add(position);
+    for (
+      let position = first * columns;
+      position <= Math.min(this.items.length - 1, last * columns + columns - 1);
+      position++
+    )
+      wanted.add(position);
     for (const [position, tile] of this.tiles) {
-      if (!wanted.has(position) && !tile.contains(document.activeElement)) { tile.remove(); this.tiles.delete(position); }
+      if (!wanted.has(position) && !tile.contains(document.activeElement)) {
+        tile.remove();
+        this.tiles.delete(position);
+      }
     }
     for (const position of wanted) {
       let tile = this.tiles.get(position);
@@ -69,7 +80,8 @@ Report.Grid = class {
         this.tiles.set(position, tile);
         this.element.append(tile);
       }
-      tile.style.transform = `translate(${(position % columns) * (width + gap)}px, ${Math.floor(position / columns) * (height + gap)}px)`;
+      const [x, y] = [(position % columns) * (width + gap), Math.floor(position / columns) * (height + gap)];
+      tile.style.transform = `translate(${x}px, ${y}px)`;
       tile.style.width = `${width}px`;
       tile.style.height = `${height}px`;
       tile.style.setProperty("--picture", `${picture}px`);
@@ -81,12 +93,20 @@ Report.Grid = class {
     if (!tile) return;
     const { columns, height, gap } = this.layout();
     const at = Number(tile.dataset.position);
-    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -at, End: this.items.length - 1 - at }[event.key];
+    const step = {
+      ArrowRight: 1,
+      ArrowLeft: -1,
+      ArrowDown: columns,
+      ArrowUp: -columns,
+      Home: -at,
+      End: this.items.length - 1 - at,
+    }[event.key];
     if (step === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     const to = Math.max(0, Math.min(this.items.length - 1, at + step));
     const line = this.element.getBoundingClientRect().top + Math.floor(to / columns) * (height + gap);
-    if (line < 90 || line + height > innerHeight - 10) scrollBy(0, line < 90 ? line - 90 : line + height - innerHeight + 24);
+    if (line < 90 || line + height > innerHeight - 10)
+      scrollBy(0, line < 90 ? line - 90 : line + height - innerHeight + 24);
     this.update();
     this.tiles.get(to)?.focus({ preventScroll: true });
   }

@@ -28,7 +28,9 @@ Report.paint = (() => {
       const table = new Uint32Array(256);
       for (let label = 0; label < 256; label++) {
         const [r, g, b] = rgb(Report.colour(label));
-        if (only !== null) table[label] = label === only ? word(...(label ? [r, g, b] : [255, 255, 255]), label ? 255 : 60) : word(0, 0, 0, 150);
+        if (only !== null)
+          table[label] =
+            label === only ? word(...(label ? [r, g, b] : [255, 255, 255]), label ? 255 : 60) : word(0, 0, 0, 150);
         else table[label] = label === 0 ? word(0, 0, 0, 120) : word(r, g, b, label === ignore ? 200 : 255);
       }
       for (let i = 0; i < words.length; i++) words[i] = table[map.ids[i]];
@@ -54,10 +56,16 @@ Report.paint = (() => {
   /** A colour that differs strongly from those of the neighbours in the list. */
   function distinct(index) {
     const hue = (47 + index * 137.508) % 360;
-    const [s, l] = [[78, 56], [60, 46], [90, 66]][index % 3];
+    const [s, l] = [
+      [78, 56],
+      [60, 46],
+      [90, 66],
+    ][index % 3];
     const f = (n) => {
       const k = (n + hue / 30) % 12;
-      return Math.round(255 * (l / 100 - (s / 100) * Math.min(l / 100, 1 - l / 100) * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
+      return Math.round(
+        255 * (l / 100 - (s / 100) * Math.min(l / 100, 1 - l / 100) * Math.max(-1, Math.min(k - 3, 9 - k, 1))),
+      );
     };
     return [f(0), f(8), f(4)];
   }
@@ -65,13 +73,18 @@ Report.paint = (() => {
   /** Proposals, large ones first so that those inside them stay visible. `layers` are decoded id maps. */
   function proposals(canvas, layers, why) {
     const { width, height } = layers[0];
-    const order = why.area.map((_, i) => i).filter((i) => why.layer[i] >= 0).sort((a, b) => why.area[b] - why.area[a]);
+    const order = why.area
+      .map((_, i) => i)
+      .filter((i) => why.layer[i] >= 0)
+      .sort((a, b) => why.area[b] - why.area[a]);
     const rank = new Map(order.map((proposal, i) => [proposal, i]));
     onto(canvas, width, height, (words, word) => {
       const top = new Int32Array(words.length).fill(-1);
       layers.forEach((map, number) => {
         const byCode = new Int32Array(256).fill(-1);
-        why.layer.forEach((layer, i) => { if (layer === number) byCode[why.code[i]] = rank.get(i); });
+        why.layer.forEach((layer, i) => {
+          if (layer === number) byCode[why.code[i]] = rank.get(i);
+        });
         for (let i = 0; i < top.length; i++) if (map.ids[i]) top[i] = Math.max(top[i], byCode[map.ids[i]]);
       });
       const clear = word(0, 0, 0, 130);
@@ -85,14 +98,19 @@ Report.paint = (() => {
     canvas.width = width * scale;
     canvas.height = height * scale;
     const context = canvas.getContext("2d");
-    for (const [offset, ink] of [[1, "rgba(0,0,0,.55)"], [0, "rgba(255,255,255,.95)"]]) {
+    for (const [offset, ink] of [
+      [1, "rgba(0,0,0,.55)"],
+      [0, "rgba(255,255,255,.95)"],
+    ]) {
       context.fillStyle = ink;
       for (const { ids } of maps) {
         for (let y = 0; y < height; y++) {
           for (let x = 0; x < width; x++) {
             const i = y * width + x;
-            if (x + 1 < width && ids[i] !== ids[i + 1]) context.fillRect((x + 1) * scale + offset - 1, y * scale, 1, scale);
-            if (y + 1 < height && ids[i] !== ids[i + width]) context.fillRect(x * scale, (y + 1) * scale + offset - 1, scale, 1);
+            if (x + 1 < width && ids[i] !== ids[i + 1])
+              context.fillRect((x + 1) * scale + offset - 1, y * scale, 1, scale);
+            if (y + 1 < height && ids[i] !== ids[i + width])
+              context.fillRect(x * scale, (y + 1) * scale + offset - 1, scale, 1);
           }
         }
       }
@@ -107,14 +125,20 @@ Report.paint = (() => {
       for (let x = 0, start = -1; x <= width; x++) {
         const edge = x < width && (y > 0 && inside((y - 1) * width + x)) !== (y < height && inside(y * width + x));
         if (edge && start < 0) start = x;
-        if (!edge && start >= 0) { path += `M${start} ${y}H${x}`; start = -1; }
+        if (!edge && start >= 0) {
+          path += `M${start} ${y}H${x}`;
+          start = -1;
+        }
       }
     }
     for (let x = 0; x <= width; x++) {
       for (let y = 0, start = -1; y <= height; y++) {
         const edge = y < height && (x > 0 && inside(y * width + x - 1)) !== (x < width && inside(y * width + x));
         if (edge && start < 0) start = y;
-        if (!edge && start >= 0) { path += `M${x} ${start}V${y}`; start = -1; }
+        if (!edge && start >= 0) {
+          path += `M${x} ${start}V${y}`;
+          start = -1;
+        }
       }
     }
     return path;

@@ -1,10 +1,10 @@
 "use strict";
-/* A photograph with a layer over it, to zoom and move; it knows which label and which proposal lies under the pointer. */
+/* A photograph with a layer over it, to zoom and move; it reports the pixel under the pointer. */
 
-Report.Stage = class {
+Report.ImageCanvas = class {
   /**
    * @param {{ title?: string, onMove?: Function, onPick?: Function, onView?: Function }} options `onMove(point|null)`
-   *   and `onPick(point)` get pixels of the maps; `onView(view)` a new zoom and position, for a second stage to follow
+   *   and `onPick(point)` get pixels of the maps; `onView(view)` a new zoom and position, for a second canvas to follow
    */
   constructor({ title, onMove, onPick, onView } = {}) {
     const { h, svg } = Report;
@@ -16,16 +16,22 @@ Report.Stage = class {
     this.hover = svg("0 0 1 1", "", "layer mark hover");
     this.chosen = svg("0 0 1 1", "", "layer mark chosen");
     this.plane = h("div", { class: "plane" }, this.photo, this.layer, this.lines, this.hover, this.chosen);
-    this.element = h("div", { class: "stage" }, this.plane, title ? h("span", { class: "stage-title" }, title) : null);
+    this.element = h(
+      "div",
+      { class: "image-canvas" },
+      this.plane,
+      title ? h("span", { class: "canvas-title" }, title) : null,
+    );
     this.pointers = new Map();
     this.element.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
-    for (const kind of ["pointerdown", "pointermove", "pointerup", "pointercancel"]) this.element.addEventListener(kind, (event) => this[kind](event));
+    for (const kind of ["pointerdown", "pointermove", "pointerup", "pointercancel"])
+      this.element.addEventListener(kind, (event) => this[kind](event));
     this.element.addEventListener("pointerleave", () => this.onMove?.(null));
     this.element.addEventListener("dblclick", (event) => this.zoom(this.view.scale > 1.01 ? 0 : 2.5, event));
     new ResizeObserver(() => this.fit()).observe(this.element);
   }
 
-  /** Another image: `width`, `height` of its maps; `source` of the photograph, `null` where there is none. */
+  /** Show another image: `width` and `height` of its maps, `source` of the photograph or `null`. */
   show(width, height, source) {
     Object.assign(this, { width, height });
     this.photo.hidden = source === null;
@@ -58,9 +64,14 @@ Report.Stage = class {
   set(view, silent) {
     const scale = Math.max(1, Math.min(24, view.scale));
     const [w, h] = [this.plane.clientWidth * scale, this.plane.clientHeight * scale];
-    // The picture cannot be lost: it covers the stage or lies inside of it.
-    const clamp = (value, size, room) => Math.max(-Math.max(0, (size - room) / 2), Math.min(Math.max(0, (size - room) / 2), value));
-    this.view = { scale, x: clamp(view.x, w, this.element.clientWidth), y: clamp(view.y, h, this.element.clientHeight) };
+    // The picture cannot be lost: it covers the canvas or lies inside it.
+    const clamp = (value, size, space) =>
+      Math.max(-Math.max(0, (size - space) / 2), Math.min(Math.max(0, (size - space) / 2), value));
+    this.view = {
+      scale,
+      x: clamp(view.x, w, this.element.clientWidth),
+      y: clamp(view.y, h, this.element.clientHeight),
+    };
     this.apply();
     if (!silent) this.onView?.(this.view);
   }
@@ -94,9 +105,9 @@ Report.Stage = class {
     if (this.pointers.size === 2 && before) {
       const [a, b] = [...this.pointers.values()];
       const other = event.pointerId === a.pointerId ? b : a;
-      const reach = (p) => Math.hypot(p.clientX - other.clientX, p.clientY - other.clientY);
+      const distance = (p) => Math.hypot(p.clientX - other.clientX, p.clientY - other.clientY);
       const middle = { clientX: (event.clientX + other.clientX) / 2, clientY: (event.clientY + other.clientY) / 2 };
-      this.zoom(reach(event) / Math.max(1, reach(before)), middle);
+      this.zoom(distance(event) / Math.max(1, distance(before)), middle);
     } else if (before && this.press) {
       const [dx, dy] = [event.clientX - this.press.x, event.clientY - this.press.y];
       if (Math.hypot(dx, dy) > 4) this.press.moved = true;
@@ -129,8 +140,11 @@ Report.Stage = class {
     return x >= 0 && y >= 0 && x < this.width && y < this.height ? { x, y, at: y * this.width + x } : null;
   }
 
-  /** Outline a region; `null` takes the outline away. `which` is hover or chosen. */
+  /** Outline a region, or remove the outline if `inside` is `null`. `which` is `hover` or `chosen`. */
   mark(which, inside) {
-    this[which].firstElementChild.setAttribute("d", inside ? Report.paint.outline(this.width, this.height, inside) : "");
+    this[which].firstElementChild.setAttribute(
+      "d",
+      inside ? Report.paint.outline(this.width, this.height, inside) : "",
+    );
   }
 };

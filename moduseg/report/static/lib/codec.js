@@ -15,7 +15,8 @@ Report.codec = (() => {
     const array = bytes(text);
     const view = new DataView(array.buffer);
     const result = size === 2 ? new Uint16Array(array.length / 2) : new Uint32Array(array.length / 4);
-    for (let i = 0; i < result.length; i++) result[i] = size === 2 ? view.getUint16(2 * i, true) : view.getUint32(4 * i, true);
+    for (let i = 0; i < result.length; i++)
+      result[i] = size === 2 ? view.getUint16(2 * i, true) : view.getUint32(4 * i, true);
     return result;
   }
 
@@ -30,7 +31,7 @@ Report.codec = (() => {
     const view = new DataView(file.buffer);
     const [width, height] = [view.getUint32(16), view.getUint32(20)];
     let packed = null;
-    for (let at = 8; at + 12 <= file.length; ) {
+    for (let at = 8; at + 12 <= file.length;) {
       const length = view.getUint32(at);
       const kind = String.fromCharCode(...file.subarray(at + 4, at + 8));
       if (kind === "IDAT") packed = file.subarray(at + 8, at + 8 + length);
@@ -60,11 +61,14 @@ Report.codec = (() => {
   async function mapsOf(index) {
     const content = await Report.load(`labels/${Report.numbered(index)}`);
     if (!decoded.has(content)) {
-      decoded.set(content, (async () => {
-        const names = Object.keys(content);
-        const maps = await Promise.all(names.map((name) => labelMap(content[name])));
-        return Object.fromEntries(names.map((name, i) => [name, maps[i]]));
-      })());
+      decoded.set(
+        content,
+        (async () => {
+          const names = Object.keys(content);
+          const maps = await Promise.all(names.map((name) => labelMap(content[name])));
+          return Object.fromEntries(names.map((name, i) => [name, maps[i]]));
+        })(),
+      );
     }
     return decoded.get(content);
   }

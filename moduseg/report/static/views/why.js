@@ -1,0 +1,284 @@
+"use strict";
+/* Why a proposal has its label: votes and neighbours; and what is known of a region of the bank. */
+
+Report.why = (() => {
+  const { h, get, swatch, nameOf, percent, integer } = Report;
+  let bank = null;
+
+  /** The bank's columns, decoded once. */
+  async function open() {
+    if (bank) return bank;
+    const content = await Report.load("bank");
+    const { numbers, neighbours } = Report.codec;
+    const pictureAt = new Map(content.pictured.map((row, i) => [row, i]));
+    const guilty = new Map(content.worst.map((entry) => [entry.row, entry]));
+    bank = {
+      ...content,
+      labels: numbers(content.labels, 2),
+      image: numbers(content.image, 4),
+      areas: numbers(content.areas, 4),
+      used: numbers(content.used, 4),
+      searched: numbers(content.searched, 2),
+      neighboursOf: neighbours(content.neighbours),
+      pictureAt,
+      guilty,
+    };
+    return bank;
+  }
+
+  const picture = (row) =>
+    bank.pictureAt.has(row)
+      ? h("img", { src: `bank/${Report.numbered(row)}.jpg`, alt: "", loading: "lazy", decoding: "async" })
+      : h("span", { class: "no-photo" }, "no picture");
+
+  /** A region of the bank as a card; `foot` is what is written below its label. */
+  function card(row, foot, onOpen, voted = true) {
+    const label = bank.labels[row];
+    return h(
+      "button",
+      {
+        type: "button",
+        class: `region-card${voted ? "" : " other"}`,
+        "data-row": row,
+        style: { "--c": Report.colour(label) },
+        title: `${nameOf(label)}, ${bank.ids[bank.image[row]]}, ${integer(bank.areas[row])} pixels`,
+        onclick: () => onOpen(row),
+      },
+      picture(row),
+      h("span", { class: "region-label" }, swatch(label), nameOf(label)),
+      h("span", { class: "region-foot" }, foot),
+    );
+  }
+
+  const similarity = (value) => [
+    h("span", { class: "bar thin" }, h("i", { style: { width: `${Math.max(0, 100 * value)}%` } })),
+    h("span", { class: "number" }, value.toFixed(3)),
+  ];
+
+  /** The panel of a proposal: `why` of its image, its number there, what to do when a region is clicked. */
+  async function proposal(why, index, onOpen) {
+    const head = h(
+      "div",
+      { class: "card-head" },
+      h("h3", {}, `Proposal ${index + 1} of ${why.area.length}`),
+      h("small", { class: "muted" }, `${integer(why.area[index])} pixels`),
+    );
+    if (!why.label)
+      return h(
+        "div",
+        { class: "why" },
+        head,
+        h("p", { class: "muted" }, "The vectors of this run are not stored, so its neighbours are not known."),
+      );
+    await open();
+    const votes = why.votes[index];
+    const label = why.label[index];
+    const kept = why.kept.indexOf(index);
+    const neighbours = Report.codec.neighbours(why.neighbours)(index);
+    const total = votes.reduce((sum, [, count]) => sum + count, 0);
+    const isMajority = get("summary").retrieval.selection === "majority";
+    const state = isMajority
+      ? "one vote in each of its pixels, where most proposals decide"
+      : kept < 0
+        ? "suppressed: a better proposal of its label covers it"
+        : label === 0
+          ? "background paints nothing"
+          : `painted, ${kept + 1}${["st", "nd", "rd"][kept] ?? "th"} by score`;
+    return h(
+      "div",
+      { class: "why" },
+      head,
+      h(
+        "div",
+        { class: "verdict" },
+        h("span", { class: "chip big" }, swatch(label), nameOf(label)),
+        h("span", {}, "score ", h("b", {}, why.score[index].toFixed(3))),
+        why.own[index] < 1 ? h("span", { class: "muted" }, `proposer's own ${why.own[index].toFixed(2)}`) : null,
+      ),
+      h("p", { class: "muted" }, state),
+      votes.length
+        ? h(
+            "div",
+            {
+              class: "votes",
+              role: "img",
+              "aria-label": votes.map(([l, count]) => `${nameOf(l)} ${count}`).join(", "),
+            },
+            votes.map(([l, count, share, mean], i) =>
+              h(
+                "div",
+                { class: "vote" },
+                h(
+                  "span",
+                  { class: "vote-name" },
+                  h("span", { class: "bar-name" }, swatch(l), h("span", {}, nameOf(l))),
+                  h("small", {}, `${["winner, ", "runner-up, "][i] ?? ""}mean ${mean.toFixed(3)}`),
+                ),
+                h("span", { class: "bar" }, h("i", { style: { width: `${100 * share}%` } })),
+                h(
+                  "span",
+                  { class: "number" },
+                  `${count} of ${Math.max(total, get("summary").retrieval.top_k ?? total)}`,
+                ),
+              ),
+            ),
+          )
+        : h("p", { class: "muted" }, "It has no vector, so nothing voted for it."),
+      neighbours.length ? h("h3", {}, `Its ${neighbours.length} nearest bank regions`) : null,
+      h(
+        "div",
+        { class: "region-grid" },
+        neighbours.map(({ row, similarity: s }) => card(row, similarity(s), onOpen, bank.labels[row] === label)),
+      ),
+    );
+  }
+
+  /** The panel of a region: its training image, what it did, its own neighbours. `onImage(position)` opens an image. */
+  async function region(row, onOpen, onImage) {
+    await open();
+    const label = bank.labels[row];
+    const guilty = bank.guilty.get(row);
+    const list = bank.pictureAt.has(row) ? bank.neighboursOf(bank.pictureAt.get(row)) : [];
+    return h(
+      "div",
+      { class: "why region", "data-row": row },
+      h(
+        "div",
+        { class: "card-head" },
+        h("h3", {}, swatch(label), nameOf(label)),
+        h("small", { class: "muted" }, `bank region ${row}`),
+      ),
+      bank.pictureAt.has(row)
+        ? h("img", {
+            class: "training",
+            src: `bank/image-${Report.numbered(bank.image[row])}.jpg`,
+            alt: `Training image ${bank.ids[bank.image[row]]} with its pseudo mask`,
+          })
+        : null,
+      h(
+        "p",
+        { class: "muted small" },
+        "The training image with its pseudo mask: outlined is what purification left, dimmed what it took away.",
+      ),
+      h(
+        "dl",
+        { class: "facts" },
+        [
+          ["training image", bank.ids[bank.image[row]]],
+          ["pixels", integer(bank.areas[row])],
+          ["a neighbour of", `${integer(bank.used[row])} proposals`],
+          ["in the search", bank.searched[row] ? "yes" : "no, an outlier"],
+          ...(guilty
+            ? [
+                ["pixels it labelled right", integer(guilty.right)],
+                ["pixels it labelled wrong", integer(guilty.wrong)],
+              ]
+            : []),
+        ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", { class: "break" }, value))),
+      ),
+      guilty
+        ? h(
+            "div",
+            {},
+            h("h3", {}, "What it labelled wrong"),
+            h(
+              "p",
+              {},
+              guilty.truth
+                .filter(([, pixels]) => pixels >= guilty.wrong / 100)
+                .map(([l, pixels]) =>
+                  h(
+                    "span",
+                    { class: "chip" },
+                    swatch(l),
+                    nameOf(l),
+                    h("b", {}, `${percent((100 * pixels) / Math.max(1, guilty.wrong), 0)} %`),
+                  ),
+                ),
+            ),
+            h(
+              "div",
+              { class: "strip-row small" },
+              guilty.images.map(([position, pixels]) =>
+                h(
+                  "button",
+                  {
+                    type: "button",
+                    class: "mini",
+                    onclick: () => onImage(position),
+                    title: get("images").ids[position],
+                  },
+                  get("images").photographs[position]
+                    ? h("img", {
+                        src: `photos/${Report.numbered(position)}.jpg`,
+                        alt: get("images").ids[position],
+                        loading: "lazy",
+                      })
+                    : null,
+                  h("small", {}, `${integer(pixels)} px`),
+                ),
+              ),
+            ),
+          )
+        : null,
+      list.length
+        ? [
+            h("h3", {}, "Its own nearest regions"),
+            h(
+              "div",
+              { class: "region-grid" },
+              list.map(({ row: other, similarity: s }) =>
+                card(other, similarity(s), onOpen, bank.labels[other] === label),
+              ),
+            ),
+          ]
+        : null,
+    );
+  }
+
+  /** Panels one after another, with a way back: from a proposal to a region to that region's neighbours. */
+  class Trail {
+    constructor(place, onImage) {
+      Object.assign(this, { place, onImage, panels: [] });
+    }
+    clear(...content) {
+      this.panels = [];
+      this.place.replaceChildren(...content);
+    }
+    /** Begin with a panel; `root` makes the panel that Back returns to, if there is one. */
+    async start(panel, root) {
+      const first = await panel((row) => this.step(row));
+      this.panels = [root, first].filter(Boolean);
+      this.draw();
+    }
+    async step(row) {
+      this.panels.push(await region(row, (other) => this.step(other), this.onImage));
+      this.draw();
+    }
+    back() {
+      if (this.panels.length < 2) return false;
+      this.panels.pop();
+      this.draw();
+      return true;
+    }
+    draw() {
+      const back =
+        this.panels.length > 1
+          ? h(
+              "button",
+              { type: "button", class: "button small back", onclick: () => this.back() },
+              Report.icon(Report.ICONS.back),
+              "Back",
+            )
+          : null;
+      const last = this.panels.at(-1);
+      this.place.replaceChildren(...[back, typeof last === "function" ? last() : last].filter(Boolean));
+      // A panel begins where it can be seen, on the side of a wide screen as below the image on a narrow one.
+      const { top } = this.place.getBoundingClientRect();
+      if (top < 50 || top > innerHeight - 160) this.place.scrollIntoView({ block: "start" });
+      (back || this.place.querySelector("button"))?.focus({ preventScroll: true });
+    }
+  }
+
+  return { open, card, proposal, region, Trail };
+})();
