@@ -67,7 +67,7 @@ def test_the_walk_through_runs_in_a_shell(tmp_path: Path) -> None:
     """`moduseg` on the path is this clone, whether or not it is installed."""
     command = tmp_path / "bin" / "moduseg"
     command.parent.mkdir()
-    command.write_text(f"#!{sys.executable}\nfrom moduseg.cli import entry\nentry()\n")
+    command.write_text(f"#!{sys.executable}\nfrom moduseg.cli.main import entry\nentry()\n")
     command.chmod(0o755)
     work = tmp_path / "work"
     work.mkdir()

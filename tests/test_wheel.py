@@ -27,7 +27,7 @@ def test_the_wheel_runs_the_demo_outside_the_clone(tmp_path: Path) -> None:
 
     small = ["dataset.train=8", "dataset.val=2", "runtime.device=cpu", "evaluation.bootstrap=20", "evaluation.panels=1"]
     for command in ("build_bank", "infer"):
-        code = f"import sys; sys.argv.insert(1, '{command}'); from moduseg.cli import entry; entry()"
+        code = f"import sys; sys.argv.insert(1, '{command}'); from moduseg.cli.main import entry; entry()"
         run = subprocess.run(
             [sys.executable, "-c", code, *small],
             cwd=elsewhere,

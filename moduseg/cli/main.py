@@ -174,7 +174,8 @@ def _log_to_stdout(level: int = logging.INFO) -> None:
 
 def run_config(command: str, cfg: Config) -> int:
     """Run the stage on a checked configuration; see `main` for the exit code."""
-    stage = importlib.import_module(f"moduseg.stages.{command}")
+    room = "stages" if command in STAGES else "tools"
+    stage = importlib.import_module(f"moduseg.{room}.{command}")
     if command in TOOLS:
         return int(stage.main(cfg))
     path = stage.run(cfg)

@@ -351,7 +351,7 @@ def test_stored_configurations_take_overrides(bank: Path) -> None:
         with pytest.raises(ModusegError, match=message):
             configured(stored, [override])
     with pytest.raises(ConfigError, match=r"pets: unknown key of info.*group of the configuration"):
-        parse(["pets=1"], bank.InfoOptions, "info")
+        parse(["pets=1"], bank_tool.InfoOptions, "info")
 
 
 def test_the_script_runs(bank: Path) -> None:
