@@ -12,8 +12,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BASE = ("errors", "structures", "config", "files", "clock", "devices")
 PENDING = {
-    "moduseg.report.build -> moduseg.stages.evaluate_folder",
-    "moduseg.report.build -> moduseg.tools.compare",
     "moduseg.stages.extend_bank -> moduseg.cli.options",
 }
 """Imports that are still to be cut."""

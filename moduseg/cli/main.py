@@ -25,7 +25,7 @@ OWN_KEYS = {
     "predict": "moduseg.tools.predict",
     "new_class": "moduseg.studies.new_class",
     "demo_app": "moduseg.app.serve",
-    "report": "moduseg.report.build",
+    "report": "moduseg.tools.report",
 }
 """Commands with keys of their own beside overrides of the configuration, and the modules whose `main` they are."""
 COMMANDS = (*STAGES, *TOOLS, "voc_package", "ablate", "reproduce", "sweep", "compare", *OWN_KEYS)

@@ -6,9 +6,9 @@ for PNGs of another tool, and for two runs side by side. Everything is read from
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from moduseg.bank.edit import in_classes
 from moduseg.bank.store import Bank
-from moduseg.config import Config, compose
+from moduseg.config import Config
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.evaluation.tables import versions
 from moduseg.files import digest_of, file_digest, read_json, write_atomic, write_json
@@ -24,27 +24,11 @@ from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.bank_data import write_bank
 from moduseg.report.image_data import Entry, Reasons, write_images
 from moduseg.report.page import Page, cells_of, figures_of, program_digest, read_script, script, summary
-from moduseg.report.source import Source, config_of, open_source
+from moduseg.report.source import Source, open_source
 from moduseg.report.why import Answer
-from moduseg.stages import evaluate_folder
-from moduseg.tools import compare as compare_stage
 
 FOLDER = "report"
 """Where a run's report is, inside its folder."""
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command `report`: `run=<folder>` or `predictions=<folder>`, `compare=<folder>`; the rest are overrides."""
-    named: dict[str, str] = {}
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in ("run", "predictions", "compare"):
-            named[key] = value
-        else:
-            overrides.append(argument)
-    run(named.get("run"), overrides, named.get("predictions"), named.get("compare"))
-    return 0
 
 
 def shown_ids(cfg: Config, ids: Sequence[str]) -> list[str]:
@@ -53,13 +37,26 @@ def shown_ids(cfg: Config, ids: Sequence[str]) -> list[str]:
     return list(ids) if len(ids) <= most else [ids[int(i)] for i in np.linspace(0, len(ids) - 1, most).round()]
 
 
-def after(work: Workspace, path: Path, changed: bool, known: Mapping[str, Answer] | None = None) -> None:
-    """Write the report of a run that a stage has just ended, where `evaluation.report` asks for it.
+@dataclass(frozen=True)
+class Comparison:
+    """A second run that a report shows beside the first.
+
+    Attributes:
+        second: the run.
+        record: what `moduseg.evaluation.compare.compare` says of the two.
+    """
+
+    second: Source
+    record: Mapping[str, Any]
+
+
+def write_report_of_run(work: Workspace, path: Path, changed: bool, known: Mapping[str, Answer] | None = None) -> None:
+    """Write the report of a run that a stage has just ended, if `evaluation.report` asks for it.
 
     Args:
         work: of the run.
         path: its folder, complete.
-        changed: whether its label maps are others than before.
+        changed: whether its label maps differ from those of an earlier report.
         known: what retrieval said of images that were labelled just now; the others are searched again.
 
     A report that cannot be written (a photograph that is gone) costs a warning, never the run.
@@ -67,59 +64,12 @@ def after(work: Workspace, path: Path, changed: bool, known: Mapping[str, Answer
     if not work.cfg.evaluation.report:
         return
     folder = path / FOLDER
-    stamp = _stamp(work.cfg, path)
-    if not changed and (folder / "index.html").is_file() and _stored_stamp(folder) == stamp:
+    if not changed and (folder / "index.html").is_file() and _stored_key(folder) == report_key(work.cfg, path):
         return
     try:
-        write(work, open_source(path, work), folder, stamp=stamp, known=known)
+        write_report(work, open_source(path, work), folder, known=known)
     except (ConfigError, DataError, ArtefactError, MissingError) as error:
         log.warning("report: not written: %s", error)
-
-
-def run(
-    target: str | None, overrides: Sequence[str] = (), predictions: str | None = None, against: str | None = None
-) -> Path:
-    """Write the report of a finished run, or of PNGs, alone or compared with a second one.
-
-    Args:
-        target: folder of a run (`infer`, `evaluate`, `pseudo_masks`); `None` where `predictions` is given.
-        overrides: for a run `key=value` over its own configuration; for PNGs as on the command line (`dataset=voc`).
-        predictions: a folder of `<id>.png` in place of a run.
-        against: a second run or folder of PNGs.
-
-    Returns:
-        The path of `index.html`: in the run's `report/`, or in that of the comparison.
-
-    Raises:
-        ConfigError: neither or both of `target` and `predictions`.
-        ModusegError: what is named cannot be used.
-    """
-    if (target is None) == (predictions is None):
-        raise ConfigError(
-            f"report: got run={target} and predictions={predictions}, expected one of them; set run=<folder of a run>, "
-            "or predictions=<folder of PNGs> dataset=<name>"
-        )
-    if target is not None:
-        path = Path(target).expanduser()
-        cfg = config_of(path, overrides)
-    else:
-        cfg = dataclasses.replace(compose(overrides), predictions=str(predictions))
-        path = evaluate_folder.run(cfg)
-    work = Workspace(cfg)
-    source = open_source(path, work)
-    if against is None:
-        page = write(work, source, source.path / FOLDER, stamp=_stamp(cfg, source.path))
-        if path != source.path:
-            add_figures(source.path, read_json(path / "results.json"))
-        return page
-    other = Path(against).expanduser()
-    if not (other / "results.json").is_file():
-        other = evaluate_folder.run(dataclasses.replace(cfg, predictions=str(other)))
-        second = open_source(other, work)
-    else:
-        second = open_source(other, Workspace(config_of(other)))
-    compared = compare_stage.run(str(source.path), str(second.path), cfg, True)
-    return write(work, source, compared / FOLDER, second, read_json(compared / "results.json"))
 
 
 def add_figures(path: Path, record: Mapping[str, Any]) -> None:
@@ -134,37 +84,30 @@ def add_figures(path: Path, record: Mapping[str, Any]) -> None:
         write_atomic(file, script("summary", content))
 
 
-def write(
+def write_report(
     work: Workspace,
     source: Source,
     folder: Path,
-    second: Source | None = None,
-    compared: Mapping[str, Any] | None = None,
-    stamp: str = "",
+    comparison: Comparison | None = None,
     known: Mapping[str, Answer] | None = None,
 ) -> Path:
-    """Write the report of an opened run.
+    """Write the report of an opened run, and return the path of `index.html`.
 
     Args:
         work: of its configuration.
         source: the run.
         folder: where it goes; an earlier report there is replaced.
-        second, compared: the run it is compared with, and what `compare` said of the two.
-        stamp: what tells later whether the report is still the run's.
-        known: see `after`.
-
-    Returns:
-        The path of `index.html`.
+        comparison: a second run to show beside it.
+        known: see `write_report_of_run`.
 
     Raises:
         DataError: a label map cannot be read.
     """
     start = time.perf_counter()
-    ids = [i for i in source.ids if second is None or i in set(second.ids)]
-    every, ids = len(ids), shown_ids(work.cfg, ids)
-    if len(ids) < every:
-        log.warning("report: %d of %d images are shown, evenly spaced; set evaluation.report_images", len(ids), every)
+    second = comparison.second if comparison else None
+    ids = _shared_ids(work.cfg, source, second)
     page = Page(folder)
+    # Without the bank and the query vectors, label maps are shown, but not why they came out so.
     bank = retriever = None
     if {"build_bank", "queries", "propose"} <= set(source.inputs):
         bank = Bank.load(source.inputs["build_bank"])
@@ -174,16 +117,31 @@ def write(
     written = write_images(work, source, page, ids, retriever, second)
     if bank is not None and retriever is not None:
         write_bank(work, source, page, bank, retriever, written)
+    # The scripts that the page loads at once: the list of images and the head.
     page.script("images", _images(source, ids, written.entries, second))
     head = _summary(work, source, len(ids))
     head |= {"why": any(e.proposals is not None for e in written.entries), "bank": bank is not None}
-    if compared is not None:
-        head["compare"] = {**compared, "changes": _changes(source, second)}
+    if comparison is not None:
+        head["compare"] = {**comparison.record, "changes": _changes(source, second)}
     page.script("summary", head)
-    write_json(folder / "report.json", {"stamp": stamp, "images": len(ids)})
+    # A report of two runs is written on demand alone, so it has no key to compare with.
+    key = report_key(work.cfg, source.path) if comparison is None else ""
+    write_json(folder / "report.json", {"stamp": key, "images": len(ids)})
     index = page.finish()
     log.info("report:  %s (%.1f s)", index, time.perf_counter() - start)
     return index
+
+
+def _shared_ids(cfg: Config, source: Source, second: Source | None) -> list[str]:
+    """Return the images to show, those that both runs have."""
+    labelled = set(source.ids if second is None else second.ids)
+    shared = [image_id for image_id in source.ids if image_id in labelled]
+    shown = shown_ids(cfg, shared)
+    if len(shown) < len(shared):
+        log.warning(
+            "report: %d of %d images are shown, evenly spaced; set evaluation.report_images", len(shown), len(shared)
+        )
+    return shown
 
 
 def _summary(work: Workspace, source: Source, shown: int) -> dict[str, Any]:
@@ -247,13 +205,14 @@ def _images(source: Source, ids: Sequence[str], entries: Sequence[Entry], second
     return columns
 
 
-def _stamp(cfg: Config, path: Path) -> str:
+def report_key(cfg: Config, path: Path) -> str:
+    """Return a digest of all that a run's report depends on: the page's scripts, its settings and the results."""
     results = path / "results.json"
     settings = {key: value for key, value in cfg.as_dict()["evaluation"].items() if key.startswith("report")}
     scored = file_digest(results) if results.is_file() else None
     return digest_of({"program": program_digest(), "settings": settings, "results": scored})
 
 
-def _stored_stamp(folder: Path) -> str:
+def _stored_key(folder: Path) -> str:
     file = folder / "report.json"
     return str(read_json(file).get("stamp")) if file.is_file() else ""

@@ -37,7 +37,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     if cfg.predictions is not None:
         work = work or Workspace(cfg)
         path = evaluate_folder.run(cfg, work)
-        build.after(work, path, changed=False)
+        build.write_report_of_run(work, path, changed=False)
         return path
     work = work or Workspace(cfg)
     dataset = work.dataset(work.eval_split)

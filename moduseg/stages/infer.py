@@ -135,7 +135,7 @@ def _finish(cfg: Config, work: Workspace, todo: Plan, outcome: Outcome, known: d
         if cfg.evaluation.panels:
             log.info("panels:  %s", artefact.path / "panels")
     done = finish(artefact, outcome, len(dataset.ids), todo.inputs, config=cfg.as_dict())
-    build.after(work, done, outcome.changed, known)
+    build.write_report_of_run(work, done, outcome.changed, known)
     return done
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.report import build
 from moduseg.report.page import read_script
+from moduseg.tools import report
 from tests.support.browser import Watched
 from tests.support.synthetic import make_run
 
@@ -25,7 +25,7 @@ def compared(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(run / "labels", other)
     changed = np.zeros_like(np.asarray(Image.open(other / "val_00003.png")))
     Image.fromarray(changed).save(other / "val_00003.png")
-    return build.run(str(run), ["evaluation.bootstrap=20"], against=str(other))
+    return report.run(str(run), ["evaluation.bootstrap=20"], against=str(other))
 
 
 def tiles(page: Any) -> list[str]:
@@ -309,7 +309,7 @@ def test_two_runs_side_by_side(opened: Any, compared: Path) -> None:
 def test_few_of_many_images_exist_at_a_time(opened: Any, tmp_path: Path) -> None:
     """A grid of hundreds holds the tiles near the screen, wherever one scrolls."""
     run = make_run(tmp_path, 300, train=4, size=(48, 64), proposals=6)
-    index = build.run(str(run))
+    index = report.run(str(run))
     watched = Watched(opened)
     page = watched.open(index, "#/images")
     page.wait_for_function("performance.getEntriesByName('first-picture').length > 0")

@@ -21,10 +21,10 @@ from moduseg.bank.store import Bank
 from moduseg.cli.main import main_own
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError
-from moduseg.report import build
 from moduseg.report.page import program, read_script
 from moduseg.report.why import SIMILARITY_STEPS
 from moduseg.stages import evaluate, infer
+from moduseg.tools import report
 from tests.support.runs import overrides
 
 
@@ -149,7 +149,7 @@ def test_what_infer_remembers_is_what_a_second_search_finds(copy: Path) -> None:
     """`infer` hands its answers over; a report that is written later asks again, and gets the same."""
     data = folder_of(copy) / "report" / "data"
     before = {path.name: path.read_bytes() for path in [*(data / "why").iterdir(), data / "bank.js"]}
-    build.run(str(folder_of(copy)), [f"dataset.root={copy / 'world-10-5'}"])
+    report.run(str(folder_of(copy)), [f"dataset.root={copy / 'world-10-5'}"])
     assert {path.name: path.read_bytes() for path in [*(data / "why").iterdir(), data / "bank.js"]} == before
 
 
@@ -178,7 +178,7 @@ def test_evaluate_adds_its_figures(copy: Path) -> None:
     names = [name for name, _, _ in value(folder_of(copy), "summary")["figures"]]
     assert names[0] == "mIoU of pseudo masks, train"
     assert any("objects by proposals" in name for name in names)
-    assert build.run(str(path)) == folder_of(copy) / "report" / "index.html"
+    assert report.run(str(path)) == folder_of(copy) / "report" / "index.html"
     assert [name for name, _, _ in value(folder_of(copy), "summary")["figures"]] == names
 
 
@@ -189,13 +189,13 @@ def test_what_is_gone_is_left_out(copy: Path, caplog: pytest.LogCaptureFixture) 
     for path in photographs:
         path.write_bytes(b"")
     next((folder_of(copy, "queries") / "vectors").glob("val_00002*")).unlink()
-    build.run(str(run), [f"dataset.root={copy / 'world-10-5'}"])
+    report.run(str(run), [f"dataset.root={copy / 'world-10-5'}"])
     assert value(run, "images")["photographs"] == [1, 0, 1, 1, 1]
     assert "label" not in value(run, "why/000002")
     assert "label" in value(run, "why/000003")
     assert "nothing to say why" in caplog.text
     shutil.rmtree(folder_of(copy, "queries"))
-    build.run(str(run), [f"dataset.root={copy / 'world-10-5'}"])
+    report.run(str(run), [f"dataset.root={copy / 'world-10-5'}"])
     head = value(run, "summary")
     assert (head["bank"], head["record"]["images"]) == (False, 5)
     assert not (run / "report" / "data" / "bank.js").exists()
@@ -204,7 +204,7 @@ def test_what_is_gone_is_left_out(copy: Path, caplog: pytest.LogCaptureFixture) 
 
 def test_pseudo_masks_are_a_run_of_the_training_split(copy: Path) -> None:
     path = folder_of(copy, "pseudo_masks")
-    build.run(str(path), [f"dataset.root={copy / 'world-10-5'}"])
+    report.run(str(path), [f"dataset.root={copy / 'world-10-5'}"])
     head = value(path, "summary")
     assert (head["split"], head["what"], head["shown"], head["bank"]) == ("train", "pseudo mask", 10, False)
 
@@ -217,21 +217,21 @@ def test_anyones_pngs_and_two_of_them_compared(copy: Path, tmp_path: Path) -> No
     changed[:64] = 0
     Image.fromarray(changed).save(other / "val_00003.png")
     world = [f"dataset.root={copy / 'world-10-5'}", "dataset.train=10", "dataset.val=5", f"runtime.outputs={copy}"]
-    index = build.run(None, [*world, "evaluation.bootstrap=20"], predictions=str(other))
+    index = report.run(None, [*world, "evaluation.bootstrap=20"], predictions=str(other))
     theirs = index.parent.parent
     assert theirs.parent.name == "evaluate"
     head = value(theirs, "summary")
     assert (head["why"], head["bank"], head["shown"]) == (False, False, 5)
     assert set(value(theirs, "labels/000000")) == {"labels", "truth"}
 
-    compared = build.run(str(run), [world[0], "evaluation.bootstrap=20"], against=str(other)).parent.parent
+    compared = report.run(str(run), [world[0], "evaluation.bootstrap=20"], against=str(other)).parent.parent
     assert compared.parent.name == "compare"
     head, images = value(compared, "summary"), value(compared, "images")
     assert head["compare"]["miou"]["difference"] != 0
     assert head["bank"]
     np.testing.assert_array_equal(picture(value(compared, "labels/000003")["second"]), changed)
     assert [one == two for one, two in zip(images["cells"], images["second"], strict=True)].count(False) == 1
-    again = build.run(str(run), [world[0]], against=str(theirs)).parent.parent
+    again = report.run(str(run), [world[0]], against=str(theirs)).parent.parent
     assert value(again, "summary")["compare"]["second"].startswith("theirs-val")
 
 
@@ -239,7 +239,7 @@ def test_changes_of_the_configuration_are_named(copy: Path) -> None:
     settings = overrides(copy, "evaluation.report=false", train=10, val=5)
     second = infer.run(compose([*settings, "retrieval.top_k=3"]))
     first = next(p for p in (copy / "miniature" / "infer").iterdir() if p.name != second.name)
-    page = build.run(str(first), [f"dataset.root={copy / 'world-10-5'}"], against=str(second)).parent.parent
+    page = report.run(str(first), [f"dataset.root={copy / 'world-10-5'}"], against=str(second)).parent.parent
     changes = {key: (one, other) for key, one, other in value(page, "summary")["compare"]["changes"]}
     assert changes["retrieval.top_k"] == ("1", "3")
     assert not any(key.startswith(("runtime", "evaluation")) for key in changes)
@@ -297,7 +297,7 @@ def test_umap_is_a_second_map_where_it_is_installed(
     asked = [f"dataset.root={copy / 'world-10-5'}", "evaluation.report_map=umap"]
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(ConfigError, match=r"report_map: got 'umap', but the package umap-learn is not installed"):
-        build.run(str(run), asked)
+        report.run(str(run), asked)
     settings = overrides(copy, "evaluation.report=true", "evaluation.report_map=umap", train=10, val=5)
     assert infer.run(compose(settings)) == run  # a report costs a warning, never the run
     assert "report: not written: evaluation.report_map: got 'umap'" in caplog.text
@@ -313,7 +313,7 @@ def test_umap_is_a_second_map_where_it_is_installed(
     module = types.ModuleType("umap")
     module.UMAP = Umap  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "umap", module)
-    build.run(str(run), asked)
+    report.run(str(run), asked)
     assert set(value(run, "bank")["maps"]) == {"pca", "umap"}
 
 
@@ -328,7 +328,7 @@ def test_umap_is_a_second_map_where_it_is_installed(
 def test_wrong_folders_are_one_line(outputs: Path, target: str, error: type[ModusegError], message: str) -> None:
     path = target if target == "nowhere" else str(next(iter(outputs.glob(target))))
     with pytest.raises(error, match=message):
-        build.run(path)
+        report.run(path)
 
 
 def test_the_command_names_its_mistakes(

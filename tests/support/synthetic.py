@@ -24,10 +24,10 @@ from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import Outcome
 from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers import sa1b
-from moduseg.report import build
 from moduseg.retrieval.pipeline import assemble, label_proposals
 from moduseg.stages.evaluate_masks import score_label_maps
 from moduseg.structures import Proposals
+from moduseg.tools import report
 
 CLASSES = 20
 DIM = 32
@@ -163,7 +163,7 @@ def main() -> None:
     root, images = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1500
     run = make_run(root, images, train=min(images, 400))
     start, worked = time.perf_counter(), time.process_time()
-    index = build.run(str(run))
+    index = report.run(str(run))
     print(f"written in {time.perf_counter() - start:.1f} s ({time.process_time() - worked:.1f} s of processor time)")
     files = [path for path in index.parent.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)

@@ -1,0 +1,76 @@
+"""Write the report of a finished run, of another tool's label maps, or of two of them side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from moduseg.config import compose
+from moduseg.errors import ConfigError
+from moduseg.files import read_json
+from moduseg.pipeline.workspace import Workspace
+from moduseg.report.build import FOLDER, Comparison, add_figures, write_report
+from moduseg.report.source import config_of, open_source
+from moduseg.stages import evaluate_folder
+from moduseg.tools import compare
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command `report`: `run=`, `predictions=` and `compare=` name folders, the rest are overrides."""
+    folders: dict[str, str] = {}
+    overrides = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("run", "predictions", "compare"):
+            folders[key] = value
+        else:
+            overrides.append(argument)
+    run(folders.get("run"), overrides, folders.get("predictions"), folders.get("compare"))
+    return 0
+
+
+def run(
+    target: str | None, overrides: Sequence[str] = (), predictions: str | None = None, against: str | None = None
+) -> Path:
+    """Write the report of a finished run, or of PNGs, alone or compared with a second one.
+
+    Args:
+        target: folder of a run (`infer`, `evaluate`, `pseudo_masks`); `None` if `predictions` is given.
+        overrides: for a run `key=value` over its own configuration; for PNGs as on the command line (`dataset=voc`).
+        predictions: a folder of `<id>.png` in place of a run.
+        against: a second run or folder of PNGs.
+
+    Returns:
+        The path of `index.html`: in the run's `report/`, or in that of the comparison.
+
+    Raises:
+        ConfigError: neither or both of `target` and `predictions`.
+        ModusegError: what is named cannot be used.
+    """
+    if (target is None) == (predictions is None):
+        raise ConfigError(
+            f"report: got run={target} and predictions={predictions}, expected one of them; set run=<folder of a run>, "
+            "or predictions=<folder of PNGs> dataset=<name>"
+        )
+    if target is not None:
+        path = Path(target).expanduser()
+        cfg = config_of(path, overrides)
+    else:
+        cfg = dataclasses.replace(compose(overrides), predictions=str(predictions))
+        path = evaluate_folder.run(cfg)
+    work = Workspace(cfg)
+    source = open_source(path, work)
+    if against is None:
+        index = write_report(work, source, source.path / FOLDER)
+        if path != source.path:
+            # `path` is of stage `evaluate`, whose figures the report of the run behind it shows as well.
+            add_figures(source.path, read_json(path / "results.json"))
+        return index
+    other = Path(against).expanduser()
+    if (other / "results.json").is_file():
+        second = open_source(other, Workspace(config_of(other)))
+    else:
+        second = open_source(evaluate_folder.run(dataclasses.replace(cfg, predictions=str(other))), work)
+    compared = compare.run(str(source.path), str(second.path), cfg, True)
+    return write_report(work, source, compared / FOLDER, Comparison(second, read_json(compared / "results.json")))
