@@ -1,7 +1,8 @@
-"""Numbers: confusion matrix, IoU, intervals, quality of proposals, tables beside published rows."""
+"""Scoring: confusion counts, the table of measures, intervals, quality of proposals, published rows."""
 
 from __future__ import annotations
 
-from moduseg.evaluation.confusion import ConfusionMatrix, frequency_weighted_iou, iou, miou, pixel_accuracy
+from moduseg.evaluation.confusion import ConfusionMatrix, label_counts
+from moduseg.evaluation.measures import MEASURES, Measure
 
-__all__ = ["ConfusionMatrix", "frequency_weighted_iou", "iou", "miou", "pixel_accuracy"]
+__all__ = ["MEASURES", "ConfusionMatrix", "Measure", "label_counts"]

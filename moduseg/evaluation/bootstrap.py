@@ -1,17 +1,14 @@
-"""How far a mIoU would move with other images: bootstrap intervals over images."""
+"""Bootstrap intervals: how far a measure would move if other images had been scored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from moduseg.evaluation.confusion import Averaged, iou_of_counts, mean_iou_of_counts
-
-Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Correct, in the truth, predicted pixels, `[n, S]` each -> `[n, M]` measures in percent."""
+from moduseg.evaluation.measures import Compute, iou, mean_iou
 
 _CHUNK = 250
 """Resamples worked on at once, so that memory does not grow with their number."""
@@ -19,7 +16,7 @@ _CHUNK = 250
 
 @dataclass(frozen=True)
 class Interval:
-    """A measure with its interval.
+    """A measure of a split with its interval over images.
 
     Attributes:
         value: the measure on the images as they are, in percent.
@@ -54,7 +51,7 @@ class PairedInterval(Interval):
 
 
 def image_counts(confusions: Sequence[np.ndarray | Tensor]) -> np.ndarray:
-    """What mIoU needs of each image's confusion matrix, which is far smaller than the matrix.
+    """Return what measures need of each image's confusion matrix, which is far smaller than the matrix.
 
     Args:
         confusions: `n` matrices `[S, S]`, rows truth.
@@ -69,67 +66,79 @@ def image_counts(confusions: Sequence[np.ndarray | Tensor]) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, 3, 1), dtype=np.int64)
 
 
-def bootstrap_miou(
-    counts: np.ndarray, resamples: int = 2000, confidence: float = 0.95, seed: int = 42, classes: Averaged = "either"
+def bootstrap(
+    counts: np.ndarray,
+    resamples: int = 2000,
+    *,
+    confidence: float = 0.95,
+    seed: int = 42,
+    compute: Compute = mean_iou,
 ) -> Interval:
-    """Percentile interval of the mIoU of a split, images drawn with replacement.
+    """Return a measure of a split with its percentile interval, images drawn with replacement.
 
     Args:
         counts: `[n, 3, S]` of `image_counts`.
         resamples: how many splits are drawn.
         confidence: coverage of the interval, in (0, 1).
-        seed: of the draws; the same seed and `n` draw the same images.
-        classes: which labels the mean counts; see `miou`.
+        seed: of the draws; equal seeds and equal `n` draw the same images.
+        compute: the measure, one value for a split.
 
     Raises:
         ValueError: no image, another shape, or a number out of range.
     """
     _check(counts, resamples, confidence)
-    drawn = _resampled([counts], resamples, seed, _mean_of(classes))[0, :, 0]
-    low, high = _ends(drawn, confidence)
-    return Interval(_miou(counts, classes), low, high, confidence)
+    low, high = _ends(_resample([counts], resamples, seed, compute)[0], confidence)
+    return Interval(float(compute(counts.sum(0))), low, high, confidence)
 
 
 def paired_bootstrap(
     first: np.ndarray,
     second: np.ndarray,
     resamples: int = 2000,
+    *,
     confidence: float = 0.95,
     seed: int = 42,
-    classes: Averaged = "either",
+    compute: Compute = mean_iou,
 ) -> PairedInterval:
-    """Interval of the difference `second - first` in mIoU; both runs see the same draws of the same images.
+    """Return the difference `second - first` in a measure with its interval; both runs see the same draws of images.
 
     Args:
-        first, second: `[n, 3, S]` of `image_counts`, images in the same order; other arguments as `bootstrap_miou`.
+        first, second: `[n, 3, S]` of `image_counts`, images in the same order.
+        resamples, confidence, seed, compute: as for `bootstrap`.
 
     Raises:
-        ValueError: as `bootstrap_miou`, or runs over different images.
+        ValueError: as `bootstrap`, or runs over different images.
     """
     _check_pair(first, second, resamples, confidence)
-    drawn = _resampled([first, second], resamples, seed, _mean_of(classes))[..., 0]
-    return _paired(_miou(second, classes) - _miou(first, classes), drawn[1] - drawn[0], confidence)
+    drawn = _resample([first, second], resamples, seed, compute)
+    difference = float(compute(second.sum(0))) - float(compute(first.sum(0)))
+    return _to_paired_interval(difference, drawn[1] - drawn[0], confidence)
 
 
 def paired_bootstrap_of_classes(
-    first: np.ndarray, second: np.ndarray, resamples: int = 2000, confidence: float = 0.95, seed: int = 42
+    first: np.ndarray,
+    second: np.ndarray,
+    resamples: int = 2000,
+    *,
+    confidence: float = 0.95,
+    seed: int = 42,
+    compute: Compute = iou,
 ) -> list[PairedInterval]:
-    """`paired_bootstrap` of the IoU of each label, over the same draws.
+    """Return `paired_bootstrap` of a measure of each label, over the same draws.
 
-    A draw in which a label is absent from truth and prediction of one run says nothing of it and is left out.
+    A draw in which a label has no value in one run says nothing of it and is left out.
 
     Returns:
-        One interval for each of the `S` labels; NaN where a label is absent from one run altogether.
+        One interval for each of the `S` labels; NaN where a label has no value in one run altogether.
 
     Raises:
         ValueError: as `paired_bootstrap`.
     """
     _check_pair(first, second, resamples, confidence)
-    drawn = _resampled([first, second], resamples, seed, iou_of_counts)
+    drawn = _resample([first, second], resamples, seed, compute)
     differences = drawn[1] - drawn[0]
-    totals = [counts.sum(0) for counts in (first, second)]
-    values = iou_of_counts(*totals[1]) - iou_of_counts(*totals[0])
-    return [_paired(float(values[i]), differences[:, i], confidence) for i in range(len(values))]
+    values = compute(second.sum(0)) - compute(first.sum(0))
+    return [_to_paired_interval(float(values[i]), differences[:, i], confidence) for i in range(len(values))]
 
 
 def _check_pair(first: np.ndarray, second: np.ndarray, resamples: int, confidence: float) -> None:
@@ -143,11 +152,11 @@ def _check_pair(first: np.ndarray, second: np.ndarray, resamples: int, confidenc
         )
 
 
-def _paired(value: float, differences: np.ndarray, confidence: float) -> PairedInterval:
+def _to_paired_interval(value: float, differences: np.ndarray, confidence: float) -> PairedInterval:
     low, high = _ends(differences, confidence)
-    known = differences[~np.isnan(differences)]
+    valid = differences[~np.isnan(differences)]
     # A draw in which both are equal speaks for neither.
-    above = float(np.mean((known > 0) + 0.5 * (known == 0))) if len(known) else float("nan")
+    above = float(np.mean((valid > 0) + 0.5 * (valid == 0))) if len(valid) else float("nan")
     return PairedInterval(value, low, high, confidence, above)
 
 
@@ -158,34 +167,24 @@ def _check(counts: np.ndarray, resamples: int, confidence: float) -> None:
         raise ValueError(f"resamples, confidence: got {resamples}, {confidence}, expected >= 1 and inside (0, 1)")
 
 
-def _miou(counts: np.ndarray, classes: Averaged) -> float:
-    summed = counts.sum(0)
-    return float(mean_iou_of_counts(summed[0], summed[1], summed[2], classes))
-
-
-def _mean_of(classes: Averaged) -> Measure:
-    return lambda hits, in_truth, predicted: mean_iou_of_counts(hits, in_truth, predicted, classes)[..., None]
-
-
-def _resampled(runs: list[np.ndarray], resamples: int, seed: int, measure: Measure) -> np.ndarray:
-    """`[runs, resamples, M]`, the measures of every run on every draw, in percent."""
+def _resample(runs: list[np.ndarray], resamples: int, seed: int, compute: Compute) -> np.ndarray:
+    """Return the measure of every run on every draw, `[runs, resamples, ...]`."""
     rng = np.random.default_rng(seed)
-    images, _, size = runs[0].shape
+    num_images, _, num_labels = runs[0].shape
     # Sums of pixel counts stay exact in float64 (below 2^53), so the matmul may add in any order.
-    flat = [run.reshape(images, -1).astype(np.float64) for run in runs]
+    flat = [run.reshape(num_images, -1).astype(np.float64) for run in runs]
     drawn: list[list[np.ndarray]] = [[] for _ in runs]
     for start in range(0, resamples, _CHUNK):
-        stop = min(start + _CHUNK, resamples)
-        weights = rng.multinomial(images, np.full(images, 1.0 / images), size=stop - start).astype(np.float64)
+        num_draws = min(_CHUNK, resamples - start)
+        weights = rng.multinomial(num_images, np.full(num_images, 1.0 / num_images), size=num_draws).astype(np.float64)
         for chunks, counts in zip(drawn, flat, strict=True):
-            summed = (weights @ counts).reshape(-1, 3, size)
-            chunks.append(measure(summed[:, 0], summed[:, 1], summed[:, 2]))
+            chunks.append(compute((weights @ counts).reshape(-1, 3, num_labels)))
     return np.stack([np.concatenate(chunks) for chunks in drawn])
 
 
 def _ends(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    known = values[~np.isnan(values)]
-    if len(known) == 0:
+    valid = values[~np.isnan(values)]
+    if len(valid) == 0:
         return float("nan"), float("nan")
-    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(valid, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

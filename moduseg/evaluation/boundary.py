@@ -15,7 +15,7 @@ from moduseg.structures import IGNORE_INDEX
 
 
 def contour_width(shape: tuple[int, ...], share: float) -> int:
-    """`d` in pixels: `share` of the image's diagonal, rounded (half to even), 1 at least.
+    """Return the width `d` of contours in pixels: `share` of the image's diagonal, rounded (half to even), 1 at least.
 
     Args:
         shape: `(H, W)`.
@@ -25,7 +25,7 @@ def contour_width(shape: tuple[int, ...], share: float) -> int:
 
 
 def near_contour(labels: np.ndarray, width: int) -> np.ndarray:
-    """Pixels near the contour of their own region, all regions at once.
+    """Mark the pixels near the contour of their own region, all regions at once.
 
     A pixel is far from its contour where the smallest and the largest label of its window agree, which is each label's
     binary mask eroded, frame included, `width` times by 3 x 3.
@@ -40,41 +40,41 @@ def near_contour(labels: np.ndarray, width: int) -> np.ndarray:
     kernel = np.ones((2 * width + 1, 2 * width + 1), dtype=np.uint8)
     lowest = cv2.erode(labels, kernel, borderType=cv2.BORDER_REPLICATE)
     highest = cv2.dilate(labels, kernel, borderType=cv2.BORDER_REPLICATE)
-    near = cv2.compare(lowest, highest, cv2.CMP_NE)
-    near[:width] = near[-width:] = 255
-    near[:, :width] = near[:, -width:] = 255
-    return near
+    is_near = cv2.compare(lowest, highest, cv2.CMP_NE)
+    is_near[:width] = is_near[-width:] = 255
+    is_near[:, :width] = is_near[:, -width:] = 255
+    return is_near
 
 
-def boundary_counts(truth: np.ndarray, prediction: np.ndarray, size: int, width: int) -> np.ndarray:
-    """Near-contour pixels of each label of one image.
+def boundary_counts(truth: np.ndarray, prediction: np.ndarray, num_labels: int, width: int) -> np.ndarray:
+    """Count the pixels near contours of each label of one image.
 
     Ignored pixels are no region of the prediction either: its contours run around them as the truth's do, and they are
     not counted.
 
     Args:
-        truth: `[H, W]` uint8 in 0..size-1, or 255 where ignored.
-        prediction: `[H, W]` uint8 in 0..size-1.
-        size: labels, background included.
+        truth: `[H, W]` uint8 in 0..num_labels-1, or 255 where ignored.
+        prediction: `[H, W]` uint8 in 0..num_labels-1.
+        num_labels: labels, background included.
         width: `d` in pixels.
 
     Returns:
-        `[3, size]` int64: in both, in the truth's, in the prediction's contours.
+        `[3, num_labels]` int64: in both, in the truth's, in the prediction's contours.
     """
     ignored = cv2.compare(truth, IGNORE_INDEX, cv2.CMP_EQ)
-    seen = cv2.bitwise_or(prediction, ignored)
-    true, predicted = near_contour(truth, width), near_contour(seen, width)
-    both = true & predicted & cv2.compare(truth, seen, cv2.CMP_EQ)
-    # What is ignored falls outside of the counts: `size` is 255 at most.
-    masked = ((truth, both), (truth, true), (seen, predicted))
-    return np.stack([_histogram(labels, mask, size) for labels, mask in masked])
+    scored = cv2.bitwise_or(prediction, ignored)
+    true, predicted = near_contour(truth, width), near_contour(scored, width)
+    both = true & predicted & cv2.compare(truth, scored, cv2.CMP_EQ)
+    # What is ignored falls outside of the counts: `num_labels` is 255 at most.
+    masked = ((truth, both), (truth, true), (scored, predicted))
+    return np.stack([_histogram(labels, mask, num_labels) for labels, mask in masked])
 
 
-def _histogram(labels: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
-    """`[size]` int64, pixels of each label where `mask` is not 0."""
-    counts = np.zeros(size, dtype=np.int64)
+def _histogram(labels: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
+    """Return the pixels of each label, `[num_labels]` int64, where `mask` is not 0."""
+    counts = np.zeros(num_labels, dtype=np.int64)
     rows = max(1, EXACT_FLOAT32 // labels.shape[1])
     for top in range(0, len(labels), rows):
         part = slice(top, top + rows)
-        counts += cv2.calcHist([labels[part]], [0], mask[part], [size], [0, size]).ravel().astype(np.int64)
+        counts += cv2.calcHist([labels[part]], [0], mask[part], [num_labels], [0, num_labels]).ravel().astype(np.int64)
     return counts

@@ -1,8 +1,7 @@
-"""Two runs over the same images: what differs, class by class, and how sure that is."""
+"""Comparison of two runs over the same images: differences class by class, each with its interval."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ import numpy as np
 
 from moduseg.errors import DataError
 from moduseg.evaluation.bootstrap import PairedInterval, paired_bootstrap, paired_bootstrap_of_classes
-from moduseg.evaluation.confusion import Averaged, Uncovered, iou_of_counts, mean_iou_of_counts
+from moduseg.evaluation.confusion import Uncovered
 from moduseg.evaluation.counts import SplitCounts
+from moduseg.evaluation.measures import Compute, format_value, iou, mean_iou, mean_iou_in_truth, to_json
 from moduseg.evaluation.tables import markdown_table
 
 CONFIDENCE = 0.95
@@ -28,7 +28,7 @@ def compare(
     has_background: bool = True,
     uncovered: Uncovered = "wrong",
 ) -> dict[str, Any]:
-    """The differences `second - first` in percent points, with paired intervals over the images that both scored.
+    """Return the differences `second - first` in percent points, with paired intervals over images scored by both.
 
     Args:
         first, second: counts of the two runs.
@@ -49,25 +49,27 @@ def compare(
         DataError: no image in common, or scored against different truths.
         ValueError: counts of other labels than `classes`.
     """
-    if {first.size, second.size} != {len(classes)}:
-        raise ValueError(f"counts: got {first.size} and {second.size} labels, expected {len(classes)} as class names")
+    if {first.num_labels, second.num_labels} != {len(classes)}:
+        raise ValueError(
+            f"counts: got {first.num_labels} and {second.num_labels} labels, expected {len(classes)} as class names"
+        )
     scored = set(second.ids)
-    common = [image_id for image_id in first.ids if image_id in scored]
-    if not common:
+    common_ids = [image_id for image_id in first.ids if image_id in scored]
+    if not common_ids:
         raise DataError(
             f"compare: {names[0]} and {names[1]} have no image in common, expected two runs over the same split; score "
             "both on one"
         )
-    left, right = first.select(common), second.select(common)
+    left, right = first.select(common_ids), second.select(common_ids)
     counts = [side.label_counts(has_background, uncovered) for side in (left, right)]
     if not np.array_equal(counts[0][:, 1], counts[1][:, 1]):
-        odd = int((counts[0][:, 1] != counts[1][:, 1]).any(1).argmax())
+        image_id = common_ids[int((counts[0][:, 1] != counts[1][:, 1]).any(1).argmax())]
         raise DataError(
-            f"compare: image {common[odd]!r} has another truth in {names[0]} than in {names[1]}, expected the same; "
+            f"compare: image {image_id!r} has another truth in {names[0]} than in {names[1]}, expected the same; "
             "score both against the same label maps"
         )
-    each = paired_bootstrap_of_classes(counts[0], counts[1], resamples, CONFIDENCE, seed)
-    ious = [iou_of_counts(*side.sum(0)) for side in counts]
+    intervals = paired_bootstrap_of_classes(counts[0], counts[1], resamples, confidence=CONFIDENCE, seed=seed)
+    ious = [iou(side.sum(0)) for side in counts]
     images = (counts[0][:, 1] > 0).sum(0)
     contours = None
     if left.has_boundary and right.has_boundary and left.widths == right.widths:
@@ -76,16 +78,16 @@ def compare(
         "first": names[0],
         "second": names[1],
         "unit": "percent points",
-        "images": len(common),
+        "images": len(common_ids),
         "left_out": sorted(set(first.ids) ^ scored),
         "resamples": resamples,
         "seed": seed,
         "confidence": CONFIDENCE,
         "miou": _mean_entry(counts, resamples, seed),
-        "miou_classes_in_truth": _mean_entry(counts, resamples, seed, "truth"),
+        "miou_classes_in_truth": _mean_entry(counts, resamples, seed, mean_iou_in_truth),
         "boundary_miou": contours,
         "classes": {
-            name: {**_entry(float(ious[0][i]), float(ious[1][i]), each[i]), "images": int(images[i])}
+            name: {**_entry(float(ious[0][i]), float(ious[1][i]), intervals[i]), "images": int(images[i])}
             for i, name in enumerate(classes)
         },
     }
@@ -113,35 +115,26 @@ def compare_markdown(record: Mapping[str, Any]) -> str:
 
 
 def _mean_entry(
-    counts: Sequence[np.ndarray], resamples: int, seed: int, averaged: Averaged = "either"
+    counts: Sequence[np.ndarray], resamples: int, seed: int, compute: Compute = mean_iou
 ) -> dict[str, float | None]:
-    interval = paired_bootstrap(counts[0], counts[1], resamples, CONFIDENCE, seed, averaged)
-    totals = [side.sum(0) for side in counts]
-    first, second = (float(mean_iou_of_counts(total[0], total[1], total[2], averaged)) for total in totals)
+    interval = paired_bootstrap(counts[0], counts[1], resamples, confidence=CONFIDENCE, seed=seed, compute=compute)
+    first, second = (float(compute(side.sum(0))) for side in counts)
     return _entry(first, second, interval)
 
 
 def _entry(first: float, second: float, interval: PairedInterval) -> dict[str, float | None]:
     return {
-        "first": _number(first),
-        "second": _number(second),
-        "difference": _number(interval.value),
-        "low": _number(interval.low),
-        "high": _number(interval.high),
+        "first": to_json(first),
+        "second": to_json(second),
+        "difference": to_json(interval.value),
+        "low": to_json(interval.low),
+        "high": to_json(interval.high),
         "share_flipped": interval.share_flipped,
     }
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 def _cells(entry: Mapping[str, Any]) -> list[str]:
-    sizes = [_text(entry[key]) for key in ("first", "second")]
-    signed = [_text(entry[key], "+.1f") for key in ("difference", "low", "high")]
+    values = [format_value(entry[key]) for key in ("first", "second")]
+    changes = [format_value(entry[key], "+") for key in ("difference", "low", "high")]
     flipped = entry["share_flipped"]
-    return [*sizes, *signed, "-" if flipped is None else f"{100 * flipped:.1f} %"]
-
-
-def _text(value: float | None, form: str = ".1f") -> str:
-    return "-" if value is None else f"{value:{form}}"
+    return [*values, *changes, "-" if flipped is None else f"{100 * flipped:.1f} %"]

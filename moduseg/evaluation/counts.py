@@ -1,4 +1,4 @@
-"""The counts of every image of a split, from which all figures are read: sparse, a few dozen bytes an image.
+"""Pixel counts of every image of a split, from which all measures are computed: sparse, a few dozen bytes an image.
 
 An image holds a handful of labels, so of its `S x S` confusion a handful of cells is not zero.
 """
@@ -18,7 +18,7 @@ from moduseg.errors import ArtefactError
 from moduseg.evaluation.confusion import Uncovered, label_counts
 
 FILE = "confusion.safetensors"
-"""Where a stage puts them, beside `results.json`."""
+"""Name of their file in a stage's folder, beside `results.json`."""
 _BLOCK = 256
 """Images whose confusions are unpacked at once, so that memory does not grow with their number."""
 
@@ -58,7 +58,7 @@ class Sparse:
         self.values.append(flat[cells].astype(np.uint32))
 
     def dense(self, rows: slice, width: int) -> np.ndarray:
-        """`[n, width]` int64, the rows unpacked."""
+        """Return some rows unpacked, `[n, width]` int64."""
         cells, values = self.cells[rows], self.values[rows]
         table = np.zeros((len(cells), width), dtype=np.int64)
         for row, index, counts in zip(table, cells, values, strict=True):
@@ -66,7 +66,7 @@ class Sparse:
         return table
 
     def pack(self, name: str) -> dict[str, np.ndarray]:
-        """As three arrays for a file."""
+        """Return the table as three arrays for a file."""
         lengths = np.array([len(row) for row in self.cells], dtype=np.uint32)
         return {
             f"{name}.lengths": lengths,
@@ -76,11 +76,11 @@ class Sparse:
 
     @classmethod
     def unpack(cls, arrays: dict[str, np.ndarray], name: str, rows: int, width: int) -> Sparse:
-        """What `pack` made; `ValueError` where the arrays do not fit together."""
+        """Return the table that `pack` made arrays of; `ValueError` where they do not fit together."""
         lengths, cells, values = (arrays[f"{name}.{part}"] for part in ("lengths", "cells", "values"))
-        kinds = (lengths.dtype, cells.dtype, values.dtype) == (np.uint32, np.uint16, np.uint32)
+        has_types = (lengths.dtype, cells.dtype, values.dtype) == (np.uint32, np.uint16, np.uint32)
         total = int(lengths.sum(dtype=np.int64))
-        if not kinds or lengths.shape != (rows,) or cells.shape != (total,) or values.shape != (total,):
+        if not has_types or lengths.shape != (rows,) or cells.shape != (total,) or values.shape != (total,):
             raise ValueError(f"{name} holds {lengths.shape}, {cells.shape}, {values.shape} for {rows} images")
         if total and int(cells.max()) >= width:
             raise ValueError(f"{name} names cell {int(cells.max())} of {width}")
@@ -89,14 +89,14 @@ class Sparse:
 
 
 class SplitCounts:
-    """Counts image by image.
+    """Pixel counts of a split, image by image.
 
     Args:
-        size: labels, background included.
+        num_labels: labels, background included.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, num_labels: int) -> None:
+        self.num_labels = num_labels
         self.ids: list[str] = []
         self.widths: list[int] = []
         self._confusion = Sparse()
@@ -116,8 +116,8 @@ class SplitCounts:
         Raises:
             ValueError: another number of labels, or contours for some images alone.
         """
-        if counts.confusion.shape != (self.size, self.size):
-            raise ValueError(f"counts of {image_id!r}: got {counts.confusion.shape}, expected {(self.size,) * 2}")
+        if counts.confusion.shape != (self.num_labels, self.num_labels):
+            raise ValueError(f"counts of {image_id!r}: got {counts.confusion.shape}, expected {(self.num_labels,) * 2}")
         if not self.ids and counts.boundary is not None:
             self._boundary = Sparse()
         if (counts.boundary is None) is self.has_boundary:
@@ -129,52 +129,55 @@ class SplitCounts:
             self._boundary.append(counts.boundary)
 
     def matrix(self) -> np.ndarray:
-        """`[S, S]` int64, the confusion of the whole split."""
-        total = np.zeros(self.size * self.size, dtype=np.int64)
+        """Return the confusion of the whole split, `[S, S]` int64."""
+        total = np.zeros(self.num_labels * self.num_labels, dtype=np.int64)
         for cells, values in zip(self._confusion.cells, self._confusion.values, strict=True):
             total[cells] += values
-        return total.reshape(self.size, self.size)
+        return total.reshape(self.num_labels, self.num_labels)
 
     def cells(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """An image's confusion, sparse: flat indices (`truth * S + predicted`, ascending) and the counts there."""
+        """Return an image's confusion, sparse: flat indices (`truth * S + predicted`), ascending, and their counts."""
         return self._confusion.cells[row], self._confusion.values[row]
 
     def label_counts(self, has_background: bool = True, uncovered: Uncovered = "wrong") -> np.ndarray:
-        """`[n, 3, S]` int64 of `moduseg.evaluation.confusion.label_counts`, image by image."""
-        blocks = [np.zeros((0, 3, self.size), dtype=np.int64)]
+        """Return `moduseg.evaluation.confusion.label_counts` of each image, `[n, 3, S]` int64."""
+        blocks = [np.zeros((0, 3, self.num_labels), dtype=np.int64)]
         for start in range(0, len(self), _BLOCK):
-            dense = self._confusion.dense(slice(start, start + _BLOCK), self.size * self.size)
-            blocks.append(label_counts(dense.reshape(-1, self.size, self.size), has_background, uncovered))
+            dense = self._confusion.dense(slice(start, start + _BLOCK), self.num_labels * self.num_labels)
+            blocks.append(label_counts(dense.reshape(-1, self.num_labels, self.num_labels), has_background, uncovered))
         return np.concatenate(blocks)
 
     def boundary_counts(self, has_background: bool = True) -> np.ndarray:
-        """`[n, 3, S]` int64 of `boundary_counts`, image by image; zeros for a label 0 that is no class.
+        """Return `moduseg.evaluation.boundary.boundary_counts` of each image; zeros for a label 0 that is no class.
+
+        Returns:
+            `[n, 3, S]` int64.
 
         Raises:
             ValueError: contours were not counted.
         """
         if self._boundary is None:
             raise ValueError("boundary: got counts without contours; set evaluation.boundary_width above 0")
-        counts = self._boundary.dense(slice(None), 3 * self.size).reshape(-1, 3, self.size)
+        counts = self._boundary.dense(slice(None), 3 * self.num_labels).reshape(-1, 3, self.num_labels)
         if not has_background:
             counts[..., 0] = 0
         return counts
 
     def select(self, ids: Sequence[str]) -> SplitCounts:
-        """The counts of some images, in the order given."""
-        position = {image_id: i for i, image_id in enumerate(self.ids)}
-        chosen = SplitCounts(self.size)
-        rows = [position[image_id] for image_id in ids]
+        """Return the counts of some images, in the order of `ids`."""
+        row_of = {image_id: row for row, image_id in enumerate(self.ids)}
+        chosen = SplitCounts(self.num_labels)
+        rows = [row_of[image_id] for image_id in ids]
         chosen.ids = list(ids)
         chosen.widths = [self.widths[i] for i in rows]
-        chosen._confusion = _rows(self._confusion, rows)
-        chosen._boundary = None if self._boundary is None else _rows(self._boundary, rows)
+        chosen._confusion = _select_rows(self._confusion, rows)
+        chosen._boundary = None if self._boundary is None else _select_rows(self._boundary, rows)
         return chosen
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file; equal counts give equal bytes."""
+        """Return the content of a safetensors file; equal counts give equal bytes."""
         arrays = {
-            "size": np.array([self.size], dtype=np.int64),
+            "size": np.array([self.num_labels], dtype=np.int64),
             "ids": np.frombuffer(json.dumps(self.ids).encode(), dtype=np.uint8),
             "widths": np.array(self.widths, dtype=np.int64),
             **self._confusion.pack("confusion"),
@@ -184,27 +187,31 @@ class SplitCounts:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> SplitCounts:
-        """What `to_bytes` made.
+        """Read what `to_bytes` wrote.
 
         Args:
             data: the file's content.
             where: the file, for messages.
 
         Raises:
-            ArtefactError: it is not that.
+            ArtefactError: the content is something else.
         """
         try:
             arrays = load_arrays(data)
             counts = cls(int(arrays["size"].item()))
             ids, widths = json.loads(arrays["ids"].tobytes()), arrays["widths"]
-            if not 1 <= counts.size <= 255 or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-                raise ValueError(f"it names {counts.size} labels, and no list of images")
+            if (
+                not 1 <= counts.num_labels <= 255
+                or not isinstance(ids, list)
+                or not all(isinstance(i, str) for i in ids)
+            ):
+                raise ValueError(f"it names {counts.num_labels} labels, and no list of images")
             if widths.shape != (len(ids),) or len(set(ids)) != len(ids):
                 raise ValueError(f"it names {len(ids)} images, some twice, and {widths.shape} widths")
             counts.ids, counts.widths = ids, [int(w) for w in widths]
-            counts._confusion = Sparse.unpack(arrays, "confusion", len(ids), counts.size**2)
+            counts._confusion = Sparse.unpack(arrays, "confusion", len(ids), counts.num_labels**2)
             if "boundary.lengths" in arrays:
-                counts._boundary = Sparse.unpack(arrays, "boundary", len(ids), 3 * counts.size)
+                counts._boundary = Sparse.unpack(arrays, "boundary", len(ids), 3 * counts.num_labels)
         except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ArtefactError(
@@ -214,5 +221,5 @@ class SplitCounts:
         return counts
 
 
-def _rows(table: Sparse, rows: Sequence[int]) -> Sparse:
+def _select_rows(table: Sparse, rows: Sequence[int]) -> Sparse:
     return Sparse([table.cells[i] for i in rows], [table.values[i] for i in rows])

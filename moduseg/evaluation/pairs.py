@@ -1,4 +1,4 @@
-"""Pairs of label maps to counts, as fast as they can be decoded."""
+"""Counting of the pixels of many pairs of label maps, in threads."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _CHUNK = 16
 def count_pairs(
     ids: Sequence[str],
     load: Callable[[str], Pair | None],
-    size: int,
+    num_labels: int,
     *,
     boundary_width: float = 0.0,
     workers: int = 0,
 ) -> Iterator[tuple[str, ImageCounts | None]]:
     """Count the pixels of every image.
 
-    Workers are threads: inflating, counting and eroding leave the interpreter to others. The counts are integers and
+    Workers are threads: decoding, counting and eroding release the interpreter's lock. The counts are integers and
     come in the order of `ids`, so that their number changes no bit of a result.
 
     Args:
         ids: the images.
         load: id -> truth (255 ignored) and prediction; `None` leaves the image out. Called from several threads.
-        size: labels, background included.
+        num_labels: labels, background included.
         boundary_width: width of contours as a share of the diagonal; 0 counts none.
-        workers: threads; 1 works in the calling thread, 0 takes one a core, 4 at most.
+        workers: threads; 1 works in the calling thread, 0 takes one for each core, 4 at most.
 
     Yields:
         Each id with its counts, or with `None` where it was left out.
@@ -53,34 +53,34 @@ def count_pairs(
         if pair is None:
             return None
         truth, prediction = pair
-        confusion = count_pixels(truth, prediction, size, image_id).numpy()
+        confusion = count_pixels(truth, prediction, num_labels, image_id).numpy()
         if not boundary_width:
             return ImageCounts(confusion)
         width = contour_width(truth.shape, boundary_width)
-        return ImageCounts(confusion, boundary_counts(truth, prediction, size, width), width)
+        return ImageCounts(confusion, boundary_counts(truth, prediction, num_labels, width), width)
 
-    count_of_workers = workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
-    # The first image alone: what a data set reads once, it has read when the threads start.
-    for image_id in ids[:1] if count_of_workers > 1 else ids:
+    num_workers = workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
+    # Load the first image on its own: the data set caches its lists and label files before other threads start.
+    for image_id in ids[:1] if num_workers > 1 else ids:
         yield image_id, count(image_id)
-    if count_of_workers == 1:
+    if num_workers == 1:
         return
     chunks = [ids[i : i + _CHUNK] for i in range(1, len(ids), _CHUNK)]
-    with ThreadPoolExecutor(count_of_workers, thread_name_prefix="score") as pool:
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="score") as pool:
         waiting: deque[tuple[Sequence[str], Future[list[ImageCounts | None]]]] = deque()
         try:
             for chunk in chunks:
                 waiting.append((chunk, pool.submit(lambda part: [count(i) for i in part], chunk)))
-                if len(waiting) > 2 * count_of_workers:
-                    yield from _finished(waiting)
+                if len(waiting) > 2 * num_workers:
+                    yield from _take_first(waiting)
             while waiting:
-                yield from _finished(waiting)
+                yield from _take_first(waiting)
         finally:
             for _, future in waiting:
                 future.cancel()
 
 
-def _finished(
+def _take_first(
     waiting: deque[tuple[Sequence[str], Future[list[ImageCounts | None]]]],
 ) -> Iterator[tuple[str, ImageCounts | None]]:
     chunk, future = waiting.popleft()

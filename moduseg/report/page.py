@@ -18,6 +18,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from moduseg.evaluation.counts import SplitCounts
+from moduseg.evaluation.measures import MEASURES, PROPOSAL_FIGURES
 from moduseg.evaluation.published import BENCHMARKS, PUBLISHED
 from moduseg.files import write_atomic
 from moduseg.masks.palette import voc_palette
@@ -105,9 +106,7 @@ def figures_of(record: Mapping[str, Any]) -> list[list[Any]]:
     if masks:
         rows.append([f"mIoU of pseudo masks, {masks['split']}", masks["miou"], "%"])
     if proposals:
-        rows.append([f"recall of {proposals['objects']} objects by proposals", proposals["recall"], "%"])
-        rows.append(["mean best IoU of proposals", proposals["mean_best_iou"], "%"])
-        rows.append(["proposals an image", proposals["proposals_per_image"], ""])
+        rows += [[f.title.format_map(proposals), f.read(proposals), f.unit] for f in PROPOSAL_FIGURES]
     return rows
 
 
@@ -144,8 +143,9 @@ def summary(
         versions: of the packages.
         run: name of the run's folder.
     """
-    kept = ("miou", "miou_interval", "miou_classes_in_truth", "pixel_accuracy", "frequency_weighted_iou", "iou",
-            "precision", "recall", "confusion", "boundary_iou", "uncovered", "images", "left_out")  # fmt: skip
+    kept = dict.fromkeys(
+        (*(measure.path[0] for measure in MEASURES), "miou_interval", "confusion", "images", "left_out")
+    )
     benchmark = f"{dataset}/{split}"
     published = [
         {"method": row.method, "value": row.value, "note": row.note, "source": row.source}
@@ -169,6 +169,7 @@ def summary(
         "total": total,
         "shown": shown,
         "record": None if record is None else {key: record[key] for key in kept if key in record},
+        "measures": [measure.describe() for measure in MEASURES],
         "published": published,
         "figures": [],
         "config": OmegaConf.to_yaml(OmegaConf.create(dict(config))),

@@ -12,8 +12,9 @@ from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.errors import DataError
 from moduseg.evaluation.counts import FILE
+from moduseg.evaluation.measures import PROPOSAL_FIGURES, format_value
 from moduseg.evaluation.proposals import ProposalQuality
-from moduseg.evaluation.tables import markdown_table, results_markdown
+from moduseg.evaluation.tables import markdown_table, measure_rows, results_markdown
 from moduseg.files import file_digest, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, count_failures, failures_of, log, plain, safe_name
 from moduseg.proposers import sa1b
@@ -79,7 +80,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             }
             write_atomic(artefact.path / FILE, (predictions / FILE).read_bytes())
             write_json(file, record)
-            write_atomic(artefact.path / "results.md", _table(record).encode())
+            write_atomic(artefact.path / "results.md", _make_table(record).encode())
             artefact.write_manifest(
                 status="complete",
                 images=len(dataset.ids),
@@ -113,33 +114,19 @@ def _proposal_quality(dataset: Dataset, proposals: Path, min_area: int) -> dict[
     return quality.summary()
 
 
-def _table(record: dict[str, Any]) -> str:
+def _make_table(record: dict[str, Any]) -> str:
+    """Return the figures of the whole run as Markdown, then those of its predictions class by class."""
     prediction, masks, proposals = record["prediction"], record["pseudo_masks"], record["proposals"]
-    interval, contours = prediction.get("miou_interval") or {}, prediction.get("boundary_iou")
-    rows = [("mIoU", _cell(prediction["miou"]))]
-    if interval:
-        rows.append(("mIoU, 95 % interval over images", f"{_cell(interval['low'])} to {_cell(interval['high'])}"))
-    rows += [
-        ("mIoU over classes in the truth", _cell(prediction["miou_classes_in_truth"])),
-        ("pixel accuracy", _cell(prediction["pixel_accuracy"])),
-        ("frequency-weighted IoU", _cell(prediction["frequency_weighted_iou"])),
-    ]
-    if contours:
-        rows.append((f"boundary mIoU ({100 * contours['width']:g} % of the diagonal)", _cell(contours["miou"])))
+    rows = measure_rows(prediction)
+    if interval := prediction.get("miou_interval"):
+        ends = f"{format_value(interval['low'])} to {format_value(interval['high'])}"
+        rows.insert(1, ("mIoU, 95 % interval over images", ends))
     if masks is not None:
-        rows += [
-            (f"mIoU of pseudo masks on {masks['split']}", _cell(masks["miou"])),
-            (f"the same over classes in the truth of {masks['split']}", _cell(masks["miou_classes_in_truth"])),
-        ]
+        rows += [(f"{title} of pseudo masks on {masks['split']}", value) for title, value in measure_rows(masks)]
     rows += [
-        (f"recall of {proposals['objects']} objects by proposals at IoU 0.5", _cell(proposals["recall"])),
-        ("mean best IoU of proposals", _cell(proposals["mean_best_iou"])),
-        ("proposals an image", _cell(proposals["proposals_per_image"])),
-        ("vectors in the bank", str(sum(record["bank"]["vectors"].values()))),
+        (figure.title.format_map(proposals), format_value(figure.read(proposals), decimals=figure.decimals))
+        for figure in PROPOSAL_FIGURES
     ]
+    rows.append(("vectors in the bank", str(sum(record["bank"]["vectors"].values()))))
     head = f"{prediction['dataset']} {prediction['split']}, {prediction['images']} images, percent"
     return f"{markdown_table((head, 'value'), rows)}\n{results_markdown(prediction)}"
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

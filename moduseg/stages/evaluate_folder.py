@@ -12,11 +12,11 @@ from moduseg.config import Config
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.counts import FILE
 from moduseg.evaluation.predictions import PredictionFolder
-from moduseg.evaluation.tables import results_markdown
+from moduseg.evaluation.tables import ScoredRun, results_markdown
 from moduseg.files import write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.workspace import Workspace, log, plain
-from moduseg.stages.evaluate_masks import count_split, draw_panels, figures, scoring_settings
+from moduseg.stages.evaluate_masks import count_split, draw_panels, make_record, scoring_settings
 
 UNKNOWN = "unknown (predictions made elsewhere)"
 
@@ -36,11 +36,11 @@ def open_predictions(cfg: Config, work: Workspace) -> PredictionFolder:
 
 def content_digest(folder: PredictionFolder) -> str:
     """sha256, hexadecimal, of every image's id and file."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for image_id in folder.ids:
         content = hashlib.sha256(folder.path(image_id).read_bytes()).hexdigest()
-        whole.update(f"{image_id}\n{content}\n".encode())
-    return whole.hexdigest()
+        digest.update(f"{image_id}\n{content}\n".encode())
+    return digest.hexdigest()
 
 
 def run(cfg: Config, work: Workspace | None = None) -> Path:
@@ -79,19 +79,19 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
 def _score(cfg: Config, work: Workspace, folder: PredictionFolder, artefact: Artefact) -> None:
     dataset = work.dataset(work.eval_split)
     counts, left_out = count_split(work, dataset, dataset.ids, folder.read, "score predictions")
-    whole = cfg.as_dict()
-    record = figures(
-        work,
-        dataset,
-        counts,
+    settings = cfg.as_dict()
+    run = ScoredRun(
+        dataset.name,
+        dataset.split,
+        len(counts),
         label_source=UNKNOWN,
-        config={key: whole[key] for key in ("predictions", "dataset", "evaluation", "runtime")},
-        seconds={},
+        config={key: settings[key] for key in ("predictions", "dataset", "evaluation", "runtime")},
         failures=left_out,
         extra={"refinement": UNKNOWN, "seed": cfg.runtime.seed},
     )
+    record = make_record(work, dataset, counts, run)
 
-    def read(image_id: str) -> np.ndarray:
+    def read_prediction(image_id: str) -> np.ndarray:
         return folder.read(image_id, dataset.image_size(image_id))
 
     results: dict[str, Any] = {"prediction": record, "pseudo_masks": None, "proposals": None, "bank": None}
@@ -99,7 +99,7 @@ def _score(cfg: Config, work: Workspace, folder: PredictionFolder, artefact: Art
     write_json(artefact.path / "results.json", results)
     write_atomic(artefact.path / "results.md", results_markdown(record).encode())
     try:
-        draw_panels(artefact, dataset, counts.ids, None, "prediction", cfg.evaluation.panels, read)
+        draw_panels(artefact, dataset, counts.ids, None, "prediction", cfg.evaluation.panels, read_prediction)
     except DataError as error:
         # The figures need the truth alone; a photograph that is not at hand costs the pictures, not them.
         log.warning("evaluate: no panels: %s", error)

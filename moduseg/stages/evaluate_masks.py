@@ -15,10 +15,11 @@ from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ConfigError, DataError
-from moduseg.evaluation.bootstrap import bootstrap_miou
+from moduseg.evaluation.bootstrap import bootstrap
 from moduseg.evaluation.counts import FILE, SplitCounts
+from moduseg.evaluation.measures import LabelMapCounts
 from moduseg.evaluation.pairs import MAX_AUTO_WORKERS, Pair, count_pairs
-from moduseg.evaluation.tables import BoundaryFigures, results_markdown, results_record
+from moduseg.evaluation.tables import ContourWidth, ScoredRun, results_markdown, results_record
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import Outcome
@@ -86,10 +87,10 @@ def score_label_maps(
     for stage, path in (inputs or {}).items():
         steps.update(steps_of(path))
         seconds[stage] = wall_seconds(read_json(path / "manifest.json").get("seconds", {}))
-    record = figures(
-        work,
-        dataset,
-        counts,
+    run = ScoredRun(
+        dataset.name,
+        dataset.split,
+        len(counts),
         label_source=work.dataset(work.train_split).label_source,
         config=work.cfg.as_dict(),
         seconds=seconds,
@@ -100,6 +101,7 @@ def score_label_maps(
             **timing(steps),
         },
     )
+    record = make_record(work, dataset, counts, run)
     table = results_markdown(record)
     write_atomic(artefact.path / FILE, counts.to_bytes())
     write_json(artefact.path / "results.json", record)
@@ -173,7 +175,7 @@ def count_split(
         return truth, labels
 
     counts, left_out = SplitCounts(len(dataset.classes)), []
-    pairs = count_pairs(ids, load, counts.size, boundary_width=settings.boundary_width, workers=settings.workers)
+    pairs = count_pairs(ids, load, counts.num_labels, boundary_width=settings.boundary_width, workers=settings.workers)
     for image_id, found in tqdm(pairs, desc=title, total=len(ids), unit="img", leave=False):
         if found is None:
             left_out.append(image_id)
@@ -189,43 +191,26 @@ def count_split(
     return counts, left_out
 
 
-def figures(
-    work: Workspace,
-    dataset: Dataset,
-    counts: SplitCounts,
-    *,
-    label_source: str,
-    config: Mapping[str, Any],
-    seconds: Mapping[str, float],
-    failures: Sequence[str],
-    extra: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The record of `results_record` from the counts of a split; arguments as there."""
+def make_record(work: Workspace, dataset: Dataset, counts: SplitCounts, run: ScoredRun) -> dict[str, Any]:
+    """Return what `results.json` holds, from the counts of a split.
+
+    Args:
+        work: for the settings of evaluation.
+        dataset: the split.
+        counts: of its images.
+        run: what was scored.
+    """
     settings = work.cfg.evaluation
     interval = None
     if settings.bootstrap:
         by_label = counts.label_counts(dataset.has_background, settings.uncovered)
-        interval = bootstrap_miou(by_label, settings.bootstrap, seed=work.cfg.runtime.seed)
-    boundary = None
+        interval = bootstrap(by_label, settings.bootstrap, seed=work.cfg.runtime.seed)
+    contours, width = None, None
     if counts.has_boundary:
-        total = counts.boundary_counts(dataset.has_background).sum(0)
-        boundary = BoundaryFigures(total, settings.boundary_width, counts.widths)
-    return results_record(
-        counts.matrix(),
-        dataset.classes,
-        dataset=dataset.name,
-        split=dataset.split,
-        images=len(counts),
-        label_source=label_source,
-        config=config,
-        seconds=seconds,
-        failures=failures,
-        interval=interval,
-        boundary=boundary,
-        has_background=dataset.has_background,
-        uncovered=settings.uncovered,
-        extra=extra,
-    )
+        contours = counts.boundary_counts(dataset.has_background).sum(0)
+        width = ContourWidth(settings.boundary_width, counts.widths)
+    totals = LabelMapCounts(counts.matrix(), contours, dataset.has_background, settings.uncovered)
+    return results_record(totals, dataset.classes, run, interval=interval, contours=width)
 
 
 def draw_panels(

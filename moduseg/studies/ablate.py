@@ -21,24 +21,20 @@ from tqdm import tqdm
 from moduseg.config import UNREADABLE, compose, config_dir
 from moduseg.config.construct import construct
 from moduseg.errors import ConfigError
+from moduseg.evaluation.measures import PROPOSAL_FIGURES, read_path, single_measures
 from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import log
 from moduseg.stages import evaluate
 
 FIGURES: dict[str, tuple[str, ...]] = {
-    "mIoU": ("prediction", "miou"),
+    **{measure.column: ("prediction", *measure.path) for measure in single_measures()},
     "low": ("prediction", "miou_interval", "low"),
     "high": ("prediction", "miou_interval", "high"),
-    "mIoU in truth": ("prediction", "miou_classes_in_truth"),
-    "pixel accuracy": ("prediction", "pixel_accuracy"),
-    "pseudo-mask mIoU": ("pseudo_masks", "miou"),
-    "pseudo-mask mIoU in truth": ("pseudo_masks", "miou_classes_in_truth"),
-    "proposal recall": ("proposals", "recall"),
-    "mean best IoU": ("proposals", "mean_best_iou"),
-    "proposals": ("proposals", "proposals_per_image"),
+    **{f"pseudo-mask {measure.column}": ("pseudo_masks", *measure.path) for measure in single_measures()},
+    **{figure.column: ("proposals", *figure.path) for figure in PROPOSAL_FIGURES},
 }
-"""Columns that a table may have, and where `evaluate` puts them; all in percent but `proposals` (an image)."""
+"""Columns that a table may have, and the keys that lead to them in the results of `evaluate`."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +163,8 @@ def _as_alternatives(overrides: Any) -> list[list[str]]:
 
 
 def figure(record: Mapping[str, Any], column: str) -> float | None:
-    """What `evaluate`'s record says of a column; `None` where it says nothing."""
-    value: Any = record
-    for key in FIGURES[column]:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+    """Return the value of a column in the results of `evaluate`; `None` where they lack it."""
+    return read_path(record, FIGURES[column])
 
 
 def _markdown(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -26,7 +26,15 @@ from tqdm import tqdm
 
 from moduseg.config import BankConfig, Config, OutliersConfig, RetrievalConfig, compose, from_hydra
 from moduseg.errors import ConfigError
-from moduseg.evaluation.confusion import iou_of_counts, label_counts, mean_iou_of_counts, pixel_accuracy_of_counts
+from moduseg.evaluation.measures import (
+    LabelMapCounts,
+    count_labels,
+    format_value,
+    iou,
+    measure_label_maps,
+    single_measures,
+    to_json,
+)
 from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, log, plain
@@ -41,7 +49,6 @@ KEYS = (
     *(f"bank.outliers.{f.name}" for f in fields(OutliersConfig)),
 )
 """What can be swept without a model."""
-FIGURES = ("mIoU", "mIoU in truth", "pixel accuracy")
 BEST = 10
 """Settings in the report's first table."""
 
@@ -213,18 +220,16 @@ def _value_of(cfg: Config, key: str) -> Any:
 
 
 def _figures(split: CachedSplit, setting: Config, base: Config) -> dict[str, Any]:
-    counts = split.confusion(setting.bank, setting.retrieval)
-    hits, in_truth, predicted = label_counts(counts, split.dataset.has_background, base.evaluation.uncovered)
-    figures = {
-        "mIoU": float(mean_iou_of_counts(hits, in_truth, predicted)),
-        "mIoU in truth": float(mean_iou_of_counts(hits, in_truth, predicted, "truth")),
-        "pixel accuracy": pixel_accuracy_of_counts(hits, in_truth, predicted),
-    }
+    """Return the measures of one setting by their columns."""
+    dataset, confusion = split.dataset, split.confusion(setting.bank, setting.retrieval)
+    counts = LabelMapCounts(confusion, None, dataset.has_background, base.evaluation.uncovered)
+    record = measure_label_maps(counts, dataset.classes)
+    figures = {m.column: m.read(record) for m in single_measures() if m.counts(counts) is not None}
     if setting.bank.classes is not None:
-        kept = [split.dataset.classes.index(c) for c in dict.fromkeys(("background", *setting.bank.classes))
-                if c in split.dataset.classes]  # fmt: skip
-        figures["mIoU of bank.classes"] = float(np.nanmean(iou_of_counts(hits, in_truth, predicted)[kept]))
-    return {name: None if np.isnan(value) else value for name, value in figures.items()}
+        names = [c for c in dict.fromkeys(("background", *setting.bank.classes)) if c in dataset.classes]
+        each = iou(count_labels(counts))[[dataset.classes.index(name) for name in names]]
+        figures["mIoU of bank.classes"] = to_json(float(np.nanmean(each)))
+    return figures
 
 
 def _csv(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -246,14 +251,14 @@ def _report(record: Mapping[str, Any], ranked: Sequence[int]) -> str:
         f"**{len(rows)} settings** on {record['where']}; read in {seconds['read']:.1f} s, swept in "
         f"{seconds['sweep']:.1f} s; percent.",
         "",
-        f"Best: `{shown}`, mIoU {_percent(best['mIoU'])}. Chosen on {record['chosen_on']}.",
+        f"Best: `{shown}`, mIoU {format_value(best['mIoU'])}. Chosen on {record['chosen_on']}.",
     ]
     same = [row for row in rows if row["setting"] == default]
     if same:
-        lines.append(f"The configuration as it is: mIoU {_percent(same[0]['mIoU'])}.")
+        lines.append(f"The configuration as it is: mIoU {format_value(same[0]['mIoU'])}.")
     figures = [name for name in rows[0] if name != "setting"]
     body = [
-        [*(_text(v) for v in rows[i]["setting"].values()), *(_percent(rows[i].get(n)) for n in figures)]
+        [*(_text(v) for v in rows[i]["setting"].values()), *(format_value(rows[i].get(n)) for n in figures)]
         for i in ranked[:BEST]
     ]
     lines += ["", markdown_table([*axes, *figures], body)]
@@ -264,7 +269,13 @@ def _report(record: Mapping[str, Any], ranked: Sequence[int]) -> str:
             found = [_or_nan(row["mIoU"]) for row in rows if row["setting"][key] == value]
             alone = [row["mIoU"] for row in rows if row["setting"] == {**at, key: value}]
             body.append(
-                [_text(value), _percent(alone[0]), _percent(mean(found)), _percent(min(found)), _percent(max(found))]
+                [
+                    _text(value),
+                    format_value(alone[0]),
+                    format_value(mean(found)),
+                    format_value(min(found)),
+                    format_value(max(found)),
+                ]
             )
         lines.append(markdown_table([key, "others as they are", "mean", "lowest", "highest"], body))
     fixed = _at_default(record, "")
@@ -317,10 +328,6 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None or np.isnan(value) else f"{value:.1f}"
 
 
 def _or_nan(value: float | None) -> float:

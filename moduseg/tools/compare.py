@@ -127,8 +127,8 @@ def _open(folder: str, cfg: Config, names_dataset: bool) -> Side:
         raise ArtefactError(
             f"{path / 'results.json'}: lacks {error}, expected what evaluation writes; run it again"
         ) from error
-    if counts.size != len(classes):
-        raise ArtefactError(f"{path}: {FILE} has {counts.size} labels, results.json {len(classes)}; run it again")
+    if counts.num_labels != len(classes):
+        raise ArtefactError(f"{path}: {FILE} has {counts.num_labels} labels, results.json {len(classes)}; run it again")
     has_background = rule == "background"
     uncovered: Uncovered = "ignore" if rule == "ignore" else "wrong"
     digest = hashlib.sha256(data).hexdigest()

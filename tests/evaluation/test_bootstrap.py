@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moduseg.evaluation.bootstrap import PairedInterval, bootstrap_miou, image_counts, paired_bootstrap
-from moduseg.evaluation.confusion import miou
+from moduseg.evaluation.bootstrap import PairedInterval, bootstrap, image_counts, paired_bootstrap
+from moduseg.evaluation.confusion import label_counts
+from moduseg.evaluation.measures import Compute, mean_accuracy, mean_iou, mean_iou_in_truth
 
 
 def _images(rng: np.random.Generator, n: int, right: float) -> np.ndarray:
@@ -23,31 +24,31 @@ def test_counts_are_the_margins(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(counts[1], [np.diag(matrices[1]), matrices[1].sum(1), matrices[1].sum(0)])
 
 
-@pytest.mark.parametrize("classes", ["either", "truth"])
-def test_interval_matches_a_plain_loop(rng: np.random.Generator, classes: str) -> None:
+@pytest.mark.parametrize("compute", [mean_iou, mean_iou_in_truth, mean_accuracy])
+def test_interval_matches_a_plain_loop(rng: np.random.Generator, compute: Compute) -> None:
     matrices = _images(rng, 12, 0.7)
     matrices[0, 2] = matrices[0, :, 2] = 0
-    found = bootstrap_miou(image_counts(list(matrices)), 600, seed=3, classes=classes)  # type: ignore[arg-type]
+    interval = bootstrap(image_counts(list(matrices)), 600, seed=3, compute=compute)
     again = np.random.default_rng(3)
     drawn = []
     for size in (250, 250, 100):
         for weights in again.multinomial(12, np.full(12, 1 / 12), size=size):
-            drawn.append(miou(np.tensordot(weights, matrices, 1), classes))  # type: ignore[arg-type]
-    np.testing.assert_allclose((found.low, found.high), np.quantile(drawn, [0.025, 0.975]))
-    assert found.value == miou(matrices.sum(0), classes)  # type: ignore[arg-type]
+            drawn.append(compute(label_counts(np.tensordot(weights, matrices, 1))))
+    np.testing.assert_allclose((interval.low, interval.high), np.quantile(drawn, [0.025, 0.975]))
+    assert interval.value == compute(label_counts(matrices.sum(0)))
 
 
 def test_seed_decides(rng: np.random.Generator) -> None:
     counts = image_counts(list(_images(rng, 10, 0.7)))
-    assert bootstrap_miou(counts, 100) == bootstrap_miou(counts, 100)
-    assert bootstrap_miou(counts, 100).low != bootstrap_miou(counts, 100, seed=1).low
+    assert bootstrap(counts, 100) == bootstrap(counts, 100)
+    assert bootstrap(counts, 100).low != bootstrap(counts, 100, seed=1).low
 
 
 def test_interval_narrows_with_images_and_widens_with_confidence(rng: np.random.Generator) -> None:
     few, many = (image_counts(list(_images(rng, n, 0.7))) for n in (10, 160))
 
     def width(counts: np.ndarray, confidence: float = 0.95) -> float:
-        found = bootstrap_miou(counts, 500, confidence)
+        found = bootstrap(counts, 500, confidence=confidence)
         assert found.low < found.value < found.high
         return found.high - found.low
 
@@ -56,7 +57,7 @@ def test_interval_narrows_with_images_and_widens_with_confidence(rng: np.random.
 
 
 def test_one_image_has_no_spread(rng: np.random.Generator) -> None:
-    found = bootstrap_miou(image_counts(list(_images(rng, 1, 0.7))), 50)
+    found = bootstrap(image_counts(list(_images(rng, 1, 0.7))), 50)
     assert found.low == found.value == found.high
 
 
@@ -77,8 +78,8 @@ def test_paired_runs(rng: np.random.Generator) -> None:
     found = paired_bootstrap(worse, better, 500)
     assert 0 < found.low < found.value < found.high
     assert found.share_above == 1.0
-    assert found.value == pytest.approx(bootstrap_miou(better, 1).value - bootstrap_miou(worse, 1).value)
-    alone = bootstrap_miou(worse, 500)
+    assert found.value == pytest.approx(bootstrap(better, 1).value - bootstrap(worse, 1).value)
+    alone = bootstrap(worse, 500)
     assert found.high - found.low < 0.6 * (alone.high - alone.low)
     same = paired_bootstrap(worse, worse, 50)
     assert (same.value, same.low, same.high, same.share_above) == (0, 0, 0, 0.5)
@@ -92,7 +93,7 @@ def test_paired_runs(rng: np.random.Generator) -> None:
 )
 def test_arguments(shape: tuple[int, ...], resamples: int, confidence: float) -> None:
     with pytest.raises(ValueError, match="got"):
-        bootstrap_miou(np.ones(shape, dtype=np.int64), resamples, confidence)
+        bootstrap(np.ones(shape, dtype=np.int64), resamples, confidence=confidence)
 
 
 @pytest.mark.parametrize(

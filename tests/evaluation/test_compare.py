@@ -8,8 +8,9 @@ import pytest
 from moduseg.errors import DataError
 from moduseg.evaluation.bootstrap import paired_bootstrap, paired_bootstrap_of_classes
 from moduseg.evaluation.compare import compare, compare_markdown
-from moduseg.evaluation.confusion import iou, miou
+from moduseg.evaluation.confusion import label_counts
 from moduseg.evaluation.counts import ImageCounts, SplitCounts
+from moduseg.evaluation.measures import iou, mean_iou
 
 CLASSES = ("background", "dog", "cat", "owl")
 
@@ -39,9 +40,9 @@ def test_differences_and_their_intervals(rng: np.random.Generator) -> None:
     first, second = _runs(rng)
     record = compare(_split(first), _split(second), CLASSES, names=("a", "b"), resamples=300)
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    sums = [np.sum(run, 0) for run in (first, second)]
-    assert record["miou"]["first"] == pytest.approx(miou(sums[0]))
-    assert record["miou"]["difference"] == pytest.approx(miou(sums[1]) - miou(sums[0]))
+    sums = [label_counts(np.sum(run, 0)) for run in (first, second)]
+    assert record["miou"]["first"] == pytest.approx(mean_iou(sums[0]))
+    assert record["miou"]["difference"] == pytest.approx(mean_iou(sums[1]) - mean_iou(sums[0]))
     for i, name in enumerate(CLASSES[:3]):
         entry = record["classes"][name]
         assert entry["first"] == pytest.approx(iou(sums[0])[i])
@@ -65,10 +66,10 @@ def test_draws_are_those_of_the_mean(rng: np.random.Generator) -> None:
     runs[:, :, 1, 0] = 100
     runs[:, :, 0, 0] = runs[:, :, 2, 0] = rng.integers(50, 100, (2, 8))
     mean = paired_bootstrap(runs[0], runs[1], 100)
-    found = paired_bootstrap_of_classes(runs[0], runs[1], 100)
-    assert found[0] == mean
+    intervals = paired_bootstrap_of_classes(runs[0], runs[1], 100)
+    assert intervals[0] == mean
     assert mean.low < mean.high
-    assert np.isnan([found[1].value, found[1].low, found[1].share_above]).all()
+    assert np.isnan([intervals[1].value, intervals[1].low, intervals[1].share_above]).all()
 
 
 def test_the_first_against_itself_differs_in_nothing(rng: np.random.Generator) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from moduseg.evaluation.bootstrap import Interval
+from moduseg.evaluation.measures import LabelMapCounts
 from moduseg.evaluation.published import (
     BENCHMARKS,
     LATER,
@@ -17,28 +19,29 @@ from moduseg.evaluation.published import (
     published_markdown,
     published_rows,
 )
-from moduseg.evaluation.tables import BoundaryFigures, markdown_table, results_markdown, results_record, versions
+from moduseg.evaluation.tables import (
+    ContourWidth,
+    ScoredRun,
+    markdown_table,
+    results_markdown,
+    results_record,
+    versions,
+)
 
 CLASSES = ("background", "dog", "a|b", "cat")
 MATRIX = np.array([[6, 1, 0, 1], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 
 
-def _record(**changes: object) -> dict:
-    arguments: dict = {
-        "dataset": "miniature",
-        "split": "val",
-        "images": 3,
-        "label_source": "json",
-        "config": {"top_k": 25},
-        "seconds": {"search": 1.23456},
-        "failures": ["b", "a"],
-        "interval": Interval(42.2, 30.0, 50.0),
-    }
-    return results_record(MATRIX, CLASSES, **{**arguments, **changes})
+RUN = ScoredRun("miniature", "val", 3, "json", {"top_k": 25}, {"search": 1.23456}, ["b", "a"])
+
+
+def _record(counts: LabelMapCounts | None = None, run: ScoredRun = RUN, contours: ContourWidth | None = None) -> dict:
+    interval = Interval(42.2, 30.0, 50.0)
+    return results_record(counts or LabelMapCounts(MATRIX), CLASSES, run, interval=interval, contours=contours)
 
 
 def test_results_hold_what_is_promised() -> None:
-    record = json.loads(json.dumps(_record(extra={"seed": 42}), allow_nan=False))
+    record = json.loads(json.dumps(_record(run=replace(RUN, extra={"seed": 42})), allow_nan=False))
     assert record["iou"] == {
         "background": pytest.approx(200 / 3), "dog": pytest.approx(60), "a|b": None, "cat": 0.0,
     }  # fmt: skip
@@ -54,8 +57,8 @@ def test_results_hold_what_is_promised() -> None:
 
 
 def test_precision_recall_and_contours_of_each_class() -> None:
-    contours = BoundaryFigures(np.array([[2, 1, 0, 0], [4, 1, 0, 0], [4, 3, 0, 2]]), 0.02, [8, 12, 9])
-    record = json.loads(json.dumps(_record(boundary=contours), allow_nan=False))
+    counts = LabelMapCounts(MATRIX, np.array([[2, 1, 0, 0], [4, 1, 0, 0], [4, 3, 0, 2]]))
+    record = json.loads(json.dumps(_record(counts, contours=ContourWidth(0.02, [8, 12, 9])), allow_nan=False))
     assert record["precision"] == {"background": pytest.approx(600 / 7), "dog": 75.0, "a|b": None, "cat": 0.0}
     assert record["recall"] == {"background": 75.0, "dog": 75.0, "a|b": None, "cat": None}
     assert record["boundary_iou"] == {
@@ -69,7 +72,9 @@ def test_precision_recall_and_contours_of_each_class() -> None:
 
 
 def test_without_background_both_numbers_are_reported() -> None:
-    strict, flattering = (_record(has_background=False, uncovered=rule) for rule in ("wrong", "ignore"))
+    strict, flattering = (
+        _record(LabelMapCounts(MATRIX, has_background=False, uncovered=rule)) for rule in ("wrong", "ignore")
+    )
     # The row of label 0 does not count; of class 1, 1 pixel of 4 was left uncovered.
     assert strict["uncovered"] == {"rule": "wrong", "share": 25.0, "miou_wrong": 75.0, "miou_ignored": 100.0}
     assert (strict["miou"], flattering["miou"]) == (75.0, 100.0)
@@ -81,9 +86,8 @@ def test_without_background_both_numbers_are_reported() -> None:
 
 
 def test_empty_results_are_null_not_nan() -> None:
-    record = results_record(
-        torch.zeros(2, 2), ("background", "dog"), dataset="d", split="s", images=0, label_source="none", config={}
-    )
+    empty = LabelMapCounts(np.zeros((2, 2), dtype=np.int64))
+    record = results_record(empty, ("background", "dog"), ScoredRun("d", "s", 0, "none", {}))
     assert record["miou"] is None
     assert "null" in json.dumps(record, allow_nan=False)
     assert "mIoU - %" in results_markdown(record)
@@ -91,16 +95,16 @@ def test_empty_results_are_null_not_nan() -> None:
 
 def test_record_arguments() -> None:
     with pytest.raises(ValueError, match=r"got \(4, 4\), expected \(1, 1\)"):
-        results_record(MATRIX, ("background",), dataset="d", split="s", images=1, label_source="none", config={})
+        results_record(LabelMapCounts(MATRIX), ("background",), RUN)
     with pytest.raises(ValueError, match="extra: got miou"):
-        _record(extra={"miou": 100})
+        _record(run=replace(RUN, extra={"miou": 100}))
 
 
 def test_versions_name_what_decides_numbers() -> None:
-    found = versions()
-    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
-    assert found["python"]
-    assert found["moduseg"]
+    by_package = versions()
+    assert by_package["torch"] in (torch.__version__, torch.__version__.split("+")[0])
+    assert by_package["python"]
+    assert by_package["moduseg"]
 
 
 def test_markdown_of_results() -> None:

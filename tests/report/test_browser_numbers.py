@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.evaluation.confusion import iou_of_counts, label_counts
+from moduseg.evaluation.confusion import label_counts
 from moduseg.evaluation.counts import FILE, SplitCounts
+from moduseg.evaluation.measures import iou
 from moduseg.report.page import program
 from tests.support.browser import Watched
 
@@ -20,7 +21,7 @@ def test_scores_of_images_are_those_of_the_evaluation(opened: Any, index: Path, 
     counts = SplitCounts.from_bytes((run / FILE).read_bytes(), "counts")
     expected = []
     for image in counts.label_counts():
-        each = iou_of_counts(*image)
+        each = iou(image)
         wrong = 100 * (1 - image[0].sum() / image[1].sum())
         expected.append([float(np.nanmean(each)), float(wrong)])
     page = Watched(opened).open(index)
@@ -51,7 +52,7 @@ def test_scores_without_background(
         }""",
         [np.flatnonzero(matrix).tolist(), matrix.ravel()[matrix.ravel() > 0].tolist(), background, ignored],
     )
-    each = iou_of_counts(*label_counts(matrix, background, "ignore" if ignored else "wrong"))
+    each = iou(label_counts(matrix, background, "ignore" if ignored else "wrong"))
     assert dict(map(tuple, found)) == pytest.approx({i: v for i, v in enumerate(each) if not np.isnan(v)})
     assert dict(map(tuple, found)) == pytest.approx(expected[1])
     page.close()

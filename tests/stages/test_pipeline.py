@@ -17,7 +17,8 @@ from moduseg import Segmenter
 from moduseg.bank.store import Bank
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, DataError, MissingError
-from moduseg.evaluation.confusion import miou
+from moduseg.evaluation.confusion import label_counts
+from moduseg.evaluation.measures import mean_iou
 from moduseg.masks.palette import voc_palette
 from moduseg.pipeline.workspace import count_failures
 from moduseg.stages import build_bank, evaluate, infer, propose
@@ -45,7 +46,7 @@ def test_what_a_run_leaves_behind(finished: Path) -> None:
     confusion = np.array(results["confusion"])
     assert results["images"] == 8
     assert results["split"] == "val"
-    assert results["miou"] == pytest.approx(miou(confusion))
+    assert results["miou"] == pytest.approx(float(mean_iou(label_counts(confusion))))
     assert set(results["iou"]) == set(results["classes"])
     assert results["seconds"].keys() >= {"propose", "queries", "build_bank", "infer"}
     assert results["label_source"] == "json"
