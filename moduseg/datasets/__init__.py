@@ -31,10 +31,10 @@ DATASETS: dict[str, type[Dataset]] = {
 
 
 def build(cfg: Mapping[str, Any] | DictConfig, split: str) -> Dataset:
-    """The data set that the configuration group `dataset` describes.
+    """Build the data set that the configuration group `dataset` describes.
 
     Args:
-        cfg: `name`, `train_split`, `val_split` and the backend's arguments.
+        cfg: `name`, `train_split`, `val_split` and the arguments or options of the class.
         split: the split to open, one of the two that `cfg` names or another that the data set has.
 
     Raises:

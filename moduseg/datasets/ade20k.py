@@ -15,21 +15,21 @@ from moduseg.structures import IGNORE_INDEX
 
 FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 PUBLISHED_SIZES = {"train": 20210, "val": 2000, "test": 3352}
-"""Images of the challenge."""
+"""Number of images in each split of the challenge."""
 
 
 class Ade20kDataset(Dataset):
     """`ADEChallengeData2016`: `images/{training,validation}/*.jpg`, `annotations/{training,validation}/*.png`.
 
-    The challenge's files hold 1..150, and 0 for "other", which its scores leave out. So ids 1..150 stay as they are and
-    0 becomes 255: ground truth has no background here (`has_background` is false), and a prediction's 0 only says that
-    no proposal covered the pixel. There are no object masks in this layout.
+    The files of the challenge hold 1..150, and 0 for "other", which its scores leave out. So ids 1..150 are kept and 0
+    becomes 255: ground truth has no background here (`has_background` is false), and a prediction's 0 only says
+    that no proposal covered the pixel. There are no object masks in this layout.
 
     Args:
         root: the folder `ADEChallengeData2016`.
         split: `train`, `val`, or `test` (`images/testing/`, without ground truth).
         list_dir: folder of `<split>.txt` with ids, below `root`; `None` takes every image, in the order of their names.
-        labels: where image-level labels come from, see `Dataset`.
+        labels: where image-level labels come from (the values of `Dataset`).
 
     Raises:
         ValueError: another split.
@@ -48,7 +48,7 @@ class Ade20kDataset(Dataset):
 
     @property
     def published_size(self) -> int | None:
-        """Images of the challenge's split."""
+        """Number of images in the challenge's split."""
         return PUBLISHED_SIZES[self.split]
 
     def _read_ids(self) -> tuple[list[str], str]:
@@ -64,16 +64,16 @@ class Ade20kDataset(Dataset):
     def _read_classes(self) -> tuple[str, ...]:
         return ADE20K_CLASSES
 
-    def image_path(self, id: str) -> Path:
-        self._check(id)
-        return find_image(self._images, id, (".jpg",))
+    def image_path(self, image_id: str) -> Path:
+        self._check(image_id)
+        return find_image(self._images, image_id, (".jpg",))
 
-    def mask_path(self, id: str) -> Path | None:
-        return self._masks / f"{id}.png"
+    def mask_path(self, image_id: str) -> Path | None:
+        return self._masks / f"{image_id}.png"
 
     def _truth_folder(self, path: Path) -> Path:
         return self._masks
 
-    def _read_semantic(self, id: str) -> np.ndarray | None:
-        stored = super()._read_semantic(id)
+    def _read_semantic(self, image_id: str) -> np.ndarray | None:
+        stored = super()._read_semantic(image_id)
         return None if stored is None else np.where(stored == 0, np.uint8(IGNORE_INDEX), stored)

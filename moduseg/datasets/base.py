@@ -1,4 +1,4 @@
-"""The contract of a data set."""
+"""What every data set offers: images by id, image-level labels, ground truth."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ log = logging.getLogger("moduseg")
 class Dataset(ABC):
     """Images by id, with image-level labels and ground truth where they exist.
 
-    Making one reads nothing; lists, class names and label files are read when first asked for.
+    Construction reads nothing; lists, class names and label files are read on first use.
 
     Args:
-        root: its folder.
-        split: which part of it.
+        root: folder of the data set.
+        split: name of the part to open.
         labels: where image-level labels come from. `auto`: the data set's own label file, and where it has none the
             masks; `masks`: the classes in the masks; one of `extra_sources`; else a `.json`, `.csv` or `.npy` file, or
             a folder of files named by split, below `root` or absolute.
@@ -43,11 +43,11 @@ class Dataset(ABC):
     Attributes:
         name: short name, used in folder names and results.
         extra_sources: values of `labels` that only this data set knows (`xml`, `instances`).
-        has_background: whether id 0 is a class of the ground truth. Where it is not (ADE20K, Cityscapes), truth holds
+        has_background: id 0 is a class of the ground truth. Where it is not (ADE20K, Cityscapes), ground truth holds
             `1..C` and 255 only; a predicted 0 says that nothing covered the pixel. Counting it as a miss of the true
             class is the strict number, leaving such pixels out the flattering one (docs/method.md, published numbers).
             The background itself is no class to average over.
-        masks_optional: whether single images may go without ground truth.
+        masks_optional: single images may lack ground truth.
 
     Raises:
         ValueError: no root or split, or `labels` is none of these.
@@ -62,12 +62,12 @@ class Dataset(ABC):
         if not root or not split:
             raise ValueError(f"root, split: got {root!r}, {split!r}, expected a folder and the name of a split")
         if not labels or Path(labels).suffix.lower() not in ("", *LABEL_SUFFIXES):
-            raise ValueError(f"labels: got {labels!r}, expected {self._known_sources()}; try auto")
+            raise ValueError(f"labels: got {labels!r}, expected {self._describe_sources()}; try auto")
         self.root = Path(root).expanduser()
         self.split = split
         self.labels = labels
 
-    # What a backend supplies ------------------------------------------------------------------------------------------
+    # What a backend implements ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def _read_ids(self) -> tuple[list[str], str]:
@@ -81,51 +81,51 @@ class Dataset(ABC):
         """The data set's own file of image-level labels; `None` where there is none."""
         return None
 
-    def _read_annotated(self, id: str) -> tuple[tuple[Label, ...], str] | None:
-        """Labels of one image from the source that `labels` names, one of `extra_sources`, and the file they are in."""
+    def _read_annotated(self, image_id: str) -> tuple[tuple[Label, ...], str] | None:
+        """Labels of one image from the extra source that `labels` names, and the file that holds them."""
         raise NotImplementedError
 
-    def label_names(self, id: str) -> tuple[str, ...]:
-        """What an image may be called in a label file, first the id."""
-        return (id,)
+    def label_names(self, image_id: str) -> tuple[str, ...]:
+        """Names under which a label file may list an image; the id comes first."""
+        return (image_id,)
 
     @property
     def list_name(self) -> str:
-        """What files of this split are called, without suffix."""
+        """File name, without suffix, of lists and label files of this split."""
         return self.split
 
     @property
     def published_size(self) -> int | None:
-        """Images in the split that published numbers refer to; `None` where nobody says."""
+        """Number of images in the split that published numbers refer to; `None` if there is no such number."""
         return None
 
     @abstractmethod
-    def image_path(self, id: str) -> Path:
-        """The image file of `id`.
+    def image_path(self, image_id: str) -> Path:
+        """Return the image file of `image_id`.
 
         Raises:
-            DataError: there is none, or `id` is not one of the split's.
+            DataError: there is none, or `image_id` is not one of the split's.
         """
 
-    def mask_path(self, id: str) -> Path | None:
-        """Where the semantic ground truth of `id` would be; `None` where the data set has none."""
+    def mask_path(self, image_id: str) -> Path | None:
+        """Return where the semantic ground truth of an image would be; `None` if the data set has none."""
         return None
 
-    def instance_path(self, id: str) -> Path | None:
-        """Where the object ground truth of `id` would be; `None` where the data set has none."""
+    def instance_path(self, image_id: str) -> Path | None:
+        """Return where the object ground truth of an image would be; `None` if the data set has none."""
         return None
 
-    # What every data set does -----------------------------------------------------------------------------------------
+    # What every data set inherits -------------------------------------------------------------------------------------
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """Image ids of the split, in the list's order; relative paths without suffix, sub-folders allowed.
 
+        A split whose size is not the published one is used, with a warning.
+
         Raises:
             MissingError: a folder or list is absent.
             DataError: an id leaves the folder, or is listed twice.
-
-        A split whose size is not the published one is used, with a warning.
         """
         ids, where = self._read_ids()
         if not ids:
@@ -152,19 +152,19 @@ class Dataset(ABC):
 
     @property
     def num_classes(self) -> int:
-        """Foreground classes `C`; label maps hold 0..C and 255."""
+        """Number of foreground classes `C`; label maps hold 0..C and 255."""
         return len(self.classes) - 1
 
     @property
     def has_truth(self) -> bool:
-        """Whether an image of the split has semantic ground truth (others may lack theirs).
+        """True if at least one image of the split has semantic ground truth.
 
         VOC's `test` has none, though its folder holds the masks of other splits.
         """
         first = self.mask_path(self.ids[0])
         if first is None or not self._truth_folder(first).is_dir():
             return False
-        paths = (self.mask_path(id) for id in self.ids)
+        paths = (self.mask_path(image_id) for image_id in self.ids)
         return any(path is not None and path.is_file() for path in paths)
 
     @property
@@ -182,104 +182,105 @@ class Dataset(ABC):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def labels_of(self, id: str) -> tuple[int, ...] | None:
-        """Ascending class ids of the image-level labels; `None` where unknown.
+    def labels_of(self, image_id: str) -> tuple[int, ...] | None:
+        """Return the ascending class ids of an image's labels; `None` if they are unknown.
 
         Raises:
             DataError: a label is unknown or out of range, or the mask it is read from is damaged.
         """
-        self._check(id)
+        self._check(image_id)
         if self._labels_in_masks:
-            semantic = self.semantic_of(id)
+            semantic = self.semantic_of(image_id)
             return None if semantic is None else present_classes(semantic)
-        found = self._stored_labels(id)
-        return None if found is None else resolve_labels(found[0], self.classes, id, found[1])
+        stored = self._read_stored_labels(image_id)
+        return None if stored is None else resolve_labels(stored[0], self.classes, image_id, stored[1])
 
-    def semantic_of(self, id: str) -> np.ndarray | None:
-        """`[H, W]` uint8 ground truth of an image, 0..C and 255; `None` where it has none.
+    def semantic_of(self, image_id: str) -> np.ndarray | None:
+        """Read the ground truth of an image: `[H, W]` uint8, 0..C and 255; `None` if it has none.
 
         Raises:
             LabelIdError: it holds an id that is no class.
             DataError: it is damaged.
         """
-        self._check(id)
-        semantic = self._read_semantic(id)
+        self._check(image_id)
+        semantic = self._read_semantic(image_id)
         if semantic is not None:
-            # In uint8 the ignored 255 becomes 0 and every other id one more.
+            # Adding 1 in uint8 turns the ignored 255 into 0, so that it cannot be the maximum.
             highest = int((semantic + np.uint8(1)).max(initial=0)) - 1
             if highest > self.num_classes:
                 raise LabelIdError(
-                    f"{self.mask_path(id)}: image {id!r} has label id {highest}, expected 0..{self.num_classes} "
-                    f"or 255 as there are {self.num_classes} classes beside background; correct the mask or the class "
-                    "list"
+                    f"{self.mask_path(image_id)}: image {image_id!r} has label id {highest}, expected "
+                    f"0..{self.num_classes} or 255 as there are {self.num_classes} classes beside background; "
+                    "correct the mask or the class list"
                 )
         return semantic
 
-    def instances_of(self, id: str) -> np.ndarray | None:
-        """`[H, W]` int32 ground-truth objects of an image, 0 where there is none; `None` where it has no such truth.
+    def instances_of(self, image_id: str) -> np.ndarray | None:
+        """Read the ground-truth objects of an image: `[H, W]` int32, 0 for no object; `None` if it has no such file.
 
         Raises:
             DataError: it is damaged.
         """
-        self._check(id)
-        return self._read_instances(id)
+        self._check(image_id)
+        return self._read_instances(image_id)
 
-    def load(self, id: str, truth: bool = False, labels: bool = True) -> Sample:
-        """One image with its image-level labels.
+    def load(self, image_id: str, *, truth: bool = False, labels: bool = True) -> Sample:
+        """Read one image with its image-level labels.
 
         Args:
-            id: one of `ids`.
-            truth: whether to read semantic and instance ground truth, where they exist.
-            labels: whether to read image-level labels (inference needs none).
+            image_id: one of `ids`.
+            truth: read semantic and instance ground truth too, if they exist.
+            labels: read image-level labels (inference needs none).
 
         Raises:
             DataError: the image, its labels or its ground truth cannot be used.
         """
-        self._check(id)
-        image = read_image(self.image_path(id))
-        semantic = self.semantic_of(id) if truth else None
-        instances = self.instances_of(id) if truth else None
-        for what, array in (("label map", semantic), ("instance map", instances)):
+        self._check(image_id)
+        image = read_image(self.image_path(image_id))
+        semantic = self.semantic_of(image_id) if truth else None
+        instances = self.instances_of(image_id) if truth else None
+        for name, array in (("label map", semantic), ("instance map", instances)):
             if array is not None and array.shape != image.shape[:2]:
                 raise DataError(
-                    f"image {id!r}: its {what} has {_size_text(array)}, expected the image's {_size_text(image)} "
-                    "(EXIF orientation applied); make it again at that size"
+                    f"image {image_id!r}: its {name} has {_format_size(array)}, expected the image's "
+                    f"{_format_size(image)} (EXIF orientation applied); make it again at that size"
                 )
         if not labels:
-            known = None
+            tags = None
         elif semantic is not None and self._labels_in_masks:
-            known = present_classes(semantic)
+            tags = present_classes(semantic)
         else:
-            known = self.labels_of(id)
-        return Sample(id, image, known, semantic, instances)
+            tags = self.labels_of(image_id)
+        return Sample(image_id, image, tags, semantic, instances)
 
-    def image_size(self, id: str) -> tuple[int, int]:
-        """`(H, W)` of an image, from its header.
+    def image_size(self, image_id: str) -> tuple[int, int]:
+        """Read the `(height, width)` of an image from its header.
 
         Raises:
             DataError: the image is absent or unreadable.
         """
-        return read_size(self.image_path(id))
+        return read_size(self.image_path(image_id))
 
     def fingerprint(self) -> str:
-        """sha256, hexadecimal, of what decides results but is not configured.
+        """Return the hexadecimal sha256 of what decides results but is not configured.
 
-        Ids, classes, image-level labels and the sizes in bytes of masks count; paths and times do not, so copies on
-        other machines agree. Images are left to the loop of the stages, which redoes the batch of one that changed.
+        Ids, classes, image-level labels and the sizes in bytes of masks count. Paths and times do not, so copies on
+        other machines agree. Images do not count either: the loop of the stages repeats the batch of one that changed.
         """
         rows = []
-        for id in self.ids:
+        for image_id in self.ids:
             try:
-                stored = None if self._labels_in_masks else self._stored_labels(id)
+                stored = None if self._labels_in_masks else self._read_stored_labels(image_id)
             except DataError:
-                stored = None  # the loop of the stages says what is wrong with it
-            rows.append([id, *self._truth_stamp(id), None if stored is None else sorted(str(v) for v in stored[0])])
+                stored = None  # the stage that reads this image reports the error
+            tags = None if stored is None else sorted(str(label) for label in stored[0])
+            rows.append([image_id, *self._truth_sizes(image_id), tags])
         content = json.dumps([self.classes, self.label_source, rows])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
     def label_file(self) -> LabelFile | None:
-        """The file that image-level labels are read from; `None` where they come from elsewhere.
+        """The file that image-level labels are read from; `None` if they come from elsewhere.
 
         Raises:
             MissingError: `labels` names a file that is not there.
@@ -293,7 +294,7 @@ class Dataset(ABC):
         if path is None:
             raise MissingError(
                 f"dataset.labels: got {self.labels!r}, no such file or folder with {self.list_name}.json below "
-                f"{self.root}; expected {self._known_sources()}; set dataset.labels=auto, or run "
+                f"{self.root}; expected {self._describe_sources()}; set dataset.labels=auto, or run "
                 "scripts/prepare_data.py"
             )
         return read_label_file(path)
@@ -302,12 +303,12 @@ class Dataset(ABC):
     def _labels_in_masks(self) -> bool:
         return self.labels not in self.extra_sources and self.label_file is None
 
-    def _stored_labels(self, id: str) -> tuple[tuple[Label, ...], str] | None:
-        """Labels of one image as stored in a file, and that file."""
+    def _read_stored_labels(self, image_id: str) -> tuple[tuple[Label, ...], str] | None:
+        """Read the labels of one image as stored, and the file that holds them."""
         if self.labels in self.extra_sources:
-            return self._read_annotated(id)
+            return self._read_annotated(image_id)
         file = self.label_file
-        key = next((key for key in self.label_names(id) if file is not None and key in file.entries), None)
+        key = next((key for key in self.label_names(image_id) if file is not None and key in file.entries), None)
         if file is None or key is None:
             return None
         if file.classes not in (None, self.num_classes):
@@ -317,68 +318,73 @@ class Dataset(ABC):
             )
         return file.entries[key], file.where
 
-    def _truth_stamp(self, id: str) -> list[Any]:
-        """What tells whether the ground truth of an image has changed, JSON values."""
-        return [_bytes_of(path) for path in (self.mask_path(id), self.instance_path(id))]
+    def _truth_sizes(self, image_id: str) -> list[Any]:
+        """JSON values that change whenever the ground truth of an image does."""
+        return [_num_bytes(path) for path in (self.mask_path(image_id), self.instance_path(image_id))]
 
     @classmethod
-    def _known_sources(cls) -> str:
-        words = ", ".join(("auto", "masks", *cls.extra_sources))
-        return f"{words}, a {', '.join(LABEL_SUFFIXES)} file, or a folder of them named by split"
+    def _describe_sources(cls) -> str:
+        names = ", ".join(("auto", "masks", *cls.extra_sources))
+        return f"{names}, a {', '.join(LABEL_SUFFIXES)} file, or a folder of them named by split"
 
     @cached_property
-    def _known(self) -> frozenset[str]:
+    def _id_set(self) -> frozenset[str]:
         return frozenset(self.ids)
 
-    def _check(self, id: str) -> None:
-        if id not in self._known:
-            raise DataError(f"image {id!r}: not in split {self.split!r} of {self.name}; see the data set's ids")
+    def _check(self, image_id: str) -> None:
+        if image_id not in self._id_set:
+            raise DataError(f"image {image_id!r}: not in split {self.split!r} of {self.name}; see the data set's ids")
 
     def _truth_folder(self, path: Path) -> Path:
         return path.parent
 
-    def _read_semantic(self, id: str) -> np.ndarray | None:
-        path = self.mask_path(id)
+    def _read_semantic(self, image_id: str) -> np.ndarray | None:
+        path = self.mask_path(image_id)
         if path is None or not path.is_file():
             return None
         return read_label_png(path)
 
-    def _read_instances(self, id: str) -> np.ndarray | None:
-        path = self.instance_path(id)
+    def _read_instances(self, image_id: str) -> np.ndarray | None:
+        path = self.instance_path(image_id)
         if path is None or not path.is_file():
             return None
         instances = read_index_png(path)
-        # 255 is the contour of VOC's 8-bit object maps, not an object.
+        # In VOC's 8-bit object maps 255 is the contour of objects, not an object.
         return np.where(instances == IGNORE_INDEX, 0, instances) if instances.max(initial=0) <= 255 else instances
 
 
 def present_classes(semantic: np.ndarray) -> tuple[int, ...]:
-    """Ascending foreground ids of a label map (`[H, W]` uint8), 255 left out."""
+    """Return the ascending foreground ids of a label map (`[H, W]` uint8), without 255."""
     counts = np.bincount(semantic.ravel(), minlength=256)
     return tuple(int(c) for c in np.flatnonzero(counts) if 0 < c < IGNORE_INDEX)
 
 
-def find_image(folder: Path, id: str, suffixes: tuple[str, ...]) -> Path:
-    """`folder/id` with the first suffix that exists.
+def find_image(folder: Path, image_id: str, suffixes: tuple[str, ...]) -> Path:
+    """Return `folder/image_id` with the first suffix that exists.
 
     Raises:
         DataError: none does.
     """
     for suffix in suffixes:
-        path = folder / (id + suffix)
+        path = folder / (image_id + suffix)
         if path.is_file():
             return path
     raise DataError(
-        f"image {id!r}: no file {folder / id} with suffix {', '.join(suffixes)}; put it there or take the id off "
-        "the list"
+        f"image {image_id!r}: no file {folder / image_id} with suffix {', '.join(suffixes)}; put it there or take the "
+        "id off the list"
     )
 
 
 def require_folder(path: Path, key: str, layout: str) -> None:
-    """`path` is a folder.
+    """Check that a folder exists.
+
+    Args:
+        path: the folder.
+        key: configuration key that names it, for the message.
+        layout: what the folder should hold, for the message.
 
     Raises:
-        MissingError: it is not; one line with the key, the layout expected and the remedy.
+        MissingError: there is no such folder.
     """
     if not path.is_dir():
         raise MissingError(
@@ -386,9 +392,9 @@ def require_folder(path: Path, key: str, layout: str) -> None:
         )
 
 
-def _size_text(array: np.ndarray) -> str:
+def _format_size(array: np.ndarray) -> str:
     return f"{array.shape[1]} x {array.shape[0]} pixels"
 
 
-def _bytes_of(path: Path | None) -> int | None:
+def _num_bytes(path: Path | None) -> int | None:
     return path.stat().st_size if path is not None and path.is_file() else None

@@ -14,7 +14,7 @@ from moduseg.errors import DataError, LabelIdError, MissingError
 from moduseg.structures import IGNORE_INDEX
 
 PUBLISHED_SIZES = {"train": 2975, "val": 500, "test": 1525}
-"""Finely annotated images."""
+"""Number of finely annotated images in each split."""
 _IMAGE, _MASK = "_leftImg8bit.png", "_gtFine_labelIds.png"
 _VOID = 33
 """The largest id of `labelIds` files; 255 stands for id -1 (licence plates)."""
@@ -35,7 +35,7 @@ class CityscapesDataset(Dataset):
         root: the folder that holds `leftImg8bit/` and `gtFine/`.
         split: `train`, `val` or `test`; the annotations of `test` are blanks, and count as none.
         list_dir: folder of `<split>.txt` with ids, below `root`; `None` takes every image, in the order of their names.
-        labels: where image-level labels come from, see `Dataset`.
+        labels: where image-level labels come from (the values of `Dataset`).
 
     Raises:
         ValueError: another split.
@@ -54,7 +54,7 @@ class CityscapesDataset(Dataset):
 
     @property
     def published_size(self) -> int | None:
-        """Finely annotated images of the split."""
+        """Number of finely annotated images in the split."""
         return PUBLISHED_SIZES[self.split]
 
     def _read_ids(self) -> tuple[list[str], str]:
@@ -62,8 +62,8 @@ class CityscapesDataset(Dataset):
         require_folder(self.root, "dataset.root", layout)
         require_folder(self._images, "dataset.root", layout)
         if self._list is None:
-            found = sorted(self._images.glob(f"*/*{_IMAGE}"))
-            return [p.relative_to(self._images).as_posix().removesuffix(_IMAGE) for p in found], str(self._images)
+            paths = sorted(self._images.glob(f"*/*{_IMAGE}"))
+            return [p.relative_to(self._images).as_posix().removesuffix(_IMAGE) for p in paths], str(self._images)
         if not self._list.is_file():
             raise MissingError(f"dataset.list_dir: no such list {self._list}; expected ids, one a line; leave it null")
         return read_list(self._list), str(self._list)
@@ -71,27 +71,27 @@ class CityscapesDataset(Dataset):
     def _read_classes(self) -> tuple[str, ...]:
         return CITYSCAPES_CLASSES
 
-    def image_path(self, id: str) -> Path:
-        self._check(id)
-        path = self._images / f"{id}{_IMAGE}"
+    def image_path(self, image_id: str) -> Path:
+        self._check(image_id)
+        path = self._images / f"{image_id}{_IMAGE}"
         if not path.is_file():
-            raise DataError(f"image {id!r}: no file {path}; put it there or take the id off the list")
+            raise DataError(f"image {image_id!r}: no file {path}; put it there or take the id off the list")
         return path
 
-    def mask_path(self, id: str) -> Path | None:
-        return None if self.split == "test" else self._masks / f"{id}{_MASK}"
+    def mask_path(self, image_id: str) -> Path | None:
+        return None if self.split == "test" else self._masks / f"{image_id}{_MASK}"
 
     def _truth_folder(self, path: Path) -> Path:
         return self._masks
 
-    def _read_semantic(self, id: str) -> np.ndarray | None:
-        stored = super()._read_semantic(id)
+    def _read_semantic(self, image_id: str) -> np.ndarray | None:
+        stored = super()._read_semantic(image_id)
         if stored is None:
             return None
         counts = np.bincount(stored.ravel(), minlength=256)
-        if foreign := [int(i) for i in np.flatnonzero(counts) if _VOID < i < IGNORE_INDEX]:
+        if unknown := [int(i) for i in np.flatnonzero(counts) if _VOID < i < IGNORE_INDEX]:
             raise LabelIdError(
-                f"{self.mask_path(id)}: image {id!r} has label id {foreign[0]}, expected 0..{_VOID} or 255; take the "
-                "labelIds files of gtFine"
+                f"{self.mask_path(image_id)}: image {image_id!r} has label id {unknown[0]}, expected 0..{_VOID} or "
+                "255; take the labelIds files of gtFine"
             )
         return _IDS[stored]

@@ -25,7 +25,7 @@ COCO_CATEGORIES: dict[int, str] = {
 COCO_CLASSES = ("background", *COCO_CATEGORIES.values())
 """The eighty by contiguous id 1..80, in the order of category ids (docs/method.md, data protocol)."""
 COCO_CONTIGUOUS = {category: index for index, category in enumerate(COCO_CATEGORIES, start=1)}
-"""Category id -> contiguous id."""
+"""Category id -> contiguous id 1..80."""
 
 ADE20K_CLASSES = (
     "background", "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass",

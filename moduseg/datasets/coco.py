@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +27,44 @@ PUBLISHED_SIZES = {
     ("train", 2017, True): 118287,
     ("val", 2017, True): 5000,
 }
-"""Images by split, year, and whether those without annotations count (docs/method.md, data protocol; 2017: COCO's)."""
+"""Number of images by split, year, and whether those without annotations count (docs/method.md, data protocol)."""
 MARKER = "made_from.json"
-"""Says in a folder of rasterised masks how they were made."""
+"""File in a folder of rasterised masks that says how they were made."""
+
+
+@dataclass(frozen=True)
+class CocoOptions:
+    """Where the files of COCO are, and how they are read.
+
+    Args:
+        root: the folder that holds the others.
+        year: 2014 or 2017.
+        image_dir: folder of `train2014/` and the others, below `root`.
+        annotation_dir: folder of the `instances_*.json`, below `root`.
+        mask_dir: folder of the semantic masks, below `root`; need not exist.
+        list_dir: folder of `<split><year>.txt` with ids, below `root`; `None` takes the images of the annotations.
+        crowd: `count` gives regions of many objects their class, `ignore` makes them 255.
+        keep_unannotated: images without any annotation are part of a split.
+        labels: where image-level labels come from (the values of `Dataset`), or `instances`, the annotated categories,
+            which include those that are hidden in the mask.
+
+    Raises:
+        ValueError: a year other than these two.
+    """
+
+    root: str
+    year: int = 2014
+    image_dir: str = "."
+    annotation_dir: str = "annotations"
+    mask_dir: str = "SegmentationClass"
+    list_dir: str | None = None
+    crowd: Literal["count", "ignore"] = "count"
+    keep_unannotated: bool = False
+    labels: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.year not in (2014, 2017):
+            raise ValueError(f"year: got {self.year}, expected 2014 or 2017")
 
 
 class CocoDataset(Dataset):
@@ -36,72 +72,48 @@ class CocoDataset(Dataset):
 
     Semantic masks are read from `<mask_dir>/<split><year>/<id>.png` where they exist, as `scripts/prepare_data.py`
     writes them or others publish them; the rest are rasterised from the annotations when asked for, with the same
-    result. Category ids 1..90 become 1..80; where objects overlap the smaller one is seen. Objects (instances) come
-    from the annotations alone. With masks, `list_dir` and `labels` given the annotations are not opened for anything
-    else.
+    result. Category ids 1..90 become 1..80; where objects overlap the smaller one is on top. Objects (instances) come
+    from the annotations alone. With masks, `list_dir` and `labels` set the annotations are opened for nothing else.
 
     Args:
-        root: the folder that holds the others.
+        options: where the files are, and how they are read.
         split: `train` or `val`, or with `list_dir` the name of a list of images of one of them that begins so.
-        year: 2014 or 2017.
-        image_dir: folder of `train2014/` and the others, below `root`.
-        annotation_dir: folder of the `instances_*.json`, below `root`.
-        mask_dir: folder of the semantic masks, below `root`; need not exist.
-        list_dir: folder of `<split><year>.txt` with ids, below `root`; `None` takes the images of the annotations.
-        crowd: `count` gives regions of many objects their class, `ignore` makes them 255.
-        keep_unannotated: whether images without any annotation are part of a split.
-        labels: where image-level labels come from, see `Dataset`; also `instances`, the annotated categories, which
-            has those as well that are hidden in the mask.
 
     Attributes:
         mask_folder: where the masks of this split are, or would be.
 
     Raises:
-        ValueError: a split or year that there is not.
+        ValueError: an unknown split.
     """
 
     extra_sources = ("instances",)
 
-    def __init__(
-        self,
-        root: str,
-        split: str,
-        year: int = 2014,
-        image_dir: str = ".",
-        annotation_dir: str = "annotations",
-        mask_dir: str = "SegmentationClass",
-        list_dir: str | None = None,
-        crowd: Literal["count", "ignore"] = "count",
-        keep_unannotated: bool = False,
-        labels: str = "auto",
-    ) -> None:
-        super().__init__(root, split, labels)
-        if year not in (2014, 2017):
-            raise ValueError(f"year: got {year}, expected 2014 or 2017")
-        self.part = "val" if split.startswith("val") else "train"
-        if split not in ("train", "val") and not (list_dir and split.startswith(("train", "val"))):
+    def __init__(self, options: CocoOptions, split: str) -> None:
+        super().__init__(options.root, split, options.labels)
+        if split not in ("train", "val") and not (options.list_dir and split.startswith(("train", "val"))):
             raise ValueError(
                 f"split: got {split!r}, expected train or val, or with dataset.list_dir a list whose name begins so"
             )
-        self.year, self.crowd, self.keep_unannotated = year, crowd, keep_unannotated
-        self.name = f"coco{year}"
-        self._images = self.root / image_dir / f"{self.part}{year}"
-        self.mask_folder = self.root / mask_dir / f"{self.part}{year}"
-        self._annotations = self.root / annotation_dir / f"instances_{self.part}{year}.json"
-        self._list = self.root / list_dir / f"{self.list_name}.txt" if list_dir else None
+        self.options = options
+        self.name = f"coco{options.year}"
+        self._part = f"{'val' if split.startswith('val') else 'train'}{options.year}"
+        self._images = self.root / options.image_dir / self._part
+        self.mask_folder = self.root / options.mask_dir / self._part
+        self._annotations = self.root / options.annotation_dir / f"instances_{self._part}.json"
+        self._list = self.root / options.list_dir / f"{self.list_name}.txt" if options.list_dir else None
         self._lock = threading.Lock()
         self._index: CocoIndex | None = None
         self._last: tuple[str, np.ndarray, np.ndarray] | None = None
 
     @property
     def list_name(self) -> str:
-        """What files of this split are called: `train2014`."""
-        return f"{self.split}{self.year}"
+        """File name, without suffix, of lists and label files of this split: `train2014`."""
+        return f"{self.split}{self.options.year}"
 
     @property
     def published_size(self) -> int | None:
-        """Images in COCO's split, with or without those that have no annotation."""
-        return PUBLISHED_SIZES.get((self.split, self.year, self.keep_unannotated))
+        """Number of images in COCO's split, with or without those that have no annotation."""
+        return PUBLISHED_SIZES.get((self.split, self.options.year, self.options.keep_unannotated))
 
     @property
     def index(self) -> CocoIndex:
@@ -111,22 +123,22 @@ class CocoDataset(Dataset):
             MissingError: there is no annotation file.
             DataError: it is damaged.
         """
-        with self._lock:  # stages load images in a thread
+        with self._lock:  # stages load images in several threads
             if self._index is None:
                 if not self._annotations.is_file():
                     raise MissingError(
                         f"dataset.root: got '{self.root}' without {self._annotations.relative_to(self.root)}; expected "
-                        f"annotations_trainval{self.year}.zip of COCO unpacked there; fetch it (data/README.md)"
+                        f"annotations_trainval{self.options.year}.zip of COCO unpacked there; fetch it (data/README.md)"
                     )
                 self._index = read_index(self._annotations)
             return self._index
 
     @cached_property
     def _rows(self) -> dict[str, int]:
-        return {id: row for row, id in enumerate(self.index.ids)}
+        return {image_id: row for row, image_id in enumerate(self.index.ids)}
 
     def _read_ids(self) -> tuple[list[str], str]:
-        layout = f"{self.part}{self.year}/ and annotations/instances_{self.part}{self.year}.json"
+        layout = f"{self._part}/ and annotations/instances_{self._part}.json"
         require_folder(self.root, "dataset.root", layout)
         require_folder(self._images, "dataset.root", layout)
         if self._list is not None:
@@ -136,55 +148,55 @@ class CocoDataset(Dataset):
                     "scripts/prepare_data.py with dataset.list_dir=null, or leave it null"
                 )
             return read_list(self._list), str(self._list)
-        kept = np.diff(self.index.starts) > 0
-        chosen = [id for id, some in zip(self.index.ids, kept, strict=True) if some or self.keep_unannotated]
+        is_annotated = np.diff(self.index.starts) > 0
+        rows = zip(self.index.ids, is_annotated, strict=True)
+        chosen = [image_id for image_id, annotated in rows if annotated or self.options.keep_unannotated]
         return chosen, str(self._annotations)
 
     def _read_classes(self) -> tuple[str, ...]:
         return COCO_CLASSES
 
-    def _read_annotated(self, id: str) -> tuple[tuple[Label, ...], str] | None:
-        if id not in self._rows:
+    def _read_annotated(self, image_id: str) -> tuple[tuple[Label, ...], str] | None:
+        if image_id not in self._rows:
             return None
-        found = self.index.objects_of(self._rows[id])
-        shown = self.index.classes[found][~self.index.crowd[found] | (self.crowd == "count")]
-        return tuple(int(label) for label in np.unique(shown)), str(self._annotations)
+        objects = self.index.objects_of(self._rows[image_id])
+        counted = ~self.index.crowd[objects] | (self.options.crowd == "count")
+        return tuple(np.unique(self.index.classes[objects][counted]).tolist()), str(self._annotations)
 
-    def label_names(self, id: str) -> tuple[str, ...]:
-        """What an image may be called in a label file, first the id."""
-        # Files of labels know an image by its name, its twelve digits, or its number.
-        digits = id.rsplit("_", 1)[-1]
-        return (id, digits, str(int(digits))) if digits.isascii() and digits.isdigit() else (id,)
+    def label_names(self, image_id: str) -> tuple[str, ...]:
+        """Names under which a label file may list an image; the id comes first."""
+        # Label files name an image by its file name, its twelve digits, or its number.
+        digits = image_id.rsplit("_", 1)[-1]
+        return (image_id, digits, str(int(digits))) if digits.isascii() and digits.isdigit() else (image_id,)
 
-    def image_path(self, id: str) -> Path:
-        self._check(id)
-        return find_image(self._images, id, (".jpg",))
+    def image_path(self, image_id: str) -> Path:
+        self._check(image_id)
+        return find_image(self._images, image_id, (".jpg",))
 
-    def mask_path(self, id: str) -> Path | None:
-        path = self.mask_folder / f"{id}.png"
-        plain = (
-            self.mask_folder / f"{id.rsplit('_', 1)[-1]}.png"
-        )  # COCO_train2014_000000000009 is also called 000000000009
-        return plain if not path.is_file() and plain.is_file() else path
+    def mask_path(self, image_id: str) -> Path | None:
+        path = self.mask_folder / f"{image_id}.png"
+        # Some name the mask of COCO_train2014_000000000009 by its twelve digits alone.
+        short_path = self.mask_folder / f"{image_id.rsplit('_', 1)[-1]}.png"
+        return short_path if not path.is_file() and short_path.is_file() else path
 
     @property
     def has_truth(self) -> bool:
-        """Whether there are annotations to rasterise, or a folder of masks."""
+        """True if there are annotations to rasterise, or a folder of masks."""
         return self._annotations.is_file() or self.mask_folder.is_dir()
 
     @cached_property
     def made_from(self) -> dict[str, Any]:
-        """What decides the rasterised masks, JSON values."""
-        return {"annotations": self._annotations.name, "crowd": self.crowd, "on_top": "smaller"}
+        """JSON values of everything that decides the rasterised masks."""
+        return {"annotations": self._annotations.name, "crowd": self.options.crowd, "on_top": "smaller"}
 
     @cached_property
     def _has_masks(self) -> bool:
-        """Whether there is a folder of masks, made as this configuration says."""
+        """True if there is a folder of masks, made as this configuration says."""
         self.check_marker()
         return self.mask_folder.is_dir()
 
     def check_marker(self) -> bool:
-        """Whether the folder of masks says how they were made; refuses masks that were made in another way.
+        """Return whether the folder of masks says how they were made, and refuse masks made in another way.
 
         Raises:
             ConfigError: the marker is not what `made_from` says.
@@ -200,34 +212,37 @@ class CocoDataset(Dataset):
             )
         return True
 
-    def rasterise(self, id: str) -> tuple[np.ndarray, np.ndarray]:
-        """Label map `[H, W]` uint8 and objects `[H, W]` int32 of an image from the annotations.
+    def rasterise(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the label map `[H, W]` uint8 and the objects `[H, W]` int32 of an image from the annotations.
 
         Raises:
             DataError: an annotation is broken, or the image is not in the file.
         """
-        self._check(id)
-        if id not in self._rows:
-            raise DataError(f"image {id!r}: not in {self._annotations}; take it off the list, or set dataset.year")
+        self._check(image_id)
+        if image_id not in self._rows:
+            raise DataError(
+                f"image {image_id!r}: not in {self._annotations}; take it off the list, or set dataset.year"
+            )
         last = self._last
-        if last is None or last[0] != id:  # a sample wants both, one after the other
-            last = (id, *self.index.rasterise(self._rows[id], self.crowd == "ignore"))
+        # A sample asks for the label map and for the objects, one after the other.
+        if last is None or last[0] != image_id:
+            last = (image_id, *self.index.rasterise(self._rows[image_id], self.options.crowd == "ignore"))
             self._last = last
         return last[1], last[2]
 
-    def _read_semantic(self, id: str) -> np.ndarray | None:
-        stored = super()._read_semantic(id) if self._has_masks else None
+    def _read_semantic(self, image_id: str) -> np.ndarray | None:
+        stored = super()._read_semantic(image_id) if self._has_masks else None
         if stored is not None or not self._annotations.is_file():
             return stored
-        return self.rasterise(id)[0]
+        return self.rasterise(image_id)[0]
 
-    def _read_instances(self, id: str) -> np.ndarray | None:
-        return self.rasterise(id)[1] if self._annotations.is_file() else None
+    def _read_instances(self, image_id: str) -> np.ndarray | None:
+        return self.rasterise(image_id)[1] if self._annotations.is_file() else None
 
-    def _truth_stamp(self, id: str) -> list[Any]:
-        path = self.mask_path(id)
+    def _truth_sizes(self, image_id: str) -> list[Any]:
+        path = self.mask_path(image_id)
         if self._has_masks and path is not None and path.is_file():
-            return [path.stat().st_size, self.crowd]
-        if not self._annotations.is_file() or id not in self._rows:
+            return [path.stat().st_size, self.options.crowd]
+        if not self._annotations.is_file() or image_id not in self._rows:
             return [None, None]
-        return [int(self.index.checksums[self._rows[id]]), self.crowd]
+        return [int(self.index.checksums[self._rows[image_id]]), self.options.crowd]

@@ -1,7 +1,7 @@
 """COCO's `instances_*.json` as an index: small arrays about every object, outlines left in the file.
 
 The file of 118,287 images holds 450 MB, and ten times that as Python objects. It is read once, one object after the
-other; of each the index keeps where it stands in the file, so that memory does not grow with the outlines.
+other. The index keeps the position of each object in the file, so that memory does not grow with the outlines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from moduseg.datasets.classes import COCO_CATEGORIES, COCO_CONTIGUOUS
 from moduseg.datasets.io import MAX_PIXELS
-from moduseg.datasets.labels import without_suffix
+from moduseg.datasets.labels import drop_suffix
 from moduseg.errors import DataError
 from moduseg.masks.rle import checked_runs, polygon_runs
 from moduseg.structures import IGNORE_INDEX
@@ -30,7 +30,7 @@ _FIELDS = ("images", "annotations", "categories")
 
 @dataclass(frozen=True)
 class CocoIndex:
-    """What the objects of one annotation file are and where they stand in it. Images are in ascending image id.
+    """The objects of one annotation file and their positions in it, images in ascending image id.
 
     Attributes:
         path: the file.
@@ -55,11 +55,11 @@ class CocoIndex:
     checksums: np.ndarray
 
     def objects_of(self, row: int) -> slice:
-        """Where the objects of image `row` are in the arrays."""
+        """Return the positions of the objects of image `row` in the arrays."""
         return slice(int(self.starts[row]), int(self.starts[row + 1]))
 
     def rasterise(self, row: int, ignore_crowd: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The label map and the objects of image `row`, smaller objects on top.
+        """Draw the label map and the objects of image `row`, smaller objects on top.
 
         Size is counted in pixels of the object's own mask; of equal ones the later lies on top.
 
@@ -74,23 +74,23 @@ class CocoIndex:
             DataError: the file has changed, or an outline is broken; one line that names the annotation.
         """
         height, width = (int(n) for n in self.sizes[row])
-        found = self.objects_of(row)
-        masks = [self._mask(i, (height, width)) for i in range(found.start, found.stop)]
+        first = self.objects_of(row).start
+        masks = [self._read_mask(i, (height, width)) for i in range(first, self.objects_of(row).stop)]
         semantic = np.zeros(height * width, dtype=np.uint8)
         objects = np.zeros(height * width, dtype=np.int32)
         # A stable sort of the reversed order puts the later of two equal ones last, that is on top.
         for i in sorted(range(len(masks)), key=lambda i: -len(masks[i])):
-            hidden = ignore_crowd and bool(self.crowd[found.start + i])
-            semantic[masks[i]] = IGNORE_INDEX if hidden else self.classes[found.start + i]
-            objects[masks[i]] = 0 if hidden else i + 1
+            is_ignored = ignore_crowd and bool(self.crowd[first + i])
+            semantic[masks[i]] = IGNORE_INDEX if is_ignored else self.classes[first + i]
+            objects[masks[i]] = 0 if is_ignored else i + 1
         # Outlines count down the columns.
         return (
             np.ascontiguousarray(semantic.reshape(width, height).T),
             np.ascontiguousarray(objects.reshape(width, height).T),
         )
 
-    def _mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        """Column-major pixel numbers of one object."""
+    def _read_mask(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """Read the column-major pixel numbers of one object."""
         where = f"{self.path}: annotation at byte {int(self.offsets[index])}"
         try:
             with self.path.open("rb") as file:
@@ -113,29 +113,29 @@ class CocoIndex:
 
 
 def read_index(path: Path) -> CocoIndex:
-    """Read an annotation file once.
+    """Read an annotation file into an index.
 
     Raises:
         DataError: unreadable, not COCO's instances format, or with categories that are not COCO's eighty.
     """
     remedy = "expected COCO's instances_<split>.json; fetch it again"
     try:
-        # Latin-1 gives one character for each byte, so that places in the text are places in the file.
+        # Latin-1 gives one character for each byte, so that positions in the text are positions in the file.
         text = path.read_bytes().decode("latin-1")
     except OSError as error:
         raise DataError(f"{path}: unreadable ({error.strerror}), {remedy}") from error
     try:
-        return _index(path, text)
+        return _build_index(path, text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, IndexError) as error:
         why = " ".join(str(error).split())
         raise DataError(f"{path}: not COCO's instances format ({why or type(error).__name__}), {remedy}") from error
 
 
-def _index(path: Path, text: str) -> CocoIndex:
+def _build_index(path: Path, text: str) -> CocoIndex:
     images: dict[int, tuple[str, int, int]] = {}
     owners, offsets, lengths, categories, crowd, sums = [], [], [], [], [], []
     seen = set()
-    for field, start, stop, value in _elements(text):
+    for field, start, stop, value in _iterate_elements(text):
         seen.add(field)
         if start is None:
             continue
@@ -143,14 +143,14 @@ def _index(path: Path, text: str) -> CocoIndex:
             if COCO_CATEGORIES.get(value["id"]) != value["name"]:
                 raise ValueError(f"category {value['id']} is {value['name']!r}, one of COCO's eighty was expected")
         elif field == "images":
-            name = _utf8(value["file_name"])
+            name = _decode_utf8(value["file_name"])
             if value["id"] in images:
                 raise ValueError(f"image {value['id']} is listed twice")
             height, width = value["height"], value["width"]
-            good = type(height) is int and type(width) is int and min(height, width) > 0
-            if not good or height * width > MAX_PIXELS:
+            is_size = type(height) is int and type(width) is int and min(height, width) > 0
+            if not is_size or height * width > MAX_PIXELS:
                 raise ValueError(f"image {value['id']!r} is {height!r} x {width!r}")
-            images[value["id"]] = (without_suffix(name), height, width)
+            images[value["id"]] = (drop_suffix(name), height, width)
         elif value["category_id"] not in COCO_CONTIGUOUS:
             raise ValueError(f"annotation {value.get('id')!r} has category {value['category_id']!r}")
         else:
@@ -184,48 +184,48 @@ def _index(path: Path, text: str) -> CocoIndex:
     )
 
 
-def _elements(text: str) -> Iterator[tuple[str, int | None, int, Any]]:
-    """`(field, first byte, end, value)` of each element of the lists that count, one at a time.
+def _iterate_elements(text: str) -> Iterator[tuple[str, int | None, int, Any]]:
+    """Yield `(field, first byte, end, value)` of each element of the three lists in `_FIELDS`.
 
     A list without elements is announced by `(field, None, 0, None)`, and so is the beginning of every other.
     """
-    at = _expect(text, _skip(text, 0), "{")
+    at = _expect_character(text, _skip_space(text, 0), "{")
     while True:
-        key, at = _DECODER.raw_decode(text, _skip(text, at))
-        at = _skip(text, _expect(text, _skip(text, at), ":"))
+        key, at = _DECODER.raw_decode(text, _skip_space(text, at))
+        at = _skip_space(text, _expect_character(text, _skip_space(text, at), ":"))
         if key not in _FIELDS:
             _, at = _DECODER.raw_decode(text, at)
         else:
             yield key, None, 0, None
-            at = _skip(text, _expect(text, at, "["))
+            at = _skip_space(text, _expect_character(text, at, "["))
             while text[at] != "]":
                 value, end = _DECODER.raw_decode(text, at)
                 if not isinstance(value, dict):
                     raise ValueError(f"{key} holds a {type(value).__name__}")
                 yield key, at, end, value
-                at = _skip(text, end)
+                at = _skip_space(text, end)
                 if text[at] != "]":
-                    at = _skip(text, _expect(text, at, ","))
+                    at = _skip_space(text, _expect_character(text, at, ","))
             at += 1
-        at = _skip(text, at)
+        at = _skip_space(text, at)
         if text[at] == "}":
             return
-        at = _expect(text, at, ",")
+        at = _expect_character(text, at, ",")
 
 
-def _utf8(text: str) -> str:
+def _decode_utf8(text: str) -> str:
     try:
         return text.encode("latin-1").decode("utf-8")
     except UnicodeError:
-        return text  # written with escapes, and so read as it is
+        return text  # the name was written with escapes and needs no decoding
 
 
-def _skip(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    return at if found is None else found.end()
+def _skip_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return at if match is None else match.end()
 
 
-def _expect(text: str, at: int, character: str) -> int:
+def _expect_character(text: str, at: int, character: str) -> int:
     if text[at : at + 1] != character:
         raise ValueError(f"got {text[at : at + 1]!r} at byte {at}, expected {character!r}")
     return at + 1

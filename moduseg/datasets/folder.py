@@ -1,29 +1,29 @@
-"""One's own images in a folder."""
+"""A folder of your own images."""
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from pathlib import Path
 
 from moduseg.datasets.base import Dataset, require_folder
+from moduseg.datasets.image_files import index_images, walk_images
 from moduseg.datasets.io import IMAGE_SUFFIXES
 from moduseg.datasets.labels import (
     LabelFile,
     check_classes,
-    names_in,
+    distinct_names,
+    drop_suffix,
     read_classes,
     read_label_file,
     read_list,
-    without_suffix,
 )
 from moduseg.errors import DataError, MissingError
 
-_LAYOUT = "images/ and, as there are, labels.csv or labels.json, classes.txt, masks/, train.txt, val.txt"
+_LAYOUT = "images/ and, if you have them, labels.csv or labels.json, classes.txt, masks/, train.txt, val.txt"
 
 
 class FolderDataset(Dataset):
-    """Images below `images/`, nested as one likes; `a/b.jpg` has the id `a/b`.
+    """Images below `images/`, in any sub-folders; `a/b.jpg` has the id `a/b`.
 
     Image-level labels come from `labels.json` or `labels.csv`, else from `masks/<id>.png`. Class names come from
     `classes.txt` (background first), else they are the names in the label file, in alphabetical order. The splits
@@ -33,7 +33,7 @@ class FolderDataset(Dataset):
     Args:
         root: the folder that holds all of it.
         split: `train`, `val`, or the name of a list.
-        labels: where image-level labels come from, see `Dataset`.
+        labels: where image-level labels come from (the values of `Dataset`).
     """
 
     name = "folder"
@@ -45,20 +45,7 @@ class FolderDataset(Dataset):
         require_folder(self.root, "dataset.root", _LAYOUT)
         folder = self.root / "images"
         require_folder(folder, "dataset.root", _LAYOUT)
-        found: dict[str, Path] = {}
-        for parent, folders, names in os.walk(folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                path = Path(parent) / name
-                if name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
-                    continue
-                id = path.relative_to(folder).as_posix().removesuffix(path.suffix)
-                if id in found:
-                    raise DataError(
-                        f"{path}: got image id {id!r} twice (also {found[id].name}), expected each once; rename one"
-                    )
-                found[id] = path
-        return dict(sorted(found.items()))
+        return index_images(walk_images(folder))
 
     def _read_ids(self) -> tuple[list[str], str]:
         files = self._files
@@ -73,12 +60,12 @@ class FolderDataset(Dataset):
             )
         other = self.root / ("val.txt" if self.split == "train" else "train.txt")
         taken = {self._id_of(line.removeprefix("images/")) for line in read_list(other)} if other.is_file() else set()
-        ids = [id for id in files if id not in taken]
+        ids = [image_id for image_id in files if image_id not in taken]
         if self.split == "train":
             if self.label_file is not None:
-                ids = [id for id in ids if id in self.label_file.entries]
+                ids = [image_id for image_id in ids if image_id in self.label_file.entries]
             elif (self.root / "masks").is_dir():
-                ids = [id for id in ids if self._mask(id).is_file()]
+                ids = [image_id for image_id in ids if self._mask(image_id).is_file()]
             else:
                 raise MissingError(
                     f"dataset.root: got '{self.root}' without image-level labels, which the train split needs; "
@@ -89,7 +76,7 @@ class FolderDataset(Dataset):
 
     def _id_of(self, line: str) -> str:
         # A listed name may carry its suffix; ids that end in one by chance (a file 'x.png.jpg') win over that.
-        return line if line in self._files else without_suffix(line)
+        return line if line in self._files else drop_suffix(line)
 
     def _read_classes(self) -> tuple[str, ...]:
         path = self.root / "classes.txt"
@@ -97,7 +84,7 @@ class FolderDataset(Dataset):
             return read_classes(path)
         require_folder(self.root, "dataset.root", _LAYOUT)
         file = self.label_file
-        names = names_in(file.entries) if file is not None else None
+        names = distinct_names(file.entries) if file is not None else None
         if file is None or names is None:
             raise MissingError(
                 f"dataset.root: got '{self.root}' without classes.txt, and no label file with names to take them from; "
@@ -106,25 +93,25 @@ class FolderDataset(Dataset):
         return check_classes(["background", *(n for n in names if n != "background")], file.where)
 
     def _read_labels(self) -> LabelFile | None:
-        found = [self.root / name for name in ("labels.json", "labels.csv") if (self.root / name).is_file()]
-        if len(found) > 1:
+        paths = [self.root / name for name in ("labels.json", "labels.csv") if (self.root / name).is_file()]
+        if len(paths) > 1:
             raise DataError(f"{self.root}: got labels.json and labels.csv, expected one of them; set dataset.labels")
-        return read_label_file(found[0]) if found else None
+        return read_label_file(paths[0]) if paths else None
 
-    def image_path(self, id: str) -> Path:
-        self._check(id)
-        if id not in self._files:
+    def image_path(self, image_id: str) -> Path:
+        self._check(image_id)
+        if image_id not in self._files:
             raise DataError(
-                f"image {id!r}: no file {self.root / 'images' / id} with suffix {', '.join(IMAGE_SUFFIXES)}; put it "
-                "there or take the id off the list"
+                f"image {image_id!r}: no file {self.root / 'images' / image_id} with suffix "
+                f"{', '.join(IMAGE_SUFFIXES)}; put it there or take the id off the list"
             )
-        return self._files[id]
+        return self._files[image_id]
 
-    def _mask(self, id: str) -> Path:
-        return self.root / "masks" / f"{id}.png"
+    def _mask(self, image_id: str) -> Path:
+        return self.root / "masks" / f"{image_id}.png"
 
-    def mask_path(self, id: str) -> Path | None:
-        return self._mask(id)
+    def mask_path(self, image_id: str) -> Path | None:
+        return self._mask(image_id)
 
     def _truth_folder(self, path: Path) -> Path:
         return self.root / "masks"

@@ -1,4 +1,4 @@
-"""Reading photographs and label maps as they come, writing label maps as others expect them."""
+"""Read photographs and label maps from any tool; write label maps that any tool reads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from moduseg.datasets.png import plain_png_ids
+from moduseg.datasets.png import read_plain_png
 from moduseg.errors import DataError
 from moduseg.masks.palette import voc_palette
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 80_000_000
-"""Larger pictures are refused from their header alone: decoded, they would fill the memory."""
+"""Larger pictures are refused after reading their header; decoded, they would fill the memory."""
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -38,10 +38,10 @@ _DAMAGE = (
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A photograph as the models want it, whatever its file holds.
+    """Read a photograph as the models want it, whatever its file holds.
 
     Grey, 1-bit, indexed and CMYK pictures become RGB; 16-bit grey is divided by 257; transparency is composited on
-    black, the colour of the models' padding; the EXIF orientation is applied; of an animation the first frame counts.
+    black, the colour of the models' padding; the EXIF orientation is applied; an animation gives its first frame.
 
     Returns:
         `[H, W, 3]` uint8, RGB.
@@ -50,11 +50,11 @@ def read_image(path: Path) -> np.ndarray:
         DataError: the file is absent, empty, truncated, no image, of float or 32-bit pixels, or over `MAX_PIXELS`.
     """
     with _open(path) as picture:
-        return np.ascontiguousarray(_upright(_to_rgb(picture, path), picture))
+        return np.ascontiguousarray(_turn_upright(_to_rgb(picture, path), picture))
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """`(H, W)` of `read_image(path)`, from the header alone.
+    """Read the `(height, width)` of `read_image(path)` from the header.
 
     Raises:
         DataError: the file is absent, empty, no image, or over `MAX_PIXELS`.
@@ -64,11 +64,11 @@ def read_size(path: Path) -> tuple[int, int]:
         if picture.format == "TIFF":
             # Some versions of Pillow report the size of an undecoded TIFF upright, others as stored.
             width, height = picture.tag_v2[256], picture.tag_v2[257]  # type: ignore[attr-defined]
-        return (width, height) if _orientation(picture) >= 5 else (height, width)
+        return (width, height) if _read_orientation(picture) >= 5 else (height, width)
 
 
 def read_label_png(path: Path) -> np.ndarray:
-    """Class ids of a label map: indexed or grey, or a colour picture whose every colour is in the VOC palette.
+    """Read the class ids of a label map: indexed or grey, or a colour picture in the colours of the VOC palette.
 
     Returns:
         `[H, W]` uint8, ids as stored (255 where ignored).
@@ -76,20 +76,20 @@ def read_label_png(path: Path) -> np.ndarray:
     Raises:
         DataError: the file cannot be read, holds ids over 255, or colours that the palette does not have.
     """
-    plain = plain_png_ids(Path(path), MAX_PIXELS)
+    plain = read_plain_png(Path(path), MAX_PIXELS)
     if plain is not None:
         return plain
     with _open(path) as picture:
         if picture.mode in ("RGB", "RGBA"):
-            return _from_palette(np.asarray(picture.convert("RGB")), path)
-        ids = _indices(picture, path)
+            return _ids_of_colours(np.asarray(picture.convert("RGB")), path)
+        ids = _read_ids(picture, path)
     if ids.size and int(ids.max()) > 255:
         raise DataError(f"{path}: got label id {int(ids.max())}, expected ids 0..255; store an 8-bit indexed PNG")
     return ids.astype(np.uint8)
 
 
 def label_png_kind(path: Path) -> Literal["voc", "indexed", "grey", "colour"]:
-    """How a label map is stored, from its header: indexed with the VOC palette, with another one, grey, or in colours.
+    """Return how a label map is stored: indexed with the VOC palette, with another palette, grey, or in colours.
 
     Raises:
         DataError: the file is absent, empty, or no image.
@@ -103,13 +103,13 @@ def label_png_kind(path: Path) -> Literal["voc", "indexed", "grey", "colour"]:
                     f"{path}: its palette is unreadable ({_one_line(error)}), expected a whole indexed PNG; store it "
                     "again"
                 ) from error
-            same = len(palette) >= 3 and np.array_equal(palette, voc_palette().ravel()[: len(palette)])
-            return "voc" if same else "indexed"
+            is_voc = len(palette) >= 3 and np.array_equal(palette, voc_palette().ravel()[: len(palette)])
+            return "voc" if is_voc else "indexed"
         return "colour" if picture.mode in ("RGB", "RGBA", "CMYK", "YCbCr") else "grey"
 
 
 def read_index_png(path: Path) -> np.ndarray:
-    """Object ids of an instance map: indexed, 8-bit or 16-bit grey.
+    """Read the object ids of an instance map: indexed, 8-bit or 16-bit grey.
 
     Returns:
         `[H, W]` int32, ids as stored.
@@ -118,11 +118,11 @@ def read_index_png(path: Path) -> np.ndarray:
         DataError: the file cannot be read, or is a colour picture.
     """
     with _open(path) as picture:
-        return _indices(picture, path).astype(np.int32)
+        return _read_ids(picture, path).astype(np.int32)
 
 
 def write_label_png(array: np.ndarray) -> bytes:
-    """A label map as an indexed PNG with the VOC palette; the same array gives the same bytes.
+    """Encode a label map as an indexed PNG with the VOC palette; equal arrays give equal bytes.
 
     Args:
         array: `[H, W]` of integers in 0..255.
@@ -136,11 +136,13 @@ def write_label_png(array: np.ndarray) -> bytes:
         raise ValueError(f"label map: got ids {int(array.min())}..{int(array.max())}, expected 0..255")
     picture = Image.fromarray(array.astype(np.uint8))
     picture.putpalette(voc_palette().tobytes())
-    return _png(picture)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=False, compress_level=6)
+    return buffer.getvalue()
 
 
 def write_rgb_png(array: np.ndarray, compress_level: int = 6) -> bytes:
-    """`[H, W, 3]` uint8 as PNG; the same array gives the same bytes.
+    """Encode `[H, W, 3]` uint8 as PNG; equal arrays give equal bytes.
 
     Args:
         array: the picture, at least one pixel.
@@ -151,20 +153,14 @@ def write_rgb_png(array: np.ndarray, compress_level: int = 6) -> bytes:
     """
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or array.size == 0:
         raise ValueError(f"picture: got {array.shape} {array.dtype}, expected [H, W, 3] uint8 with pixels")
-    # OpenCV takes two thirds of Pillow's time, and lets other threads run meanwhile.
+    # OpenCV takes two thirds of Pillow's time and releases the interpreter lock.
     options = [cv2.IMWRITE_PNG_COMPRESSION, compress_level]
-    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # OpenCV of 2025 on: to try all filters takes twice the time
+    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # OpenCV from 2025 on; trying all filters takes twice the time
         options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-    done, data = cv2.imencode(".png", cv2.cvtColor(array, cv2.COLOR_RGB2BGR), options)
-    if not done:
+    encoded, data = cv2.imencode(".png", cv2.cvtColor(array, cv2.COLOR_RGB2BGR), options)
+    if not encoded:
         raise ValueError(f"picture: {array.shape} cannot be encoded as PNG")
     return bytes(data)
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=False, compress_level=6)
-    return buffer.getvalue()
 
 
 def _open(path: Path, decode: bool = True) -> Image.Image:
@@ -185,9 +181,9 @@ def _open(path: Path, decode: bool = True) -> Image.Image:
             "make it smaller"
         ) from error
     except _DAMAGE as error:
-        what = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"damaged: {_one_line(error)}"
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"damaged: {_one_line(error)}"
         raise DataError(
-            f"{path}: unreadable as an image ({what}), expected a whole {', '.join(s[1:] for s in IMAGE_SUFFIXES)} "
+            f"{path}: unreadable as an image ({reason}), expected a whole {', '.join(s[1:] for s in IMAGE_SUFFIXES)} "
             "file; fetch it again or leave it out"
         ) from error
     return picture
@@ -207,8 +203,8 @@ def _to_rgb(picture: Image.Image, path: Path) -> np.ndarray:
         if picture.mode == "F":
             raise DataError(f"{path}: got float pixels, whose range is unknown; convert it to 8-bit RGB")
         if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-            seen = picture.convert("RGBA")
-            return np.asarray(Image.alpha_composite(Image.new("RGBA", seen.size, (0, 0, 0, 255)), seen))[:, :, :3]
+            rgba = picture.convert("RGBA")
+            return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba))[:, :, :3]
         return np.asarray(picture.convert("RGB"))
     except _DAMAGE as error:
         raise DataError(
@@ -216,21 +212,21 @@ def _to_rgb(picture: Image.Image, path: Path) -> np.ndarray:
         ) from error
 
 
-def _orientation(picture: Image.Image) -> int:
+def _read_orientation(picture: Image.Image) -> int:
     try:
         value = picture.getexif().get(_ORIENTATION_TAG, 1)
     except _DAMAGE:
-        return 1  # a damaged EXIF block is no reason to lose the picture
+        return 1  # a picture with a damaged EXIF block is still usable
     return value if isinstance(value, int) and value in _TRANSPOSE else 1
 
 
-def _upright(array: np.ndarray, picture: Image.Image) -> np.ndarray:
+def _turn_upright(array: np.ndarray, picture: Image.Image) -> np.ndarray:
     # Decoded TIFFs are upright already, and Pillow then reports orientation 1.
-    orientation = _orientation(picture)
+    orientation = _read_orientation(picture)
     return np.asarray(Image.fromarray(array).transpose(_TRANSPOSE[orientation])) if orientation > 1 else array
 
 
-def _indices(picture: Image.Image, path: Path) -> np.ndarray:
+def _read_ids(picture: Image.Image, path: Path) -> np.ndarray:
     mode = picture.mode
     if mode not in ("P", "PA", "L", "LA", "1", "I") and not mode.startswith("I;16"):
         raise DataError(f"{path}: got {mode} pixels, expected an indexed or grey PNG; store ids, not colours")
@@ -245,16 +241,16 @@ def _indices(picture: Image.Image, path: Path) -> np.ndarray:
     return array
 
 
-def _from_palette(colours: np.ndarray, path: Path) -> np.ndarray:
+def _ids_of_colours(colours: np.ndarray, path: Path) -> np.ndarray:
     palette = voc_palette().astype(np.int64)
-    known = {int(code): label for label, code in enumerate(palette @ np.array([65536, 256, 1]))}
+    label_of = {int(code): label for label, code in enumerate(palette @ np.array([65536, 256, 1]))}
     codes, inverse = np.unique(colours.astype(np.int64) @ np.array([65536, 256, 1]), return_inverse=True)
-    foreign = [int(code) for code in codes if int(code) not in known]
-    if foreign:
-        first = tuple(foreign[0].to_bytes(3, "big"))
+    unknown = [int(code) for code in codes if int(code) not in label_of]
+    if unknown:
+        first = tuple(unknown[0].to_bytes(3, "big"))
         raise DataError(
-            f"{path}: got a colour picture with {len(foreign)} colours outside the VOC palette (first {first}), "
+            f"{path}: got a colour picture with {len(unknown)} colours outside the VOC palette (first {first}), "
             "expected class ids; store an indexed or 8-bit grey PNG"
         )
-    ids = np.array([known[int(code)] for code in codes], dtype=np.uint8)
+    ids = np.array([label_of[int(code)] for code in codes], dtype=np.uint8)
     return ids[inverse].reshape(colours.shape[:2])

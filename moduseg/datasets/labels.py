@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from moduseg.datasets.io import IMAGE_SUFFIXES
-from moduseg.datasets.pickled import read_pickled_labels
+from moduseg.datasets.npy_labels import read_npy_labels
 from moduseg.errors import DataError, suggest
 
 MAX_CLASSES = 254
@@ -41,14 +41,14 @@ class LabelFile:
     classes: int | None = None
 
 
-def quoted(value: object, length: int = 80) -> str:
-    """What a message shows of a value that somebody's file holds: its beginning, on one line."""
+def shorten(value: object, length: int = 80) -> str:
+    """Return the beginning of a value's `repr`, on one line, for a message."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file, with or without a byte order mark.
+    """Read a UTF-8 text file, with or without a byte order mark.
 
     Raises:
         DataError: unreadable, or not UTF-8.
@@ -62,7 +62,7 @@ def read_text(path: Path) -> str:
 
 
 def read_list(path: Path) -> list[str]:
-    """Lines of an id list without surrounding spaces; empty lines are skipped.
+    """Read the lines of an id list without surrounding spaces; empty lines are skipped.
 
     Raises:
         DataError: unreadable, or not UTF-8.
@@ -71,7 +71,7 @@ def read_list(path: Path) -> list[str]:
 
 
 def check_id(image_id: str, where: str) -> str:
-    """`image_id` if it names a place inside its folder.
+    """Return `image_id` if it names a file inside its folder.
 
     Raises:
         DataError: empty, absolute, with `..` or other parts that leave the folder, or with control characters.
@@ -80,14 +80,14 @@ def check_id(image_id: str, where: str) -> str:
     leaves = image_id.startswith("/") or re.match(r"[A-Za-z]:", image_id) or "\\" in image_id
     if leaves or any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 for c in image_id):
         raise DataError(
-            f"{where}: got image id {quoted(image_id)}, expected a relative path inside the folder without suffix, "
+            f"{where}: got image id {shorten(image_id)}, expected a relative path inside the folder without suffix, "
             "such as 'a/b'; correct the list"
         )
     return image_id
 
 
 def check_ids(ids: Iterable[str], where: str) -> tuple[str, ...]:
-    """`ids` in their order, each inside the folder and listed once.
+    """Return `ids` in their order; each has to be inside the folder and listed once.
 
     Raises:
         DataError: an id leaves the folder, or is listed twice.
@@ -95,19 +95,21 @@ def check_ids(ids: Iterable[str], where: str) -> tuple[str, ...]:
     seen: dict[str, None] = {}
     for image_id in ids:
         if check_id(image_id, where) in seen:
-            raise DataError(f"{where}: got image id {quoted(image_id)} twice, expected each once; remove or rename one")
+            raise DataError(
+                f"{where}: got image id {shorten(image_id)} twice, expected each once; remove or rename one"
+            )
         seen[image_id] = None
     return tuple(seen)
 
 
-def without_suffix(name: str) -> str:
-    """The id of an image file name: `a/b.JPG` -> `a/b`; other endings stay."""
+def drop_suffix(name: str) -> str:
+    """Return the id of an image file name: `a/b.JPG` -> `a/b`; other endings stay."""
     suffix = PurePosixPath(name).suffix
     return name[: -len(suffix)] if suffix.lower() in IMAGE_SUFFIXES else name
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names, one a line, line number = id, `background` first.
+    """Read class names, one a line, line number = id, `background` first.
 
     Raises:
         DataError: no background line, no class, an empty or repeated name, or more than 254 classes.
@@ -116,34 +118,34 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 
 def check_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
-    """`names` as a class list; see `read_classes`."""
+    """Return `names` as a class list, checked as `read_classes` says; `where` is the file, for messages."""
     if not names or names[0] != "background":
-        got = quoted(names[0]) if names else "nothing"
+        got = shorten(names[0]) if names else "nothing"
         raise DataError(f"{where}: got {got} first, expected 'background'; add it as the first line")
     if not 1 <= len(names) - 1 <= MAX_CLASSES:
         raise DataError(f"{where}: got {len(names) - 1} classes beside background, expected 1..{MAX_CLASSES}")
     for i, name in enumerate(names):
         if not name or name in names[:i]:
             raise DataError(
-                f"{where}: line {i + 1} is {quoted(name)}, expected a name not used before; correct the line"
+                f"{where}: line {i + 1} is {shorten(name)}, expected a name not used before; correct the line"
             )
     return tuple(names)
 
 
 def read_label_file(path: Path) -> LabelFile:
-    """Image-level labels of a `.json`, `.csv` or `.npy` file, ids or names as stored.
+    """Read the image-level labels of a `.json`, `.csv` or `.npy` file, ids or names as stored.
 
     JSON: `{"a/b": ["dog", 3]}` or `{"images": [{"img_id": "a/b", "labels": [1, 3]}]}` (`file_name` without suffix where
     `img_id` is absent; beside `images`, `source` may say where the labels were taken from). CSV: header `image,labels`,
     labels separated by `;` (ids also by spaces); rows of the same image are joined. NPY: a pickled dictionary of 0/1
-    vectors (`cls_labels.npy`), see `moduseg.datasets.pickled`.
+    vectors (`cls_labels.npy`), see `moduseg.datasets.npy_labels`.
 
     Raises:
         DataError: not that format; the message names the entry.
     """
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        entries, classes = read_pickled_labels(path)
+        entries, classes = read_npy_labels(path)
         return LabelFile(dict(entries), str(path), "npy", classes)
     if suffix == ".json":
         return LabelFile(*_read_json(path))
@@ -151,13 +153,13 @@ def read_label_file(path: Path) -> LabelFile:
 
 
 def find_label_file(path: Path, split: str) -> Path | None:
-    """`path` if it is a label file, or the file of `split` in it if it is a folder; `None` where there is none."""
+    """Return `path` if it is a label file, the file of `split` in it if it is a folder, `None` if there is none."""
     candidates = (path / f"{split}{suffix}" for suffix in LABEL_SUFFIXES) if path.is_dir() else (path,)
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def resolve_labels(raw: Sequence[Label], classes: Sequence[str], image_id: str, where: str) -> tuple[int, ...]:
-    """Ascending class ids of one image.
+    """Turn the labels of one image into ascending class ids.
 
     Args:
         raw: names (a name wins over a number written as text) or ids `1..C`.
@@ -179,12 +181,12 @@ def resolve_labels(raw: Sequence[Label], classes: Sequence[str], image_id: str, 
                 close = suggest(label, classes[1:])
                 hint = f"did you mean {close!r}?" if close else "add it to the class list or correct it"
                 raise DataError(
-                    f"{where}: image {quoted(image_id)} has label {quoted(label)}, expected one of the "
+                    f"{where}: image {shorten(image_id)} has label {shorten(label)}, expected one of the "
                     f"{len(classes) - 1} class names; {hint}"
                 )
         if not 1 <= label < len(classes):
             raise DataError(
-                f"{where}: image {quoted(image_id)} has label {quoted(label)}, expected ids 1..{len(classes) - 1} as "
+                f"{where}: image {shorten(image_id)} has label {shorten(label)}, expected ids 1..{len(classes) - 1} as "
                 f"there are {len(classes) - 1} classes beside background; correct it or the class list"
             )
         ids.add(label)
@@ -205,17 +207,20 @@ def _read_json(path: Path) -> tuple[RawLabels, str, str]:
         source = data.get("source", source)
         if not isinstance(source, str) or not re.fullmatch(r"[a-z0-9_-]{1,40}", source):
             raise DataError(
-                f"{path}: got source {quoted(source)}, expected a word such as masks, xml, predicted; correct it"
+                f"{path}: got source {shorten(source)}, expected a word such as masks, xml, predicted; correct it"
             )
         entries = [(e.get("img_id", e.get("file_name")), e.get("labels")) for e in data["images"]]
     labels: RawLabels = {}
     for name, values in entries:
-        good = isinstance(values, list) and all(isinstance(v, int | str) and not isinstance(v, bool) for v in values)
-        if not isinstance(name, str) or not isinstance(values, list) or not good:
-            raise DataError(f"{path}: entry {quoted(name)} has labels {quoted(values)}, {layout}; correct the entry")
-        key = without_suffix(name)
+        if not isinstance(name, str) or not isinstance(values, list) or not all(map(_is_label, values)):
+            raise DataError(f"{path}: entry {shorten(name)} has labels {shorten(values)}, {layout}; correct the entry")
+        key = drop_suffix(name)
         labels[key] = (*labels.get(key, ()), *values)
     return labels, str(path), source
+
+
+def _is_label(value: object) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _read_csv(path: Path) -> RawLabels:
@@ -223,8 +228,8 @@ def _read_csv(path: Path) -> RawLabels:
     try:
         columns = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
         if not {"image", "labels"} <= set(columns):
-            found = " ".join(", ".join(columns).split())[:80] or "none"
-            raise DataError(f"{path}: got columns {found}, expected image,labels; write that header line")
+            names = " ".join(", ".join(columns).split())[:80] or "none"
+            raise DataError(f"{path}: got columns {names}, expected image,labels; write that header line")
         labels: RawLabels = {}
         for row in reader:
             name, text = (row[columns["image"]] or "").strip(), (row[columns["labels"]] or "").strip()
@@ -235,15 +240,15 @@ def _read_csv(path: Path) -> RawLabels:
                 )
             numbers = re.fullmatch(r"[\d\s;]+", text)
             pieces = re.split(r"[\s;]+", text) if numbers else text.split(";")
-            key = without_suffix(name.replace("\\", "/").removeprefix("images/"))
+            key = drop_suffix(name.replace("\\", "/").removeprefix("images/"))
             labels[key] = (*labels.get(key, ()), *(piece.strip() for piece in pieces if piece.strip()))
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num} is not CSV ({error}); correct the file") from error
     return labels
 
 
-def names_in(labels: Mapping[str, Sequence[Label]]) -> list[str] | None:
-    """The distinct names of a label file in alphabetical order, or `None` where it holds ids."""
+def distinct_names(labels: Mapping[str, Sequence[Label]]) -> list[str] | None:
+    """Return the distinct names of a label file in alphabetical order, or `None` if it holds ids."""
     values = {label for entry in labels.values() for label in entry}
     if not values or any(isinstance(v, int) or v.isdigit() for v in values):
         return None

@@ -1,35 +1,35 @@
-"""The embedded world as a data set, drawn on demand."""
+"""The embedded world as a data set, drawn on first use."""
 
 from __future__ import annotations
 
 from moduseg.datasets.labels import LabelFile
-from moduseg.datasets.voc import VocDataset
+from moduseg.datasets.voc import VocDataset, VocOptions
 from moduseg.miniature.world.scenes import CLASSES, WorldConfig
 from moduseg.miniature.world.voc_writer import write_voc
 
 
 class MiniatureDataset(VocDataset):
-    """A world of `moduseg.miniature.world`, written to disk in VOC layout when first read.
+    """A world of `moduseg.miniature.world`, written to disk in VOC layout on first use.
 
     Args:
         split: `train` or `val`.
-        root: where it is written; `None` for `outputs/miniature/world-<seed>-<train>-<val>-<size>`.
+        root: folder to write to; `None` for `outputs/miniature/world-<seed>-<train>-<val>-<size>`.
         seed: seed of the world; those of `DATASET_SEEDS` are unseen by the miniature models.
-        train, val: images in each split.
+        train, val: number of images in each split.
         size: longest side of an image, in pixels.
     """
 
     name = "miniature"
 
     def __init__(
-        self, split: str, root: str | None = None, seed: int = 0, train: int = 160, val: int = 80, size: int = 128
+        self, split: str, root: str | None = None, *, seed: int = 0, train: int = 160, val: int = 80, size: int = 128
     ) -> None:
-        super().__init__(root or f"outputs/miniature/world-{seed}-{train}-{val}-{size}", split)
+        root = root or f"outputs/miniature/world-{seed}-{train}-{val}-{size}"
+        super().__init__(VocOptions(root, suffixes=(".png",)), split)
         if split not in ("train", "val"):
             raise ValueError(f"split: got {split!r}, expected train or val")
         if min(seed, train, val) < 0:
             raise ValueError(f"seed, train, val: got {(seed, train, val)}, expected numbers >= 0; try 0, 160, 80")
-        self.suffixes = (".png",)
         self.seed, self.train, self.val = seed, train, val
         self.config = WorldConfig(size=size)
 
@@ -41,5 +41,5 @@ class MiniatureDataset(VocDataset):
         return CLASSES
 
     def _read_labels(self) -> LabelFile | None:
-        self._known  # noqa: B018  - the ids write the world, and its label file with it
+        self._id_set  # noqa: B018  - reading the ids writes the world and its label file
         return super()._read_labels()

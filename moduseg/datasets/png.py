@@ -1,7 +1,7 @@
-"""The short way to read a label map: an 8-bit indexed or grey PNG whose rows are stored as they are.
+"""A fast reader for the usual kind of label map: an 8-bit indexed or grey PNG without row filters.
 
-Encoders store label maps so, because the other filters of PNG help photographs and not ids; then nothing is left to do
-but inflate, which zlib-ng does in a sixth of the standard library's time. Every other file is left to Pillow.
+Encoders store label maps so, because the filters of PNG help photographs and not ids. Such a file only has to be
+inflated, which zlib-ng does in a sixth of the standard library's time. Pillow reads every other file.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from zlib_ng import zlib_ng
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, INDEXED = 0, 3
-"""Colour types of a header that hold one value a pixel."""
+"""Colour types of a PNG that hold one value a pixel."""
 _HEADER = struct.Struct(">IIBBBBB")
 _CHUNK = struct.Struct(">I4s")
 HEADER_BYTES = 33
 """Signature and header chunk."""
 
 
-def png_header(data: bytes) -> tuple[int, int, int, int, int] | None:
-    """`(width, height, bit depth, colour type, interlace method)` of a PNG; `None` where `data` does not begin as one.
+def parse_png_header(data: bytes) -> tuple[int, int, int, int, int] | None:
+    """Return `(width, height, bit depth, colour type, interlace method)` of a PNG; `None` if `data` is no PNG.
 
     Args:
         data: the file, or its first `HEADER_BYTES`.
@@ -33,8 +33,8 @@ def png_header(data: bytes) -> tuple[int, int, int, int, int] | None:
     return width, height, depth, colour, interlace
 
 
-def plain_png_ids(path: Path, max_pixels: int) -> np.ndarray | None:
-    """The values of a PNG of the kind described above.
+def read_plain_png(path: Path, max_pixels: int) -> np.ndarray | None:
+    """Read the values of an 8-bit indexed or grey PNG without row filters.
 
     Args:
         path: the file.
@@ -46,13 +46,13 @@ def plain_png_ids(path: Path, max_pixels: int) -> np.ndarray | None:
     try:
         with path.open("rb") as file:
             data = file.read(HEADER_BYTES)
-            header = png_header(data)
+            header = parse_png_header(data)
             if header is None:
                 return None
             width, height, depth, colour, interlace = header
             if depth != 8 or colour not in (GREY, INDEXED) or interlace or not 0 < width * height <= max_pixels:
                 return None
-            # No file of this size needs more; what is longer is cut, found to have no end, and left to Pillow.
+            # No such file needs more bytes. A longer one is cut here, so its end is missed and Pillow reads it.
             data += file.read(2 * height * (width + 1) + 65536)
     except OSError:
         return None
@@ -65,7 +65,7 @@ def plain_png_ids(path: Path, max_pixels: int) -> np.ndarray | None:
 
 
 def _inflate(packed: bytes, length: int) -> bytes | None:
-    """Exactly `length` bytes, or `None`. Whatever a file claims, no more memory is taken than that."""
+    """Inflate exactly `length` bytes, or return `None`; a file that claims to hold more gets no more memory."""
     inflate = zlib_ng.decompressobj()
     try:
         rows = inflate.decompress(packed, length + 1)
@@ -75,9 +75,9 @@ def _inflate(packed: bytes, length: int) -> bytes | None:
 
 
 def _packed_rows(data: bytes, needs_palette: bool) -> bytes | None:
-    """The compressed rows, every chunk's checksum being right and the file whole; else `None`."""
+    """Return the compressed rows; `None` if a checksum is wrong or the file has no end."""
     parts: list[bytes] = []
-    palette = False
+    has_palette = False
     position = len(SIGNATURE)
     while position + 12 <= len(data):
         length, kind = _CHUNK.unpack_from(data, position)
@@ -87,10 +87,10 @@ def _packed_rows(data: bytes, needs_palette: bool) -> bytes | None:
         if kind == b"IDAT":
             parts.append(data[position + 8 : end])
         elif kind == b"PLTE":
-            palette = True
+            has_palette = True
         elif kind == b"IEND":
-            return b"".join(parts) if palette or not needs_palette else None
-        elif kind == b"acTL":  # an animation: which picture is meant is for Pillow to say
+            return b"".join(parts) if has_palette or not needs_palette else None
+        elif kind == b"acTL":  # an animation; Pillow decides which picture counts
             return None
         position = end + 4
     return None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moduseg.datasets.io import read_index_png, read_label_png
-from moduseg.datasets.png import HEADER_BYTES, INDEXED, png_header
+from moduseg.datasets.png import HEADER_BYTES, INDEXED, parse_png_header
 from moduseg.errors import DataError, MissingError
 from moduseg.structures import IGNORE_INDEX
 
@@ -85,7 +85,7 @@ class PredictionFolder:
     def _read(self, path: Path) -> np.ndarray:
         try:
             with path.open("rb") as file:
-                header = png_header(file.read(HEADER_BYTES))
+                header = parse_png_header(file.read(HEADER_BYTES))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}), expected a PNG; check the file") from error
         remedy = "store the class ids as an indexed or 8-bit grey PNG"

@@ -19,8 +19,9 @@ from moduseg.bank.derived import open_bank, write_derived
 from moduseg.bank.store import Bank
 from moduseg.cli.options import configured
 from moduseg.config import Config, PseudoMasksConfig
+from moduseg.datasets.image_files import find_images
 from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, RawLabels, read_label_file, resolve_labels
-from moduseg.datasets.tagged import TaggedImages, find_images
+from moduseg.datasets.tagged_images import TaggedImages
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, suggest
 from moduseg.pipeline.workspace import Workspace, count_failures, log
 from moduseg.pseudo_masks.prompts import background_words_of
@@ -131,7 +132,15 @@ def add(
     if masks and cfg.pseudo_masks.generator["name"] != "ground_truth":
         given: dict[str, Any] = {"name": "ground_truth", "filter_labels": True}
         cfg = dataclasses.replace(cfg, pseudo_masks=_given_masks(cfg.pseudo_masks, given))
-    dataset = TaggedImages(str(bank.info.get("dataset", "folder")), SPLIT, classes, files, tags, masks, tag_source)
+    dataset = TaggedImages(
+        str(bank.info.get("dataset", "folder")),
+        SPLIT,
+        classes=classes,
+        files=files,
+        tags=tags,
+        masks=masks,
+        source=tag_source,
+    )
     settings = {**cfg.dataset, "train_split": SPLIT}
     cfg = dataclasses.replace(cfg, dataset=settings, bank=dataclasses.replace(cfg.bank, path=None))
     work = Workspace(cfg, {SPLIT: dataset})

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from moduseg.api import Segmenter
 from moduseg.bank.derived import identity, open_bank
 from moduseg.cli.options import configured, parse
+from moduseg.datasets.image_files import find_images
 from moduseg.datasets.io import read_image, write_label_png
-from moduseg.datasets.tagged import find_images
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.files import FORMAT, digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import log, safe_name

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from moduseg.datasets import build
-from moduseg.datasets.coco150 import coco150_ids, make_coco150, semantic_from_panoptic
+from moduseg.datasets.coco150 import make_coco150, read_coco150_ids, semantic_from_panoptic
 from moduseg.errors import DataError, MissingError
 from tests.conftest import external_folder
 
@@ -89,13 +89,13 @@ def test_segments_the_list_does_not_name() -> None:
 
 
 def test_shipped_ids() -> None:
-    ids = coco150_ids()
+    ids = read_coco150_ids()
     assert {split: len(set(listed)) for split, listed in ids.items()} == {"train2017": 100, "val2017": 50}
 
 
 def test_shipped_ids_are_those_of_the_folder() -> None:
     root = external_folder("MODUSEG_COCO150")
-    assert coco150_ids() == {s: (root / f"{s}.txt").read_text().split() for s in ("train2017", "val2017")}
+    assert read_coco150_ids() == {s: (root / f"{s}.txt").read_text().split() for s in ("train2017", "val2017")}
 
 
 def test_script_ends_in_one_line(

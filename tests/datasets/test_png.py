@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from moduseg.datasets.io import MAX_PIXELS, read_label_png, write_label_png
-from moduseg.datasets.png import SIGNATURE, plain_png_ids, png_header
+from moduseg.datasets.png import SIGNATURE, parse_png_header, read_plain_png
 from moduseg.errors import DataError
 
 IDS = np.array([[0, 1, 20], [255, 7, 7]], dtype=np.uint8)
@@ -32,7 +32,7 @@ def _png(*, depth: int = 8, colour: int = 0, rows: bytes | None = None, size: tu
 
 def _read(tmp_path: Path, data: bytes) -> np.ndarray | None:
     (tmp_path / "a.png").write_bytes(data)
-    return plain_png_ids(tmp_path / "a.png", MAX_PIXELS)
+    return read_plain_png(tmp_path / "a.png", MAX_PIXELS)
 
 
 def _pillow(array: np.ndarray, mode: str | None = None, **options: object) -> bytes:
@@ -94,15 +94,15 @@ def test_damaged_files_are_left_to_pillow(tmp_path: Path, data: bytes) -> None:
 
 
 def test_an_absent_file_and_a_folder(tmp_path: Path) -> None:
-    assert plain_png_ids(tmp_path / "none.png", MAX_PIXELS) is None
-    assert plain_png_ids(tmp_path, MAX_PIXELS) is None
+    assert read_plain_png(tmp_path / "none.png", MAX_PIXELS) is None
+    assert read_plain_png(tmp_path, MAX_PIXELS) is None
     with pytest.raises(DataError, match="no such file"):
         read_label_png(tmp_path / "none.png")
 
 
 def test_header() -> None:
-    assert png_header(_png()) == (3, 2, 8, 0, 0)
-    assert png_header(_png()[:32]) is None
+    assert parse_png_header(_png()) == (3, 2, 8, 0, 0)
+    assert parse_png_header(_png()[:32]) is None
 
 
 def test_every_damaged_byte_is_noticed(tmp_path: Path) -> None:

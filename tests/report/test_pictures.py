@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.datasets.png import plain_png_ids
+from moduseg.datasets.png import read_plain_png
 from moduseg.masks.palette import voc_palette
 from moduseg.report import pictures
 
@@ -28,7 +28,7 @@ def test_label_maps_are_palette_pngs_whose_rows_are_plain(tmp_path, rng: np.rand
         np.testing.assert_array_equal(np.asarray(picture), labels)
         np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), voc_palette()[labels])
     (tmp_path / "labels.png").write_bytes(data)
-    found = plain_png_ids(tmp_path / "labels.png", 10**6)
+    found = read_plain_png(tmp_path / "labels.png", 10**6)
     assert found is not None
     np.testing.assert_array_equal(found, labels)
     few = pictures.label_png(np.minimum(labels, 3), labels.shape)

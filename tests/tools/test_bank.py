@@ -16,7 +16,8 @@ from moduseg.bank.store import Bank
 from moduseg.cli.main import entry
 from moduseg.cli.options import configured, parse
 from moduseg.config import compose
-from moduseg.datasets.tagged import TaggedImages, find_images
+from moduseg.datasets.image_files import find_images
+from moduseg.datasets.tagged_images import TaggedImages
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, ModusegError
 from moduseg.miniature.world.scenes import CLASSES
 from moduseg.stages import build_bank, evaluate, infer
@@ -317,14 +318,14 @@ def test_tagged_images_keep_the_contract_of_data_sets(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "own", [0, 1])
     files = find_images([root / "images"])
     assert list(files) == [image_id(0), image_id(1)]
-    dataset = TaggedImages("pets", "added", CLASSES, files, {image_id(0): (1, 2)})
+    dataset = TaggedImages("pets", "added", classes=CLASSES, files=files, tags={image_id(0): (1, 2)})
     assert dataset.load(image_id(0)).labels == (1, 2)
     assert dataset.load(image_id(1)).labels is None
     assert (dataset.label_source, dataset.has_truth, dataset.name) == ("tags", False, "pets")
-    other = TaggedImages("pets", "added", CLASSES, files, {image_id(0): (1, 3)})
+    other = TaggedImages("pets", "added", classes=CLASSES, files=files, tags={image_id(0): (1, 3)})
     assert other.fingerprint() != dataset.fingerprint()
     masks = {i: root / "masks" / f"{i}.png" for i in files}
-    with_truth = TaggedImages("pets", "added", CLASSES, files, {}, masks)
+    with_truth = TaggedImages("pets", "added", classes=CLASSES, files=files, tags={}, masks=masks)
     assert with_truth.has_truth
     assert with_truth.load(image_id(0), truth=True).semantic is not None
     with pytest.raises(DataError, match="not in split"):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moduseg.datasets.labels import read_label_file
-from moduseg.datasets.pickled import read_pickled_labels
+from moduseg.datasets.npy_labels import read_npy_labels
 from moduseg.errors import DataError
 
 
@@ -30,7 +30,7 @@ LABELS = {"2007_000032": (1, 15), "2007_000039": (), "2008_000001": (20,)}
 def test_numpy_saved_dictionary(tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "cls_labels.npy"
     np.save(path, {id: _one_hot(*ids, dtype=dtype) for id, ids in LABELS.items()}, allow_pickle=True)  # type: ignore[arg-type]
-    assert read_pickled_labels(path) == (LABELS, 20)
+    assert read_npy_labels(path) == (LABELS, 20)
     file = read_label_file(path)
     assert (file.source, file.classes, file.entries["2007_000032"]) == ("npy", 20, (1, 15))
 
@@ -44,7 +44,7 @@ def test_plain_pickles_of_every_protocol(tmp_path: Path, protocol: int) -> None:
         np.int64(8): _one_hot(5, 6),
     }
     (tmp_path / "l.npy").write_bytes(pickle.dumps(content, protocol=protocol))
-    assert read_pickled_labels(tmp_path / "l.npy")[0] == {"a": (3,), "b": (4,), "7": (20,), "8": (5, 6)}
+    assert read_npy_labels(tmp_path / "l.npy")[0] == {"a": (3,), "b": (4,), "7": (20,), "8": (5, 6)}
 
 
 def test_arrays_written_by_numpy_1_and_by_python_2(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_arrays_written_by_numpy_1_and_by_python_2(tmp_path: Path) -> None:
     old = data.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray")
     assert old != data
     (tmp_path / "a.npy").write_bytes(old)
-    assert read_pickled_labels(tmp_path / "a.npy")[0] == {"a": (3,)}
+    assert read_npy_labels(tmp_path / "a.npy")[0] == {"a": (3,)}
     array = _one_hot(3).tobytes()
     text = (
         b"\x80\x02}U\x01acnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x14\x85"
@@ -61,7 +61,7 @@ def test_arrays_written_by_numpy_1_and_by_python_2(tmp_path: Path) -> None:
         b"T" + struct.pack("<I", len(array)) + array + b"tbs."
     )
     (tmp_path / "b.npy").write_bytes(text)
-    assert read_pickled_labels(tmp_path / "b.npy")[0] == {"a": (3,)}
+    assert read_npy_labels(tmp_path / "b.npy")[0] == {"a": (3,)}
 
 
 class _Runs:
@@ -103,12 +103,12 @@ def test_nothing_runs(tmp_path: Path, name: str) -> None:
     path = tmp_path / "cls_labels.npy"
     path.write_bytes(_attacks(trace)[name])
     with pytest.raises(DataError, match=r"cls_labels\.npy") as caught:
-        read_pickled_labels(path)
+        read_npy_labels(path)
     assert not trace.exists()
     assert "\n" not in str(caught.value)
     # It does what it says where nobody minds: reading the harmless file still works afterwards.
     np.save(path, {"a": _one_hot(1)}, allow_pickle=True)  # type: ignore[arg-type]
-    assert read_pickled_labels(path)[0] == {"a": (1,)}
+    assert read_npy_labels(path)[0] == {"a": (1,)}
 
 
 def test_the_attacks_would_work_on_an_ordinary_reader(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_other_content_is_one_line(tmp_path: Path, content: bytes, words: str) -
     path = tmp_path / "l.npy"
     path.write_bytes(content)
     with pytest.raises(DataError, match=words) as caught:
-        read_pickled_labels(path)
+        read_npy_labels(path)
     assert "\n" not in str(caught.value)
     assert "save the labels as JSON" in str(caught.value)
 
@@ -173,9 +173,9 @@ def test_other_content_is_one_line(tmp_path: Path, content: bytes, words: str) -
 def test_arrays_that_are_no_dictionary(tmp_path: Path) -> None:
     np.save(tmp_path / "l.npy", np.zeros(3))
     with pytest.raises(DataError, match=r"no single object, .*'<f8'.*\(3,\)"):
-        read_pickled_labels(tmp_path / "l.npy")
+        read_npy_labels(tmp_path / "l.npy")
     with pytest.raises(DataError, match="unreadable"):
-        read_pickled_labels(tmp_path / "absent.npy")
+        read_npy_labels(tmp_path / "absent.npy")
 
 
 def test_random_damage_never_escapes(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -188,7 +188,7 @@ def test_random_damage_never_escapes(tmp_path: Path, rng: np.random.Generator) -
         content[rng.integers(len(whole))] = rng.integers(256)
         path.write_bytes(bytes(content))
         try:
-            read_pickled_labels(path)
+            read_npy_labels(path)
         except DataError:
             refused += 1
     assert refused > 100

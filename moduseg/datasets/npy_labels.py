@@ -1,8 +1,8 @@
 """`cls_labels.npy`: a pickled dictionary, read without running anything that it contains.
 
-A pickle is a program that names functions and calls them. Here every name that NumPy writes for an array is answered
-with an inert stand-in that keeps its arguments, every other name ends the reading, and the arrays are made afterwards
-from the plain bytes that the stand-ins kept.
+A pickle is a program that names functions and calls them. Here every name that NumPy writes for an array maps to an
+inert stand-in that keeps its arguments, any other name is refused, and the arrays are made afterwards from the plain
+bytes that the stand-ins kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DAMAGE = (
 
 
 class _Dtype:
-    """`numpy.dtype(code)`: the code, and the byte order that its state adds."""
+    """The arguments of `numpy.dtype(code)`: the code, and the byte order that its state adds."""
 
     __slots__ = ("code", "order")
 
@@ -43,8 +43,8 @@ class _Dtype:
             raise pickle.UnpicklingError("a malformed data type")
         self.order = state[1]
 
-    def plain(self) -> np.dtype:
-        """The type, if it is one of numbers, truth values or text."""
+    def to_numpy(self) -> np.dtype:
+        """Return the data type, if it is one of numbers, truth values or text."""
         kind, size = self.code[:1], self.code[1:]
         if kind not in "biufUS" or not size.isdigit() or not (kind in "US" or 1 <= int(size) <= 16):
             raise pickle.UnpicklingError(f"the data type {self.code[:20]!r}")
@@ -52,7 +52,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array or a scalar: what it takes to make it."""
+    """The arguments of an array or a scalar."""
 
     __slots__ = ("data", "dtype", "fortran", "shape")
 
@@ -64,31 +64,31 @@ class _Array:
             raise pickle.UnpicklingError("a malformed array")
         _, self.shape, self.dtype, self.fortran, self.data = state
 
-    def single(self) -> object:
-        """The one object that an array of objects holds."""
+    def unwrap(self) -> object:
+        """Return the one object that an array of objects holds."""
         if type(self.dtype) is not _Dtype or not self.dtype.code.startswith("O") or not isinstance(self.data, list):
             raise pickle.UnpicklingError("an array that holds no object")
         if len(self.data) != 1:
             raise pickle.UnpicklingError(f"an array of {len(self.data)} objects")
         return self.data[0]
 
-    def plain(self) -> np.ndarray:
-        """The array, made from its bytes."""
+    def to_numpy(self) -> np.ndarray:
+        """Make the array from its bytes."""
         shape, data = self.shape, self.data
         if isinstance(data, str):  # what Python 2 called bytes
             data = data.encode("latin-1")
-        good = isinstance(shape, tuple) and all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape)
-        if type(self.dtype) is not _Dtype or not good or not isinstance(data, bytes | bytearray):
+        is_shape = isinstance(shape, tuple) and all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape)
+        if type(self.dtype) is not _Dtype or not is_shape or not isinstance(data, bytes | bytearray):
             raise pickle.UnpicklingError("a malformed array")
-        dtype = self.dtype.plain()
+        dtype = self.dtype.to_numpy()
         if math.prod(shape) * dtype.itemsize != len(data):
             raise pickle.UnpicklingError(f"{len(data)} bytes for an array of {shape}")
         flat = np.frombuffer(bytes(data), dtype=dtype)
         return flat.reshape(shape, order="F" if self.fortran is True else "C")
 
 
-class _Name:
-    """What a pickle may call. An instance, not a function or class, so that a pickle cannot set attributes on it."""
+class _Callable:
+    """A function that a pickle may call; an instance, so that the pickle cannot set attributes on it."""
 
     __slots__ = ("_make",)
     _make: Callable[..., object]
@@ -118,15 +118,15 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
 
 
 _CORE = {
-    "_reconstruct": _Name(lambda *arguments: _Array()),
-    "scalar": _Name(lambda dtype, data=b"": _Array((), dtype, False, data)),
+    "_reconstruct": _Callable(lambda *arguments: _Array()),
+    "scalar": _Callable(lambda dtype, data=b"": _Array((), dtype, False, data)),
 }
-_NAMES: Mapping[tuple[str, str], _Name] = {
-    ("numpy", "ndarray"): _Name(lambda *arguments: _Array()),
-    ("numpy", "dtype"): _Name(lambda code, *flags: _Dtype(code)),
-    ("_codecs", "encode"): _Name(_encode),
+_NAMES: Mapping[tuple[str, str], _Callable] = {
+    ("numpy", "ndarray"): _Callable(lambda *arguments: _Array()),
+    ("numpy", "dtype"): _Callable(lambda code, *flags: _Dtype(code)),
+    ("_codecs", "encode"): _Callable(_encode),
     **{(f"numpy.{core}.multiarray", name): made for core in ("core", "_core") for name, made in _CORE.items()},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _Name(_from_buffer) for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _Callable(_from_buffer) for core in ("core", "_core")},
 }
 
 
@@ -140,8 +140,8 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("a reference to something outside")
 
 
-def read_pickled_labels(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Image-level labels of a `cls_labels.npy` (or of a plain pickle) as weakly supervised methods pass them on.
+def read_npy_labels(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Read the image-level labels of a `cls_labels.npy` or a plain pickle, as weakly supervised methods share them.
 
     Args:
         path: a `.npy` file of one object, or a pickle: a dictionary from image ids, text or whole numbers, to vectors
@@ -168,14 +168,14 @@ def read_pickled_labels(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
     lengths: set[int] = set()
     for key, value in content.items():
         try:
-            name, vector = _key(key), _vector(value)
+            name, vector = _to_id(key), _to_vector(value)
         except _DAMAGE as error:
             raise DataError(f"{path}: entry {str(key)[:60]!r} has {error}; {_REMEDY}") from error
         lengths.add(len(vector))
         labels[name] = tuple(int(i) + 1 for i in np.flatnonzero(vector))
     if len(lengths) != 1:
-        found = f"vectors of {min(lengths)} to {max(lengths)} entries" if lengths else "no entry"
-        raise DataError(f"{path}: got {found}, expected vectors of one length; {_REMEDY}")
+        got = f"vectors of {min(lengths)} to {max(lengths)} entries" if lengths else "no entry"
+        raise DataError(f"{path}: got {got}, expected vectors of one length; {_REMEDY}")
     return labels, lengths.pop()
 
 
@@ -190,12 +190,12 @@ def _unpickle(data: bytes) -> object:
         if not re.search(r"'descr': '\|O'", header) or not re.search(r"'shape': \((1,)?\)", header):
             raise ValueError(f"an array that is no single object, {' '.join(header.split())[:100]}")
     content = _Unpickler(io.BytesIO(data[start:]), encoding="latin1").load()
-    return content.single() if type(content) is _Array else content
+    return content.unwrap() if type(content) is _Array else content
 
 
-def _key(key: object) -> str:
+def _to_id(key: object) -> str:
     if type(key) is _Array:
-        key = key.plain().item()
+        key = key.to_numpy().item()
     if isinstance(key, bytes):
         key = key.decode("utf-8")
     if type(key) not in (str, int):
@@ -203,8 +203,8 @@ def _key(key: object) -> str:
     return str(key)
 
 
-def _vector(value: object) -> np.ndarray:
-    vector = value.plain() if type(value) is _Array else np.asarray(value if isinstance(value, list) else None)
+def _to_vector(value: object) -> np.ndarray:
+    vector = value.to_numpy() if type(value) is _Array else np.asarray(value if isinstance(value, list) else None)
     if vector.ndim != 1 or vector.dtype.kind not in "biuf" or not np.isin(vector, (0, 1)).all():
         raise ValueError("no vector of zeros and ones")
     return vector
