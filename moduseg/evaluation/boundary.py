@@ -1,7 +1,7 @@
 """Boundary IoU: IoU of the pixels near the contours (Cheng et al., CVPR 2021, arXiv 2103.16562), for label maps.
 
-A pixel of a region is near its contour if the square of side `2 d + 1` around it holds a pixel that is not of the
-region; what lies outside of the image is of no region. The IoU of a label is taken between the near-contour pixels of
+A pixel of a region is near its contour if the square of side `2 d + 1` around it holds a pixel outside the region or
+outside the image. The IoU of a label is taken between the near-contour pixels of
 its true and of its predicted region, pixels summed over the split.
 """
 

@@ -1,7 +1,7 @@
-"""Rows of the paper's tables, to stand beside what was measured here: mIoU in percent, and what a run costs.
+"""Published figures of the paper's tables, to compare ours with: mIoU in percent, and what a run costs.
 
-Every row names its source. ModuSeg's figures have no test-time augmentation and no CRF; whether VOC's bank was made
-from `train` or from `train_aug` is not settled (METHOD, data protocol).
+Every row names its source. ModuSeg's figures have no test-time augmentation and no CRF. Whether VOC's bank was made
+from `train` or from `train_aug` is not settled (docs/method.md, "Data protocol").
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PublishedRow:
         benchmark: data set and split, such as `voc/val`; `voc/train` for the quality of pseudo masks.
         value: mIoU in percent.
         source: where it was published.
-        note: what one must know to compare with it; empty where there is nothing.
+        note: what one must know to compare with it; empty if there is nothing.
     """
 
     table: str
@@ -95,19 +95,20 @@ _LATER: tuple[PublishedRow, ...] = (
 )
 
 
-def _rows() -> tuple[PublishedRow, ...]:
+def _make_rows() -> tuple[PublishedRow, ...]:
     rows = [
         PublishedRow("main", method, benchmark, value)
         for method, *values in _MAIN
         for benchmark, value in zip(("voc/val", "voc/test", "coco/val"), values, strict=True)
         if value is not None
     ]
-    for table, method, first, second, one, two in _PAIRS:
-        rows += [PublishedRow(table, method, first, one), PublishedRow(table, method, second, two)]
+    for table, method, first, second, first_value, second_value in _PAIRS:
+        rows.append(PublishedRow(table, method, first, first_value))
+        rows.append(PublishedRow(table, method, second, second_value))
     return (*rows, *(PublishedRow(*row) for row in _SINGLE), *_LATER)
 
 
-PUBLISHED: tuple[PublishedRow, ...] = _rows()
+PUBLISHED: tuple[PublishedRow, ...] = _make_rows()
 BENCHMARKS: tuple[str, ...] = tuple(dict.fromkeys(row.benchmark for row in PUBLISHED))
 TABLES: tuple[str, ...] = tuple(dict.fromkeys(row.table for row in PUBLISHED))
 
@@ -122,12 +123,12 @@ PUBLISHED_COSTS: tuple[PublishedCost, ...] = (
 def published_rows(
     table: str, benchmark: str, ours: dict[str, float] | None = None
 ) -> list[tuple[str, float, float | None]]:
-    """`(method, published, ours)` of one table on one benchmark, in the paper's order.
+    """Return `(method, published, ours)` of one table on one benchmark, in the paper's order.
 
     Args:
         table: one of `TABLES`.
-        benchmark: one of `BENCHMARKS`; a data set that the paper does not know has no rows to stand beside.
-        ours: method -> mIoU in percent measured with that setting; methods left out were not measured.
+        benchmark: one of `BENCHMARKS`; a data set that is not in the paper has no rows.
+        ours: method -> mIoU in percent measured with that setting; others were not measured.
 
     Raises:
         ValueError: unknown table or benchmark, or a method that the table does not have.
@@ -138,19 +139,19 @@ def published_rows(
             f"{', '.join(BENCHMARKS)}"
         )
     rows = [row for row in PUBLISHED if row.table == table and row.benchmark == benchmark]
-    measured = ours or {}
-    unknown = sorted(set(measured) - {row.method for row in rows})
+    our_values = ours or {}
+    unknown = sorted(set(our_values) - {row.method for row in rows})
     if unknown:
         raise ValueError(
             f"published rows: got {unknown[0]!r}, expected one of {', '.join(row.method for row in rows) or 'none'}"
         )
-    return [(row.method, row.value, measured.get(row.method)) for row in rows]
+    return [(row.method, row.value, our_values.get(row.method)) for row in rows]
 
 
 def published_markdown(table: str, benchmark: str, ours: dict[str, float] | None = None) -> str:
-    """`published_rows` as a Markdown table; arguments and errors as there."""
+    """Return `published_rows` as a Markdown table; it has the same arguments and errors."""
     rows = [
-        (method, f"{value:.1f}", NOT_MEASURED if mine is None else f"{mine:.1f}")
-        for method, value, mine in published_rows(table, benchmark, ours)
+        (method, f"{published:.1f}", NOT_MEASURED if measured is None else f"{measured:.1f}")
+        for method, published, measured in published_rows(table, benchmark, ours)
     ]
     return markdown_table((f"{table}, {benchmark} (mIoU)", "published", "ours"), rows)

@@ -1,7 +1,7 @@
-"""Tables from one command: a grid of overrides, each cell a run, runs that agree shared.
+"""Tables of experiments from one command: a grid of overrides, one run for each cell; equal runs are computed once.
 
 A table is a file of `configs/table/`: `base` overrides for every run, `axes` (one column each: option -> overrides),
-`replicates` (lists of overrides whose results are averaged) and `columns` (figures of stage `evaluate`).
+`replicates` (lists of overrides whose results are averaged) and `columns` (figures in the results of `evaluate`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ FIGURES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Table:
-    """One table.
+    """A table of experiments, as its file describes it.
 
     Attributes:
         title: what it shows.
         base: overrides of every run.
         axes: axis -> option -> overrides, or -> a list of lists of overrides, whose results are averaged.
-        replicates: lists of overrides; every cell is run with each, and the results averaged.
+        replicates: lists of overrides; every cell is run with each list, and the results are averaged.
         columns: keys of `FIGURES`.
     """
 
@@ -64,7 +64,7 @@ class Table:
 
 
 def load_table(name: str) -> Table:
-    """The table that `configs/table/<name>.yaml` describes.
+    """Load the table that `configs/table/<name>.yaml` describes.
 
     Raises:
         ConfigError: no such table, or a key that tables do not have.
@@ -77,7 +77,7 @@ FOLDERS = {"ablate": "table", "reproduce": "reproduce"}
 
 
 def read_table(command: str, name: str) -> dict[str, Any]:
-    """The content of a table's file, interpolations left as they are.
+    """Read the content of a table's file without resolving its interpolations.
 
     Args:
         command: `ablate` (grids of `configs/table/`) or `reproduce` (the paper's tables, `configs/reproduce/`).
@@ -91,8 +91,8 @@ def read_table(command: str, name: str) -> dict[str, Any]:
     if "/" in name or not path.is_file():
         owners = [c for c, f in FOLDERS.items() if "/" not in name and (folder.parent / f / path.name).is_file()]
         remedy = f"scripts/{owners[0]}.py table={name}" if owners else f"scripts/{command}.py table=<name>"
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise ConfigError(f"table: got {name!r}, expected one of {known}; try: python {remedy}")
+        allowed = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ConfigError(f"table: got {name!r}, expected one of {allowed}; try: python {remedy}")
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OmegaConfBaseException, *UNREADABLE) as error:
@@ -113,29 +113,9 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
         The Markdown file `<outputs>/tables/<name>.md`, with `<name>.json` beside it.
     """
     table = load_table(name)
-    cells = list(_cells(table))
-    total = sum(len(runs) for _, runs in cells)
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=total, desc=f"table {name}", unit="run") as progress:
-        for options, runs in cells:
-            results = []
-            start = time.perf_counter()
-            for extra in runs:
-                path = evaluate.run(compose(["evaluation.report=false", *table.base, *extra, *overrides]))
-                results.append(read_json(path / "results.json"))
-                progress.update()
-            figures = {c: [figure(r, c) for r in results] for c in table.columns}
-            rows.append(
-                {
-                    "options": options,
-                    "runs": [[*table.base, *extra, *overrides] for extra in runs],
-                    "figures": figures,
-                    "images": results[0]["prediction"]["images"],
-                    "dataset": results[0]["prediction"]["dataset"],
-                    "split": results[0]["prediction"]["split"],
-                    "seconds": round(time.perf_counter() - start, 1),
-                }
-            )
+    cells = list(_expand_cells(table))
+    with tqdm(total=sum(len(runs) for _, runs in cells), desc=f"table {name}", unit="run") as progress:
+        rows = [_run_cell(table, options, runs, overrides, progress) for options, runs in cells]
     outputs = Path(compose([*table.base, *overrides]).runtime.outputs) / "tables"
     record = {"title": table.title, "table": name, "overrides": list(overrides), "rows": rows, "versions": versions()}
     write_json(outputs / f"{name}.json", record)
@@ -145,8 +125,30 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
     return outputs / f"{name}.md"
 
 
-def _cells(table: Table) -> Iterator[tuple[dict[str, str], list[list[str]]]]:
-    """Each row's options with the overrides of its runs."""
+def _run_cell(
+    table: Table, options: Mapping[str, str], runs: Sequence[list[str]], overrides: Sequence[str], progress: tqdm[Any]
+) -> dict[str, Any]:
+    """Run one cell of the grid and return its row."""
+    start = time.perf_counter()
+    commands = [[*table.base, *cell_overrides, *overrides] for cell_overrides in runs]
+    results = []
+    for command in commands:
+        path = evaluate.run(compose(["evaluation.report=false", *command]))
+        results.append(read_json(path / "results.json"))
+        progress.update()
+    return {
+        "options": dict(options),
+        "runs": commands,
+        "figures": {column: [read_figure(record, column) for record in results] for column in table.columns},
+        "images": results[0]["prediction"]["images"],
+        "dataset": results[0]["prediction"]["dataset"],
+        "split": results[0]["prediction"]["split"],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def _expand_cells(table: Table) -> Iterator[tuple[dict[str, str], list[list[str]]]]:
+    """Yield the options of each row with the overrides of its runs."""
     for choice in itertools.product(*(options.items() for options in table.axes.values())):
         alternatives = [[list(o) for o in _as_alternatives(overrides)] for _, overrides in choice]
         runs = [
@@ -157,12 +159,12 @@ def _cells(table: Table) -> Iterator[tuple[dict[str, str], list[list[str]]]]:
 
 
 def _as_alternatives(overrides: Any) -> list[list[str]]:
-    """`[a, b]` is one run, `[[a], [b]]` is two whose results are averaged."""
+    """Return a list of runs: `[a, b]` is one run, `[[a], [b]]` is two runs whose results are averaged."""
     entries = list(overrides or [])
     return entries if entries and all(isinstance(e, list) for e in entries) else [entries]
 
 
-def figure(record: Mapping[str, Any], column: str) -> float | None:
+def read_figure(record: Mapping[str, Any], column: str) -> float | None:
     """Return the value of a column in the results of `evaluate`; `None` where they lack it."""
     return read_path(record, FIGURES[column])
 
@@ -179,9 +181,9 @@ def _markdown(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def mean_cell(values: Sequence[float | None], sign: str = "") -> str:
-    """Mean ± sample standard deviation of the runs that have a value; `sign="+"` shows a plus as well."""
-    known = [v for v in values if v is not None]
-    if not known:
+    """Return mean ± sample standard deviation of the runs that have a value; `sign="+"` shows a plus as well."""
+    measured = [v for v in values if v is not None]
+    if not measured:
         return "-"
     # Adding zero turns -0.0 into 0.0.
-    return f"{round(mean(known), 1) + 0:{sign}.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
+    return f"{round(mean(measured), 1) + 0:{sign}.1f}" + (f" ± {stdev(measured):.1f}" if len(measured) > 1 else "")

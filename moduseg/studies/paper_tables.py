@@ -1,4 +1,4 @@
-"""The paper's tables as configurations: each row, on each data set, is a list of overrides beside a published figure.
+"""The paper's tables as configurations: each row is, on each data set, a list of overrides and a published figure.
 
 A table is a file of `configs/reproduce/`. Its keys are those of `PaperTable`, those of a row are those of `Row`.
 """
@@ -27,12 +27,12 @@ FULL = ("voc", "coco")
 MINIATURE = "miniature"
 """The embedded world, which is no benchmark: its rows have VOC's published figures beside them."""
 SPLITS = {"mIoU": "val", "pseudo-mask mIoU": "train"}
-"""What a table may be about, and the split that its published figures belong to."""
+"""Figures that a table may compare, and the split that the published ones belong to."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: it is a row of those data sets that it has overrides for (`[]` is a list of none).
+    """A row of a table; it applies to the data sets that it has overrides for (`[]` is an empty list of them).
 
     Attributes:
         published: the method's name in the table of `moduseg.evaluation.published`, or data set -> name.
@@ -50,21 +50,21 @@ class Row:
     miniature: list[str] | None = None
 
     def overrides(self, dataset: str) -> list[str] | None:
-        """Of the row on a data set; `None` where it is no row of it."""
+        """Return the overrides of this row for `dataset`; `None` if the row does not apply to it."""
         everywhere = self.all if dataset in (*FULL, MINIATURE) else None
         parts = [everywhere, self.full if dataset in FULL else None, getattr(self, dataset)]
-        given = [part for part in parts if part is not None]
-        return [override for part in given for override in part] if given else None
+        present = [part for part in parts if part is not None]
+        return [override for part in present for override in part] if present else None
 
     @property
     def is_quoted(self) -> bool:
         """Whether there is nothing to run: another method's figure, for the reader."""
-        return all_none(getattr(self, f.name) for f in fields(self) if f.name != "published")
+        return all(getattr(self, f.name) is None for f in fields(self) if f.name != "published")
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table.
+    """A table of the paper, as its file describes it.
 
     Attributes:
         title: what it shows.
@@ -106,6 +106,9 @@ class PaperTable:
         for name, value in (("base", self.base), ("replicate", self.replicate), ("notes", self.notes)):
             if wrong := [key for key in value if key not in (*BASE, "full")]:
                 raise ValueError(f"{name}: got {wrong[0]!r}, expected some of full, {', '.join(BASE)}")
+        self._check_rows()
+
+    def _check_rows(self) -> None:
         methods = {row.method for row in PUBLISHED if row.table == self.published}
         for name, row in self.rows.items():
             asked = row.published.values() if isinstance(row.published, Mapping) else [row.published]
@@ -130,39 +133,39 @@ class PaperTable:
     @property
     def published_on(self) -> list[str]:
         """The data sets that have a row to run with a published figure of their own."""
-        own = [d for d in self.datasets if d != MINIATURE]
-        return [d for d in own if any(self.figure_of(name, d) for name in self.names(d))]
+        benchmarks = [d for d in self.datasets if d != MINIATURE]
+        return [d for d in benchmarks if any(self.figure_of(name, d) for name in self.names(d))]
 
     def names(self, dataset: str) -> list[str]:
-        """The rows of a data set that can be run."""
+        """Return the rows of a data set that can be run."""
         return [name for name, row in self.rows.items() if row.overrides(dataset) is not None]
 
     def figure_of(self, name: str, dataset: str) -> PublishedRow | None:
-        """The published figure of a row; the miniature's rows have that of VOC, for orientation."""
+        """Return the published figure of a row; the miniature's rows have that of VOC, for orientation."""
         method = pick(self.rows[name].published, dataset)
         benchmark = f"{'voc' if dataset == MINIATURE else dataset}/{SPLITS[self.figure]}"
-        found = (r for r in PUBLISHED if (r.table, r.method, r.benchmark) == (self.published, method, benchmark))
-        return next(found, None)
+        wanted = (self.published, method, benchmark)
+        return next((row for row in PUBLISHED if (row.table, row.method, row.benchmark) == wanted), None)
 
     def runs(self, name: str, dataset: str, seeds: int, overrides: Sequence[str] = ()) -> list[list[str]]:
-        """The overrides of each run of a row: the table's, then the user's, then the row's own, the last one counts.
+        """Return the overrides of each run of a row: the table's, the user's, the row's; of equal keys the last counts.
 
         Args:
             name: of the row.
             dataset: one of `datasets`.
-            seeds: runs, where the data set has a key to repeat it by; else there is one.
+            seeds: number of runs, where the data set has a key to repeat a run by; otherwise there is one.
             overrides: the user's.
         """
         base = pick(dict(self.base), dataset) or BASE[dataset]
-        own = self.rows[name].overrides(dataset) or []
+        row = self.rows[name].overrides(dataset) or []
         key = pick(dict(self.replicate), dataset)
         if key is None:
-            return [merge(base, overrides, own)]
-        return [merge(base, overrides, own, [f"{key}={seed}"] if seeds > 1 else []) for seed in range(seeds)]
+            return [merge(base, overrides, row)]
+        return [merge(base, overrides, row, [f"{key}={seed}"] if seeds > 1 else []) for seed in range(seeds)]
 
 
 def load_paper_table(name: str) -> PaperTable:
-    """The table that `configs/reproduce/<name>.yaml` describes.
+    """Load the table that `configs/reproduce/<name>.yaml` describes.
 
     Raises:
         ConfigError: no such table, or a key or a value that tables do not have.
@@ -179,7 +182,7 @@ def load_paper_table(name: str) -> PaperTable:
 
 
 def merge(*parts: Sequence[str]) -> list[str]:
-    """Overrides one after the other; of those with the same key the last one stays, at its own place."""
+    """Return all overrides in order; of those with equal keys only the last one stays."""
     merged: dict[str, str] = {}
     for override in (override for part in parts for override in part):
         key = override.partition("=")[0].lstrip("+")
@@ -189,12 +192,7 @@ def merge(*parts: Sequence[str]) -> list[str]:
 
 
 def pick(value: Any, dataset: str) -> Any:
-    """What a value, or a mapping from data sets to values, is on a data set; `None` where it is nothing."""
+    """Return a value for a data set, from one value for all or a mapping by data set; `None` if there is none."""
     if not isinstance(value, Mapping):
         return value
     return value.get(dataset, value.get("full") if dataset in FULL else None)
-
-
-def all_none(values: Any) -> bool:
-    """Whether every value is `None`."""
-    return all(value is None for value in values)

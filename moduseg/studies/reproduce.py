@@ -21,7 +21,7 @@ from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, count_failures, log
 from moduseg.stages import evaluate
-from moduseg.studies.ablate import figure, mean_cell
+from moduseg.studies.ablate import mean_cell, read_figure
 from moduseg.studies.paper_tables import BASE, SPLITS, PaperTable, load_paper_table, pick
 
 ALIASES = {"voc_aug": "voc", "coco2014": "coco"}
@@ -200,11 +200,11 @@ class _Maker:
     def _results(self, paths: Sequence[Path]) -> dict[str, Any]:
         results = [read_json(path / "results.json") for path in paths]
         about = results[0]["pseudo_masks" if self.table.figure == "pseudo-mask mIoU" else "prediction"] or {}
-        values = [figure(result, self.table.figure) for result in results]
+        values = [read_figure(result, self.table.figure) for result in results]
         return {
             "values": values,
             "ours": _mean(values),
-            "columns": {c: [figure(result, c) for result in results] for c in self.table.columns},
+            "columns": {c: [read_figure(result, c) for result in results] for c in self.table.columns},
             "images": about.get("images"),
             "split": about.get("split"),
             "label_source": about.get("label_source"),

@@ -12,7 +12,7 @@ from moduseg.config import Config
 from moduseg.datasets.io import write_label_png
 from moduseg.datasets.voc import VOC_CLASSES
 from moduseg.errors import DataError
-from moduseg.evaluation.voc_server import NAME, member, pack
+from moduseg.evaluation.voc_server import NAME, archive_path, pack
 from moduseg.files import file_digest, write_atomic
 from moduseg.pipeline.workspace import Workspace, count_failures, log
 from moduseg.stages import infer
@@ -53,7 +53,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         def files() -> Iterator[tuple[str, bytes]]:
             for image_id in tqdm(dataset.ids, desc="pack", unit="img", leave=False):
                 labels = folder.read(image_id, dataset.image_size(image_id))
-                yield member(dataset.split, image_id), write_label_png(labels)
+                yield archive_path(dataset.split, image_id), write_label_png(labels)
 
         write_atomic(file, pack(files()))
         artefact.write_manifest(

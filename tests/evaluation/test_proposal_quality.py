@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moduseg.evaluation import proposals as module
-from moduseg.evaluation.proposals import ProposalQuality, best_ious, objects_of
+from moduseg.evaluation.proposals import ProposalQuality, best_ious, find_objects
 
 
 def _scene() -> np.ndarray:
@@ -19,11 +19,11 @@ def _scene() -> np.ndarray:
 
 
 def test_components_join_across_corners() -> None:
-    class_ids, masks = objects_of(_scene(), 100)
+    class_ids, masks = find_objects(_scene(), 100)
     assert class_ids.tolist() == [1, 2]
     assert masks.sum((1, 2)).tolist() == [120, 200]
-    assert objects_of(_scene(), 9)[0].tolist() == [1, 1, 2]
-    assert objects_of(_scene(), 10)[0].tolist() == [1, 2]
+    assert find_objects(_scene(), 9)[0].tolist() == [1, 1, 2]
+    assert find_objects(_scene(), 10)[0].tolist() == [1, 2]
 
 
 def test_instances_separate_what_touches() -> None:
@@ -31,15 +31,15 @@ def test_instances_separate_what_touches() -> None:
     instances[0:10, 0:10] = 4
     instances[10:20, 10:20] = 300
     instances[20:30, 30:40] = 7  # ignored pixels only
-    class_ids, masks = objects_of(semantic, 100, instances)
+    class_ids, masks = find_objects(semantic, 100, instances)
     assert class_ids.tolist() == [2, 2]
     assert masks.sum((1, 2)).tolist() == [100, 100]
     with pytest.raises(ValueError, match="instances: got"):
-        objects_of(semantic, 100, instances[:5])
+        find_objects(semantic, 100, instances[:5])
 
 
 def test_no_object() -> None:
-    class_ids, masks = objects_of(np.full((4, 5), 255, dtype=np.uint8))
+    class_ids, masks = find_objects(np.full((4, 5), 255, dtype=np.uint8))
     assert (class_ids.shape, masks.shape) == ((0,), (0, 4, 5))
 
 

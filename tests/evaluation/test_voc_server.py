@@ -3,15 +3,15 @@ from __future__ import annotations
 import io
 import tarfile
 
-from moduseg.evaluation.voc_server import member, pack
+from moduseg.evaluation.voc_server import archive_path, pack
 
 
 def test_paths_are_those_that_the_server_reads() -> None:
-    assert member("test", "2008_000006") == "results/VOC2012/Segmentation/comp6_test_cls/2008_000006.png"
+    assert archive_path("test", "2008_000006") == "results/VOC2012/Segmentation/comp6_test_cls/2008_000006.png"
 
 
 def test_the_same_files_give_the_same_bytes_in_any_order() -> None:
-    files = [(member("test", name), name.encode() * 50) for name in ("b", "a", "c")]
+    files = [(archive_path("test", name), name.encode() * 50) for name in ("b", "a", "c")]
     data = pack(files)
     assert pack(reversed(files)) == data
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
