@@ -27,7 +27,7 @@ from moduseg.errors import ConfigError
 from moduseg.files import write_atomic
 from moduseg.report.annotations import split_objects
 from moduseg.report.bank_regions import RegionPictures
-from moduseg.report.overlay import outlines, overlay_labels
+from moduseg.report.overlay import find_outlines, overlay_labels
 from moduseg.structures import IGNORE_INDEX, Prediction
 
 SHOWN = "shown"
@@ -212,7 +212,7 @@ class Session:
         if proposal is not None:
             mask = self.prediction.proposals.masks[proposal].cpu().numpy()
             painted[mask] = (0.5 * painted[mask] + 0.5 * self.image[mask]).astype(np.uint8)
-            painted[outlines(mask.astype(np.uint8), 3)] = (255, 255, 0)
+            painted[find_outlines(mask.astype(np.uint8), 3)] = (255, 255, 0)
         return painted
 
     def at(self, x: float, y: float) -> int | None:
@@ -246,7 +246,7 @@ class Session:
         rows, similarities = self._nearest(proposal)
         for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=True)):
             label, image = bank.classes[int(bank.labels[row])], bank.image_ids[int(bank.image_index[row])]
-            picture = self._pictures.picture(image, label) if pictures else None
+            picture = self._pictures.draw(image, label) if pictures else None
             found.append(Neighbour(row, label, image, float(similarity), rank < self.top_k, picture))
         votes = Counter(neighbour.label for neighbour in found if neighbour.voted)
         label = self.classes[int(prediction.labels[proposal])]
@@ -336,7 +336,7 @@ class Session:
         bank = self._first.bank
         for made in self.corrections:
             bank = edit.add_region(bank, made.image, made.label, made.vector, made.area)
-            self._pictures.give(made.image, made.label, self._images[made.image], made.mask)
+            self._pictures.add(made.image, made.label, self._images[made.image], made.mask)
         retrieval = dataclasses.replace(self._first.cfg.retrieval, top_k=self._votes(bank))
         self._segmenter = self._first.with_bank(bank, dataclasses.replace(self._first.cfg, retrieval=retrieval))
         if self._seen is not None:

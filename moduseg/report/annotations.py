@@ -1,4 +1,4 @@
-"""Predicted objects in the formats that annotation tools import: COCO, LabelMe, Label Studio."""
+"""Convert predicted objects to the formats that annotation tools import: COCO, LabelMe, Label Studio."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moduseg.masks.polygons import Convention, mask_polygons
 from moduseg.structures import IGNORE_INDEX, Prediction
 
 LABELME_VERSION = "5.5.0"
-"""The version of the format, which LabelMe compares with its own."""
+"""Version of the format; LabelMe warns when its own differs."""
 FROM_NAME, TO_NAME = "label", "image"
-"""Names of the tags of a Label Studio configuration that results refer to."""
+"""Tag names in a Label Studio configuration, to which its tasks refer."""
 
 
 @dataclass(frozen=True)
-class FoundObject:
-    """One object of a picture.
+class PredictedObject:
+    """One predicted object of an image.
 
     Attributes:
         label: class id, 1..C.
@@ -38,87 +38,93 @@ class FoundObject:
 
 def split_objects(
     prediction: Prediction, min_score: float | None = None, components: bool = False
-) -> tuple[np.ndarray, list[FoundObject]]:
-    """The label map with what is unknown, and the objects in it.
+) -> tuple[np.ndarray, list[PredictedObject]]:
+    """Split a prediction into objects, and mark pixels of low score as unknown.
 
-    A proposal whose score is below `min_score` is unknown, whatever its label: where no proposal that is known covers
-    them, its pixels become 255.
+    Proposals whose score is below `min_score` are uncertain, whatever their label. Their pixels become 255 unless a
+    certain proposal covers them too.
 
     Args:
         prediction: of one image.
-        min_score: `None` for no such limit.
-        components: whether an object is a connected region of one class, in place of what is visible of one proposal.
+        min_score: `None` for no limit.
+        components: whether an object is a connected region of one class; else it is the visible part of one proposal.
 
     Returns:
-        `[H, W]` uint8 with ids 0..C and 255, and the objects: by proposal in descending score, or by class.
+        The label map, `[H, W]` uint8 with ids 0..C and 255, and the objects: by proposal in descending score, or by
+        class and then from top to bottom.
     """
     masks = prediction.proposals.masks.cpu().numpy()
     labels, scores = prediction.labels.cpu().numpy(), prediction.scores.cpu().numpy()
     order = prediction.kept.cpu().tolist()
-    known = [i for i in order if min_score is None or scores[i] >= min_score]
+    certain = [i for i in order if min_score is None or scores[i] >= min_score]
+    # Paint low scores first, so that high scores stay on top.
     owner = np.full(prediction.label_map.shape, -1, dtype=np.int64)
-    for i in reversed(known):
+    for i in reversed(certain):
         if labels[i] > 0:
             owner[masks[i]] = i
     label_map = np.where(owner >= 0, labels[owner], 0).astype(np.uint8) if len(labels) else prediction.label_map.copy()
-    unknown = [i for i in range(len(labels)) if min_score is not None and scores[i] < min_score]
-    if unknown:
-        covered = masks[known].any(0) if known else np.zeros(owner.shape, dtype=bool)
-        label_map[masks[unknown].any(0) & ~covered] = IGNORE_INDEX
+    uncertain = [i for i in range(len(labels)) if min_score is not None and scores[i] < min_score]
+    if uncertain:
+        covered = masks[certain].any(0) if certain else np.zeros(owner.shape, dtype=bool)
+        label_map[masks[uncertain].any(0) & ~covered] = IGNORE_INDEX
     if components:
         score_map = np.where(owner >= 0, scores[owner], 0.0) if len(scores) else np.zeros(owner.shape)
-        return label_map, _components(label_map, score_map)
-    visible = [(i, owner == i) for i in known if labels[i] > 0]
-    return label_map, [FoundObject(int(labels[i]), float(scores[i]), mask) for i, mask in visible if mask.any()]
+        return label_map, _find_components(label_map, score_map)
+    visible = [(i, owner == i) for i in certain if labels[i] > 0]
+    return label_map, [PredictedObject(int(labels[i]), float(scores[i]), mask) for i, mask in visible if mask.any()]
 
 
-def object_record(found: FoundObject, tolerance: float) -> dict[str, Any]:
-    """What the formats below are made of, JSON values: label, score, pixels, `[x, y, w, h]` and polygons.
+def to_record(predicted: PredictedObject, tolerance: float) -> dict[str, Any]:
+    """Return an object as JSON values, from which the formats below are made.
 
     Args:
-        found: an object.
-        tolerance: see `moduseg.masks.polygons.mask_polygons`.
+        predicted: an object.
+        tolerance: of its polygons, as in `moduseg.masks.polygons.mask_polygons`.
+
+    Returns:
+        `label`, `score`, `area` (pixels), `bbox` (`[x, y, w, h]`), and its polygons along pixel `edges` and `centres`.
     """
-    left, top, width, height = cv2.boundingRect(np.ascontiguousarray(found.mask).view(np.uint8))
+    left, top, width, height = cv2.boundingRect(np.ascontiguousarray(predicted.mask).view(np.uint8))
     conventions: tuple[Convention, ...] = ("edges", "centres")
     polygons: dict[str, Any] = {
-        c: [np.round(p, 2).tolist() for p in mask_polygons(found.mask, tolerance, c)] for c in conventions
+        convention: [np.round(ring, 2).tolist() for ring in mask_polygons(predicted.mask, tolerance, convention)]
+        for convention in conventions
     }
     return {
-        "label": found.label,
-        "score": round(found.score, 6),
-        "area": int(found.mask.sum()),
+        "label": predicted.label,
+        "score": round(predicted.score, 6),
+        "area": int(predicted.mask.sum()),
         "bbox": [left, top, width, height],
         **polygons,
     }
 
 
-def coco_annotations(
+def to_coco(
     images: Sequence[tuple[str, tuple[int, int], Sequence[Mapping[str, Any]]]], classes: Sequence[str]
 ) -> dict[str, Any]:
-    """An instances file of COCO.
+    """Return an instances file of COCO.
 
     Args:
         images: file name, `(H, W)` and object records of each image.
-        classes: names by id, background first, which becomes no category.
+        classes: names by id; the background, first, is no category.
 
     Returns:
-        `info`, `licenses`, `images`, `annotations` (`segmentation` is a list of polygons; a `score` beside them, as
-        results have it), `categories`. Ids count from 1; a category has its class id.
+        `info`, `licenses`, `images`, `annotations` (`segmentation` is a list of polygons; `score` as in COCO's
+        results), `categories`. Ids count from 1; the id of a category is its class id.
     """
     annotations: list[dict[str, Any]] = []
     for image_id, (_, _, objects) in enumerate(images, start=1):
-        for found in objects:
+        for record in objects:
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image_id,
-                    "category_id": found["label"],
-                    "segmentation": [[v for point in ring for v in point] for ring in found["edges"]],
-                    "area": found["area"],
-                    "bbox": found["bbox"],
+                    "category_id": record["label"],
+                    "segmentation": [[v for point in ring for v in point] for ring in record["edges"]],
+                    "area": record["area"],
+                    "bbox": record["bbox"],
                     "iscrowd": 0,
-                    "score": found["score"],
+                    "score": record["score"],
                 }
             )
     return {
@@ -135,10 +141,10 @@ def coco_annotations(
     }
 
 
-def labelme_annotations(
+def to_labelme(
     image_path: str, size: tuple[int, int], objects: Sequence[Mapping[str, Any]], classes: Sequence[str]
 ) -> dict[str, Any]:
-    """LabelMe's file of one image. Polygons of one object share a `group_id`.
+    """Return LabelMe's file of one image; polygons of one object share a `group_id`.
 
     Args:
         image_path: the picture, relative to the folder that the file will be in.
@@ -148,16 +154,16 @@ def labelme_annotations(
     """
     shapes = [
         {
-            "label": classes[found["label"]],
+            "label": classes[record["label"]],
             "points": ring,
-            "group_id": number if len(found["centres"]) > 1 else None,
-            "description": f"score {found['score']:.3f}",
+            "group_id": number if len(record["centres"]) > 1 else None,
+            "description": f"score {record['score']:.3f}",
             "shape_type": "polygon",
             "flags": {},
             "mask": None,
         }
-        for number, found in enumerate(objects, start=1)
-        for ring in found["centres"]
+        for number, record in enumerate(objects, start=1)
+        for ring in record["centres"]
     ]
     return {
         "version": LABELME_VERSION,
@@ -170,10 +176,10 @@ def labelme_annotations(
     }
 
 
-def label_studio_task(
+def to_label_studio_task(
     url: str, size: tuple[int, int], objects: Sequence[Mapping[str, Any]], classes: Sequence[str]
 ) -> dict[str, Any]:
-    """A task of Label Studio with predictions, for `label_studio_config`; coordinates are percent of width and height.
+    """Return a task of Label Studio with predictions; coordinates are percent of width and height.
 
     Args:
         url: where Label Studio finds the picture.
@@ -182,8 +188,8 @@ def label_studio_task(
         classes: names by id.
     """
     results = []
-    for number, found in enumerate(objects, start=1):
-        for part, ring in enumerate(found["edges"], start=1):
+    for number, record in enumerate(objects, start=1):
+        for part, ring in enumerate(record["edges"], start=1):
             points = [[round(100 * x / size[1], 5), round(100 * y / size[0], 5)] for x, y in ring]
             results.append(
                 {
@@ -194,17 +200,17 @@ def label_studio_task(
                     "original_width": size[1],
                     "original_height": size[0],
                     "image_rotation": 0,
-                    "score": found["score"],
-                    "value": {"points": points, "closed": True, "polygonlabels": [classes[found["label"]]]},
+                    "score": record["score"],
+                    "value": {"points": points, "closed": True, "polygonlabels": [classes[record["label"]]]},
                 }
             )
-    scores = [found["score"] for found in objects]
+    scores = [record["score"] for record in objects]
     prediction = {"model_version": "moduseg", "score": sum(scores) / len(scores) if scores else 0.0, "result": results}
     return {"data": {TO_NAME: url}, "predictions": [prediction]}
 
 
-def label_studio_config(classes: Sequence[str]) -> str:
-    """The labelling configuration (XML) that the tasks refer to, in the colours of the label maps."""
+def to_label_studio_config(classes: Sequence[str]) -> str:
+    """Return the labelling configuration (XML) that the tasks refer to, in the colours of the label maps."""
     palette = voc_palette()
     labels = "\n".join(
         f'    <Label value={quoteattr(name)} background="#{bytes(palette[label]).hex()}"/>'
@@ -217,16 +223,16 @@ def label_studio_config(classes: Sequence[str]) -> str:
     )
 
 
-def file_url(prefix: str, name: str) -> str:
-    """The address of a picture, its name quoted but for slashes."""
+def to_url(prefix: str, name: str) -> str:
+    """Return the address of a picture, its name quoted except for slashes."""
     return prefix + quote(name)
 
 
-def _components(label_map: np.ndarray, score_map: np.ndarray) -> list[FoundObject]:
-    found = []
+def _find_components(label_map: np.ndarray, score_map: np.ndarray) -> list[PredictedObject]:
+    components = []
     for label in (int(v) for v in np.unique(label_map) if v not in (0, IGNORE_INDEX)):
         count, numbers = cv2.connectedComponents((label_map == label).astype(np.uint8), connectivity=8)
         for number in range(1, count):
             mask = numbers == number
-            found.append(FoundObject(label, float(score_map[mask].mean()), mask))
-    return found
+            components.append(PredictedObject(label, float(score_map[mask].mean()), mask))
+    return components

@@ -23,7 +23,7 @@ from moduseg.pipeline.workspace import Workspace, log, safe_name
 from moduseg.report.bank_regions import RegionPictures
 from moduseg.report.image_data import Reasons, Written
 from moduseg.report.page import Page
-from moduseg.report.pictures import jpeg, outlined, region_crop
+from moduseg.report.pictures import crop_region, draw_purification, encode_jpeg
 from moduseg.report.source import Source
 from moduseg.report.why import packed, packed_neighbours, principal_plane, unit_square
 from moduseg.retrieval.search import search
@@ -94,7 +94,7 @@ def _finder(work: Workspace, source: Source, bank: Bank) -> Callable[[str], Foun
         pictures = RegionPictures(source.inputs["build_bank"], bank)
 
         def of_given(image_id: str) -> Found | None:
-            image, stored = pictures.image(image_id), pictures.label_map(image_id)
+            image, stored = pictures.find_image(image_id), pictures.find_label_map(image_id)
             if image is None or stored is None:
                 return None
             table = np.full(256, IGNORE_INDEX, np.uint8)
@@ -144,8 +144,8 @@ def _write_pictures(
         for row in rows:
             # The region is that of the label it was stored with, even where the control shuffles the labels.
             region = kept == int(bank.labels[row])
-            page.file(f"bank/{row:06d}.jpg", jpeg(region_crop(image, region, int(labels[row]))))
-        page.file(f"bank/image-{image_index:06d}.jpg", jpeg(outlined(image, pseudo, kept, _PICTURE)))
+            page.file(f"bank/{row:06d}.jpg", encode_jpeg(crop_region(image, region, int(labels[row]))))
+        page.file(f"bank/image-{image_index:06d}.jpg", encode_jpeg(draw_purification(image, pseudo, kept, _PICTURE)))
         return rows
 
     workers = work.cfg.evaluation.workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)

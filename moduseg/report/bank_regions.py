@@ -1,4 +1,4 @@
-"""Pictures of the regions of a bank: the part of the training image, with the region outlined."""
+"""Find and draw the regions of a bank: the part of the training image with the region outlined."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import read_image, read_label_png
 from moduseg.errors import ModusegError
 from moduseg.files import read_json
-from moduseg.report.overlay import outlines, resize_image, resize_labels
+from moduseg.report.overlay import find_outlines, resize_image, resize_labels
 
 _MARGIN = 0.15
-"""What is shown around a region, as a share of its longer side."""
-_DIMMED = 0.45
+"""Margin around a region, as a share of its longer side."""
+_SURROUNDINGS_BRIGHTNESS = 0.45
 _MAX_DEPTH = 20
-"""Banks made of banks made of banks: how far back label maps are looked for."""
+"""Generations of source banks in which label maps are searched for."""
 
 
 class RegionPictures:
-    """Pictures of a bank's regions, found through the folders it was made from.
+    """Finds the training images and pseudo masks behind a bank, and draws its regions.
 
     Training images are found through the bank's data set, or are files that the bank names; regions are those of the
-    pseudo masks. Where these are no longer at hand, there is no picture, or one without outline.
+    pseudo masks. If an image is gone, its regions have no picture; if a pseudo mask is gone, no outline.
 
     Args:
         folder: of the bank.
-        bank: what is in it.
-        size: longest side of a picture, in pixels.
+        bank: its content.
+        size: longer side of a picture, in pixels.
     """
 
     def __init__(self, folder: Path, bank: Bank, size: int = 160) -> None:
         self._folder, self._bank, self._size = folder, bank, size
-        self._given: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+        self._added: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._read = lru_cache(maxsize=32)(self._read_image)
 
-    def give(self, image_id: str, class_name: str, image: np.ndarray, mask: np.ndarray) -> None:
-        """Say what a region is that no folder holds: `[H, W, 3]` uint8 and `[H, W]` bool."""
-        self._given[image_id, class_name] = (image, mask)
+    def add(self, image_id: str, class_name: str, image: np.ndarray, mask: np.ndarray) -> None:
+        """Add a region that no folder holds: its `[H, W, 3]` uint8 image and `[H, W]` bool mask."""
+        self._added[image_id, class_name] = (image, mask)
 
-    def picture(self, image_id: str, class_name: str) -> np.ndarray | None:
-        """`[h, w, 3]` uint8 of the region of a class in an image; `None` where the image is not at hand."""
-        image, mask = self._given.get((image_id, class_name), (None, None))
+    def draw(self, image_id: str, class_name: str) -> np.ndarray | None:
+        """Draw the region of a class in an image, `[h, w, 3]` uint8; `None` if the image is gone."""
+        image, mask = self._added.get((image_id, class_name), (None, None))
         if image is None:
             image, mask = self._read(image_id), self._mask(image_id, class_name)
         if image is None:
             return None
         if mask is not None and (mask.shape != image.shape[:2] or not mask.any()):
             mask = None
-        return region_picture(image, mask, self._size)
+        return draw_region(image, mask, self._size)
 
-    def image(self, image_id: str) -> np.ndarray | None:
-        """`[H, W, 3]` uint8 of a training image; `None` where it is not at hand."""
+    def find_image(self, image_id: str) -> np.ndarray | None:
+        """Return a training image, `[H, W, 3]` uint8; `None` if it is gone."""
         return self._read(image_id)
 
-    def label_map(self, image_id: str) -> tuple[np.ndarray, tuple[str, ...]] | None:
-        """`[H, W]` uint8 pseudo mask of a training image and the class names of its ids; `None` where there is none."""
+    def find_label_map(self, image_id: str) -> tuple[np.ndarray, tuple[str, ...]] | None:
+        """Return the `[H, W]` uint8 pseudo mask of a training image and the class names of its ids; `None` if gone."""
         for folder, classes in self._label_maps:
             file = folder / f"{image_id}.png"
             if file.is_file():
@@ -76,7 +76,7 @@ class RegionPictures:
             dataset = self._dataset
             return None if dataset is None else read_image(dataset.image_path(image_id))
         except ModusegError:
-            return None  # the picture was moved; what is said of the region stands without it
+            return None  # the file was moved; a region is listed without its picture
 
     @cached_property
     def _dataset(self) -> Dataset | None:
@@ -90,10 +90,8 @@ class RegionPictures:
 
     @cached_property
     def _label_maps(self) -> list[tuple[Path, tuple[str, ...]]]:
-        """Folders of label maps with the class names of their ids, the bank's own first."""
-        found: list[tuple[Path, tuple[str, ...]]] = []
-        _collect(self._folder, found, _MAX_DEPTH)
-        return found
+        """Folders of label maps with the class names of their ids, those of this bank first."""
+        return _find_label_maps(self._folder, _MAX_DEPTH)
 
     def _mask(self, image_id: str, class_name: str) -> np.ndarray | None:
         for folder, classes in self._label_maps:
@@ -103,27 +101,26 @@ class RegionPictures:
         return None
 
 
-def _collect(folder: Path, found: list[tuple[Path, tuple[str, ...]]], depth: int) -> None:
+def _find_label_maps(folder: Path, depth: int) -> list[tuple[Path, tuple[str, ...]]]:
     if depth == 0 or not (folder / "bank.json").is_file():
-        return
+        return []
     classes = tuple(read_json(folder / "bank.json")["classes"])
     manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     inputs = manifest.get("inputs", {})
-    own = [folder / "labels"] + ([Path(inputs["pseudo_masks"]) / "labels"] if "pseudo_masks" in inputs else [])
-    found.extend((place, classes) for place in own if place.is_dir())
+    folders = [folder / "labels"] + ([Path(inputs["pseudo_masks"]) / "labels"] if "pseudo_masks" in inputs else [])
+    label_maps = [(labels, classes) for labels in folders if labels.is_dir()]
     parents = [Path(inputs["build_bank"])] if "build_bank" in inputs else []
     parents += [Path(source["path"]) for source in manifest.get("derived_from", [])]
-    for parent in parents:
-        _collect(parent, found, depth - 1)
+    return label_maps + [entry for parent in parents for entry in _find_label_maps(parent, depth - 1)]
 
 
-def region_picture(image: np.ndarray, mask: np.ndarray | None, size: int) -> np.ndarray:
-    """The part of an image around a region, the rest dimmed, the region outlined.
+def draw_region(image: np.ndarray, mask: np.ndarray | None, size: int) -> np.ndarray:
+    """Draw the part of an image around a region: the region outlined, its surroundings dimmed.
 
     Args:
         image: `[H, W, 3]` uint8.
-        mask: `[H, W]` bool with a pixel at least; `None` for the whole image.
-        size: longest side of the result.
+        mask: `[H, W]` bool, not empty; `None` for the full image.
+        size: longer side of the result.
     """
     height, width = image.shape[:2]
     top, bottom, left, right = 0, height, 0, width
@@ -138,6 +135,6 @@ def region_picture(image: np.ndarray, mask: np.ndarray | None, size: int) -> np.
     picture = resize_image(np.ascontiguousarray(part), shown).copy()
     if mask is not None:
         inside = resize_labels(np.ascontiguousarray(mask[top:bottom, left:right]), shown)
-        picture[~inside] = (picture[~inside] * _DIMMED).astype(np.uint8)
-        picture[outlines(inside.astype(np.uint8))] = 255
+        picture[~inside] = (picture[~inside] * _SURROUNDINGS_BRIGHTNESS).astype(np.uint8)
+        picture[find_outlines(inside.astype(np.uint8))] = 255
     return picture

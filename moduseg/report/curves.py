@@ -1,4 +1,4 @@
-"""A row of small plots, one for each parameter of a sweep."""
+"""Draw the figures of a sweep: a small plot for each parameter."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curve:
-    """One parameter.
+    """How a figure depends on one parameter.
 
     Attributes:
         name: of the parameter.
         values: as text, in the order of the axis.
-        line: the figure at each value, the other parameters held fixed.
-        average, lowest, highest: over all settings with this value.
-        default: position of the configuration's own value; `None` where it is not among them.
+        line: figure at each value, the other parameters held fixed.
+        average, lowest, highest: of the figure over all settings with this value.
+        default: index of the configuration's own value; `None` if it is not among them.
     """
 
     name: str
@@ -33,39 +33,41 @@ class Curve:
             raise ValueError(f"curve {self.name}: got {sorted(counts)} values, expected as many of each, one or more")
 
 
-def curves(parts: Sequence[Curve], title: str, unit: str) -> bytes:
-    """PNG: a panel for each parameter, all with one vertical axis.
+def draw_curves(parameters: Sequence[Curve], title: str, unit: str) -> bytes:
+    """Return a PNG with a plot for each parameter, all on the same vertical axis.
 
-    Values stand at equal distances, whether they are numbers or not. The band reaches from the lowest to the highest
-    figure of all settings with a value; a star marks the configuration's own value.
+    Values stand at equal distances, numbers or not. The band reaches from the lowest to the highest figure of all
+    settings with a value; a star marks the configuration's own value.
 
     Raises:
         ValueError: no parameters.
     """
-    if not parts:
+    if not parameters:
         raise ValueError("curves: got no parameter, expected one or more")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(len(parts), 4)
-    lines = -(-len(parts) // columns)
+    columns = min(len(parameters), 4)
+    lines = -(-len(parameters) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.8 * lines + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     figure.suptitle(title, fontsize=10)
     for index, axes in enumerate(grid.flat):
-        if index >= len(parts):
+        if index >= len(parameters):
             axes.set_visible(False)
             continue
-        part = parts[index]
-        places = range(len(part.values))
-        axes.fill_between(places, part.lowest, part.highest, alpha=0.2, label="lowest to highest")
-        axes.plot(places, part.average, "--", label="mean over the others")
-        axes.plot(places, part.line, "o-", label="others as they are")
-        if part.default is not None:
-            axes.plot([part.default], [part.line[part.default]], "*", markersize=13, color="black", label="as it is")
-        axes.set_xticks(list(places), part.values, rotation=30 if max(map(len, part.values)) > 5 else 0, fontsize=8)
-        axes.set_xlabel(part.name, fontsize=9)
+        curve = parameters[index]
+        positions = range(len(curve.values))
+        axes.fill_between(positions, curve.lowest, curve.highest, alpha=0.2, label="lowest to highest")
+        axes.plot(positions, curve.average, "--", label="mean over the others")
+        axes.plot(positions, curve.line, "o-", label="others as they are")
+        if curve.default is not None:
+            axes.plot([curve.default], [curve.line[curve.default]], "*", markersize=13, color="black", label="as it is")
+        axes.set_xticks(
+            list(positions), curve.values, rotation=30 if max(map(len, curve.values)) > 5 else 0, fontsize=8
+        )
+        axes.set_xlabel(curve.name, fontsize=9)
         axes.grid(alpha=0.3)
         if index % columns == 0:
             axes.set_ylabel(unit, fontsize=9)

@@ -25,7 +25,14 @@ from moduseg.pipeline.workspace import Workspace, log, safe_name
 from moduseg.proposers import sa1b
 from moduseg.report.overlay import resize_image, resize_labels
 from moduseg.report.page import Page
-from moduseg.report.pictures import jpeg, label_png, layer_png, pack_layers, shown_size, shrink_masks
+from moduseg.report.pictures import (
+    encode_jpeg,
+    encode_label_png,
+    encode_layer_png,
+    fit_size,
+    pack_layers,
+    shrink_masks,
+)
 from moduseg.report.source import Source
 from moduseg.report.why import Answer, Blame, owners, packed_neighbours, votes
 from moduseg.retrieval.retriever import Retriever
@@ -199,10 +206,10 @@ def _write_image(
     name = f"{index:06d}"
     labels = source.read(image_id)
     full = (labels.shape[0], labels.shape[1])
-    size = shown_size(full, work.cfg.evaluation.report_size)
+    size = fit_size(full, work.cfg.evaluation.report_size)
     photograph = _usable(lambda: source.dataset.load(image_id, labels=False).image)
     if photograph is not None:
-        page.file(f"photos/{name}.jpg", jpeg(resize_image(photograph, size)))
+        page.file(f"photos/{name}.jpg", encode_jpeg(resize_image(photograph, size)))
     truth = _usable(lambda: source.dataset.semantic_of(image_id))
     maps = {"labels": labels, "truth": truth}
     if second is not None:
@@ -210,7 +217,7 @@ def _write_image(
     if source.what != "pseudo mask" and "pseudo_masks" in source.inputs:
         pseudo = source.inputs["pseudo_masks"] / safe_name(f"labels/{image_id}", ".png")
         maps["pseudo"] = read_label_png(pseudo) if pseudo.is_file() else None
-    content = {key: _text(label_png(array, size)) for key, array in maps.items() if array is not None}
+    content = {key: _text(encode_label_png(array, size)) for key, array in maps.items() if array is not None}
     page.script(f"labels/{name}", content)
     counts = np.bincount(labels.ravel(), minlength=256)
     pixels = [[int(label), int(counts[label])] for label in np.flatnonzero(counts) if label != IGNORE_INDEX]
@@ -248,11 +255,11 @@ def areas(proposals: Proposals) -> np.ndarray:
 
 
 def _why(masks: np.ndarray, proposals: Proposals, answer: Answer | None, temperature: float | None) -> dict[str, Any]:
-    layers, layer_of, code_of = pack_layers(masks)
+    packed = pack_layers(masks)
     content: dict[str, Any] = {
-        "layers": [_text(layer_png(layer)) for layer in layers],
-        "layer": layer_of,
-        "code": code_of,
+        "layers": [_text(encode_layer_png(layer)) for layer in packed.layers],
+        "layer": packed.layer_of,
+        "code": packed.code_of,
         "area": areas(proposals).tolist(),
         "own": [round(float(score), 4) for score in proposals.predicted_iou],
     }

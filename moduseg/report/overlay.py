@@ -1,4 +1,4 @@
-"""Label maps, proposals and errors as colours over the photograph. Arrays in, arrays out: `[H, W, 3]` uint8 RGB."""
+"""Paint label maps, proposals and errors over a photograph. Pictures are `[H, W, 3]` uint8 RGB arrays."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ ERROR_LEGEND: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("confused", CONFUSED),
     ("ignored", IGNORED),
 )
-"""Names of the error colours: an object's pixel labelled right, labelled background, background labelled as an object,
-an object's pixel labelled as another class, not scored."""
+"""Names and colours of the cases of `paint_errors`: an object's pixel with its label, with label 0, background with an
+object's label, an object's pixel with another object's label, a pixel that is not scored."""
 
 _SQUARE = np.ones((3, 3), np.uint8)
 _GREY_OF_BACKGROUND = 0.45
-"""Brightness that label overlays leave to the background, so that labels stand out."""
+"""Share of its brightness that the background keeps in overlays, so that labels stand out."""
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A photograph at `(H, W)`: area averages when it shrinks, cubic when it grows."""
+    """Resize a photograph to `(H, W)`: area averages when it shrinks, cubic when it grows."""
     if image.shape[:2] == size:
         return image
-    how = cv2.INTER_AREA if size[0] < image.shape[0] else cv2.INTER_CUBIC
-    return cv2.resize(image, (size[1], size[0]), interpolation=how)
+    interpolation = cv2.INTER_AREA if size[0] < image.shape[0] else cv2.INTER_CUBIC
+    return cv2.resize(image, (size[1], size[0]), interpolation=interpolation)
 
 
 def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A label map or mask (`[H, W]`, uint8 or bool) at `(H, W)` by nearest neighbour; no id is invented."""
+    """Resize a label map or mask (`[H, W]`, uint8 or bool) to `(H, W)` by nearest neighbour, which invents no id."""
     if labels.shape == size:
         return labels
     resized = cv2.resize(labels.view(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
     return resized.view(labels.dtype)
 
 
-def outlines(regions: np.ndarray, thickness: int = 1) -> np.ndarray:
-    """Pixels whose right or lower neighbour has another id, `[H, W]` bool; the image border is no outline."""
+def find_outlines(regions: np.ndarray, thickness: int = 1) -> np.ndarray:
+    """Return pixels whose right or lower neighbour has another id, `[H, W]` bool; the border of the image is none."""
     edge = np.zeros(regions.shape, dtype=bool)
     edge[:, :-1] |= regions[:, :-1] != regions[:, 1:]
     edge[:-1] |= regions[:-1] != regions[1:]
@@ -55,8 +55,8 @@ def outlines(regions: np.ndarray, thickness: int = 1) -> np.ndarray:
     return edge
 
 
-def distinct_colours(count: int) -> np.ndarray:
-    """`[count, 3]` uint8: neighbours in the list differ strongly in hue; the same count gives the same colours."""
+def make_distinct_colours(count: int) -> np.ndarray:
+    """Return `[count, 3]` uint8 colours, always the same; neighbours in the list differ strongly in hue."""
     colours = [
         colorsys.hsv_to_rgb(
             (0.13 + i * 0.618033988749895) % 1.0, (0.85, 0.6, 0.95)[i % 3], (1.0, 0.85, 0.7)[i // 3 % 3]
@@ -67,34 +67,34 @@ def distinct_colours(count: int) -> np.ndarray:
 
 
 def overlay_labels(image: np.ndarray, label_map: np.ndarray, alpha: float = 0.7, outline: bool = True) -> np.ndarray:
-    """Classes in the colours of the VOC palette over the photograph, the background darkened, 255 in cream.
+    """Paint classes in the colours of the VOC palette over a photograph; the background is dimmed, 255 is cream.
 
-    Below the colours the photograph is grey: blended with its own hues they would not match the legend.
+    The photograph is grey below the colours, since mixed with its hues they would not match the legend.
 
     Args:
         image: `[H, W, 3]` uint8.
         label_map: `[H, W]` integers 0..255.
         alpha: share of the colour, in [0, 1].
-        outline: whether regions are edged in white.
+        outline: whether regions get a white outline.
 
     Raises:
         ValueError: sizes differ.
     """
-    _same_size(image, label_map)
+    _check_size(image, label_map)
     labels = label_map.astype(np.uint8)
-    painted = _blend(_grey(image), voc_palette()[labels], alpha)
-    cv2.copyTo(dimmed(image), (labels == 0).view(np.uint8), painted)
+    painted = _blend(_to_grey(image), voc_palette()[labels], alpha)
+    cv2.copyTo(dim(image), (labels == 0).view(np.uint8), painted)
     if outline:
-        painted[outlines(labels)] = 255
+        painted[find_outlines(labels)] = 255
     return painted
 
 
 def overlay_proposals(image: np.ndarray, masks: np.ndarray | Tensor, alpha: float = 0.55) -> np.ndarray:
-    """Proposals in distinct colours, large ones first, so that those nested in them stay visible, each outlined.
+    """Paint proposals in distinct colours with outlines, large ones first so that nested ones stay visible.
 
     Args:
         image: `[H, W, 3]` uint8.
-        masks: `[N, H, W]` bool; may overlap, may be none.
+        masks: `[N, H, W]` bool, which may overlap; `N` may be 0.
         alpha: share of the colour, in [0, 1].
 
     Raises:
@@ -104,7 +104,7 @@ def overlay_proposals(image: np.ndarray, masks: np.ndarray | Tensor, alpha: floa
     if stack.shape[1:] != image.shape[:2]:
         raise ValueError(f"proposals: got masks {stack.shape[1:]}, expected the image's {image.shape[:2]}")
     if not len(stack):
-        return dimmed(image)
+        return dim(image)
     top = np.zeros(image.shape[:2], dtype=np.int32)
     edge = np.zeros(image.shape[:2], dtype=bool)
     order = np.argsort(-stack.reshape(len(stack), -1).sum(1), kind="stable")
@@ -112,29 +112,29 @@ def overlay_proposals(image: np.ndarray, masks: np.ndarray | Tensor, alpha: floa
         mask = stack[index]
         left, upper, width, height = cv2.boundingRect(mask.view(np.uint8))
         if not width:
-            continue  # a mask may vanish where a picture is shown smaller
+            continue  # a small mask may vanish when the picture is shrunk
         window = (slice(upper, upper + height), slice(left, left + width))
         inside = mask[window]
         top[window][inside] = rank
-        # Drawn inside the mask, or a neighbour painted later would wipe half of it.
-        whole = np.ascontiguousarray(inside).view(np.uint8)
-        core = cv2.erode(whole, _SQUARE, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+        # The rim lies inside the mask, so that a neighbour painted later cannot cover half of it.
+        filled = np.ascontiguousarray(inside).view(np.uint8)
+        core = cv2.erode(filled, _SQUARE, borderType=cv2.BORDER_CONSTANT, borderValue=0)
         rim = inside & (core == 0)
         edge[window][inside] = rim[inside]
-    colours = np.concatenate([np.zeros((1, 3), np.uint8), distinct_colours(len(stack))])
+    colours = np.concatenate([np.zeros((1, 3), np.uint8), make_distinct_colours(len(stack))])
     painted = _blend(image, colours[top], alpha)
-    cv2.copyTo(dimmed(image), (top == 0).view(np.uint8), painted)
+    cv2.copyTo(dim(image), (top == 0).view(np.uint8), painted)
     painted[edge] = (colours[top[edge]] * 0.35).astype(np.uint8)
     return painted
 
 
-def error_map(truth: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
-    """What is right and what is wrong, in the colours of `ERROR_LEGEND`; right background shows the dimmed photograph.
+def paint_errors(truth: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
+    """Paint right and wrong pixels in the colours of `ERROR_LEGEND`; correct background shows the dimmed photograph.
 
     Args:
         truth: `[H, W]` integers, 255 where ignored.
         prediction: `[H, W]` integers.
-        image: `[H, W, 3]` uint8 below it, black where `None`.
+        image: `[H, W, 3]` uint8, the photograph below; `None` for black.
 
     Raises:
         ValueError: sizes differ.
@@ -142,8 +142,8 @@ def error_map(truth: np.ndarray, prediction: np.ndarray, image: np.ndarray | Non
     if truth.shape != prediction.shape:
         raise ValueError(f"error map: got prediction {prediction.shape}, expected the truth's {truth.shape}")
     base = np.zeros((*truth.shape, 3), np.uint8) if image is None else image
-    _same_size(base, truth)
-    painted = dimmed(_grey(base), 0.6)
+    _check_size(base, truth)
+    painted = dim(_to_grey(base), 0.6)
     counted = truth != IGNORE_INDEX
     cases = (
         (counted & (truth == prediction) & (truth > 0), CORRECT, 0.55),
@@ -157,12 +157,12 @@ def error_map(truth: np.ndarray, prediction: np.ndarray, image: np.ndarray | Non
     return painted
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
+def _to_grey(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
-def dimmed(image: np.ndarray, brightness: float = _GREY_OF_BACKGROUND) -> np.ndarray:
-    """A uint8 picture times `brightness`, rounded down; by a table, a tenth of the time of multiplying pixels."""
+def dim(image: np.ndarray, brightness: float = _GREY_OF_BACKGROUND) -> np.ndarray:
+    """Multiply a uint8 picture by `brightness`, rounded down; a table is ten times as fast as multiplying pixels."""
     return cv2.LUT(image, (np.arange(256) * brightness).astype(np.uint8))
 
 
@@ -170,6 +170,6 @@ def _blend(image: np.ndarray, colours: np.ndarray, alpha: float) -> np.ndarray:
     return cv2.addWeighted(image, 1.0 - alpha, np.ascontiguousarray(colours), alpha, 0.0)
 
 
-def _same_size(image: np.ndarray, label_map: np.ndarray) -> None:
+def _check_size(image: np.ndarray, label_map: np.ndarray) -> None:
     if label_map.shape != image.shape[:2]:
         raise ValueError(f"label map: got {label_map.shape}, expected the image's {image.shape[:2]}")

@@ -1,4 +1,4 @@
-"""Panels: photograph, proposals, labels, truth and errors of one image side by side, with titles and a legend."""
+"""Draw panels: photograph, proposals, labels, truth and errors of one image side by side, with titles and a legend."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from moduseg.datasets.io import write_rgb_png
 from moduseg.masks.palette import voc_palette
 from moduseg.report.overlay import (
     ERROR_LEGEND,
-    error_map,
     overlay_labels,
     overlay_proposals,
+    paint_errors,
     resize_image,
     resize_labels,
 )
 from moduseg.structures import IGNORE_INDEX
 
 COLUMN_WIDTH = 384
-"""Columns come near this width: smaller pictures grow by a whole factor, larger ones shrink to it."""
+"""Width of a column in pixels: smaller pictures grow by a whole factor up to it, larger ones shrink to it."""
 _GAP, _TITLE, _ROW, _FONT_SIZE = 8, 26, 24, 15
 _PAPER, _INK = (255, 255, 255), (30, 30, 30)
 
 Colour = tuple[int, int, int]
 
 
-def display_size(size: tuple[int, int], width: int = COLUMN_WIDTH) -> tuple[int, int]:
-    """`(H, W)` at which an image of `size` is shown: a whole multiple of it, or `width` wide where it is wider.
+def choose_display_size(size: tuple[int, int], width: int = COLUMN_WIDTH) -> tuple[int, int]:
+    """Return the `(H, W)` at which an image of `size` is shown.
 
-    Tall pictures are held to `width` in height as well.
+    A small image is enlarged by a whole factor; a larger one shrinks until its longer side is `width`.
     """
     longest = max(size)
     if longest <= width:
@@ -43,8 +43,8 @@ def display_size(size: tuple[int, int], width: int = COLUMN_WIDTH) -> tuple[int,
     return max(1, round(size[0] * width / longest)), max(1, round(size[1] * width / longest))
 
 
-def class_legend(classes: Sequence[str], *label_maps: np.ndarray | None) -> list[tuple[str, Colour]]:
-    """Name and colour of the classes that occur in any of the maps, ascending by id; 255 is `ignored`."""
+def make_class_legend(classes: Sequence[str], *label_maps: np.ndarray | None) -> list[tuple[str, Colour]]:
+    """Return name and colour of the classes that occur in any of the maps, ascending by id; 255 is `ignored`."""
     present = sorted({int(v) for labels in label_maps if labels is not None for v in np.unique(labels)} - {0})
     palette = voc_palette()
     legend: list[tuple[str, Colour]] = []
@@ -55,8 +55,8 @@ def class_legend(classes: Sequence[str], *label_maps: np.ndarray | None) -> list
     return legend
 
 
-def panel(columns: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple[str, Colour | None]] = ()) -> bytes:
-    """Pictures side by side under their titles, above a legend. The same input gives the same bytes.
+def draw_panel(columns: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple[str, Colour | None]] = ()) -> bytes:
+    """Draw pictures side by side under their titles, above a legend; equal input gives equal bytes.
 
     Args:
         columns: title and `[H, W, 3]` uint8 picture; small ones are enlarged by a whole factor, pixel by pixel.
@@ -70,14 +70,12 @@ def panel(columns: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple[str,
     """
     if not columns:
         raise ValueError("panel: got no column, expected one or more")
-    pictures = [
-        resize_labels_rgb(picture) if max(picture.shape[:2]) * 2 <= COLUMN_WIDTH else picture for _, picture in columns
-    ]
-    font = _font()
-    # A column is as wide as its title needs.
+    pictures = [_enlarge(picture) if max(picture.shape[:2]) * 2 <= COLUMN_WIDTH else picture for _, picture in columns]
+    font = _load_font()
+    # A column is at least as wide as its title.
     widths = [max(p.shape[1], int(font.getlength(title)) + 4) for (title, _), p in zip(columns, pictures, strict=True)]
     width = sum(widths) + _GAP * (len(widths) + 1)
-    rows = _legend_rows(legend, width)
+    rows = _break_legend(legend, width)
     pictures_end = _TITLE + max(p.shape[0] for p in pictures)
     height = pictures_end + _GAP + _ROW * len(rows) + (_GAP // 2 if rows else 0)
     sheet = Image.new("RGB", (width, height), _PAPER)
@@ -96,14 +94,14 @@ def panel(columns: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple[str,
     return write_rgb_png(np.asarray(sheet), compress_level=1)
 
 
-def resize_labels_rgb(picture: np.ndarray) -> np.ndarray:
-    """A picture at its display size by nearest neighbour, channel colours unmixed."""
-    height, width = display_size((picture.shape[0], picture.shape[1]))
+def _enlarge(picture: np.ndarray) -> np.ndarray:
+    """Enlarge a picture to its display size by nearest neighbour, which keeps its colours."""
+    height, width = choose_display_size((picture.shape[0], picture.shape[1]))
     rows = np.arange(height) * picture.shape[0] // height
     return picture[rows[:, None], np.arange(width) * picture.shape[1] // width]
 
 
-def image_panel(
+def draw_image_panel(
     image: np.ndarray,
     classes: Sequence[str],
     *,
@@ -113,19 +111,19 @@ def image_panel(
     truth: np.ndarray | None = None,
     title: str = "photograph",
 ) -> bytes:
-    """The panel of one image: what is `None` is left out; errors are shown where labels and truth are both there.
+    """Draw the panel of one image, without what is `None`; errors are shown if there are labels and truth.
 
     Args:
         image: `[H, W, 3]` uint8.
         classes: names by id, background first.
         proposals: `[N, H, W]` bool.
         labels: `[H, W]` label map, a prediction or a pseudo mask.
-        labels_title: what `labels` is.
+        labels_title: title of the labels' column.
         truth: `[H, W]` label map, 255 where ignored.
         title: of the photograph's column.
 
     Returns:
-        A PNG file, the same for the same input.
+        A PNG file; equal input gives equal bytes.
 
     Raises:
         ValueError: maps of another size than the image.
@@ -133,8 +131,8 @@ def image_panel(
     for name, array in (("labels", labels), ("truth", truth)):
         if array is not None and array.shape != image.shape[:2]:
             raise ValueError(f"{name}: got {array.shape}, expected the image's {image.shape[:2]}")
-    size = display_size((image.shape[0], image.shape[1]))
-    # Everything is brought to display size first: outlines drawn after stay one pixel wide.
+    size = choose_display_size((image.shape[0], image.shape[1]))
+    # Everything is resized first, so that outlines drawn afterwards stay one pixel wide.
     photograph = resize_image(image, size)
     columns = [(title, photograph)]
     if proposals is not None:
@@ -151,25 +149,27 @@ def image_panel(
         columns.append((labels_title, overlay_labels(photograph, shown_labels)))
     if shown_truth is not None:
         columns.append(("truth", overlay_labels(photograph, shown_truth)))
-    legend: list[tuple[str, Colour | None]] = [*class_legend(classes, labels, truth)]
+    legend: list[tuple[str, Colour | None]] = [*make_class_legend(classes, labels, truth)]
     if shown_labels is not None and shown_truth is not None:
-        columns.append(("errors", error_map(shown_truth, shown_labels, photograph)))
+        columns.append(("errors", paint_errors(shown_truth, shown_labels, photograph)))
         legend += [("errors:", None), *ERROR_LEGEND]
-    return panel(columns, legend)
+    return draw_panel(columns, legend)
 
 
 @lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont:
-    # The font that matplotlib carries, so that panels look the same on every machine.
+def _load_font() -> ImageFont.FreeTypeFont:
+    # Matplotlib ships this font, so panels look alike on every machine.
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), _FONT_SIZE)
 
 
-def _legend_rows(legend: Sequence[tuple[str, Colour | None]], width: int) -> list[list[tuple[int, str, Colour | None]]]:
-    """Entries with their left edge, broken into rows that fit `width`."""
+def _break_legend(
+    legend: Sequence[tuple[str, Colour | None]], width: int
+) -> list[list[tuple[int, str, Colour | None]]]:
+    """Break a legend into rows that fit `width`; an entry is its left edge, name and colour."""
     rows: list[list[tuple[int, str, Colour | None]]] = []
     x = width
     for name, colour in legend:
-        needed = (0 if colour is None else 22) + int(_font().getlength(name)) + 2 * _GAP
+        needed = (0 if colour is None else 22) + int(_load_font().getlength(name)) + 2 * _GAP
         if not rows or colour is None or x + needed > width - _GAP:
             rows.append([])
             x = _GAP + 2

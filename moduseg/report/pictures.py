@@ -1,12 +1,13 @@
-"""The pictures of a report page: small photographs, label maps and proposals as palette PNGs, crops of regions.
+"""Make the pictures of a report: small photographs, label maps and proposals as palette PNGs, crops of regions.
 
-All are made to be looked at: nothing here is larger than a screen needs, and the same input gives the same bytes.
+No picture is larger than a screen needs, and equal input gives equal bytes.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -14,50 +15,54 @@ from zlib_ng import zlib_ng
 
 from moduseg.datasets.png import SIGNATURE
 from moduseg.masks.palette import voc_palette
-from moduseg.report.overlay import dimmed, distinct_colours, resize_image, resize_labels
+from moduseg.report.overlay import dim, make_distinct_colours, resize_image, resize_labels
 from moduseg.structures import IGNORE_INDEX
 
 MAX_CODES = 254
-"""Masks that one layer holds beside "none"."""
+"""Masks in one layer; id 0 means "no mask"."""
 _QUALITY = 82
 _MARGIN = 0.2
-"""What a crop shows around its region, as a share of the region's longer side."""
-_BRIGHTNESS = np.array([0.299, 0.587, 0.114])
-_BRIGHT = 150
-"""What the colour of an outline has at least, of 255."""
+"""Margin of a crop around its region, as a share of the region's longer side."""
+_LUMA = np.array([0.299, 0.587, 0.114])
+_MIN_BRIGHTNESS = 150
+"""Least brightness of an outline's colour, of 255."""
 _PALETTE = voc_palette()
-_LAYER_COLOURS = np.concatenate([np.zeros((1, 3), np.uint8), distinct_colours(MAX_CODES)])
+_LAYER_COLOURS = np.concatenate([np.zeros((1, 3), np.uint8), make_distinct_colours(MAX_CODES)])
 
 Colour = tuple[int, int, int]
 
 
-def shown_size(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """`(H, W)` at which an image of `size` is stored: never enlarged, its longer side at most `longest`."""
-    factor = min(1.0, longest / max(size))
+def fit_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    """Return the `(H, W)` at which an image is stored: its longer side is at most `max_side`, and it never grows."""
+    factor = min(1.0, max_side / max(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-def jpeg(image: np.ndarray) -> bytes:
-    """`[H, W, 3]` uint8 RGB as a JPEG file."""
-    done, data = cv2.imencode(
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """Return `[H, W, 3]` uint8 RGB as a JPEG file.
+
+    Raises:
+        ValueError: it cannot be encoded.
+    """
+    is_encoded, data = cv2.imencode(
         ".jpg",
         cv2.cvtColor(image, cv2.COLOR_RGB2BGR),
         [cv2.IMWRITE_JPEG_QUALITY, _QUALITY, cv2.IMWRITE_JPEG_OPTIMIZE, 1],
     )
-    if not done:
+    if not is_encoded:
         raise ValueError(f"picture: {image.shape} cannot be encoded as JPEG, expected [H, W, 3] uint8")
     return bytes(data)
 
 
-def index_png(ids: np.ndarray, palette: np.ndarray) -> bytes:
-    """An 8-bit palette PNG whose rows are stored unfiltered, so that whoever inflates it has the ids.
+def encode_index_png(ids: np.ndarray, palette: np.ndarray) -> bytes:
+    """Return an 8-bit palette PNG with unfiltered rows, so that a reader who inflates it has the ids.
 
     Args:
         ids: `[H, W]` uint8, each below the palette's length.
-        palette: `[n, 3]` uint8, `n` up to 256; no more of it than needed is stored.
+        palette: `[n, 3]` uint8, `n` up to 256; only the part in use is stored.
 
     Raises:
-        ValueError: an id that the palette does not have.
+        ValueError: an id without a colour in the palette.
     """
     highest = int(ids.max(initial=0))
     if highest >= len(palette):
@@ -76,32 +81,46 @@ def index_png(ids: np.ndarray, palette: np.ndarray) -> bytes:
     )
 
 
-def label_png(labels: np.ndarray, size: tuple[int, int]) -> bytes:
-    """A label map at the size of a page, as `index_png` with the VOC palette.
+def encode_label_png(labels: np.ndarray, size: tuple[int, int]) -> bytes:
+    """Return a label map at the size of a page as a PNG with the VOC palette.
 
     Args:
         labels: `[H, W]` uint8, 255 where ignored.
-        size: `(H, W)` to store it at, by nearest neighbour.
+        size: stored `(H, W)`; resized by nearest neighbour.
     """
-    return index_png(resize_labels(labels, size), _PALETTE)
+    return encode_index_png(resize_labels(labels, size), _PALETTE)
 
 
 def shrink_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`[N, h, w]` bool: masks (`[N, H, W]` bool) at the size of a page, by nearest neighbour; small ones may vanish."""
+    """Resize masks (`[N, H, W]` bool) to `[N, h, w]` bool by nearest neighbour; small ones may vanish."""
     shrunk = np.zeros((len(masks), *size), dtype=bool)
     for i, mask in enumerate(masks):
         shrunk[i] = resize_labels(np.ascontiguousarray(mask), size)
     return shrunk
 
 
-def pack_layers(masks: np.ndarray) -> tuple[list[np.ndarray], list[int], list[int]]:
-    """Masks that may overlap as few id maps in which none do: large ones go first, each to the first map with room.
+@dataclass(frozen=True)
+class PackedMasks:
+    """Masks that may overlap, stored as few id maps without overlap.
+
+    Attributes:
+        layers: id maps, `[h, w]` uint8 each, 0 where there is no mask.
+        layer_of: layer of each mask; -1 for an empty one.
+        code_of: id of each mask in its layer; 0 for an empty one.
+    """
+
+    layers: list[np.ndarray]
+    layer_of: list[int]
+    code_of: list[int]
+
+
+def pack_layers(masks: np.ndarray) -> PackedMasks:
+    """Pack masks that may overlap into few id maps without overlap.
+
+    Large masks go first, equal ones in index order, each into the first layer where it covers no other.
 
     Args:
         masks: `[N, h, w]` bool.
-
-    Returns:
-        The layers, `[h, w]` uint8 each; of every mask its layer and its id there. An empty mask has layer -1 and id 0.
     """
     layers: list[np.ndarray] = []
     used: list[int] = []
@@ -110,7 +129,7 @@ def pack_layers(masks: np.ndarray) -> tuple[list[np.ndarray], list[int], list[in
     for index in np.argsort(-areas, kind="stable").tolist():
         if not areas[index]:
             continue
-        window = _window(masks[index])
+        window = _bounding_window(masks[index])
         inside = masks[index][window]
         for number, layer in enumerate(layers):
             if used[number] < MAX_CODES and not layer[window][inside].any():
@@ -122,20 +141,20 @@ def pack_layers(masks: np.ndarray) -> tuple[list[np.ndarray], list[int], list[in
         used[number] += 1
         layers[number][window][inside] = used[number]
         layer_of[index], code_of[index] = number, used[number]
-    return layers, layer_of, code_of
+    return PackedMasks(layers, layer_of, code_of)
 
 
-def layer_png(layer: np.ndarray) -> bytes:
-    """One map of `pack_layers` as `index_png`, 0 black, the ids in distinct colours."""
-    return index_png(layer, _LAYER_COLOURS)
+def encode_layer_png(layer: np.ndarray) -> bytes:
+    """Return one layer of `pack_layers` as a palette PNG: 0 is black, the ids have distinct colours."""
+    return encode_index_png(layer, _LAYER_COLOURS)
 
 
-def region_crop(image: np.ndarray, region: np.ndarray, label: int, side: int = 128) -> np.ndarray:
-    """A region in its surroundings, outlined: what a bank entry was made of.
+def crop_region(image: np.ndarray, region: np.ndarray, label: int, side: int = 128) -> np.ndarray:
+    """Draw the outlined region of a bank entry with its surroundings.
 
     Args:
         image: `[H, W, 3]` uint8.
-        region: `[H, W]` bool; an empty one gives the whole image without an outline.
+        region: `[H, W]` bool; an empty one gives the full image without an outline.
         label: its class, whose colour outlines it.
         side: of the square picture, in pixels.
 
@@ -146,75 +165,75 @@ def region_crop(image: np.ndarray, region: np.ndarray, label: int, side: int = 1
     if not region.any():
         top, left, bottom, right = 0, 0, height, width
     else:
-        rows, columns = _window(region)
+        rows, columns = _bounding_window(region)
         top, bottom, left, right = rows.start, rows.stop, columns.start, columns.stop
-    reach = max(bottom - top, right - left)
-    # A square around the region's middle, moved and cut so that it stays inside the image.
-    reach = min(round(reach * (1 + 2 * _MARGIN)) + 2, max(height, width))
-    top = max(0, min((top + bottom - reach) // 2, height - reach))
-    left = max(0, min((left + right - reach) // 2, width - reach))
-    part = image[top : top + reach, left : left + reach]
-    inside = region[top : top + reach, left : left + reach]
+    extent = max(bottom - top, right - left)
+    # The square around the region's centre is moved and cut so that it stays inside the image.
+    extent = min(round(extent * (1 + 2 * _MARGIN)) + 2, max(height, width))
+    top = max(0, min((top + bottom - extent) // 2, height - extent))
+    left = max(0, min((left + right - extent) // 2, width - extent))
+    part = image[top : top + extent, left : left + extent]
+    inside = region[top : top + extent, left : left + extent]
     square = np.full((side, side, 3), 24, np.uint8)
-    factor = side / reach
+    factor = side / extent
     size = (max(1, min(side, round(part.shape[0] * factor))), max(1, min(side, round(part.shape[1] * factor))))
     shown = resize_image(np.ascontiguousarray(part), size).copy()
-    _outline(shown, resize_labels(np.ascontiguousarray(inside), size), label)
+    _draw_outline(shown, resize_labels(np.ascontiguousarray(inside), size), label)
     y, x = (side - size[0]) // 2, (side - size[1]) // 2
     square[y : y + size[0], x : x + size[1]] = shown
     return square
 
 
-def outlined(image: np.ndarray, labels: np.ndarray, purified: np.ndarray, longest: int) -> np.ndarray:
-    """A training image with its pseudo mask: what purification left is outlined, what it took away is dimmed.
+def draw_purification(image: np.ndarray, labels: np.ndarray, purified: np.ndarray, max_side: int) -> np.ndarray:
+    """Draw a training image with its pseudo mask: outlines of what purification keeps, the rest of the mask dimmed.
 
     Args:
         image: `[H, W, 3]` uint8.
-        labels: `[H, W]` uint8 pseudo mask, 255 where it is open.
-        purified: the same after purification, 255 where it was taken away.
-        longest: longer side of the picture in pixels.
+        labels: `[H, W]` uint8 pseudo mask, 255 where undecided.
+        purified: `[H, W]` uint8 pseudo mask after purification, 255 where pixels were removed.
+        max_side: longer side of the picture in pixels.
 
     Returns:
         `[h, w, 3]` uint8.
     """
-    size = shown_size(labels.shape, longest)
-    if max(labels.shape) * 2 <= longest:
-        factor = longest // max(labels.shape)
+    size = fit_size(labels.shape, max_side)
+    if max(labels.shape) * 2 <= max_side:
+        factor = max_side // max(labels.shape)
         size = (labels.shape[0] * factor, labels.shape[1] * factor)
     shown = resize_image(image, size)
     before, after = resize_labels(labels, size), resize_labels(purified, size)
     tinted = cv2.addWeighted(shown, 0.65, _PALETTE[before], 0.35, 0.0)
     painted = shown.copy()
     cv2.copyTo(tinted, ((before > 0) & (before != IGNORE_INDEX)).view(np.uint8), painted)
-    cv2.copyTo(dimmed(painted, 0.6), (after == IGNORE_INDEX).view(np.uint8), painted)
+    cv2.copyTo(dim(painted, 0.6), (after == IGNORE_INDEX).view(np.uint8), painted)
     for label in np.unique(after).tolist():
-        # The background's outline would only double those of the others.
+        # The background is skipped: its outline repeats those of the other classes.
         if label not in (0, IGNORE_INDEX):
-            _outline(painted, after == label, label)
+            _draw_outline(painted, after == label, label)
     return painted
 
 
-def outline_colour(label: int) -> Colour:
-    """The class's colour, brightened so that it shows on any photograph; the background's is white."""
+def choose_outline_colour(label: int) -> Colour:
+    """Return the class's colour, brightened so that it shows on any photograph; white for the background."""
     if label == 0:
         return 235, 235, 235
     colour = _PALETTE[label].astype(float)
-    bright = float(colour @ _BRIGHTNESS)
-    if bright < _BRIGHT:
-        colour += (255 - colour) * (_BRIGHT - bright) / (255 - bright)
+    brightness = float(colour @ _LUMA)
+    if brightness < _MIN_BRIGHTNESS:
+        colour += (255 - colour) * (_MIN_BRIGHTNESS - brightness) / (255 - brightness)
     red, green, blue = np.round(colour).astype(int).tolist()
     return red, green, blue
 
 
-def _outline(picture: np.ndarray, region: np.ndarray, label: int) -> None:
-    """Draw the contours of `region` into `picture`: a light line in a dark one, readable on every ground."""
+def _draw_outline(picture: np.ndarray, region: np.ndarray, label: int) -> None:
+    """Draw the contours of `region` into `picture`: a light line inside a dark one, visible on any background."""
     contours, _ = cv2.findContours(region.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    # The background's runs around everything else, so it is drawn thin.
+    # The background's contour surrounds all other regions, so it is drawn thin.
     width = 2 if label else 1
     cv2.drawContours(picture, contours, -1, (0, 0, 0), width + 2)
-    cv2.drawContours(picture, contours, -1, outline_colour(label), width)
+    cv2.drawContours(picture, contours, -1, choose_outline_colour(label), width)
 
 
-def _window(mask: np.ndarray) -> tuple[slice, slice]:
+def _bounding_window(mask: np.ndarray) -> tuple[slice, slice]:
     left, top, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
     return slice(top, top + height), slice(left, left + width)

@@ -25,7 +25,7 @@ from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import Outcome
 from moduseg.pipeline.workspace import Workspace, log, safe_name, steps_of, wall_seconds
 from moduseg.proposers import sa1b
-from moduseg.report.panel import image_panel
+from moduseg.report.panel import draw_image_panel
 from moduseg.structures import IGNORE_INDEX
 
 Reader = Callable[[str, tuple[int, int]], np.ndarray]
@@ -241,7 +241,7 @@ def draw_panels(
         if proposals is not None:
             masks = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), sample.size).masks
         own = artefact.file(safe_name(f"labels/{image_id}", ".png"))
-        return image_panel(
+        return draw_image_panel(
             sample.image,
             dataset.classes,
             proposals=masks,

@@ -38,7 +38,7 @@ from moduseg.evaluation.measures import (
 from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, log, plain
-from moduseg.report.curves import Curve, curves
+from moduseg.report.curves import Curve, draw_curves
 from moduseg.studies.cached_split import CachedSplit
 
 STORED = ("purify", "min_area", "aggregation", "flips", "path", "outliers")
@@ -170,7 +170,7 @@ def run(arguments: Sequence[str]) -> Path:
     write_atomic(artefact.path / "sweep.csv", _csv(grid, rows).encode())
     write_atomic(artefact.path / "sweep.md", text.encode())
     title = f"{where}: {len(rows)} settings"
-    write_atomic(artefact.path / "sweep.png", curves(_curves(record), title, "mIoU, percent"))
+    write_atomic(artefact.path / "sweep.png", draw_curves(_curves(record), title, "mIoU, percent"))
     artefact.write_manifest(
         status="complete",
         images=len(reported.images),

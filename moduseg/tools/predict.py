@@ -21,16 +21,16 @@ from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.files import FORMAT, digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import log, safe_name
 from moduseg.report.annotations import (
-    coco_annotations,
-    file_url,
-    label_studio_config,
-    label_studio_task,
-    labelme_annotations,
-    object_record,
     split_objects,
+    to_coco,
+    to_label_studio_config,
+    to_label_studio_task,
+    to_labelme,
+    to_record,
+    to_url,
 )
 from moduseg.report.overlay import overlay_labels
-from moduseg.report.panel import class_legend, panel
+from moduseg.report.panel import draw_panel, make_class_legend
 
 FORMATS = ("png", "overlay", "coco", "labelme", "labelstudio")
 """What may be written: `labels/`, `overlays/`, `coco.json`, `labelme/`, `labelstudio.json` with its configuration."""
@@ -177,23 +177,23 @@ def _label(segmenter: Segmenter, image_id: str, file: Path, out: Path, options: 
     image = read_image(file)
     prediction = segmenter.predict(image)
     label_map, objects = split_objects(prediction, options.min_score, options.objects == "components")
-    records = [object_record(found, options.tolerance) for found in objects]
+    records = [to_record(found, options.tolerance) for found in objects]
     size = (image.shape[0], image.shape[1])
     if "png" in options.formats:
         write_atomic(out / safe_name(f"labels/{image_id}", ".png"), write_label_png(label_map))
     if "overlay" in options.formats:
         legend = [
             ("unknown" if name == "ignored" else name, colour)
-            for name, colour in class_legend(segmenter.classes, label_map)
+            for name, colour in make_class_legend(segmenter.classes, label_map)
         ]
         write_atomic(
             out / safe_name(f"overlays/{image_id}", ".png"),
-            panel([(image_id, overlay_labels(image, label_map))], legend),
+            draw_panel([(image_id, overlay_labels(image, label_map))], legend),
         )
     if "labelme" in options.formats:
         target = out / safe_name(f"labelme/{image_id}", ".json")
         path = os.path.relpath(file.resolve(), target.parent.resolve()).replace(os.sep, "/")
-        write_json(target, labelme_annotations(path, size, records, segmenter.classes))
+        write_json(target, to_labelme(path, size, records, segmenter.classes))
     record = {
         "key": key,
         "bytes": bytes_before,
@@ -212,14 +212,14 @@ def _write_joint(out: Path, ids: Sequence[str], classes: Sequence[str], options:
         record: Mapping[str, Any] = read_json(out / safe_name(f"records/{image_id}", ".json"))
         size = (record["size"][0], record["size"][1])
         images.append((record["file"], size, record["objects"]))
-        url = file_url(options.image_url, record["file"])
-        tasks.append(label_studio_task(url, size, record["objects"], classes))
+        url = to_url(options.image_url, record["file"])
+        tasks.append(to_label_studio_task(url, size, record["objects"], classes))
         count += len(record["objects"])
     if "coco" in options.formats:
-        write_json(out / "coco.json", coco_annotations(images, classes))
+        write_json(out / "coco.json", to_coco(images, classes))
     if "labelstudio" in options.formats:
         write_json(out / "labelstudio.json", tasks)
-        write_atomic(out / "labelstudio.xml", label_studio_config(classes).encode())
+        write_atomic(out / "labelstudio.xml", to_label_studio_config(classes).encode())
     write_atomic(out / "classes.txt", ("\n".join(classes) + "\n").encode())
     return count
 

@@ -20,7 +20,7 @@ from moduseg.bank.store import Bank
 from moduseg.cli.options import parse
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError
-from moduseg.report.bank_regions import RegionPictures, region_picture
+from moduseg.report.bank_regions import RegionPictures, draw_region
 from moduseg.stages import build_bank
 from moduseg.tools import bank as bank_tool
 from tests.support.tagged_world import CLIP, image_id, scene, settings, write_folder
@@ -200,28 +200,28 @@ def test_pictures_of_regions_are_looked_for_through_the_folders(bank: Path, tmp_
     pictures = RegionPictures(tmp_path / "new", stored, size=100)
     for row in range(len(stored)):
         name, label = stored.image_ids[int(stored.image_index[row])], stored.classes[int(stored.labels[row])]
-        assert pictures.picture(name, label) is not None
+        assert pictures.draw(name, label) is not None
     first = stored.image_ids[int(stored.image_index[1])]
     label = stored.classes[int(stored.labels[1])]
-    outlined, whole = pictures.picture(first, label), pictures.picture(first, "no such class")
+    outlined, whole = pictures.draw(first, label), pictures.draw(first, "no such class")
     assert outlined is not None
     assert whole is not None
     assert not np.array_equal(outlined, whole)
     (more / "images" / f"{image_id(30)}.png").unlink()
-    assert RegionPictures(tmp_path / "new", stored).picture(image_id(30), label) is None
-    assert RegionPictures(tmp_path / "new", stored).picture("nobody", label) is None
+    assert RegionPictures(tmp_path / "new", stored).draw(image_id(30), label) is None
+    assert RegionPictures(tmp_path / "new", stored).draw("nobody", label) is None
 
 
 def test_a_region_is_cut_out_and_the_rest_dimmed() -> None:
     image = np.full((40, 60, 3), 200, np.uint8)
     mask = np.zeros((40, 60), dtype=bool)
     mask[10:20, 10:30] = True
-    picture = region_picture(image, mask, 112)
+    picture = draw_region(image, mask, 112)
     assert picture.shape == (72, 112, 3)  # 18 x 28 pixels of the image
     assert picture[36, 56].tolist() == [200, 200, 200]
     assert picture[2, 2].tolist() == [90, 90, 90]
     assert (picture == 255).all(2).any()
-    assert region_picture(image, None, 30).shape == (20, 30, 3)
+    assert draw_region(image, None, 30).shape == (20, 30, 3)
 
 
 def test_the_events_of_the_page(segmenter: Segmenter, bank: Path, tmp_path: Path) -> None:

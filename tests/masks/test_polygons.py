@@ -17,14 +17,14 @@ from pycocotools.coco import COCO
 from moduseg.masks.polygons import Convention, iou, mask_polygons, polygons_mask
 from moduseg.miniature.world.scenes import render_scene
 from moduseg.report.annotations import (
-    FoundObject,
-    coco_annotations,
-    file_url,
-    label_studio_config,
-    label_studio_task,
-    labelme_annotations,
-    object_record,
+    PredictedObject,
     split_objects,
+    to_coco,
+    to_label_studio_config,
+    to_label_studio_task,
+    to_labelme,
+    to_record,
+    to_url,
 )
 from moduseg.retrieval.pipeline import assemble
 from moduseg.structures import Prediction, Proposals
@@ -118,7 +118,7 @@ def test_simplified_polygons_stay_near_the_mask(convention: Convention, toleranc
 
 
 @pytest.fixture
-def found() -> list[FoundObject]:
+def found() -> list[PredictedObject]:
     """An object with a hole, one of two parts, and a disc."""
     ring = np.zeros((40, 60), dtype=bool)
     ring[4:20, 5:25] = True
@@ -128,13 +128,13 @@ def found() -> list[FoundObject]:
     parts[25:36, 20:31] = True
     y, x = np.mgrid[:40, :60]
     disc = (x - 45) ** 2 + (y - 20) ** 2 < 100
-    return [FoundObject(1, 0.9, ring), FoundObject(2, 0.8, parts), FoundObject(1, 0.7, disc)]
+    return [PredictedObject(1, 0.9, ring), PredictedObject(2, 0.8, parts), PredictedObject(1, 0.7, disc)]
 
 
-def test_coco_files_load_in_pycocotools(found: list[FoundObject], tmp_path: Path) -> None:
-    records = [object_record(f, 1.0) for f in found]
+def test_coco_files_load_in_pycocotools(found: list[PredictedObject], tmp_path: Path) -> None:
+    records = [to_record(f, 1.0) for f in found]
     file = tmp_path / "coco.json"
-    file.write_text(json.dumps(coco_annotations([("a/b.jpg", (40, 60), records), ("c.jpg", (9, 9), [])], CLASSES)))
+    file.write_text(json.dumps(to_coco([("a/b.jpg", (40, 60), records), ("c.jpg", (9, 9), [])], CLASSES)))
     coco = COCO(str(file))
     assert coco.loadCats(coco.getCatIds()) == [
         {"id": 1, "name": "dog & co", "supercategory": ""},
@@ -156,9 +156,9 @@ def test_coco_files_load_in_pycocotools(found: list[FoundObject], tmp_path: Path
         assert annotation["iscrowd"] == 0
 
 
-def test_labelme_files_have_its_keys_and_rasterise_to_the_masks(found: list[FoundObject]) -> None:
-    records = [object_record(f, 1.0) for f in found]
-    file = json.loads(json.dumps(labelme_annotations("../images/a.jpg", (40, 60), records, CLASSES)))
+def test_labelme_files_have_its_keys_and_rasterise_to_the_masks(found: list[PredictedObject]) -> None:
+    records = [to_record(f, 1.0) for f in found]
+    file = json.loads(json.dumps(to_labelme("../images/a.jpg", (40, 60), records, CLASSES)))
     assert set(file) == {"version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth"}
     assert (file["imagePath"], file["imageData"]) == ("../images/a.jpg", None)
     assert (file["imageHeight"], file["imageWidth"]) == (40, 60)
@@ -176,15 +176,15 @@ def test_labelme_files_have_its_keys_and_rasterise_to_the_masks(found: list[Foun
         assert iou(np.asarray(canvas) > 0, original.mask) > 0.95
 
 
-def test_label_studio_tasks_are_in_percent_and_fit_their_configuration(found: list[FoundObject]) -> None:
-    records = [object_record(f, 1.0) for f in found]
-    url = file_url("/data/local-files/?d=", "my images/a#1.jpg")
-    task = json.loads(json.dumps(label_studio_task(url, (40, 60), records, CLASSES)))
+def test_to_label_studio_tasks_are_in_percent_and_fit_their_configuration(found: list[PredictedObject]) -> None:
+    records = [to_record(f, 1.0) for f in found]
+    url = to_url("/data/local-files/?d=", "my images/a#1.jpg")
+    task = json.loads(json.dumps(to_label_studio_task(url, (40, 60), records, CLASSES)))
     assert task["data"] == {"image": "/data/local-files/?d=my%20images/a%231.jpg"}
     (prediction,) = task["predictions"]
     assert prediction["model_version"] == "moduseg"
     assert prediction["score"] == pytest.approx(0.8)
-    config = ElementTree.fromstring(label_studio_config(CLASSES))
+    config = ElementTree.fromstring(to_label_studio_config(CLASSES))
     image, labels = config.find("Image"), config.find("PolygonLabels")
     assert image is not None
     assert labels is not None

@@ -10,7 +10,7 @@ from PIL import Image
 
 from moduseg.masks.palette import voc_palette
 from moduseg.report import overlay
-from moduseg.report.panel import class_legend, display_size, image_panel, panel
+from moduseg.report.panel import choose_display_size, draw_image_panel, draw_panel, make_class_legend
 
 CLASSES = ("background", "dog", "cat")
 
@@ -38,7 +38,7 @@ def _has(picture: np.ndarray, colour: tuple[int, ...]) -> bool:
 def test_error_map_has_one_colour_for_each_case() -> None:
     truth = np.array([[0, 1, 1, 0, 1, 255, 255]])
     prediction = np.array([[0, 1, 0, 1, 2, 0, 1]])
-    painted = overlay.error_map(truth, prediction)[0]
+    painted = overlay.paint_errors(truth, prediction)[0]
     expected = [None, overlay.CORRECT, overlay.MISSED, overlay.FALSE, overlay.CONFUSED, *[overlay.IGNORED] * 2]
     for pixel, colour in zip(painted.astype(float), expected, strict=True):
         if colour is None:
@@ -79,10 +79,10 @@ def test_proposals_cut_off_at_the_border_or_absent() -> None:
 
 
 def test_colours_of_proposals_differ() -> None:
-    colours = overlay.distinct_colours(60).astype(int)
+    colours = overlay.make_distinct_colours(60).astype(int)
     assert len({tuple(c) for c in colours}) == 60
     assert np.abs(np.diff(colours, axis=0)).sum(1).min() > 100
-    assert overlay.distinct_colours(0).shape == (0, 3)
+    assert overlay.make_distinct_colours(0).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_colours_of_proposals_differ() -> None:
      ((2000, 1), (384, 1)), ((200, 150), (200, 150))],
 )  # fmt: skip
 def test_display_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert display_size(size) == expected
+    assert choose_display_size(size) == expected
 
 
 def test_labels_grow_without_new_ids(rng: np.random.Generator) -> None:
@@ -102,17 +102,19 @@ def test_labels_grow_without_new_ids(rng: np.random.Generator) -> None:
 
 
 def test_legend_names_what_occurs() -> None:
-    legend = class_legend(CLASSES, np.array([[0, 2, 255]]), None, np.array([[1, 9]]))
+    legend = make_class_legend(CLASSES, np.array([[0, 2, 255]]), None, np.array([[1, 9]]))
     assert [name for name, _ in legend] == ["dog", "cat", "id 9", "ignored"]
     assert legend[0][1] == (128, 0, 0)
 
 
 def test_panel_is_a_deterministic_png(scene: tuple[np.ndarray, ...]) -> None:
     image, truth, prediction, masks = scene
-    content = image_panel(image, CLASSES, proposals=masks, labels=prediction, truth=truth)
-    assert content == image_panel(image, CLASSES, proposals=torch.from_numpy(masks), labels=prediction, truth=truth)
+    content = draw_image_panel(image, CLASSES, proposals=masks, labels=prediction, truth=truth)
+    assert content == draw_image_panel(
+        image, CLASSES, proposals=torch.from_numpy(masks), labels=prediction, truth=truth
+    )
     sheet = _open(content)
-    height, width = display_size((48, 64))
+    height, width = choose_display_size((48, 64))
     assert sheet.shape[1] == 5 * width + 6 * 8
     assert sheet.shape[0] > height
     below = sheet[26 + height :]
@@ -128,14 +130,14 @@ def test_panel_is_a_deterministic_png(scene: tuple[np.ndarray, ...]) -> None:
 def test_columns_are_those_given(scene: tuple[np.ndarray, ...], given: tuple[str, ...], columns: int) -> None:
     image, truth, prediction, masks = scene
     every = {"proposals": masks, "labels": prediction, "truth": truth}
-    sheet = _open(image_panel(image, CLASSES, **{name: every[name] for name in given}))  # type: ignore[arg-type]
-    assert sheet.shape[1] == columns * display_size((48, 64))[1] + (columns + 1) * 8
+    sheet = _open(draw_image_panel(image, CLASSES, **{name: every[name] for name in given}))  # type: ignore[arg-type]
+    assert sheet.shape[1] == columns * choose_display_size((48, 64))[1] + (columns + 1) * 8
 
 
 def test_long_legends_and_titles_stay_on_the_sheet() -> None:
     picture = np.zeros((400, 200, 3), dtype=np.uint8)
     legend = [(f"class number {i}", (i, 7, 9)) for i in range(30)]
-    sheet = _open(panel([("a title that is wider than its own little picture", picture)], legend))
+    sheet = _open(draw_panel([("a title that is wider than its own little picture", picture)], legend))
     assert all(_has(sheet, (i, 7, 9)) for i in range(30))
     assert sheet.shape[1] > 300
     assert (sheet[:, -8:] == 255).all()
@@ -147,7 +149,7 @@ def test_tiny_and_huge_pictures() -> None:
         masks = np.zeros((2, *size), dtype=bool)
         masks[0, 0, 0] = True
         image = np.zeros((*size, 3), dtype=np.uint8)
-        sheet = _open(image_panel(image, CLASSES, proposals=masks, labels=labels, truth=labels))
+        sheet = _open(draw_image_panel(image, CLASSES, proposals=masks, labels=labels, truth=labels))
         assert sheet.shape[1] < 6 * 400
 
 
@@ -155,19 +157,19 @@ def test_sizes_that_do_not_fit(scene: tuple[np.ndarray, ...]) -> None:
     image, truth, prediction, masks = scene
     for name, array in (("labels", prediction[1:]), ("truth", truth[1:]), ("proposals", masks[:, 1:])):
         with pytest.raises(ValueError, match=f"{name}: got"):
-            image_panel(image, CLASSES, **{name: array})  # type: ignore[arg-type]
+            draw_image_panel(image, CLASSES, **{name: array})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got no column"):
-        panel([])
+        draw_panel([])
     with pytest.raises(ValueError, match="label map: got"):
         overlay.overlay_labels(image, truth[1:])
     with pytest.raises(ValueError, match="error map: got"):
-        overlay.error_map(truth, prediction[1:])
+        overlay.paint_errors(truth, prediction[1:])
     with pytest.raises(ValueError, match="proposals: got"):
         overlay.overlay_proposals(image, masks[:, 1:])
 
 
 def test_real_output_is_written(tmp_path: Path, scene: tuple[np.ndarray, ...]) -> None:
     path = tmp_path / "panel.png"
-    path.write_bytes(image_panel(scene[0], CLASSES, title="ids/with a longer name"))
+    path.write_bytes(draw_image_panel(scene[0], CLASSES, title="ids/with a longer name"))
     with Image.open(path) as picture:
         assert (picture.format, picture.mode) == ("PNG", "RGB")
