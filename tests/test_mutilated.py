@@ -126,7 +126,7 @@ def _read_bank(path: Path) -> None:
     (folder / path.name).write_bytes(content)
     bank = Bank.load(folder)
     bank.check_fits("d", 3, ("background", "dog", "cat"))
-    bank.for_search(True, compose([]).bank.outliers)
+    bank.select_vectors(True, compose([]).bank.outliers)
 
 
 def _read_json_labels(path: Path) -> None:

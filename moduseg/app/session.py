@@ -273,12 +273,12 @@ class Session:
         before = self._need()
         self._check(proposal)
         name = label.strip()
-        edit.with_classes(self.classes, [name])
+        edit.append_classes(self.classes, [name])
         seen, picture = self._seen, self._image_id
         if seen is None:
             raise ConfigError("picture: got none, expected one to be shown; drop a picture first")
         mask = seen.proposals.masks[proposal]
-        vector, area = edit.region_vector(mask, seen.tokens, self._first.cfg.bank)
+        vector, area = edit.pool_region(mask, seen.tokens, self._first.cfg.bank)
         made = Correction(picture, proposal, name, vector.cpu(), area, mask.cpu().numpy())
         self.corrections = [c for c in self.corrections if (c.image, c.proposal) != (picture, proposal)] + [made]
         names = [self.classes[int(i)] for i in before.labels]
@@ -320,8 +320,16 @@ class Session:
             labels = maps.setdefault(made.image, np.full(made.mask.shape, IGNORE_INDEX, np.uint8))
             labels[made.mask] = self.classes.index(made.label)
         details = {"corrections": [[c.image, c.label, c.area] for c in self.corrections]}
-        bank = edit.with_files(self.bank, files)
-        path = write_derived(bank, "correct", [self._folder], details, target, target, config=bank.info["config"])
+        bank = edit.append_files(self.bank, files)
+        path = write_derived(
+            bank,
+            "correct",
+            sources=[self._folder],
+            details=details,
+            folder=target,
+            outputs=target,
+            config=bank.info["config"],
+        )
         for image_id, labels in maps.items():
             write_atomic(path / "images" / f"{image_id}.png", write_rgb_png(self._images[image_id]))
             write_atomic(path / "labels" / f"{image_id}.png", write_label_png(labels))

@@ -16,33 +16,33 @@ _BLOCK = 1 << 22
 
 
 def patch_coverage(masks: Tensor, patch_size: int) -> Tensor:
-    """Fraction of each patch that each mask covers, for a backbone that saw the image at its own size.
+    """Return the fraction of each patch that each mask covers, for an image that was not resized.
 
     Args:
         masks: `[N, H, W]` bool; they may overlap.
         patch_size: side of a patch in pixels.
 
     Returns:
-        `[N, h, w]` float32 in [0, 1], `h = ceil(H / patch_size)`; what a patch has beyond the bottom or right border is
-        padding and counts as uncovered.
+        `[N, h, w]` float32 in [0, 1], `h = ceil(H / patch_size)`; the part of a patch beyond the bottom or
+        right border is padding and counts as uncovered.
 
     Raises:
         ValueError: `masks` is not `[N, H, W]` bool, or `patch_size < 1`.
     """
     _check_masks(masks)
     _check_patch_size(patch_size)
-    return _counted(masks, patch_size)
+    return _count_pixels(masks, patch_size)
 
 
 def coverage(masks: Tensor, token_map: TokenMap) -> Tensor:
-    """Fraction of each patch of `token_map` that each mask covers; exact also where the image was resized.
+    """Return the fraction of each patch of a token map that each mask covers, exact for resized images too.
 
     A pixel of the image is a rectangle of the input, and a patch gets the area it shares with the mask's rectangles, so
     nothing is resampled. At native size this is `patch_coverage`, to the last bit.
 
     Args:
         masks: `[N, H, W]` bool at the size of the image.
-        token_map: the tokens to be pooled; its stride, image size and input size are used.
+        token_map: the tokens to pool; its stride, image size and input size are used.
 
     Returns:
         `[N, h, w]` float32 in [0, 1] on the device of `masks`; padding counts as uncovered.
@@ -54,16 +54,16 @@ def coverage(masks: Tensor, token_map: TokenMap) -> Tensor:
     if tuple(masks.shape[1:]) != tuple(token_map.image_size):
         raise ValueError(f"masks: got {tuple(masks.shape[1:])} pixels, expected the image's {token_map.image_size}")
     if tuple(token_map.input_size) == tuple(token_map.image_size):
-        return _counted(masks, token_map.stride)
-    return _shared_areas(masks, token_map.stride, token_map.input_size)
+        return _count_pixels(masks, token_map.stride)
+    return _measure_shared_areas(masks, token_map.stride, token_map.input_size)
 
 
 def proposal_coverage(proposals: Proposals, token_map: TokenMap) -> Tensor:
-    """`coverage` of proposals; of disjoint ones at native size by one histogram, to the same bits.
+    """Return the `coverage` of proposals; for disjoint ones at native size by one histogram, with equal bits.
 
     Args:
         proposals: at the size of the image, on any device.
-        token_map: see `coverage`.
+        token_map: the tokens to pool.
 
     Returns:
         `[N, h, w]` float32 in [0, 1], on the device of the tokens.
@@ -79,7 +79,7 @@ def proposal_coverage(proposals: Proposals, token_map: TokenMap) -> Tensor:
 
 
 def id_map_coverage(id_map: Tensor, count: int, patch_size: int) -> Tensor:
-    """`patch_coverage` of the disjoint masks `id_map == 0 .. count - 1`, by one histogram over (id, patch).
+    """Return the `patch_coverage` of the disjoint masks `id_map == 0 .. count - 1`, by one histogram over (id, patch).
 
     Args:
         id_map: `[H, W]` integers; a negative one means no mask.
@@ -98,10 +98,10 @@ def id_map_coverage(id_map: Tensor, count: int, patch_size: int) -> Tensor:
     if count < 0 or (id_map.numel() and int(id_map.max()) >= count):
         raise ValueError(f"count: got {count}, expected more than every id of the map; try its largest id + 1")
     height, width = id_map.shape
-    rows, columns = _patches(height, patch_size), _patches(width, patch_size)
-    # Bin 0 of the ids collects the pixels of no mask. Half as wide numbers where they suffice.
-    narrow = (count + 1) * rows * columns < 1 << 31 and id_map.dtype == torch.int32
-    dtype = torch.int32 if narrow else torch.int64
+    rows, columns = _num_patches(height, patch_size), _num_patches(width, patch_size)
+    # Bin 0 collects the pixels of no mask. int32 is used where it suffices, which halves the memory.
+    fits_int32 = (count + 1) * rows * columns < 1 << 31 and id_map.dtype == torch.int32
+    dtype = torch.int32 if fits_int32 else torch.int64
     row = torch.arange(height, device=id_map.device, dtype=dtype)[:, None] // patch_size * columns
     column = torch.arange(width, device=id_map.device, dtype=dtype) // patch_size
     bins = id_map.to(dtype).clamp(min=-1).add_(1).mul_(rows * columns).add_(row + column)
@@ -110,7 +110,7 @@ def id_map_coverage(id_map: Tensor, count: int, patch_size: int) -> Tensor:
 
 
 def harden(coverage: Tensor) -> Tensor:
-    """Hard masks on the patch grid, for the ablation of the soft ones (`bank.aggregation=hard`).
+    """Turn coverage into hard masks on the patch grid, for an ablation (`bank.aggregation=hard`).
 
     Args:
         coverage: `[N, h, w]` in [0, 1].
@@ -133,7 +133,7 @@ def harden(coverage: Tensor) -> Tensor:
 
 
 def aggregate(tokens: Tensor, coverage: Tensor, normalize: bool = True) -> Tensor:
-    """One vector for each mask: `sum(W * F) / sum(W)`, L2-normalised.
+    """Pool one vector for each mask: `sum(W * F) / sum(W)`, L2-normalised.
 
     Args:
         tokens: `[h, w, C]` float, `F`.
@@ -158,38 +158,38 @@ def aggregate(tokens: Tensor, coverage: Tensor, normalize: bool = True) -> Tenso
     return F.normalize(pooled, dim=1) if normalize else pooled
 
 
-def _counted(masks: Tensor, patch_size: int) -> Tensor:
-    """`[N, h, w]` at native size: pixels of each patch are counted, down the rows first."""
+def _count_pixels(masks: Tensor, patch_size: int) -> Tensor:
+    """Return `[N, h, w]` coverage at native size by counting pixels, down the rows first."""
     count, height, width = masks.shape
-    rows, columns = _patches(height, patch_size), _patches(width, patch_size)
-    down = F.pad(_down(masks.view(torch.uint8), patch_size).float(), (0, columns * patch_size - width))
+    rows, columns = _num_patches(height, patch_size), _num_patches(width, patch_size)
+    down = F.pad(_sum_rows(masks.view(torch.uint8), patch_size).float(), (0, columns * patch_size - width))
     return down.view(count, rows, columns, patch_size).sum(3) / patch_size**2
 
 
-def _down(pixels: Tensor, patch_size: int) -> Tensor:
-    """`[N, h, W]`: sums of `patch_size` rows of `[N, H, W]` uint8; the last sum may have fewer."""
+def _sum_rows(pixels: Tensor, patch_size: int) -> Tensor:
+    """Return `[N, h, W]`: sums of `patch_size` rows of `[N, H, W]` uint8; the last sum may have fewer rows."""
     count, height, width = pixels.shape
-    # Bytes hold the count of a column of up to 255 pixels, and add up an order faster than wider integers.
-    narrow, whole = patch_size <= 255, height // patch_size
-    parts = [pixels[:, : whole * patch_size].unflatten(1, (whole, patch_size))] if whole else []
+    # Bytes hold the count of a column of up to 255 pixels, and add up ten times as fast as wider integers.
+    fits_uint8, num_full = patch_size <= 255, height // patch_size
+    parts = [pixels[:, : num_full * patch_size].unflatten(1, (num_full, patch_size))] if num_full else []
     if height % patch_size:
-        parts.append(pixels[:, None, whole * patch_size :])
+        parts.append(pixels[:, None, num_full * patch_size :])
     if pixels.device.type == "cpu":
-        # NumPy adds whole rows to each other, which PyTorch takes three times as long for.
-        dtype = np.uint8 if narrow else np.int32
+        # NumPy adds rows to each other in a third of PyTorch's time.
+        dtype = np.uint8 if fits_uint8 else np.int32
         sums = [torch.from_numpy(np.add.reduce(part.numpy(), axis=2, dtype=dtype)) for part in parts]
     else:
-        sums = [part.sum(2, dtype=torch.uint8 if narrow else torch.int32) for part in parts]
+        sums = [part.sum(2, dtype=torch.uint8 if fits_uint8 else torch.int32) for part in parts]
     return torch.cat(sums, 1) if sums else pixels.new_zeros((count, 0, width))
 
 
-def _shared_areas(masks: Tensor, stride: int, input_size: tuple[int, int]) -> Tensor:
-    """`[N, h, w]` for a resized input: overlap lengths of pixels and patches, applied one axis after the other."""
+def _measure_shared_areas(masks: Tensor, stride: int, input_size: tuple[int, int]) -> Tensor:
+    """Return `[N, h, w]` coverage for a resized input: overlaps of pixels and patches, one axis after the other."""
     height, width = masks.shape[1:]
-    down, row_unit = _overlaps(height, input_size[0], stride, masks.device)
-    across, column_unit = _overlaps(width, input_size[1], stride, masks.device)
+    down, row_unit = _measure_overlaps(height, input_size[0], stride, masks.device)
+    across, column_unit = _measure_overlaps(width, input_size[1], stride, masks.device)
     area = row_unit * column_unit
-    # All lengths are whole numbers, so sums are exact where the dtype holds them. MPS has no float64.
+    # All lengths are whole numbers, so sums are exact if the dtype can hold them. MPS has no float64.
     dtype = torch.float32 if area < 1 << 24 or masks.device.type == "mps" else torch.float64
     down, across = down.to(dtype), across.to(dtype).T.contiguous()
     result = torch.zeros((len(masks), len(down), across.shape[1]), device=masks.device)
@@ -200,16 +200,16 @@ def _shared_areas(masks: Tensor, stride: int, input_size: tuple[int, int]) -> Te
     return result
 
 
-def _overlaps(size: int, input_size: int, stride: int, device: torch.device) -> tuple[Tensor, int]:
-    """`[patches, size]` int64 overlap lengths along one axis, and a patch's length, both in a unit that divides all."""
-    shared = math.gcd(size, input_size)
-    pixel, patch = input_size // shared, stride * (size // shared)
+def _measure_overlaps(size: int, input_size: int, stride: int, device: torch.device) -> tuple[Tensor, int]:
+    """Return `[patches, size]` int64 overlap lengths along one axis and a patch's length, in a common unit."""
+    divisor = math.gcd(size, input_size)
+    pixel, patch = input_size // divisor, stride * (size // divisor)
     pixels = torch.arange(size, device=device) * pixel
-    patches = torch.arange(_patches(input_size, stride), device=device)[:, None] * patch
+    patches = torch.arange(_num_patches(input_size, stride), device=device)[:, None] * patch
     return (torch.minimum(pixels + pixel, patches + patch) - torch.maximum(pixels, patches)).clamp(min=0), patch
 
 
-def _patches(size: int, stride: int) -> int:
+def _num_patches(size: int, stride: int) -> int:
     return -(-size // stride)
 
 

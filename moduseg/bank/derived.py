@@ -1,4 +1,4 @@
-"""Banks made of other banks as folders of their own; the banks they come from stay as they are."""
+"""Write banks that were made from other banks into folders of their own; the sources stay unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAGE = "bank"
 
 
 def open_bank(path: str | Path) -> Bank:
-    """The bank in a folder.
+    """Read the bank in a folder.
 
     Raises:
         ArtefactError: there is none, or it is damaged.
@@ -27,8 +27,8 @@ def open_bank(path: str | Path) -> Bank:
     return Bank.load(folder)
 
 
-def identity(bank: Bank) -> str:
-    """sha256 of what a bank holds: vectors, labels, images and class names."""
+def digest_bank(bank: Bank) -> str:
+    """Return the sha256 of what a bank holds: vectors, labels, images and class names."""
     total = hashlib.sha256()
     for tensor in (bank.pooled, bank.labels, bank.image_index, bank.areas):
         total.update(tensor.contiguous().cpu().numpy().tobytes())
@@ -39,28 +39,29 @@ def identity(bank: Bank) -> str:
 def write_derived(
     bank: Bank,
     operation: str,
+    *,
     sources: Sequence[Path],
     details: Mapping[str, Any],
     folder: Path | None,
     outputs: Path,
     **fields: Any,
 ) -> Path:
-    """Write a bank that was made of others.
+    """Write a bank that was made from others.
 
     Args:
         bank: what to write.
         operation: `add`, `remove`, `merge` or `correct`.
-        sources: folders of the banks it was made of.
-        details: what was asked for, JSON values.
-        folder: where to write; `None` for `<outputs>/<data set>/bank/<operation>-<key8>`.
+        sources: folders of the banks that it was made from.
+        details: arguments of the operation, JSON values.
+        folder: folder to write to; `None` for `<outputs>/<data set>/bank/<operation>-<key8>`.
         outputs: root of all artefacts.
-        fields: more for the manifest (`seconds`, `inputs`, `failures`).
+        fields: further entries of the manifest (`seconds`, `inputs`, `failures`).
 
     Returns:
         The folder: `bank.safetensors`, `bank.json`, and `manifest.json` with `derived_from`.
 
     Raises:
-        ArtefactError: the folder is that of a source, or holds something else.
+        ArtefactError: the folder is that of a source, or holds another artefact.
     """
     came_from = [
         {"path": str(path), "bank_sha256": file_digest(path / "bank.safetensors"), "vectors": len(open_bank(path))}
@@ -71,7 +72,7 @@ def write_derived(
         "operation": operation,
         "details": dict(details),
         "sources": [source["bank_sha256"] for source in came_from],
-        "bank": identity(bank),
+        "bank": digest_bank(bank),
     }
     key = digest_of(parts)
     target = folder or outputs / str(bank.info.get("dataset", "bank")) / STAGE / f"{operation}-{key[:8]}"

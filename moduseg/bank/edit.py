@@ -1,8 +1,8 @@
-"""Banks made of banks: classes, images and regions taken out, banks joined, single regions added.
+"""Make banks from banks: remove classes, images and regions, merge banks, add single regions.
 
-Nothing here runs a model or touches a file, and no bank is changed: every function returns a new one. The order rule is
-that of a bank built from scratch: images in their order, the regions of an image by ascending class id; what is added
-comes behind what was there. So a bank of A with B added equals one built from the list A, B.
+Nothing here runs a model or touches a file, and no bank is changed: every function returns a new one. The order is that
+of a bank built from scratch: images in their order, the regions of an image by ascending class id; additions are
+appended. So a bank of A with B added equals one built from the list A, B.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from moduseg.errors import ArtefactError, ConfigError
 from moduseg.structures import IGNORE_INDEX, TokenMap
 
 MAX_CLASSES = 255
-"""Class names that fit an 8-bit label map, background included; 255 is the ignored pixel."""
-_DECIDING = ("purify", "min_area", "aggregation")
-"""Keys of `bank` that decide what is stored."""
+"""Largest number of class names for an 8-bit label map, background included; 255 is the ignored pixel."""
+_STORED_SETTINGS = ("purify", "min_area", "aggregation")
+"""Keys of the group `bank` that decide what is stored."""
 
 
 def remove(bank: Bank, classes: Sequence[str] = (), images: Sequence[str] = (), rows: Sequence[int] = ()) -> Bank:
-    """A bank without some classes, images and regions.
+    """Return a bank without some classes, images and regions.
 
     Args:
         bank: the bank.
-        classes: names; their regions go and so do the names, the ids of later classes move up.
-        images: ids of training images; their regions and the ids themselves go.
+        classes: names; their regions and the names are removed, and the ids of later classes move up.
+        images: ids of training images; their regions and the ids are removed.
         rows: regions, by their row in the bank.
 
     Raises:
@@ -41,41 +41,40 @@ def remove(bank: Bank, classes: Sequence[str] = (), images: Sequence[str] = (), 
     """
     for name in classes:
         if name not in bank.classes[1:]:
-            known = ", ".join(bank.classes[1:]) or "none"
-            raise ConfigError(f"class: got {name!r}, expected one of {known}; the background can only lose regions")
-    known_ids = set(bank.image_ids)
+            names = ", ".join(bank.classes[1:]) or "none"
+            raise ConfigError(f"class: got {name!r}, expected one of {names}; the background can only lose regions")
     for image_id in images:
-        if image_id not in known_ids:
+        if image_id not in set(bank.image_ids):
             raise ConfigError(f"image: got {image_id!r}, expected an image of the bank; see scripts/bank.py info")
     for row in rows:
         if not 0 <= row < len(bank):
             raise ConfigError(f"region: got row {row}, expected 0..{len(bank) - 1}; see scripts/bank.py info")
-    gone_labels = [bank.classes.index(name) for name in classes]
-    gone_images = [i for i, image_id in enumerate(bank.image_ids) if image_id in set(images)]
-    keep = ~torch.isin(bank.labels, torch.tensor(gone_labels, dtype=torch.int64))
-    keep &= ~torch.isin(bank.image_index, torch.tensor(gone_images, dtype=torch.int64))
+    removed_labels = [bank.classes.index(name) for name in classes]
+    removed_images = [i for i, image_id in enumerate(bank.image_ids) if image_id in set(images)]
+    keep = ~torch.isin(bank.labels, torch.tensor(removed_labels, dtype=torch.int64))
+    keep &= ~torch.isin(bank.image_index, torch.tensor(removed_images, dtype=torch.int64))
     keep[torch.tensor(list(rows), dtype=torch.int64)] = False
-    left_classes = tuple(name for name in bank.classes if name not in classes)
-    left_images = tuple(image_id for image_id in bank.image_ids if image_id not in set(images))
-    new_label = _numbers(bank.classes, left_classes)
-    new_image = _numbers(bank.image_ids, left_images)
+    kept_classes = tuple(name for name in bank.classes if name not in classes)
+    kept_images = tuple(image_id for image_id in bank.image_ids if image_id not in set(images))
+    new_label = _new_positions(bank.classes, kept_classes)
+    new_image = _new_positions(bank.image_ids, kept_images)
     files = {i: f for i, f in files_of(bank).items() if i not in set(images)}
     return Bank(
         bank.pooled[keep],
         new_label[bank.labels[keep]],
         new_image[bank.image_index[keep]],
         bank.areas[keep],
-        left_images,
-        left_classes,
-        _with_files(bank.info, files),
+        kept_images,
+        kept_classes,
+        _replace_files(bank.info, files),
     )
 
 
 def merge(banks: Sequence[Bank]) -> Bank:
-    """One bank of several that were made with one backbone and the same settings.
+    """Merge banks that were made with one backbone and the same settings.
 
-    Class lists are joined by name: those of the first bank keep their ids, new names follow in the order in which they
-    come. The description (`info`) is that of the first.
+    Class lists are merged by name: those of the first bank keep their ids, new names follow in the order of the banks.
+    The description (`info`) is that of the first.
 
     Raises:
         ArtefactError: another backbone, other settings, or an image that occurs in two banks.
@@ -88,12 +87,13 @@ def merge(banks: Sequence[Bank]) -> Bank:
     labels, index = [first.labels], [first.image_index]
     files, sources = files_of(first), [str(first.info.get("label_source", ""))]
     for bank in banks[1:]:
-        _check_same_making(first, bank)
-        twice = set(image_ids) & set(bank.image_ids)
-        if twice:
+        _check_compatible(first, bank)
+        repeated = set(image_ids) & set(bank.image_ids)
+        if repeated:
             raise ArtefactError(
-                f"merge: image {min(twice)!r} is in two banks ({len(twice)} such), expected each image once; give one "
-                "bank's images a prefix with prefix=true, or remove them with scripts/bank.py remove image=<id>"
+                f"merge: image {min(repeated)!r} is in two banks ({len(repeated)} such), expected each image once; "
+                "give the images of one bank a prefix with prefix=true, or remove them with scripts/bank.py remove "
+                "image=<id>"
             )
         classes += [name for name in bank.classes if name not in classes]
         new_label = torch.tensor([classes.index(name) for name in bank.classes], dtype=torch.int64)
@@ -112,7 +112,7 @@ def merge(banks: Sequence[Bank]) -> Bank:
         torch.cat([bank.areas for bank in banks]),
         tuple(image_ids),
         tuple(classes),
-        _with_files({**first.info, "label_source": "+".join(s for s in sources if s)}, files),
+        _replace_files({**first.info, "label_source": "+".join(s for s in sources if s)}, files),
     )
 
 
@@ -138,15 +138,15 @@ def in_classes(bank: Bank, classes: Sequence[str]) -> Bank:
     return dataclasses.replace(bank, labels=ids[bank.labels], classes=tuple(classes))
 
 
-def with_prefix(bank: Bank, prefix: str) -> Bank:
-    """The same bank with `<prefix>/` before every image id."""
+def prefix_images(bank: Bank, prefix: str) -> Bank:
+    """Return the bank with `<prefix>/` before every image id."""
     files = {f"{prefix}/{image_id}": file for image_id, file in files_of(bank).items()}
     ids = tuple(f"{prefix}/{image_id}" for image_id in bank.image_ids)
-    return dataclasses.replace(bank, image_ids=ids, info=_with_files(bank.info, files))
+    return dataclasses.replace(bank, image_ids=ids, info=_replace_files(bank.info, files))
 
 
-def with_classes(classes: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
-    """`classes` with the names of `new` that it lacks behind them.
+def append_classes(classes: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
+    """Return `classes` with the missing names of `new` appended.
 
     Raises:
         ConfigError: an empty name, or more classes than a label map can hold.
@@ -161,21 +161,21 @@ def with_classes(classes: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
 
 
 def add_region(bank: Bank, image_id: str, class_name: str, pooled: Tensor, area: int) -> Bank:
-    """The bank with one more region behind the others.
+    """Return a copy of the bank with one region appended.
 
     Args:
         bank: the bank.
-        image_id: the image it is from; a new one is put behind the others.
-        class_name: its class; a new one is put behind the others.
+        image_id: the image of the region; a new one is appended.
+        class_name: the class of the region; a new one is appended.
         pooled: `[C]` float, the pooled vector before normalisation.
         area: pixels of the region.
 
     Raises:
-        ConfigError: a vector of another length, or see `with_classes`.
+        ConfigError: a vector of another length, an empty class name, or too many classes.
     """
     if pooled.shape != bank.pooled.shape[1:]:
         raise ConfigError(f"region: got a vector of {tuple(pooled.shape)}, expected ({bank.pooled.shape[1]},)")
-    classes = with_classes(bank.classes, [class_name])
+    classes = append_classes(bank.classes, [class_name])
     ids = tuple(dict.fromkeys([*bank.image_ids, image_id]))
     return dataclasses.replace(
         bank,
@@ -188,10 +188,10 @@ def add_region(bank: Bank, image_id: str, class_name: str, pooled: Tensor, area:
     )
 
 
-def region_vector(mask: Tensor, tokens: TokenMap, cfg: BankConfig) -> tuple[Tensor, int]:
-    """What one region drawn by hand gives to a bank: purified as pseudo masks are, where enough of it is left.
+def pool_region(mask: Tensor, tokens: TokenMap, cfg: BankConfig) -> tuple[Tensor, int]:
+    """Pool the vector of one region drawn by hand, purified as pseudo masks are if enough of it is left.
 
-    A region that purification would leave smaller than `min_area` counts as a whole: somebody vouches for it.
+    A region that purification would leave smaller than `min_area` is not purified, because a person vouches for it.
 
     Args:
         mask: `[H, W]` bool.
@@ -199,7 +199,7 @@ def region_vector(mask: Tensor, tokens: TokenMap, cfg: BankConfig) -> tuple[Tens
         cfg: purification, minimum area and aggregation of the bank.
 
     Returns:
-        The pooled vector `[C]` and the pixels it stands for.
+        The pooled vector `[C]` and the number of pixels that it stands for.
 
     Raises:
         ConfigError: an empty region.
@@ -220,32 +220,32 @@ def region_vector(mask: Tensor, tokens: TokenMap, cfg: BankConfig) -> tuple[Tens
 
 
 def files_of(bank: Bank) -> dict[str, str]:
-    """Image files by id, of the images that do not belong to the data set the bank was built from."""
+    """Return the image files by id of the images outside the data set that the bank was built from."""
     return dict(bank.info.get("files", {}))
 
 
-def with_files(bank: Bank, files: Mapping[str, str]) -> Bank:
-    """The bank with more entries of `files_of`."""
-    return dataclasses.replace(bank, info=_with_files(bank.info, {**files_of(bank), **files}))
+def append_files(bank: Bank, files: Mapping[str, str]) -> Bank:
+    """Return the bank with more image files by id, which `files_of` then has too."""
+    return dataclasses.replace(bank, info=_replace_files(bank.info, {**files_of(bank), **files}))
 
 
-def _with_files(info: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
-    # `vectors`, `dim` and `counts` are written anew by `Bank.save`.
+def _replace_files(info: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    # `Bank.save` computes `vectors`, `dim` and `counts`.
     kept = {k: v for k, v in info.items() if k not in ("files", "vectors", "dim", "counts")}
     return {**kept, "files": dict(files)} if files else kept
 
 
-def _numbers(before: Sequence[str], after: Sequence[str]) -> Tensor:
-    """`[len(before)]` int64: the new position of each name, -1 where it is gone."""
+def _new_positions(before: Sequence[str], after: Sequence[str]) -> Tensor:
+    """Return `[len(before)]` int64: the new position of each name, -1 if it was removed."""
     position = {name: i for i, name in enumerate(after)}
     return torch.tensor([position.get(name, -1) for name in before], dtype=torch.int64)
 
 
-def _check_same_making(first: Bank, other: Bank) -> None:
+def _check_compatible(first: Bank, other: Bank) -> None:
     if first.info.get("backbone_digest") != other.info.get("backbone_digest"):
-        one, two = (str(b.info.get("backbone_digest"))[:12] for b in (first, other))
+        digests = " and ".join(str(bank.info.get("backbone_digest"))[:12] for bank in (first, other))
         raise ArtefactError(
-            f"merge: the banks were made with backbone weights {one} and {two}, expected the same; build one of them "
+            f"merge: the banks were made with backbone weights {digests}, expected the same; build one of them "
             "again with the other's backbone"
         )
     if first.pooled.shape[1] != other.pooled.shape[1]:
@@ -253,28 +253,25 @@ def _check_same_making(first: Bank, other: Bank) -> None:
             f"merge: the banks have {first.pooled.shape[1]} and {other.pooled.shape[1]} channels, expected the same; "
             "build one of them again with the other's backbone"
         )
-    one_flat, two_flat = (_deciding(bank) for bank in (first, other))
-    for key in sorted(one_flat.keys() | two_flat.keys()):
-        if one_flat.get(key) != two_flat.get(key):
+    settings, others = (_stored_settings(bank) for bank in (first, other))
+    for key in sorted(settings.keys() | others.keys()):
+        if settings.get(key) != others.get(key):
             raise ArtefactError(
-                f"merge: the banks were made with {key}={one_flat.get(key)!r} and {two_flat.get(key)!r}, expected the "
+                f"merge: the banks were made with {key}={settings.get(key)!r} and {others.get(key)!r}, expected the "
                 "same; build one of them again with the other's settings"
             )
 
 
-def _deciding(bank: Bank) -> dict[str, Any]:
-    """The settings that have to agree, `group.key` -> value."""
+def _stored_settings(bank: Bank) -> dict[str, Any]:
+    """Return the settings that have to agree, `group.key` -> value."""
     config = bank.info.get("config", {})
-    settings = {"backbone": {k: v for k, v in config.get("backbone", {}).items() if k != "batch_size"}}
-    settings["bank"] = {k: v for k, v in config.get("bank", {}).items() if k in _DECIDING}
+    backbone = {key: value for key, value in config.get("backbone", {}).items() if key != "batch_size"}
+    stored = {key: value for key, value in config.get("bank", {}).items() if key in _STORED_SETTINGS}
+    return _flatten({"backbone": backbone, "bank": stored})
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    _flatten("", settings, flat)
+    for key, value in settings.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return flat
-
-
-def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _flatten(f"{prefix}.{key}" if prefix else str(key), inner, into)
-    else:
-        into[prefix] = value

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def nearest_to_centre(vectors: Tensor, drop_ratio: float) -> Tensor:
-    """Indices of the vectors of one class that stay.
+    """Return the indices of the vectors of one class that are kept.
 
-    The centre is the plain mean, not re-normalised; `floor(drop_ratio * M)` vectors farthest from it (Euclidean) go. Of
-    two equally far the one with the higher index goes first.
+    The centre is the plain mean, not re-normalised; `floor(drop_ratio * M)` vectors farthest from it (Euclidean) are
+    dropped. Among equal distances the higher index is dropped first.
 
     Args:
         vectors: `[M, C]` float, the L2-normalised vectors of one class.
@@ -32,7 +32,7 @@ def nearest_to_centre(vectors: Tensor, drop_ratio: float) -> Tensor:
     dropped = math.floor(drop_ratio * count)
     if dropped == 0:
         return torch.arange(count, device=vectors.device)
-    # In float64 the rounding of the mean does not decide between equally far vectors; MPS has none.
-    wide = vectors.float() if vectors.device.type == "mps" else vectors.double()
-    distances = (wide - wide.mean(0)).square().sum(1)
+    # In float64 the rounding of the mean does not decide between equal distances. MPS has no float64.
+    precise = vectors.float() if vectors.device.type == "mps" else vectors.double()
+    distances = (precise - precise.mean(0)).square().sum(1)
     return distances.sort(stable=True).indices[: count - dropped].sort().values

@@ -21,8 +21,8 @@ def purify(label_map: Tensor, kernel_size: int, iterations: int, ignore_index: i
     Args:
         label_map: `[H, W]` integer ids below 2^24 in magnitude, `ignore_index` included.
         kernel_size: side of the kernel in pixels, odd.
-        iterations: how often it is applied; 0 changes nothing.
-        ignore_index: the value that removed pixels take.
+        iterations: number of erosions; 0 changes nothing.
+        ignore_index: value of removed pixels.
 
     Returns:
         `[H, W]`, dtype and device of `label_map`; never the same storage.
@@ -43,19 +43,19 @@ def purify(label_map: Tensor, kernel_size: int, iterations: int, ignore_index: i
     if window == 1 or label_map.numel() == 0:
         return label_map.clone()
     if label_map.device.type == "cpu" and int(label_map.min()) >= 0 and int(label_map.max()) <= 255:
-        pure = _one_valued_opencv(label_map.to(torch.uint8), window)
+        is_pure = _is_uniform_opencv(label_map.to(torch.uint8), window)
     else:
-        pure = _one_valued(label_map, window)
-    return torch.where(pure, label_map, ignore_index)
+        is_pure = _is_uniform(label_map, window)
+    return torch.where(is_pure, label_map, ignore_index)
 
 
 def class_regions(label_map: Tensor, min_area: int, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
-    """One mask for each class of a label map, background (0) included.
+    """Return one mask for each class of a label map, background (0) included.
 
     Args:
         label_map: `[H, W]` integer class ids.
-        min_area: pixels that a class must have at least; classes with fewer are left out.
-        ignore_index: the value that is no class.
+        min_area: classes with fewer pixels are skipped.
+        ignore_index: value of pixels without a class.
 
     Returns:
         `class_ids [R]` int64, ascending, and `masks [R, H, W]` bool.
@@ -71,18 +71,18 @@ def class_regions(label_map: Tensor, min_area: int, ignore_index: int = IGNORE_I
     return class_ids.long(), label_map == class_ids[:, None, None]
 
 
-def _one_valued(label_map: Tensor, window: int) -> Tensor:
-    """`[H, W]` bool: the window around the pixel has one value. Separable; max-pooling pads with minus infinity."""
+def _is_uniform(label_map: Tensor, window: int) -> Tensor:
+    """Return `[H, W]` bool: the window around the pixel has one value. Max-pooling pads with minus infinity."""
     values = label_map.float()
-    both = torch.stack((values, -values))[:, None]
+    signed = torch.stack((values, -values))[:, None]
     half = window // 2
-    both = F.max_pool2d(both, (window, 1), stride=1, padding=(half, 0))
-    both = F.max_pool2d(both, (1, window), stride=1, padding=(0, half))[:, 0]
-    return both[0] == -both[1]
+    signed = F.max_pool2d(signed, (window, 1), stride=1, padding=(half, 0))
+    signed = F.max_pool2d(signed, (1, window), stride=1, padding=(0, half))[:, 0]
+    return signed[0] == -signed[1]
 
 
-def _one_valued_opencv(label_map: Tensor, window: int) -> Tensor:
-    """The same for uint8 on the CPU, where OpenCV's separable morphology is several times faster than pooling."""
+def _is_uniform_opencv(label_map: Tensor, window: int) -> Tensor:
+    """Return what `_is_uniform` does, for uint8 on the CPU, where OpenCV is several times faster than pooling."""
     values = label_map.contiguous().numpy()
     kernel = np.ones((window, window), np.uint8)
     highest = cv2.dilate(values, kernel, borderType=cv2.BORDER_REPLICATE)

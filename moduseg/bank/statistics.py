@@ -1,4 +1,4 @@
-"""What a bank is like, class by class: how many vectors, how far apart, how near to other classes."""
+"""Statistics of a bank, class by class: number of vectors, their distances, similarity to other classes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from moduseg.bank.store import Bank
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """Figures of one class; `None` where there are too few vectors to say.
+    """Statistics of one class; `None` where it has too few vectors.
 
     Attributes:
-        name: of the class.
-        vectors: regions in the bank.
-        dropped: of these, left out of the search by the outlier filter.
-        images: that they come from.
-        median_area: pixels of a region.
+        name: name of the class.
+        vectors: number of its regions in the bank.
+        dropped: number of these that the outlier filter drops.
+        images: number of images that they come from.
+        median_area: median number of pixels of a region.
         spread: mean Euclidean distance of its unit vectors from their mean, 0 to 1.
         nearest: the class whose mean vector is most similar.
         similarity: cosine of the two means, -1 to 1.
         overlap: share of its vectors, 0 to 1, whose nearest other vector is of another class.
-        overlaps_with: the class that most of those are of.
+        overlaps_with: the class that most of those nearest vectors belong to.
     """
 
     name: str
@@ -48,17 +48,17 @@ class ClassStatistics:
 
 @dataclass(frozen=True)
 class RegionStatistics:
-    """Figures of one region of the bank.
+    """Statistics of one region of the bank.
 
     Attributes:
         row: its row in the stored bank.
         image: id of the training image.
-        label: its class.
-        area: pixels.
-        distance: Euclidean, of its unit vector from the mean of its class.
-        nearest_row: row of the most similar other vector, -1 where there is none.
-        nearest_label: that one's class, `None` where there is none.
-        dropped: whether the outlier filter leaves it out of the search.
+        label: name of its class.
+        area: number of pixels.
+        distance: Euclidean distance of its unit vector from the mean of its class.
+        nearest_row: row of the most similar other vector, -1 if there is none.
+        nearest_label: class of that vector, `None` if there is none.
+        dropped: the outlier filter drops it.
     """
 
     row: int
@@ -71,38 +71,36 @@ class RegionStatistics:
     dropped: bool
 
 
-def other_neighbours(neighbours: Tensor) -> Tensor:
-    """The nearest vector that is not the query itself.
+def find_other_neighbours(neighbours: Tensor) -> Tensor:
+    """Return for each vector its nearest neighbour that is not itself.
 
     Args:
         neighbours: `[B, k]` int64, rows of the bank nearest to each of its own vectors, nearest first.
 
     Returns:
-        `[B]` int64, -1 where there is none.
+        `[B]` int64, -1 if there is none.
     """
-    own = torch.arange(len(neighbours), device=neighbours.device)[:, None]
-    other = neighbours != own
     if neighbours.shape[1] == 0:
-        return own[:, 0] * 0 - 1
-    first = other.to(torch.uint8).argmax(1, keepdim=True)
-    found = neighbours.gather(1, first)[:, 0]
-    return torch.where(other.any(1), found, torch.full_like(found, -1))
+        return neighbours.new_full((len(neighbours),), -1)
+    is_other = neighbours != torch.arange(len(neighbours), device=neighbours.device)[:, None]
+    first = is_other.to(torch.uint8).argmax(1, keepdim=True)
+    return neighbours.gather(1, first)[:, 0].where(is_other.any(1), -1)
 
 
-def class_statistics(bank: Bank, vectors: Tensor, nearest: Tensor, searched: Tensor) -> list[ClassStatistics]:
-    """Figures of every class of a bank, in the order of ids.
+def compute_class_statistics(bank: Bank, vectors: Tensor, nearest: Tensor, searched: Tensor) -> list[ClassStatistics]:
+    """Compute the statistics of every class of a bank, in the order of ids.
 
     Args:
         bank: the stored bank.
-        vectors: `[B, C]` float, its vectors as they are searched (centred, L2-normalised), none left out.
-        nearest: `[B]` int64, see `other_neighbours`.
+        vectors: `[B, C]` float, all of its vectors, centred and L2-normalised as for the search.
+        nearest: `[B]` int64 from `find_other_neighbours`.
         searched: rows that the outlier filter keeps.
     """
-    means, counts = _means(bank, vectors)
+    means, counts = _compute_means(bank, vectors)
     unit = functional.normalize(means, dim=1)
     cosines = unit @ unit.T
-    kept = torch.zeros(len(bank), dtype=torch.bool)
-    kept[searched.cpu()] = True
+    is_kept = torch.zeros(len(bank), dtype=torch.bool)
+    is_kept[searched.cpu()] = True
     other_labels = torch.where(nearest >= 0, bank.labels[nearest.clamp(min=0)], nearest) if len(bank) else nearest
     result = []
     for label, name in enumerate(bank.classes):
@@ -112,35 +110,35 @@ def class_statistics(bank: Bank, vectors: Tensor, nearest: Tensor, searched: Ten
             continue
         others = [i for i in range(len(bank.classes)) if i != label and int(counts[i])]
         closest = max(others, key=lambda i: float(cosines[label, i])) if others else None
-        wrong = other_labels[rows]
-        wrong = wrong[(wrong >= 0) & (wrong != label)]
+        confused = other_labels[rows]
+        confused = confused[(confused >= 0) & (confused != label)]
         result.append(
             ClassStatistics(
                 name,
                 len(rows),
-                int((~kept[rows]).sum()),
+                int((~is_kept[rows]).sum()),
                 len(bank.image_index[rows].unique()),
                 int(bank.areas[rows].median()),
                 float((vectors[rows] - means[label]).norm(dim=1).mean()),
                 None if closest is None else bank.classes[closest],
                 None if closest is None else float(cosines[label, closest]),
-                len(wrong) / len(rows) if len(bank) > 1 else None,
-                bank.classes[int(wrong.bincount().argmax())] if len(wrong) else None,
+                len(confused) / len(rows) if len(bank) > 1 else None,
+                bank.classes[int(confused.bincount().argmax())] if len(confused) else None,
             )
         )
     return result
 
 
-def region_statistics(
+def compute_region_statistics(
     bank: Bank, vectors: Tensor, nearest: Tensor, searched: Tensor, label: int
 ) -> list[RegionStatistics]:
-    """Figures of the regions of one class, those to look at first on top.
+    """Compute the statistics of the regions of one class, the most suspicious first.
 
-    First come regions whose nearest other vector is of another class, then those far from the mean of their class.
-    Arguments as of `class_statistics`.
+    Regions whose nearest other vector is of another class come first, then those far from the mean of their class. The
+    arguments are those of `compute_class_statistics`, and the id of the class.
     """
-    means, _ = _means(bank, vectors)
-    kept = set(searched.tolist())
+    means, _ = _compute_means(bank, vectors)
+    kept_rows = set(searched.tolist())
     regions = []
     for row in torch.nonzero(bank.labels == label).flatten().tolist():
         other = int(nearest[row])
@@ -153,14 +151,14 @@ def region_statistics(
                 float((vectors[row] - means[label]).norm()),
                 other,
                 None if other < 0 else bank.classes[int(bank.labels[other])],
-                row not in kept,
+                row not in kept_rows,
             )
         )
     return sorted(regions, key=lambda r: (r.nearest_label in (r.label, None), -r.distance, r.row))
 
 
-def statistics_rows(statistics: Sequence[ClassStatistics]) -> list[list[str]]:
-    """Cells of a table: name, vectors, dropped, images, median area, spread, nearest, similarity, overlap, with."""
+def format_statistics(statistics: Sequence[ClassStatistics]) -> list[list[str]]:
+    """Format rows of cells: name, vectors, dropped, images, median area, spread, nearest, similarity, overlap, with."""
     return [
         [
             s.name,
@@ -168,9 +166,9 @@ def statistics_rows(statistics: Sequence[ClassStatistics]) -> list[list[str]]:
             str(s.dropped),
             str(s.images),
             "-" if s.median_area is None else str(s.median_area),
-            _number(s.spread),
+            _format_number(s.spread),
             s.nearest or "-",
-            _number(s.similarity),
+            _format_number(s.similarity),
             "-" if s.overlap is None else f"{100 * s.overlap:.0f} %",
             s.overlaps_with or "-",
         ]
@@ -178,13 +176,13 @@ def statistics_rows(statistics: Sequence[ClassStatistics]) -> list[list[str]]:
     ]
 
 
-def _means(bank: Bank, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean vector `[classes, C]` and number of vectors `[classes]` of each class."""
+def _compute_means(bank: Bank, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean vector `[classes, C]` and the number of vectors `[classes]` of each class."""
     classes = len(bank.classes)
     counts = torch.bincount(bank.labels, minlength=classes)
     sums = torch.zeros(classes, vectors.shape[1], dtype=vectors.dtype).index_add_(0, bank.labels, vectors)
     return sums / counts.clamp(min=1)[:, None], counts
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"

@@ -1,7 +1,7 @@
 """The bank on disk and in memory.
 
-Stored are the pooled vectors before normalisation and before the outlier filter (docs/method.md, known traps), so that
-centring, the filter and class subsets are switches of the reader and run no model.
+The pooled vectors are stored before normalisation and before the outlier filter (docs/method.md, known traps), so that
+centring, the filter and class subsets are settings of the reader and run no model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moduseg.bank.outliers import nearest_to_centre
-from moduseg.bank.prototypes import class_prototypes
-from moduseg.bank.subset import rows_of_images_per_class
+from moduseg.bank.prototypes import find_prototypes
+from moduseg.bank.subset import choose_rows
 from moduseg.config import BankConfig, OutliersConfig
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.files import read_json, write_atomic, write_json
@@ -90,9 +90,9 @@ class Bank:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Vectors of each class by name."""
-        counted = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-        return dict(zip(self.classes, counted, strict=True))
+        """Number of vectors of each class, by name."""
+        counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+        return dict(zip(self.classes, counts, strict=True))
 
     def save(self, folder: Path) -> None:
         """Write `bank.safetensors` and `bank.json`; equal banks give equal bytes."""
@@ -129,15 +129,15 @@ class Bank:
         return Bank(**values, image_ids=image_ids, classes=classes, info=info)
 
     def check_fits(self, backbone_digest: str, dim: int, classes: Sequence[str]) -> None:
-        """Refuse a bank of another backbone or class list.
+        """Check that the bank was made with this backbone and class list.
 
         Raises:
-            ArtefactError: which of the two differs, and what to do.
+            ArtefactError: one of them differs; the message says which and what to do.
         """
-        got = self.info.get("backbone_digest")
-        if got != backbone_digest or self.pooled.shape[1] != dim:
+        bank_digest = self.info.get("backbone_digest")
+        if bank_digest != backbone_digest or self.pooled.shape[1] != dim:
             raise ArtefactError(
-                f"bank: made with backbone weights {str(got)[:12]} ({self.pooled.shape[1]} channels), expected "
+                f"bank: made with backbone weights {str(bank_digest)[:12]} ({self.pooled.shape[1]} channels), expected "
                 f"{backbone_digest[:12]} ({dim} channels); use the bank's backbone or build a bank with this one"
             )
         if tuple(classes) != self.classes:
@@ -147,20 +147,20 @@ class Bank:
             )
 
     def configured(self, settings: BankConfig) -> SearchBank:
-        """The bank to search: `for_search`, then the named classes alone, then prototypes.
+        """Return the bank to search: `select_vectors`, then only the named classes, then prototypes.
 
         Args:
-            settings: of these, what is applied when the bank is read.
+            settings: the group `bank`; settings that decide the stored vectors are not read here.
 
         Raises:
-            ConfigError: `classes` names one that the bank does not know.
+            ConfigError: `classes` names one that the bank does not have.
         """
-        found = self.for_search(
+        search = self.select_vectors(
             settings.centre,
             settings.outliers,
-            settings.shuffle_labels,
-            settings.images_per_class,
-            settings.images_seed,
+            shuffle_labels=settings.shuffle_labels,
+            images_per_class=settings.images_per_class,
+            images_seed=settings.images_seed,
         )
         if settings.classes is not None:
             unknown = [name for name in settings.classes if name not in self.classes]
@@ -169,17 +169,18 @@ class Bank:
                     f"bank.classes: got {', '.join(unknown)}, expected some of {', '.join(self.classes)}; try null"
                 )
             wanted = torch.tensor([0, *(self.classes.index(name) for name in settings.classes)])
-            keep = torch.isin(found.labels, wanted.to(found.labels.device))
-            found = SearchBank(found.vectors[keep], found.labels[keep], found.rows[keep], found.centre)
+            keep = torch.isin(search.labels, wanted.to(search.labels.device))
+            search = SearchBank(search.vectors[keep], search.labels[keep], search.rows[keep], search.centre)
         if settings.prototypes is not None:
-            vectors, labels, members = class_prototypes(found.vectors, found.labels, settings.prototypes)
-            found = SearchBank(vectors, labels, found.rows[members], found.centre)
-        return found
+            centres = find_prototypes(search.vectors, search.labels, settings.prototypes)
+            search = SearchBank(centres.vectors, centres.labels, search.rows[centres.members], search.centre)
+        return search
 
-    def for_search(
+    def select_vectors(
         self,
         centre: bool,
         outliers: OutliersConfig,
+        *,
         shuffle_labels: int | None = None,
         images_per_class: int | None = None,
         images_seed: int = 0,
@@ -190,30 +191,30 @@ class Bank:
             centre: subtract the mean of all vectors (of the chosen images) before normalising; CNN features need it.
             outliers: drop the farthest vectors of each class.
             shuffle_labels: seed of a permutation of the labels, the control experiment; `None` keeps them.
-            images_per_class: take so many images of each class alone, see `rows_of_images_per_class`; `None` is all.
-            images_seed: which ones.
+            images_per_class: use only so many images of each class, chosen by `choose_rows`; `None` uses all.
+            images_seed: seed of that choice.
         """
-        labels, pooled, chosen = self.labels, self.pooled, torch.arange(len(self), device=self.labels.device)
+        labels, pooled, chosen_rows = self.labels, self.pooled, torch.arange(len(self), device=self.labels.device)
         if images_per_class is not None:
-            chosen = rows_of_images_per_class(labels, self.image_index, self.image_ids, images_per_class, images_seed)
-            labels, pooled = labels[chosen], pooled[chosen]
+            chosen_rows = choose_rows(labels, self.image_index, self.image_ids, images_per_class, images_seed)
+            labels, pooled = labels[chosen_rows], pooled[chosen_rows]
         if shuffle_labels is not None:
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(shuffle_labels))]
         mean = pooled.mean(0) if centre and len(pooled) else None
         vectors = functional.normalize(pooled if mean is None else pooled - mean, dim=1)
-        keep = []
+        kept_rows = []
         for label in range(len(self.classes)):
             rows = torch.nonzero(labels == label).flatten()
             ratio = outliers.drop_ratio if label else outliers.drop_ratio_background
             if outliers.enabled and len(rows):
                 rows = rows[nearest_to_centre(vectors[rows], ratio)]
-            keep.append(rows)
-        rows = torch.cat(keep).sort().values if keep else torch.empty(0, dtype=torch.int64)
-        return SearchBank(vectors[rows], labels[rows], chosen[rows], mean)
+            kept_rows.append(rows)
+        rows = torch.cat(kept_rows).sort().values if kept_rows else torch.empty(0, dtype=torch.int64)
+        return SearchBank(vectors[rows], labels[rows], chosen_rows[rows], mean)
 
 
 def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors that a stage stored for one image, of equal length.
+    """Read the tensors that a stage stored for one image.
 
     Args:
         path: a file below `vectors/` of an artefact.
@@ -223,21 +224,21 @@ def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         DataError: the file is missing or damaged.
     """
     try:
-        found = load(path.read_bytes())
-        entry = {name: found[name] for name in names}
-        lengths = {len(tensor) for tensor in entry.values()}
+        stored = load(path.read_bytes())
+        tensors = {name: stored[name] for name in names}
+        lengths = {len(tensor) for tensor in tensors.values()}
         if (
             len(lengths) != 1
-            or entry["pooled"].ndim != 2
-            or any(t.ndim != 1 for n, t in entry.items() if n != "pooled")
+            or tensors["pooled"].ndim != 2
+            or any(t.ndim != 1 for n, t in tensors.items() if n != "pooled")
         ):
-            raise ValueError(f"shapes {[tuple(tensor.shape) for tensor in entry.values()]}")
+            raise ValueError(f"shapes {[tuple(tensor.shape) for tensor in tensors.values()]}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise DataError(
-            f"{path}: not readable as vectors ({why}); run again with runtime.verify=true, which makes it anew"
+            f"{path}: not readable as vectors ({why}); run again with runtime.verify=true, which makes it again"
         ) from error
-    return entry
+    return tensors
 
 
 def _shorten(names: Sequence[str]) -> str:

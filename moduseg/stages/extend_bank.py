@@ -75,7 +75,7 @@ def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
     source = Path(options.bank).expanduser()
     bank = open_bank(source)
     cfg = configured(bank.info["config"], ["runtime.outputs=outputs", *overrides])
-    classes = edit.with_classes(bank.classes, options.new)
+    classes = edit.append_classes(bank.classes, options.new)
     files, tags, masks, tag_source = gather(options, classes)
     path, seconds = add(bank, source, cfg, files, tags, classes, masks, tag_source, options.out, start)
     counts = open_bank(path).counts
@@ -148,17 +148,17 @@ def add(
     if work.backbone.digest != bank.info.get("backbone_digest"):
         bank.check_fits(work.backbone.digest, work.backbone.dim, bank.classes)
     built = build_bank.run(cfg, work)
-    added = edit.with_files(open_bank(built), {i: str(file.resolve()) for i, file in files.items()})
+    added = edit.append_files(open_bank(built), {i: str(file.resolve()) for i, file in files.items()})
     added = dataclasses.replace(added, info={**added.info, "label_source": dataset.label_source})
     result = edit.merge([bank, added])
     seconds = time.perf_counter() - start
     path = write_derived(
         result,
         "add",
-        [source],
-        {"images": list(files), "new": [name for name in classes if name not in bank.classes]},
-        None if out is None else Path(out).expanduser(),
-        outputs or work.outputs,
+        sources=[source],
+        details={"images": list(files), "new": [name for name in classes if name not in bank.classes]},
+        folder=None if out is None else Path(out).expanduser(),
+        outputs=outputs or work.outputs,
         config=bank.info["config"],
         inputs={"build_bank": str(built)},
         failures=count_failures(built),

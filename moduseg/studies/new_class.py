@@ -95,7 +95,14 @@ def _withhold(
     if not showing:
         raise DataError(f"{name}: no training image shows it, expected {count} to add; pick another class")
     base = edit.remove(bank, classes=[name], images=showing)
-    without = write_derived(base, "remove", [source], {"class": [name], "image": showing}, None, work.outputs)
+    without = write_derived(
+        base,
+        "remove",
+        sources=[source],
+        details={"class": [name], "image": showing},
+        folder=None,
+        outputs=work.outputs,
+    )
     chosen = showing[:count]
     masks = {i: file for i in chosen if (file := dataset.mask_path(i)) and work.generator.needs_truth}
     # In a folder of its own, so that what an earlier run computed is not what is timed.

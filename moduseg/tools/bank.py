@@ -18,10 +18,10 @@ from moduseg.bank.derived import open_bank, write_derived
 from moduseg.bank.export import export
 from moduseg.bank.statistics import (
     RegionStatistics,
-    class_statistics,
-    other_neighbours,
-    region_statistics,
-    statistics_rows,
+    compute_class_statistics,
+    compute_region_statistics,
+    find_other_neighbours,
+    format_statistics,
 )
 from moduseg.bank.store import Bank, SearchBank
 from moduseg.cli.options import configured, parse
@@ -131,9 +131,9 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 def describe(bank: Bank, cfg: Config) -> tuple[Tensor, Tensor, SearchBank]:
     """What the functions of `moduseg.bank.statistics` take: vectors, nearest other rows, and what is searched."""
-    whole = bank.for_search(cfg.bank.centre, OutliersConfig(enabled=False))
+    whole = bank.select_vectors(cfg.bank.centre, OutliersConfig(enabled=False))
     _, neighbours = search(whole.vectors, whole.vectors, 2)
-    return whole.vectors, other_neighbours(neighbours), bank.for_search(cfg.bank.centre, cfg.bank.outliers)
+    return whole.vectors, find_other_neighbours(neighbours), bank.select_vectors(cfg.bank.centre, cfg.bank.outliers)
 
 
 def _info(arguments: Sequence[str]) -> int:
@@ -145,11 +145,11 @@ def _info(arguments: Sequence[str]) -> int:
         if options.class_ not in bank.classes:
             raise ConfigError(f"class: got {options.class_!r}, expected one of {', '.join(bank.classes)}")
         label = bank.classes.index(options.class_)
-        regions = region_statistics(bank, vectors, nearest, searched.rows, label)
+        regions = compute_region_statistics(bank, vectors, nearest, searched.rows, label)
         record: Any = [vars(region) for region in regions]
         text = _regions_table(options.class_, regions)
     else:
-        statistics = class_statistics(bank, vectors, nearest, searched.rows)
+        statistics = compute_class_statistics(bank, vectors, nearest, searched.rows)
         record = {
             "bank": options.bank,
             "vectors": len(bank),
@@ -161,7 +161,7 @@ def _info(arguments: Sequence[str]) -> int:
             f"{len(bank)} vectors of {bank.pooled.shape[1]} numbers from {len(bank.image_ids)} images of "
             f"{bank.info.get('dataset', '?')} {bank.info.get('split', '')}, {len(bank.classes)} classes; backbone "
             f"{cfg.backbone.get('model', cfg.backbone['name'])}, weights {str(bank.info.get('backbone_digest'))[:12]}"
-            f"\n\n{markdown_table(CLASS_HEADER, statistics_rows(statistics))}"
+            f"\n\n{markdown_table(CLASS_HEADER, format_statistics(statistics))}"
         )
     print(json.dumps(record, indent=2, ensure_ascii=False) if options.json else text)
     return 0
@@ -197,7 +197,7 @@ def _merge(arguments: Sequence[str]) -> int:
         names = [Path(path).name for path in options.banks]
         if len(set(names)) < len(names):
             raise ConfigError(f"prefix: got folders called {', '.join(names)}, expected different names; rename one")
-        named = [edit.with_prefix(bank, name) for bank, name in zip(banks, names, strict=True)]
+        named = [edit.prefix_images(bank, name) for bank, name in zip(banks, names, strict=True)]
     details = {"prefix": options.prefix}
     return _written(
         edit.merge(named), "merge", [Path(p) for p in options.banks], details, options.out, overrides, banks
@@ -209,7 +209,7 @@ def _export(arguments: Sequence[str]) -> int:
     bank = open_bank(options.bank)
     cfg = configured(bank.info["config"], overrides)
     outliers = cfg.bank.outliers if options.outliers else OutliersConfig(enabled=False)
-    found = bank.for_search(cfg.bank.centre, outliers)
+    found = bank.select_vectors(cfg.bank.centre, outliers)
     files = export(bank, found, options.format, Path(options.out).expanduser())
     print(f"export: {len(found.rows)} of {len(bank)} vectors -> {', '.join(str(file) for file in files)}")
     return 0
@@ -248,7 +248,13 @@ def _written(
     cfg = configured(bank.info["config"], ["runtime.outputs=outputs", *overrides])
     folder = None if out is None else Path(out).expanduser()
     path = write_derived(
-        bank, operation, sources, details, folder, Path(cfg.runtime.outputs), config=bank.info["config"]
+        bank,
+        operation,
+        sources=sources,
+        details=details,
+        folder=folder,
+        outputs=Path(cfg.runtime.outputs),
+        config=bank.info["config"],
     )
     counts = " + ".join(str(len(b)) for b in before)
     log.info("%s: %s -> %d vectors, %d classes -> %s", operation, counts, len(bank), len(bank.classes), path)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from moduseg.api import Segmenter
-from moduseg.bank.derived import identity, open_bank
+from moduseg.bank.derived import digest_bank, open_bank
 from moduseg.cli.options import configured, parse
 from moduseg.datasets.image_files import find_images
 from moduseg.datasets.io import read_image, write_label_png
@@ -102,7 +102,7 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
     key = digest_of(
         {
             "format": FORMAT,
-            "bank": identity(bank),
+            "bank": digest_bank(bank),
             "config": decided,
             "options": [options.min_score, options.objects, options.tolerance],
         }

@@ -15,7 +15,7 @@ from moduseg import Segmenter
 from moduseg.app import serve
 from moduseg.app.page import Page, enlargement, import_gradio
 from moduseg.app.session import Session
-from moduseg.bank.derived import identity
+from moduseg.bank.derived import digest_bank
 from moduseg.bank.store import Bank
 from moduseg.cli.options import parse
 from moduseg.config import compose
@@ -110,7 +110,7 @@ def test_why_names_the_regions_that_voted(session: Session) -> None:
 
 
 def test_a_correction_is_learned_seen_and_taken_back(session: Session, segmenter: Segmenter) -> None:
-    before = identity(segmenter.bank)
+    before = digest_bank(segmenter.bank)
     first = session.prediction.label_map.copy()
     proposal = some_object(session)
     old = session.why(proposal).label
@@ -122,7 +122,7 @@ def test_a_correction_is_learned_seen_and_taken_back(session: Session, segmenter
     assert found.neighbours[0].similarity > 0.8
     assert found.neighbours[0].picture is not None
     assert len(session.bank) == len(segmenter.bank) + 1
-    assert identity(segmenter.bank) == before
+    assert digest_bank(segmenter.bank) == before
     # Corrected again, the same region counts once.
     session.correct(proposal, "background")
     assert len(session.bank) == len(segmenter.bank) + 1
@@ -132,7 +132,7 @@ def test_a_correction_is_learned_seen_and_taken_back(session: Session, segmenter
     assert taken is not None
     assert taken.label == "background"
     assert np.array_equal(session.prediction.label_map, first)
-    assert identity(session.bank) == before
+    assert digest_bank(session.bank) == before
     assert session.undo() is None
 
 
@@ -162,7 +162,7 @@ def test_a_saved_bank_works_like_any_other(session: Session, bank: Path, tmp_pat
     wanted = session.prediction.label_map
     path = session.save(tmp_path / "learned")
     stored = Bank.load(path)
-    assert identity(stored) == identity(session.bank)
+    assert digest_bank(stored) == digest_bank(session.bank)
     again = Session.open_bank(path, device="cpu")
     again.show(scene(20).image)
     assert np.array_equal(again.prediction.label_map, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from moduseg.bank import edit
-from moduseg.bank.derived import identity, open_bank, write_derived
+from moduseg.bank.derived import digest_bank, open_bank, write_derived
 from moduseg.bank.export import export
-from moduseg.bank.statistics import class_statistics, other_neighbours, region_statistics
+from moduseg.bank.statistics import compute_class_statistics, compute_region_statistics, find_other_neighbours
 from moduseg.bank.store import Bank
 from moduseg.config import BankConfig, OutliersConfig, PurifyConfig
 from moduseg.errors import ArtefactError, ConfigError, ModusegError
@@ -121,9 +122,9 @@ def test_what_is_removed_is_gone_and_the_rest_is_as_it_was(
             lambda b: edit.in_classes(b, ["background", "dog"]),
             r"has the class 'cat', expected only classes of the data",
         ),
-        (lambda b: edit.with_classes(b.classes, [" "]), r"class name ' '"),
+        (lambda b: edit.append_classes(b.classes, [" "]), r"class name ' '"),
         (
-            lambda b: edit.with_classes(b.classes, [str(i) for i in range(300)]),
+            lambda b: edit.append_classes(b.classes, [str(i) for i in range(300)]),
             r"got 303 classes, expected at most 255",
         ),
         (lambda b: edit.add_region(b, "z", "dog", torch.ones(2), 4), r"got a vector of \(2,\), expected \(3,\)"),
@@ -155,13 +156,13 @@ def test_merged_classes_are_joined_by_name_background_first(pets: Bank) -> None:
     assert got.info["label_source"] == "csv+tags"
     assert edit.files_of(got) == {"x": "/pictures/x.png"}
     assert edit.files_of(edit.remove(got, images=["x"])) == {}
-    assert edit.files_of(edit.with_prefix(other, "p")) == {"p/x": "/pictures/x.png"}
-    assert edit.with_prefix(other, "p").image_ids == ("p/x", "p/y")
+    assert edit.files_of(edit.prefix_images(other, "p")) == {"p/x": "/pictures/x.png"}
+    assert edit.prefix_images(other, "p").image_ids == ("p/x", "p/y")
 
 
 def test_splitting_and_merging_gives_the_same_bank(pets: Bank) -> None:
     first, second = edit.remove(pets, images=["b", "c"]), edit.remove(pets, images=["a"])
-    assert identity(edit.merge([first, second])) == identity(pets)
+    assert digest_bank(edit.merge([first, second])) == digest_bank(pets)
 
 
 def test_ids_of_another_class_list(pets: Bank) -> None:
@@ -189,39 +190,39 @@ def test_the_vector_of_a_region_is_that_of_a_purified_mask(device: torch.device)
     mask = torch.zeros(8, 8, dtype=torch.bool, device=device)
     mask[1:7, 1:7] = True
     eroded = BankConfig(purify=PurifyConfig(iterations=1), min_area=4)
-    vector, area = edit.region_vector(mask, token_map, eroded)
+    vector, area = edit.pool_region(mask, token_map, eroded)
     assert area == 16  # 6 x 6 less a rim of one
     assert vector.tolist() == [1.0, 7.5]  # the four inner patches, no rim
-    whole, area = edit.region_vector(mask, token_map, BankConfig(purify=PurifyConfig(enabled=False), min_area=4))
+    whole, area = edit.pool_region(mask, token_map, BankConfig(purify=PurifyConfig(enabled=False), min_area=4))
     assert area == 36
     assert whole[0] == pytest.approx(16 / 36)
     # Purification would leave too little: the region counts as a whole.
-    kept, area = edit.region_vector(mask, token_map, BankConfig(purify=PurifyConfig(iterations=1), min_area=17))
+    kept, area = edit.pool_region(mask, token_map, BankConfig(purify=PurifyConfig(iterations=1), min_area=17))
     assert (kept.tolist(), area) == (whole.tolist(), 36)
     small = torch.zeros_like(mask)
     small[3, 3] = True
-    hard, area = edit.region_vector(small, token_map, BankConfig(aggregation="hard", min_area=0))
+    hard, area = edit.pool_region(small, token_map, BankConfig(aggregation="hard", min_area=0))
     assert (hard.tolist(), area) == ([1.0, 5.0], 1)  # no patch is more than half covered
     with pytest.raises(ConfigError, match="without pixels"):
-        edit.region_vector(torch.zeros_like(mask), token_map, eroded)
+        edit.pool_region(torch.zeros_like(mask), token_map, eroded)
 
 
 def test_statistics_say_what_is_near_what(pets: Bank) -> None:
-    whole = pets.for_search(False, OutliersConfig(enabled=False))
+    whole = pets.select_vectors(False, OutliersConfig(enabled=False))
     _, neighbours = search(whole.vectors, whole.vectors, 2)
-    nearest = other_neighbours(neighbours)
+    nearest = find_other_neighbours(neighbours)
     # The second dog is the nearest of the first; the cat of image c looks like a dog.
     assert nearest.tolist()[1:3] == [2, 1]
     assert int(pets.labels[nearest[4]]) == 1
-    searched = pets.for_search(False, OutliersConfig(drop_ratio=0.5)).rows
-    background, dog, cat = class_statistics(pets, whole.vectors, nearest, searched)
+    searched = pets.select_vectors(False, OutliersConfig(drop_ratio=0.5)).rows
+    background, dog, cat = compute_class_statistics(pets, whole.vectors, nearest, searched)
     assert (background.vectors, background.images, background.spread) == (1, 1, 0.0)
     assert (dog.vectors, dog.dropped, dog.images, dog.overlap, dog.nearest) == (2, 1, 2, 0.0, "cat")
     assert (cat.vectors, cat.overlap, cat.overlaps_with) == (2, pytest.approx(0.5), "dog")
     means = torch.stack([whole.vectors[1:3].mean(0), whole.vectors[3:].mean(0)])
     assert cat.similarity == pytest.approx(float(torch.cosine_similarity(means[0], means[1], 0)))
     assert cat.spread == pytest.approx(float((whole.vectors[3:] - means[1]).norm(dim=1).mean()))
-    regions = region_statistics(pets, whole.vectors, nearest, searched, 2)
+    regions = compute_region_statistics(pets, whole.vectors, nearest, searched, 2)
     assert [(r.row, r.nearest_label) for r in regions] == [(4, "dog"), (3, "cat")]
 
 
@@ -230,21 +231,21 @@ def test_statistics_of_a_bank_with_nearly_nothing(count: int) -> None:
     bank = (
         make([("a", "dog", [1.0, 0.0])][:count]) if count else edit.remove(make([("a", "dog", [1.0, 0.0])]), rows=[0])
     )
-    whole = bank.for_search(False, OutliersConfig(enabled=False))
+    whole = bank.select_vectors(False, OutliersConfig(enabled=False))
     _, neighbours = search(whole.vectors, whole.vectors, 2)
-    statistics = class_statistics(bank, whole.vectors, other_neighbours(neighbours), whole.rows)
+    statistics = compute_class_statistics(bank, whole.vectors, find_other_neighbours(neighbours), whole.rows)
     assert [s.vectors for s in statistics] == [0, count, 0]
     assert [s.overlap for s in statistics] == [None, None, None]
 
 
 def test_equal_vectors_are_not_their_own_neighbours() -> None:
     neighbours = torch.tensor([[0, 1], [0, 1], [0, 1], [3, 0]])
-    assert other_neighbours(neighbours).tolist() == [1, 0, 0, 0]
-    assert other_neighbours(torch.zeros(1, 1, dtype=torch.int64)).tolist() == [-1]
+    assert find_other_neighbours(neighbours).tolist() == [1, 0, 0, 0]
+    assert find_other_neighbours(torch.zeros(1, 1, dtype=torch.int64)).tolist() == [-1]
 
 
 def test_exports_read_back_what_is_searched(pets: Bank, tmp_path: Path) -> None:
-    found = pets.for_search(True, OutliersConfig(drop_ratio=0.5))
+    found = pets.select_vectors(True, OutliersConfig(drop_ratio=0.5))
     assert len(found.rows) == 3
     with np.load(export(pets, found, "npz", tmp_path)[0]) as stored:
         assert np.array_equal(stored["vectors"], found.vectors.numpy())
@@ -267,7 +268,7 @@ def test_exports_read_back_what_is_searched(pets: Bank, tmp_path: Path) -> None:
 
 def test_the_faiss_index_finds_what_our_search_finds(pets: Bank, tmp_path: Path) -> None:
     faiss = pytest.importorskip("faiss", reason="faiss is an optional package")
-    found = pets.for_search(False, OutliersConfig(enabled=False))
+    found = pets.select_vectors(False, OutliersConfig(enabled=False))
     index_file, about = export(pets, found, "faiss", tmp_path)
     index = faiss.read_index(str(index_file))
     similarities, indices = index.search(found.vectors.numpy(), 2)
@@ -282,17 +283,18 @@ def test_a_derived_bank_is_a_folder_of_its_own(pets: Bank, tmp_path: Path) -> No
     pets.save(source)
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     left = edit.remove(pets, classes=["cat"])
-    path = write_derived(left, "remove", [source], {"class": ["cat"]}, None, tmp_path / "outputs")
+    write = partial(write_derived, operation="remove", sources=[source], outputs=tmp_path / "outputs")
+    path = write(left, details={"class": ["cat"]}, folder=None)
     assert path.parent == tmp_path / "outputs" / "pets" / "bank"
     assert rows(open_bank(path)) == rows(left)
     manifest = (path / "manifest.json").read_text()
     assert '"derived_from"' in manifest
     assert str(source) in manifest
-    assert write_derived(left, "remove", [source], {"class": ["cat"]}, None, tmp_path / "outputs") == path
+    assert write(left, details={"class": ["cat"]}, folder=None) == path
     with pytest.raises(ArtefactError, match=r"is the folder of the bank itself.*set out=<new folder>"):
-        write_derived(left, "remove", [source], {}, source, tmp_path)
+        write(left, details={}, folder=source)
     with pytest.raises(ArtefactError, match=r"holds something else.*set out=<new folder>"):
-        write_derived(pets, "remove", [source], {}, path, tmp_path)
+        write(pets, details={}, folder=path)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
     with pytest.raises(ArtefactError, match=r"got no bank\.json"):
         open_bank(tmp_path / "nowhere")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from moduseg.bank.store import Bank
-from moduseg.bank.subset import rows_of_images_per_class
+from moduseg.bank.subset import choose_rows
 from moduseg.config import OutliersConfig, compose
 from moduseg.errors import ConfigError
 from moduseg.stages import build_bank, infer
@@ -24,7 +24,7 @@ INDEX = torch.tensor([image for image, labels in enumerate(HOLDS) for _ in label
 
 
 def images(count: int, seed: int, device: torch.device | None = None) -> set[int]:
-    rows = rows_of_images_per_class(LABELS.to(device), INDEX.to(device), IDS, count, seed)
+    rows = choose_rows(LABELS.to(device), INDEX.to(device), IDS, count, seed)
     assert rows.tolist() == sorted(rows.tolist())
     chosen = set(INDEX[rows.cpu()].tolist())
     # Images count whole.
@@ -64,35 +64,35 @@ def test_the_choice_depends_on_no_other_image() -> None:
     chosen = images(2, 0)
     spare = min({0, 1, 2, 3, 4} - chosen)
     keep = torch.ne(INDEX, spare)
-    again = rows_of_images_per_class(LABELS[keep], INDEX[keep], IDS, 2, 0)
+    again = choose_rows(LABELS[keep], INDEX[keep], IDS, 2, 0)
     assert set(INDEX[keep][again].tolist()) == chosen
-    turned = rows_of_images_per_class(LABELS, 7 - INDEX, IDS[::-1], 2, 0)
+    turned = choose_rows(LABELS, 7 - INDEX, IDS[::-1], 2, 0)
     assert set(INDEX[turned].tolist()) == chosen
 
 
 def test_no_foreground_and_an_empty_bank() -> None:
-    assert rows_of_images_per_class(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1]), IDS, 1, 0).tolist() == []
+    assert choose_rows(torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1]), IDS, 1, 0).tolist() == []
     empty = torch.empty(0, dtype=torch.int64)
-    assert rows_of_images_per_class(empty, empty, IDS, 1, 0).tolist() == []
+    assert choose_rows(empty, empty, IDS, 1, 0).tolist() == []
     with pytest.raises(ValueError, match=r"images_per_class: got 0, expected 1 or more"):
-        rows_of_images_per_class(empty, empty, IDS, 0, 0)
+        choose_rows(empty, empty, IDS, 0, 0)
 
 
 def test_the_search_bank_is_that_of_the_chosen_images_alone() -> None:
     """Mean, filter and rows are as if the other images had never been there."""
     pooled = torch.randn(len(LABELS), 5, generator=torch.Generator().manual_seed(0)) + 3
     bank = Bank(pooled, LABELS, INDEX, torch.ones_like(LABELS), IDS, ("background", "a", "b", "c"), {})
-    found = bank.for_search(True, NO_FILTER, images_per_class=1, images_seed=2)
-    rows = rows_of_images_per_class(LABELS, INDEX, IDS, 1, 2)
+    found = bank.select_vectors(True, NO_FILTER, images_per_class=1, images_seed=2)
+    rows = choose_rows(LABELS, INDEX, IDS, 1, 2)
     assert found.rows.tolist() == rows.tolist()
     assert found.labels.tolist() == LABELS[rows].tolist()
     assert found.centre is not None
     assert torch.allclose(found.centre, pooled[rows].mean(0))
     assert torch.allclose(found.vectors, functional.normalize(pooled[rows] - pooled[rows].mean(0), dim=1))
-    dropped = bank.for_search(True, OutliersConfig(drop_ratio=0.5), images_per_class=2, images_seed=2)
-    alone = rows_of_images_per_class(LABELS, INDEX, IDS, 2, 2)
+    dropped = bank.select_vectors(True, OutliersConfig(drop_ratio=0.5), images_per_class=2, images_seed=2)
+    alone = choose_rows(LABELS, INDEX, IDS, 2, 2)
     small = Bank(pooled[alone], LABELS[alone], INDEX[alone], torch.ones_like(alone), IDS, bank.classes, {})
-    expected = small.for_search(True, OutliersConfig(drop_ratio=0.5))
+    expected = small.select_vectors(True, OutliersConfig(drop_ratio=0.5))
     assert torch.equal(dropped.vectors, expected.vectors)
     assert dropped.rows.tolist() == alone[expected.rows].tolist()
 

@@ -276,7 +276,7 @@ def test_a_bank_made_of_another_is_shown_with_its_regions(outputs: Path, tmp_pat
     bank = Bank.load(source)
     held = [name for name in bank.classes[1:] if bank.counts[name]]
     fewer = remove(bank, classes=held[:1], images=[bank.image_ids[0]])
-    given = write_derived(fewer, "remove", [source], {}, tmp_path / "fewer", tmp_path)
+    given = write_derived(fewer, "remove", sources=[source], details={}, folder=tmp_path / "fewer", outputs=tmp_path)
     shutil.copytree(outputs, tmp_path / "outputs")
     settings = overrides(tmp_path / "outputs", f"bank.path={given}", "evaluation.report=true", train=10, val=5)
     run = infer.run(compose(settings))

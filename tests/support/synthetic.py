@@ -105,7 +105,7 @@ def _artefacts(
         work.dataset("train").classes, {"backbone_digest": "none", "config": cfg.as_dict()},
     )  # fmt: skip
     bank.save(stages["build_bank"].path)
-    searched = bank.for_search(cfg.bank.centre, cfg.bank.outliers)
+    searched = bank.select_vectors(cfg.bank.centre, cfg.bank.outliers)
     # Each cell, and each with its right neighbour: masks that overlap, as SAM's do.
     masks = torch.from_numpy(np.concatenate([cells, cells | np.roll(cells, -1, 0)]))
     found = Proposals(masks, torch.linspace(0.5, 1, len(masks)))

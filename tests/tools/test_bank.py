@@ -309,7 +309,7 @@ def _only(folder: Path, name: str, tmp_path: Path) -> Path:
 
     bank = Bank.load(folder)
     rows = [i for i, label in enumerate(bank.labels.tolist()) if bank.classes[label] != name]
-    only = edit.with_prefix(edit.remove(bank, rows=rows), "only")
+    only = edit.prefix_images(edit.remove(bank, rows=rows), "only")
     only.save(tmp_path / "only")
     return tmp_path / "only"
 
