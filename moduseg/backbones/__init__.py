@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.clip import ClipBackbone
 from moduseg.backbones.concat import ConcatBackbone
-from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.config.construct import build_named
 from moduseg.devices import Device
 
 BACKBONES: dict[str, type[Backbone]] = {"clip": ClipBackbone, "concat": ConcatBackbone, "timm": TimmBackbone}
 
-__all__ = ["BACKBONES", "Backbone", "TimmBackbone", "build"]
+__all__ = ["BACKBONES", "Backbone", "TimmBackbone", "TimmOptions", "build"]
 
 
-def build(cfg: Mapping[str, Any], device: Device) -> Backbone:
-    """The backbone that `cfg["name"]` names, on `device`; its model is loaded on first use.
+def build(cfg: Mapping[str, Any], device: Device, where: str = "backbone") -> Backbone:
+    """Return the backbone that `cfg["name"]` names, on `device`; its model is loaded on first use.
+
+    Args:
+        cfg: its configuration.
+        device: where its model runs.
+        where: the configuration key of `cfg`, for messages.
 
     Raises:
         ConfigError: unknown name or key, or a value that the backend refuses.
     """
-    return build_named("backbone", BACKBONES, cfg, device=device)
+    return build_named(where, BACKBONES, cfg, device=device, build_part=partial(build, device=device))

@@ -11,7 +11,11 @@ from moduseg.structures import TokenMap
 
 
 class Backbone(ABC):
-    """Image -> patch tokens. `__init__` takes plain, typed arguments, checks them, and loads the model on first use."""
+    """Image -> patch tokens; the model is loaded on first use.
+
+    `__init__` takes the settings, as one dataclass `options` or as plain typed arguments, and what the program supplies
+    (`device`, `build_part`).
+    """
 
     @property
     @abstractmethod
@@ -25,8 +29,14 @@ class Backbone(ABC):
 
     @abstractmethod
     def tokens(self, images: Sequence[np.ndarray]) -> list[TokenMap]:
-        """Patch tokens of images of any sizes, `[H, W, 3]` uint8 RGB each, on the backbone's device, in float32.
+        """Return the patch tokens of images, in float32 on the backbone's device.
 
         An image is padded with black at the bottom and right to a multiple of the patch, before the normalisation
-        (METHOD, stage 1, step 3); images of one padded size share a forward pass.
+        (docs/method.md, step 3); images of one padded size share a forward pass.
+
+        Args:
+            images: `[H, W, 3]` uint8 RGB each, of any sizes.
+
+        Raises:
+            DataError: an array that is not `[H, W, 3]` uint8 with at least one pixel.
         """

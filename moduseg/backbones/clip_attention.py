@@ -1,14 +1,16 @@
-"""Dense features of a CLIP image encoder: one forward pass, the last block as an option (METHOD, CorrCLIP).
+"""Patch features of a CLIP image encoder: one forward pass, whose last block has variants.
 
-Functions on a `transformers.CLIPModel`, built of the model's own layers. The class token comes first in every hidden
-state. It takes part as a key and a value in `plain`, `sclip`, `clearclip` and `naclip`; under `maskclip` every token
-sees itself only; a given affinity holds between patches, so there it is left out. Its own output is always dropped.
+Functions on a `transformers.CLIPModel`, which call the model's own layers. The class token comes first in every hidden
+state. It is a key and a value in `plain`, `sclip`, `clearclip` and `naclip`; under `maskclip` every token attends to
+itself only; an affinity of another model holds between patches, so the class token has no part in it. The class token's
+output is always dropped. What the variants compute: docs/method.md, section CorrCLIP.
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -24,19 +26,22 @@ VARIANTS: tuple[str, ...] = get_args(Variant)
 """`plain` the model as it is; `maskclip` each value by itself; `sclip` softmax(qq) + softmax(kk), residual and MLP
 kept; `clearclip` softmax(qq); `naclip` softmax(kk + Gaussian); `proxyclip` an affinity of other tokens; `corrclip` an
 affinity inside regions, and two more branches. All but `plain` and `sclip` drop the residual and the MLP."""
-GIVEN: tuple[str, ...] = ("proxyclip", "corrclip")
-"""The variants whose attention comes from another model."""
+AFFINITY_VARIANTS: tuple[str, ...] = ("proxyclip", "corrclip")
+"""The variants whose attention comes from another model's affinity."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """CorrCLIP's settings (METHOD, CorrCLIP, 3 and 4).
+    """CorrCLIP's attention and branches (docs/method.md, section CorrCLIP).
 
     Attributes:
         temperature: factor of the similarities in the softmax.
-        spatial, semantic: weights of the two branches beside the main one; 0 leaves a branch out.
+        spatial, semantic: weights of the two branches beside the main one; 0 switches a branch off.
         spatial_blocks: first and last block, 0-based, whose outputs the spatial branch averages; `None` takes those of
             the published code, which names 5..9 of 12 blocks, 10..21 of 24, and from the third to the third last else.
+
+    Raises:
+        ValueError: a value out of range.
     """
 
     temperature: float = 4.0
@@ -54,10 +59,10 @@ class Branches:
             raise ValueError(f"spatial_blocks: got {list(self.spatial_blocks)}, expected [first, last]; try [5, 9]")
 
     def blocks(self, depth: int) -> tuple[int, int]:
-        """`spatial_blocks` of an encoder of `depth` blocks.
+        """Return the first and last block of the spatial branch, 0-based, in an encoder of `depth` blocks.
 
         Raises:
-            ConfigError: blocks that it has not; the last block does not count, since it is not run.
+            ConfigError: blocks that the encoder has not; the last block does not count, since it is not run.
         """
         usual = {12: (5, 9), 24: (10, 21), 32: (2, 29)}.get(depth, (min(2, max(depth - 3, 0)), max(depth - 3, 0)))
         first, last = self.spatial_blocks or usual
@@ -71,15 +76,16 @@ class Branches:
 
 @dataclass(frozen=True)
 class Affinity:
-    """How much the patches of a grid have to do with one another, from tokens of another model.
+    """How alike the patches of a grid are to another model, and to which regions they belong.
 
     Attributes:
         similarity: `[B, n, n]` float, cosine similarities in [-1, 1] of the `n = h' * w'` patches.
         rows: `[h', h]` float, weights that resample CLIP's patch rows to the affinity's, or `None` for the same grid.
-        columns: `[w', w]`, the same across.
-        gamma, beta: of `proxy_attention`.
+        columns: `[w', w]` float, weights that resample CLIP's patch columns, or `None`.
+        gamma, beta: of `compute_proxy_attention`.
         regions: `[B, n]` int64, the region of each patch, 0 and up, -1 for none; of `corrclip`.
-        patch_regions: `[B, h * w]` int64, the same on CLIP's grid, where it is another; of `corrclip`.
+        patch_regions: `[B, h * w]` int64, the region of each patch of CLIP's grid, where that is another; of
+            `corrclip`.
         branches: of `corrclip`.
     """
 
@@ -94,20 +100,21 @@ class Affinity:
 
 
 def check_variant(variant: str) -> None:
-    """Raises `ValueError` where there is no such way to run the last block."""
+    """Raise `ValueError` if the last block has no such variant."""
     if variant not in VARIANTS:
         raise ValueError(f"variant: got {variant!r}, expected one of {', '.join(VARIANTS)}; try naclip")
 
 
-def dense_tokens(
+def encode_patches(
     model: CLIPModel,
     pixel_values: Tensor,
     variant: str = "plain",
     affinity: Affinity | None = None,
+    *,
     gaussian_std: float = 5.0,
     project: bool = True,
 ) -> Tensor:
-    """Patch features of a batch of images.
+    """Return the patch features of a batch of images.
 
     Args:
         model: a CLIP.
@@ -119,23 +126,25 @@ def dense_tokens(
         project: after the final norm, project into the space of the texts.
 
     Returns:
-        `[B, h, w, D]`, not normalised: `D` of the joint space, or the encoder's width. The grid is the affinity's where
-        one is given.
+        `[B, h, w, D]`, not normalised: `D` of the joint space, or the encoder's width. With an affinity, the grid is
+        the affinity's.
 
     Raises:
         ValueError: an unknown variant, or an affinity missing or superfluous.
     """
-    states = block_inputs(model, pixel_values)
+    states = run_blocks(model, pixel_values)
     patch = model.config.vision_config.patch_size
     grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
     if variant == "corrclip" and affinity is not None:
-        features = branch_sum(model, states, grid, affinity)
-        return model.visual_projection(features) if project else features
-    return finish(model, last_block(model, states[-1], grid, variant, affinity, gaussian_std), project)
+        features = sum_branches(model, states, grid, affinity)
+    else:
+        features = run_last_block(model, states[-1], grid, variant, affinity, gaussian_std=gaussian_std)
+        features = model.vision_model.post_layernorm(features)
+    return model.visual_projection(features) if project else features
 
 
-def block_inputs(model: CLIPModel, pixel_values: Tensor) -> list[Tensor]:
-    """What enters each block, `[B, 1 + h * w, C]` each, the class token first.
+def run_blocks(model: CLIPModel, pixel_values: Tensor) -> list[Tensor]:
+    """Return the input of each block, `[B, 1 + h * w, C]` each, the class token first.
 
     Entry `i + 1` is the output of block `i`; the last block is not run.
     """
@@ -148,48 +157,54 @@ def block_inputs(model: CLIPModel, pixel_values: Tensor) -> list[Tensor]:
 
 
 def run_block(layer: Any, hidden: Tensor) -> Tensor:
-    """One whole block, without a mask; transformers 4 and 5 name the masks differently."""
+    """Return the output of a complete block, without a mask; transformers 4 and 5 name the masks differently."""
     masks = [name for name in inspect.signature(layer.forward).parameters if name.endswith("attention_mask")]
     output = layer(hidden, **dict.fromkeys(masks))
     return output[0] if isinstance(output, tuple) else output
 
 
-def last_block(
+def run_last_block(
     model: CLIPModel,
     hidden: Tensor,
     grid: tuple[int, int],
     variant: str,
     affinity: Affinity | None = None,
+    *,
     gaussian_std: float = 5.0,
 ) -> Tensor:
-    """The last block in one of its variants, on its usual input or on the mean of earlier blocks' outputs.
+    """Return the output of the last block in one of its variants.
 
     Args:
         model: a CLIP.
-        hidden: `[B, 1 + h * w, C]`.
+        hidden: `[B, 1 + h * w, C]`, the block's usual input or the mean of earlier blocks' outputs.
         grid: `(h, w)`.
-        variant, affinity, gaussian_std: see `dense_tokens`.
+        variant: one of `VARIANTS`.
+        affinity: for `proxyclip` and `corrclip`, and for nothing else.
+        gaussian_std: standard deviation of `naclip`'s neighbourhood, in patches.
 
     Returns:
         `[B, h, w, C]` patches, before the final norm.
+
+    Raises:
+        ValueError: an unknown variant, or an affinity missing or superfluous.
     """
     check_variant(variant)
-    if (affinity is not None) != (variant in GIVEN):
+    if (affinity is not None) != (variant in AFFINITY_VARIANTS):
         raise ValueError(
-            f"affinity: got {'one' if affinity else 'none'} for variant {variant!r}; {' and '.join(GIVEN)} need an "
-            "affinity, the other variants take none"
+            f"affinity: got {'one' if affinity else 'none'} for variant {variant!r}; {' and '.join(AFFINITY_VARIANTS)} "
+            "need an affinity, the other variants take none"
         )
     layer = model.vision_model.encoder.layers[-1]
     if affinity is not None:
-        weights = proxy_attention(affinity) if variant == "proxyclip" else scope_attention(affinity)
-        return attend_given(layer, hidden, grid, weights, affinity.rows, affinity.columns)
+        weights = compute_proxy_attention(affinity) if variant == "proxyclip" else compute_scope_attention(affinity)
+        return mix_values(layer, hidden, grid, weights, rows=affinity.rows, columns=affinity.columns)
     if variant == "plain":
         out = run_block(layer, hidden)
     elif variant == "maskclip":
         out = layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(hidden)))
     else:
-        weights = attention(layer, hidden, grid, variant, gaussian_std)
-        value = _heads(layer.self_attn, layer.self_attn.v_proj(layer.layer_norm1(hidden)))
+        weights = compute_attention(layer, hidden, grid, variant, gaussian_std)
+        value = _split_heads(layer.self_attn, layer.self_attn.v_proj(layer.layer_norm1(hidden)))
         out = layer.self_attn.out_proj((weights @ value).transpose(1, 2).flatten(2))
         if variant == "sclip":
             out = hidden + out
@@ -197,10 +212,28 @@ def last_block(
     return out[:, 1:].unflatten(1, grid)
 
 
-def attention(layer: Any, hidden: Tensor, grid: tuple[int, int], variant: str, gaussian_std: float = 5.0) -> Tensor:
-    """Attention weights `[B, heads, 1 + h * w, 1 + h * w]` of `sclip` (rows sum to 2), `clearclip` or `naclip` (1)."""
+def compute_attention(
+    layer: Any, hidden: Tensor, grid: tuple[int, int], variant: str, gaussian_std: float = 5.0
+) -> Tensor:
+    """Return attention weights of the tokens of a batch.
+
+    Args:
+        layer: the last block.
+        hidden: `[B, 1 + h * w, C]`, its input.
+        grid: `(h, w)`.
+        variant: `sclip` (rows sum to 2), `clearclip` or `naclip` (rows sum to 1).
+        gaussian_std: standard deviation of `naclip`'s neighbourhood, in patches.
+
+    Returns:
+        `[B, heads, 1 + h * w, 1 + h * w]`.
+
+    Raises:
+        ValueError: another variant.
+    """
     normed = layer.layer_norm1(hidden)
-    query, key = (_heads(layer.self_attn, proj(normed)) for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+    query, key = (
+        _split_heads(layer.self_attn, proj(normed)) for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+    )
     scale = query.shape[-1] ** -0.5
     if variant == "clearclip":
         return _softmax(scale * query @ query.mT)
@@ -208,25 +241,27 @@ def attention(layer: Any, hidden: Tensor, grid: tuple[int, int], variant: str, g
         return _softmax(scale * query @ query.mT) + _softmax(scale * key @ key.mT)
     if variant != "naclip":
         raise ValueError(f"variant: got {variant!r}, expected sclip, clearclip or naclip")
-    near = nn.functional.pad(neighbourhood(grid, gaussian_std, hidden.device), (1, 0, 1, 0))
-    return _softmax((scale * key @ key.mT).float() + near).to(key.dtype)
+    # The class token, first in rows and columns, has no position: the kernel is 0 there.
+    kernel = nn.functional.pad(make_gaussian_kernel(grid, gaussian_std, hidden.device), (1, 0, 1, 0))
+    return _softmax((scale * key @ key.mT).float() + kernel).to(key.dtype)
 
 
-def attend_given(
+def mix_values(
     layer: Any,
     hidden: Tensor,
     grid: tuple[int, int],
     weights: Tensor,
+    *,
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """Values of the patches mixed by given weights, the same for every head; no class token, residual or MLP.
+    """Return the patches' values, averaged by the same weights in every head; no class token, residual or MLP.
 
     Args:
         layer: the block whose values and output projection are used.
         hidden: `[B, 1 + h * w, C]`.
         grid: `(h, w)`.
-        weights: `[B, n, n]`, rows that sum to 1, on CLIP's grid or on a grid that `rows` and `columns` lead to.
+        weights: `[B, n, n]`, rows that sum to 1, on CLIP's grid or on the one to which `rows` and `columns` resample.
         rows, columns: `[h', h]` and `[w', w]` with `n = h' * w'`: values are resampled before they are mixed.
 
     Returns:
@@ -247,10 +282,10 @@ def attend_given(
     return layer.self_attn.out_proj(mixed).unflatten(1, target)
 
 
-def proxy_attention(affinity: Affinity) -> Tensor:
-    """ProxyCLIP's attention `[B, n, n]`, rows sum to 1: `softmax(gamma (S - beta mean S))`, negatives left out.
+def compute_proxy_attention(affinity: Affinity) -> Tensor:
+    """Return ProxyCLIP's attention `[B, n, n]`, rows sum to 1: `softmax(gamma (S - beta mean S))` without negatives.
 
-    A patch always sees itself, so that no row is empty where all patches look alike.
+    A patch always attends to itself, so that no row is empty where all patches look alike.
     """
     similarity = affinity.similarity.float()
     logits = affinity.gamma * (similarity - affinity.beta * similarity.mean((1, 2), keepdim=True))
@@ -258,62 +293,71 @@ def proxy_attention(affinity: Affinity) -> Tensor:
     return logits.masked_fill((logits < 0) & ~itself, float("-inf")).softmax(-1)
 
 
-def scope_attention(affinity: Affinity) -> Tensor:
-    """CorrCLIP's attention `[B, n, n]`, rows sum to 1: softmax of the scaled similarities inside the scope.
+def compute_scope_attention(affinity: Affinity) -> Tensor:
+    """Return CorrCLIP's attention `[B, n, n]`, rows sum to 1: softmax of the scaled similarities inside the scope.
 
-    Patches of one region see each other, those of different regions never. A pair with a patch of no region sees each
-    other where its similarity is above the mean of all pairs. A patch always sees itself.
+    Patches of one region attend to each other, those of different regions never. A pair with a patch of no region does
+    where its similarity is above the mean of all pairs. A patch always attends to itself.
+
+    Raises:
+        ValueError: an affinity without regions, or with those of another grid.
     """
     similarity, regions = affinity.similarity.float(), affinity.regions
     if regions is None or regions.shape != similarity.shape[:2]:
         got = None if regions is None else tuple(regions.shape)
         raise ValueError(f"regions: got {got}, expected {tuple(similarity.shape[:2])}, one id for each patch")
-    free = regions < 0
-    near = similarity > similarity.mean((1, 2), keepdim=True)
-    seen = torch.where(free[:, :, None] | free[:, None], near, regions[:, :, None] == regions[:, None])
-    seen |= torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
-    return (affinity.branches.temperature * similarity).masked_fill(~seen, float("-inf")).softmax(-1)
+    has_no_region = regions < 0
+    is_similar = similarity > similarity.mean((1, 2), keepdim=True)
+    is_same_region = regions[:, :, None] == regions[:, None]
+    scope = torch.where(has_no_region[:, :, None] | has_no_region[:, None], is_similar, is_same_region)
+    scope |= torch.eye(scope.shape[1], dtype=torch.bool, device=scope.device)
+    return (affinity.branches.temperature * similarity).masked_fill(~scope, float("-inf")).softmax(-1)
 
 
-def branch_sum(model: CLIPModel, states: list[Tensor], grid: tuple[int, int], affinity: Affinity) -> Tensor:
-    """CorrCLIP's features before the projection: main, spatial and semantic branch, each after the final norm.
+def sum_branches(model: CLIPModel, states: list[Tensor], grid: tuple[int, int], affinity: Affinity) -> Tensor:
+    """Return CorrCLIP's features before the projection: main, spatial and semantic branch, each after the final norm.
 
     Args:
         model: a CLIP.
-        states: of `block_inputs`.
+        states: the inputs of the blocks, as `run_blocks` returns them.
         grid: `(h, w)`.
         affinity: with regions.
 
     Returns:
         `[B, h', w', C]`.
     """
-    layers, branches = model.vision_model.encoder.layers, affinity.branches
-    weights = scope_attention(affinity)
-
-    def attend(hidden: Tensor) -> Tensor:
-        mixed = attend_given(layers[-1], hidden, grid, weights, affinity.rows, affinity.columns)
-        return finish(model, mixed, project=False)
-
-    total = attend(states[-1])
+    vision, branches = model.vision_model, affinity.branches
+    weights = compute_scope_attention(affinity)
+    layers = vision.encoder.layers
+    attend = partial(mix_values, layers[-1], grid=grid, weights=weights, rows=affinity.rows, columns=affinity.columns)
+    total = vision.post_layernorm(attend(states[-1]))
     if branches.spatial:
         first, last = branches.blocks(len(layers))
         # Entry i + 1 is the output of block i.
-        total = total + branches.spatial * attend(torch.stack(states[first + 1 : last + 2]).mean(0))
+        mean_output = torch.stack(states[first + 1 : last + 2]).mean(0)
+        total = total + branches.spatial * vision.post_layernorm(attend(mean_output))
     if branches.semantic:
-        slots, members = region_members(affinity, grid)
-        tokens = finish(model, region_tokens(model, states, members), project=False)
-        spread = tokens.gather(1, slots[:, :, None].expand(-1, -1, tokens.shape[2]))
-        total = total + branches.semantic * spread.view_as(total)
+        slots, members = find_region_members(affinity, grid)
+        region_features = vision.post_layernorm(encode_regions(model, states, members))
+        patch_features = region_features.gather(1, slots[:, :, None].expand(-1, -1, region_features.shape[2]))
+        total = total + branches.semantic * patch_features.view_as(total)
     return total
 
 
-def region_members(affinity: Affinity, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Which of CLIP's patches belong to each region.
+def find_region_members(affinity: Affinity, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return which of CLIP's patches belong to each region.
 
-    A region too small for the centre of any of CLIP's patches has those that its own patches lie in.
+    A region too small to hold the centre of any of CLIP's patches gets those in which its own patches lie.
+
+    Args:
+        affinity: with regions.
+        grid: `(h, w)` of CLIP's patches.
 
     Returns:
         `slots` `[B, n]` int64, 0 for no region, else id + 1; `members` `[B, R, h * w]` bool, a row for each slot.
+
+    Raises:
+        ValueError: an affinity without regions.
     """
     regions = affinity.regions
     if regions is None:
@@ -322,66 +366,60 @@ def region_members(affinity: Affinity, grid: tuple[int, int]) -> tuple[Tensor, T
     count = int(slots.max()) + 1
     if affinity.rows is None or affinity.columns is None or affinity.patch_regions is None:
         return slots, nn.functional.one_hot(slots, count).mT.bool()
-    # Regions that the finer or coarser grid alone knows are none.
+    # A region that is on CLIP's grid only belongs to no patch of the affinity's, so it counts as none.
     coarse = torch.where(affinity.patch_regions + 1 < count, affinity.patch_regions + 1, 0)
     members = nn.functional.one_hot(coarse, count).mT.bool()
-    holder = (affinity.rows.argmax(1)[:, None] * grid[1] + affinity.columns.argmax(1)).flatten()
-    touched = torch.zeros_like(members).flatten(1).scatter(1, slots * members.shape[2] + holder, True)
-    return slots, members | (touched.view_as(members) & ~members.any(2, keepdim=True))
+    enclosing_patch = (affinity.rows.argmax(1)[:, None] * grid[1] + affinity.columns.argmax(1)).flatten()
+    enclosing = torch.zeros_like(members).flatten(1).scatter(1, slots * members.shape[2] + enclosing_patch, True)
+    return slots, members | (enclosing.view_as(members) & ~members.any(2, keepdim=True))
 
 
-def region_tokens(model: CLIPModel, states: list[Tensor], members: Tensor) -> Tensor:
-    """One copy of the class token for each region, which sees the class token and the patches of its region.
+def encode_regions(model: CLIPModel, states: list[Tensor], members: Tensor) -> Tensor:
+    """Return one copy of the class token for each region, which attends to the class token and its region's patches.
 
-    The copies are carried through whole blocks beside the others, which never see them.
+    The copies pass all blocks in full; class token and patches never attend to them.
 
     Args:
         model: a CLIP.
-        states: of `block_inputs`.
+        states: the inputs of the blocks, as `run_blocks` returns them.
         members: `[B, R, h * w]` bool.
 
     Returns:
         `[B, R, C]`, the copies' outputs of the last block, before the final norm.
     """
-    hidden_by_mask = ~nn.functional.pad(members, (1, 0), value=True)[:, None]
+    is_masked = ~nn.functional.pad(members, (1, 0), value=True)[:, None]
     token = states[0][:, :1].expand(-1, members.shape[1], -1)
     for layer, hidden in zip(model.vision_model.encoder.layers, states, strict=True):
         module = layer.self_attn
         normed = layer.layer_norm1(hidden)
-        query = _heads(module, module.q_proj(layer.layer_norm1(token)))
-        key, value = (_heads(module, proj(normed)) for proj in (module.k_proj, module.v_proj))
-        logits = (query.shape[-1] ** -0.5 * query @ key.mT).masked_fill(hidden_by_mask, float("-inf"))
+        query = _split_heads(module, module.q_proj(layer.layer_norm1(token)))
+        key, value = (_split_heads(module, proj(normed)) for proj in (module.k_proj, module.v_proj))
+        logits = (query.shape[-1] ** -0.5 * query @ key.mT).masked_fill(is_masked, float("-inf"))
         token = token + module.out_proj((_softmax(logits) @ value).transpose(1, 2).flatten(2))
         token = token + layer.mlp(layer.layer_norm2(token))
     return token
 
 
 def cosine_similarity(tokens: Tensor) -> Tensor:
-    """`[..., h, w, C]` tokens to `[..., h * w, h * w]` cosine similarities, float32."""
+    """Return the cosine similarities of `[..., h, w, C]` tokens, `[..., h * w, h * w]` float32."""
     flat = nn.functional.normalize(tokens.float().flatten(-3, -2), dim=-1)
     return flat @ flat.mT
 
 
-def neighbourhood(grid: tuple[int, int], std: float, device: torch.device | None = None) -> Tensor:
-    """NACLIP's kernel `[h * w, h * w]`: `exp(-d^2 / (2 std^2))` of the distance `d` between patches."""
+def make_gaussian_kernel(grid: tuple[int, int], std: float, device: torch.device | None = None) -> Tensor:
+    """Return NACLIP's kernel `[h * w, h * w]`: `exp(-d^2 / (2 std^2))` of the distance `d` between patches."""
     height, width = grid
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
-    place = torch.stack([y.flatten(), x.flatten()], dim=1).float()
-    squares = (place[:, None] - place[None]).square().sum(-1)
+    positions = torch.stack([y.flatten(), x.flatten()], dim=1).float()
+    squares = (positions[:, None] - positions[None]).square().sum(-1)
     return torch.exp(-squares / (2 * std**2))
 
 
-def finish(model: CLIPModel, tokens: Tensor, project: bool = True) -> Tensor:
-    """Final norm of `[..., C]` tokens and, with `project`, the projection to `[..., D]`."""
-    tokens = model.vision_model.post_layernorm(tokens)
-    return model.visual_projection(tokens) if project else tokens
-
-
-def _heads(module: Any, tokens: Tensor) -> Tensor:
-    """`[B, N, C]` to `[B, heads, N, C / heads]`."""
+def _split_heads(module: Any, tokens: Tensor) -> Tensor:
+    """Split `[B, N, C]` into `[B, heads, N, C / heads]`."""
     return tokens.unflatten(2, (module.num_heads, -1)).transpose(1, 2)
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """In float32 whatever comes in, as the model's own attention has it."""
+    """Return the softmax in the input's type, computed in float32 as in the model's own attention."""
     return logits.softmax(-1, dtype=torch.float32).to(logits.dtype)

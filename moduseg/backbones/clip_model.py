@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
-from moduseg.weights.hub import first_line as _first_line
-from moduseg.weights.hub import model_digest
+from moduseg.weights.hub import first_line, model_digest
 from moduseg.weights.pretrained import Pretrained
-from moduseg.weights.sources import find_model_folder, find_weights
+from moduseg.weights.sources import find_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -31,45 +30,56 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _TEXTS_AT_ONCE = 128
 
 
-class ClipSource:
-    """A CLIP by name, with its tokenizer and normalisation; nothing is read before it is asked for.
+@dataclass(frozen=True, kw_only=True)
+class ClipModelOptions:
+    """Which CLIP is loaded.
 
-    Args:
+    Attributes:
         weights: a directory as `save_pretrained` writes it (`~` and `$VARIABLE` are expanded when it is first needed),
             `miniature/clip` for the one that the package carries, a hub id such as `openai/clip-vit-base-patch16`
             (an existing directory of that name wins), or `random`.
-        device: where the model runs.
         revision: branch, tag or commit of a hub id.
         config: `CLIPConfig`'s arguments (`{vision_config: {...}, text_config: {...}}`), for `random` only.
-        tokenizer: directory of a tokenizer; that of the weights where left out.
+        tokenizer: directory of a tokenizer; that of the weights if omitted.
         seed: of `random` weights.
-        key: the configuration key of `weights`, for messages.
-        activation: of both encoders' MLPs, as they were trained: `quick_gelu` (OpenAI, MetaCLIP) or `gelu` (OpenCLIP's
-            own). It goes before what `config.json` says, with a warning where they differ: conversions of MetaCLIP have
-            been published with the wrong one. What `config.json` says where left out.
 
     Raises:
-        ValueError: arguments that do not go together.
+        ValueError: values that do not go together.
+    """
+
+    weights: str = "miniature/clip"
+    revision: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("weights: got an empty text, expected a directory, a hub id or random; try miniature/clip")
+        if self.config is not None and self.weights != "random":
+            raise ValueError(f"config: got one beside weights={self.weights}, expected it with weights=random only")
+
+
+class ClipSource:
+    """A CLIP with its tokenizer and normalisation; each is read on first use.
+
+    Args:
+        options: which CLIP.
+        device: where the model runs.
+        key: the configuration key of `weights`, for messages.
+        activation: of both encoders' MLPs, as they were trained: `quick_gelu` (OpenAI, MetaCLIP) or `gelu` (OpenCLIP's
+            own). It overrides `config.json`, with a warning where they differ: conversions of MetaCLIP have been
+            published with the wrong one. What `config.json` says if omitted.
     """
 
     def __init__(
         self,
-        weights: str,
+        options: ClipModelOptions,
         device: Device,
-        revision: str | None = None,
-        config: dict[str, Any] | None = None,
-        tokenizer: str | None = None,
-        seed: int = 0,
         key: str = "backbone.weights",
         activation: Activation | None = None,
     ) -> None:
-        if not weights:
-            raise ValueError("weights: got an empty text, expected a directory, a hub id or random; try miniature/clip")
-        if (config is not None) and weights != "random":
-            raise ValueError(f"config: got one beside weights={weights}, expected it with weights=random only")
-        self.weights, self.device, self.key = weights, device, key
-        self._activation = activation
-        self._revision, self._config, self._tokenizer_folder, self._seed = revision, config, tokenizer, seed
+        self.options, self.device, self.key, self.activation = options, device, key, activation
 
     @property
     def digest(self) -> str:
@@ -78,18 +88,12 @@ class ClipSource:
         Raises:
             MissingError: there is no such directory, or the hub cannot be reached.
         """
-        folders = [] if self.weights == "random" else [self.folder]
-        if self._tokenizer_folder is not None:
-            folders.append(find_weights(self._tokenizer_folder, self._tokenizer_key))
-        if self.weights == "random":
-            return f"random-{self._seed}" + (f"-{model_digest(*folders)}" if folders else "")
+        folders = [] if self._is_random else [self._pretrained.folder]
+        if self.options.tokenizer is not None:
+            folders.append(find_weights(self.options.tokenizer, self._tokenizer_key))
+        if self._is_random:
+            return f"random-{self.options.seed}" + (f"-{model_digest(*folders)}" if folders else "")
         return model_digest(*folders)
-
-    @cached_property
-    def folder(self) -> Path:
-        """The directory of the weights, fetched from the hub where need be; not for `random`."""
-        companions = TOKENIZER_FILES if self._tokenizer_folder is None else ()
-        return find_model_folder(self.weights, self.key, revision=self._revision, what="CLIP", companions=companions)
 
     @cached_property
     def model(self) -> CLIPModel:
@@ -100,14 +104,20 @@ class ClipSource:
             ArtefactError: damaged files, another model's, or tensors missing or left over.
             ConfigError: a `config` that makes no CLIP.
         """
-        model = self._random() if self.weights == "random" else _load(self.folder, self.key, self._activation)
-        return model.float().eval().requires_grad_(False).to(self.device.torch_device)
+        from transformers import CLIPModel
+
+        if self._is_random:
+            model = self._make_random().float().eval().requires_grad_(False)
+        else:
+            # Older files hold buffers of position numbers, which the model makes again.
+            model = self._pretrained.load(CLIPModel, unused=r"position_ids$", adjust_config=self._override_activation)
+        return model.to(self.device.torch_device)
 
     @cached_property
     def normalisation(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of inputs in [0, 1], `[3, 1, 1]` each, as the preprocessor file says."""
         values: dict[str, Any] = {}
-        if self.weights != "random" and (file := self.folder / "preprocessor_config.json").is_file():
+        if not self._is_random and (file := self._pretrained.folder / "preprocessor_config.json").is_file():
             try:
                 values = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
@@ -126,14 +136,14 @@ class ClipSource:
         """
         from transformers import CLIPTokenizer
 
-        if self._tokenizer_folder is not None:
-            folder = find_weights(self._tokenizer_folder, self._tokenizer_key)
-        elif self.weights == "random":
+        if self.options.tokenizer is not None:
+            folder = find_weights(self.options.tokenizer, self._tokenizer_key)
+        elif self._is_random:
             raise MissingError(
                 f"{self.key}: random weights have no tokenizer; name one: {self._tokenizer_key}=miniature/clip"
             )
         else:
-            folder = self.folder
+            folder = self._pretrained.folder
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise MissingError(
                 f"{folder}: no {' or '.join(TOKENIZER_FILES)}, which texts need; fetch it where the weights are from"
@@ -141,10 +151,10 @@ class ClipSource:
         try:
             return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"{folder}: not a CLIP tokenizer ({_first_line(error)}); fetch it again") from error
+            raise ArtefactError(f"{folder}: not a CLIP tokenizer ({first_line(error)}); fetch it again") from error
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """L2-normalised features of texts, `[N, D]` float32 on the device; longer texts are cut off.
+        """Return L2-normalised features of texts, `[N, D]` float32 on the device; longer texts are cut off.
 
         Raises:
             ArtefactError: the tokenizer has more tokens than the model.
@@ -181,7 +191,17 @@ class ClipSource:
     def _tokenizer_key(self) -> str:
         return self.key.rsplit(".", 1)[0] + ".tokenizer"
 
-    def _random(self) -> CLIPModel:
+    @property
+    def _is_random(self) -> bool:
+        return self.options.weights == "random"
+
+    @cached_property
+    def _pretrained(self) -> Pretrained:
+        companions = TOKENIZER_FILES if self.options.tokenizer is None else ()
+        return Pretrained(self.options.weights, self.options.revision, self.key, "CLIP", companions)
+
+    def _make_random(self) -> CLIPModel:
+        """Return a model of random weights."""
         from huggingface_hub import errors
         from transformers import CLIPConfig, CLIPModel
 
@@ -189,37 +209,26 @@ class ClipSource:
         refused = getattr(errors, "StrictDataclassError", ValueError)
         # Only the CPU's generator draws weights; seeding it alone leaves the others untouched.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._seed)
+            torch.default_generator.manual_seed(self.options.seed)
             try:
-                return CLIPModel(_activate(CLIPConfig(**(self._config or {})), self._activation, self.key))
+                return CLIPModel(self._override_activation(CLIPConfig(**(self.options.config or {}))))
             except (refused, TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError) as error:
                 key = self.key.rsplit(".", 1)[0] + ".config"
                 raise ConfigError(f"{key}: makes no CLIP ({_last_line(error)}); see transformers.CLIPConfig") from error
 
-
-def _activate(config: CLIPConfig, activation: Activation | None, key: str) -> CLIPConfig:
-    """The configuration with its encoders' activation set to what they were trained with."""
-    for part in (config.text_config, config.vision_config):
-        if activation is not None and part.hidden_act != activation:
-            log.warning(
-                "%s: the %s has %s in its configuration and runs with %s, as %s says",
-                *(key, part.model_type, part.hidden_act, activation, key.rsplit(".", 1)[0] + ".activation"),
-            )
-            part.hidden_act = activation
-    return config
-
-
-def _load(folder: Path, key: str, activation: Activation | None = None) -> CLIPModel:
-    """Load the model of a directory, so that every tensor is accounted for."""
-    from transformers import CLIPModel
-
-    # Older files hold buffers of position numbers, which the model makes again.
-    model: CLIPModel = Pretrained(str(folder), None, key, "CLIP").load(
-        CLIPModel, unused=r"position_ids$", adjust_config=lambda config: _activate(config, activation, key)
-    )
-    return model
+    def _override_activation(self, config: CLIPConfig) -> CLIPConfig:
+        """Set the activation of both encoders to the one with which they were trained, if it is given."""
+        for part in (config.text_config, config.vision_config):
+            if self.activation is not None and part.hidden_act != self.activation:
+                log.warning(
+                    "%s: the %s has %s in its configuration and runs with %s, as %s says",
+                    *(self.key, part.model_type, part.hidden_act, self.activation),
+                    self.key.rsplit(".", 1)[0] + ".activation",
+                )
+                part.hidden_act = self.activation
+        return config
 
 
 def _last_line(error: BaseException) -> str:
-    """Where a library wraps an error, the reason stands last."""
+    """Return the last line of an error: where a library wraps another error, the reason stands last."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -1,6 +1,9 @@
-"""From an image to what a model is fed."""
+"""From images to the batches that a model takes."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -9,9 +12,19 @@ from torch import Tensor
 
 from moduseg.errors import DataError
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 def to_input(image: np.ndarray, short_side: int | None, device: torch.device) -> Tensor:
-    """`[3, H', W']` float32 in [0, 1] on the device, at the size that the model sees before padding.
+    """Return an image as the model sees it before padding and normalisation.
+
+    Args:
+        image: `[H, W, 3]` uint8 RGB.
+        short_side: pixels of the short side after resizing; the image's own size if `None`.
+        device: where the result is put.
+
+    Returns:
+        `[3, H', W']` float32 in [0, 1].
 
     Raises:
         DataError: not `[H, W, 3]` uint8 with at least one pixel.
@@ -28,3 +41,27 @@ def to_input(image: np.ndarray, short_side: int | None, device: torch.device) ->
     scale = short_side / min(image.shape[:2])
     size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
     return F.interpolate(tensor[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+
+def round_up(size: Sequence[int], multiple: int) -> tuple[int, int]:
+    """Return `(height, width)` rounded up to multiples of a number of pixels."""
+    height, width = (-(-side // multiple) * multiple for side in size)
+    return height, width
+
+
+def batch_equal(keys: Sequence[Key], batch_size: int) -> Iterator[tuple[Key, list[int]]]:
+    """Yield each key with the indices of up to `batch_size` of its equals, in the order in which keys first occur."""
+    groups: dict[Key, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    for key, members in groups.items():
+        for start in range(0, len(members), batch_size):
+            yield key, members[start : start + batch_size]
+
+
+def pad_and_stack(inputs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Return one batch `[B, 3, *size]` of inputs `[3, H', W']`, padded with black at the bottom and right."""
+    batch = torch.zeros(len(inputs), 3, *size, device=inputs[0].device)
+    for row, tensor in zip(batch, inputs, strict=True):
+        row[:, : tensor.shape[1], : tensor.shape[2]] = tensor
+    return batch

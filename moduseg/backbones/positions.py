@@ -20,7 +20,7 @@ from moduseg.errors import ConfigError
 
 
 def check_positions(model: Any, name: str) -> None:
-    """Whether a model has learned positions that `resampled_positions` can change.
+    """Whether a model has learned positions that `resample_positions` can change.
 
     Raises:
         ConfigError: it has not.
@@ -34,7 +34,7 @@ def check_positions(model: Any, name: str) -> None:
 
 
 @contextmanager
-def resampled_positions(model: Any, grid: tuple[int, int], antialias: bool) -> Iterator[None]:
+def resample_positions(model: Any, grid: tuple[int, int], antialias: bool) -> Iterator[None]:
     """Give a timm ViT the positions of another grid, bicubic, for as long as the context lasts.
 
     Args:

@@ -13,7 +13,7 @@ from moduseg.structures import Proposals
 RegionOrder = Literal["score", "area"]
 
 
-def id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
+def make_id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
     """One region for each pixel.
 
     Args:
@@ -34,7 +34,7 @@ def id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
     return torch.where(stacked.any(0), best_first[stacked.to(torch.uint8).argmax(0)], -1)
 
 
-def region_grid(ids: Tensor, grid: tuple[int, int], stride: int, input_size: tuple[int, int]) -> Tensor:
+def sample_regions(ids: Tensor, grid: tuple[int, int], stride: int, input_size: tuple[int, int]) -> Tensor:
     """The region at the centre of each patch (nearest neighbour).
 
     Args:
@@ -54,7 +54,7 @@ def region_grid(ids: Tensor, grid: tuple[int, int], stride: int, input_size: tup
     return ids[rows[:, None], columns]
 
 
-def merge_table(tokens: Tensor, regions: Tensor, count: int, eps: float = 0.2) -> Tensor:
+def merge_regions(tokens: Tensor, regions: Tensor, count: int, eps: float = 0.2) -> Tensor:
     """Which regions are one thing: clusters of regions whose mean tokens are close (METHOD, CorrCLIP, 2).
 
     DBSCAN with `min_samples` 1 on `max(sim) - sim`, `sim` the cosines of the mean normalised tokens. Up to two regions

@@ -193,7 +193,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def cnn_map(model: Any, batch: Tensor, stages: Sequence[int]) -> Tensor:
+def run_cnn(model: Any, batch: Tensor, stages: Sequence[int]) -> Tensor:
     """`[B, C, h, w]`, a CNN's last map, or that of the stage which `check_layers` returned."""
     if not stages:
         return model.forward_features(batch)
@@ -213,12 +213,12 @@ def measure_grid(model: Any, name: str, stages: Sequence[int] = ()) -> tuple[int
     """
     device = next(model.parameters()).device
     probe = _linearise(copy.deepcopy(model))
-    side = int(cnn_map(probe, torch.zeros(1, 3, 64, 64, device=device), stages).shape[-1])
+    side = int(run_cnn(probe, torch.zeros(1, 3, 64, 64, device=device), stages).shape[-1])
     stride = 64 // max(side, 1)
     width = _PROBE_CELLS * stride
     coordinates = torch.arange(width, device=device).float() + 0.5
     inputs = torch.stack([torch.ones_like(coordinates), coordinates]).view(2, 1, 1, width).expand(2, 3, stride, width)
-    seen = cnn_map(probe, inputs.contiguous(), stages)
+    seen = run_cnn(probe, inputs.contiguous(), stages)
     middle = _PROBE_CELLS // 2
     centres = (seen[1].mean(0)[0] / seen[0].mean(0)[0])[middle - 2 : middle + 3]
     indices = torch.arange(middle - 2, middle + 3, device=device)

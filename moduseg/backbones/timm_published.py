@@ -9,7 +9,7 @@ from moduseg.errors import ConfigError
 from moduseg.weights.hub import fetch_hub_file, get_page_url
 
 
-def published_file(name: str, revision: str | None, key: str) -> Path:
+def fetch_published_file(name: str, revision: str | None, key: str) -> Path:
     """The file of timm's published weights of a model, fetched from the hub where it is not here.
 
     Args:
@@ -31,7 +31,7 @@ def published_file(name: str, revision: str | None, key: str) -> Path:
     return fetch_hub_file(hub_id, names, revision or named or None, key, value="hub")
 
 
-def hub_alternative(name: str, key: str) -> str:
+def suggest_hub(name: str, key: str) -> str:
     """The end of a message about weights that are missing: where timm publishes those of a model, if it does."""
     try:
         hub_id = pretrained_id(name).partition("@")[0]

@@ -125,7 +125,7 @@ class RetrievalConfig:
 
 @dataclass(frozen=True)
 class BackgroundConfig:
-    """What score the background gets against the classes: see `moduseg.pseudo_masks.labels.label_map`."""
+    """What score the background gets against the classes: see `moduseg.pseudo_masks.labels.make_label_map`."""
 
     rule: Literal["constant", "power", "threshold", "given", "words", "probability"] = "constant"
     value: float = 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from moduseg.backbones.base import Backbone
@@ -31,19 +32,23 @@ __all__ = ["GENERATORS", "PseudoMaskGenerator", "build"]
 
 
 def build(
-    cfg: Mapping[str, Any], device: Device, backbone: Callable[[], Backbone], classes: Sequence[str]
+    cfg: Mapping[str, Any],
+    device: Device,
+    backbone: Callable[[], Backbone],
+    classes: Sequence[str],
+    where: str = "pseudo_masks.generator",
 ) -> PseudoMaskGenerator:
-    """The generator that `cfg["name"]` names; no model is loaded.
+    """Return the generator that `cfg["name"]` names; no model is loaded.
 
     Args:
-        cfg: `pseudo_masks.generator` of the configuration.
+        cfg: its configuration.
         device: where scores are computed.
         backbone: makes the run's backbone; called by generators that need one, on first use.
         classes: class names of the data set, background first.
+        where: the configuration key of `cfg`, for messages.
 
     Raises:
         ConfigError: unknown name or key, or a value that the generator refuses.
     """
-    return build_named(
-        "pseudo_masks.generator", GENERATORS, cfg, device=device, backbone=backbone, classes=tuple(classes)
-    )
+    supplied: dict[str, Any] = {"device": device, "backbone": backbone, "classes": tuple(classes)}
+    return build_named(where, GENERATORS, cfg, **supplied, build_part=partial(build, **supplied))

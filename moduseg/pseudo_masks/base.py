@@ -11,20 +11,24 @@ from moduseg.structures import Proposals, Sample, ScoreMaps
 
 
 class PseudoMaskGenerator(ABC):
-    """Image + image-level labels -> class scores. `__init__` checks its arguments and loads no model."""
+    """Image + image-level labels -> class scores.
+
+    `__init__` takes the settings, as one dataclass `options` or as plain typed arguments, and what the program supplies
+    (`device`, `backbone`, `classes`, `build_part`); it loads no model.
+    """
 
     needs_truth: bool = False
     """Whether `generate` reads `sample.semantic` (an oracle)."""
     needs_proposals: bool = False
-    """Whether `generate` wants proposals; they are handed over, never recomputed."""
+    """Whether `generate` uses proposals; the caller supplies them."""
     is_fitted: bool = False
     """Whether `fit` has to run over the training set first."""
     fits_proposals: bool = False
-    """Whether `fit` wants proposals as well."""
+    """Whether `fit` uses proposals as well."""
 
     @property
     def digest(self) -> str:
-        """What besides the configuration decides the result: the digest of weights, or of the files read."""
+        """Digest of what decides the result besides the configuration: weights, or files."""
         return ""
 
     def fit(
@@ -33,12 +37,12 @@ class PseudoMaskGenerator(ABC):
         num_classes: int,
         proposals: Callable[[Sample], Proposals] | None = None,
     ) -> dict[str, Tensor]:
-        """Learn from the whole training set, where `is_fitted`; the tensors are stored and given to `load_state`.
+        """Learn from the training set, if `is_fitted`; the tensors are stored and handed to `load_state`.
 
         Args:
             samples: each call starts a new pass over the training images (with labels, without ground truth).
             num_classes: foreground classes, ids 1..num_classes.
-            proposals: those of a sample, where `fits_proposals`.
+            proposals: returns those of a sample, if `fits_proposals`.
         """
         raise NotImplementedError(f"{type(self).__name__} is not fitted")
 
@@ -48,4 +52,4 @@ class PseudoMaskGenerator(ABC):
 
     @abstractmethod
     def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None) -> ScoreMaps:
-        """Scores of the classes in `labels` (ascending ids), background apart, at the size of the image."""
+        """Return the scores of the classes in `labels` (ascending ids), background apart, at the size of the image."""

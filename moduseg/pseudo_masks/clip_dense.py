@@ -1,54 +1,50 @@
-"""Pseudo masks from a CLIP's patches compared with words (METHOD, CorrCLIP's relatives)."""
+"""Pseudo masks from a CLIP's patches compared with words (docs/method.md, section CorrCLIP: its relatives)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from moduseg.backbones.base import Backbone
-from moduseg.backbones.clip import ClipEncoder
+from moduseg.backbones.clip import ClipEncoder, EncoderOptions
 from moduseg.backbones.clip_model import ClipSource
 from moduseg.devices import Device
-from moduseg.pseudo_masks.clip_words import KEY, ClipWordsGenerator
+from moduseg.pseudo_masks.clip_words import KEY, ClipWordsGenerator, ClipWordsOptions
 from moduseg.structures import TokenMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipDenseOptions(ClipWordsOptions):
+    """Settings of `ClipDenseGenerator`: the variant of the last block, words and windows.
+
+    Attributes:
+        variant: how the last block is run, one of `moduseg.backbones.clip_attention.VARIANTS` but `corrclip`, which is
+            a generator of its own.
+        gaussian_std: of `naclip`, in patches.
+        gamma, beta: of `proxyclip`.
+    """
+
+    variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "proxyclip"] = "naclip"
+    gaussian_std: float = 5.0
+    gamma: float = 3.0
+    beta: float = 1.2
 
 
 class ClipDenseGenerator(ClipWordsGenerator):
     """Every pixel's probability of each word, by a CLIP whose last block is run in one of several ways.
 
-    Proposals are not looked at.
+    Proposals are not used.
 
     Args:
+        options: model, variant, words and windows.
         device: where everything runs.
         backbone: makes the run's backbone, whose affinities `proxyclip` uses.
         classes: class names, background first.
-        weights: a directory, `miniature/clip`, a hub id, or `random`; see `moduseg.backbones.clip_model.ClipSource`.
-        revision: branch, tag or commit of a hub id.
-        config: `CLIPConfig`'s arguments, for `random`.
-        tokenizer: directory of another tokenizer.
-        variant: how the last block is run; see `moduseg.backbones.clip_attention.VARIANTS`, of which
-            `corrclip` is a generator of its own.
-        templates: preset (`imagenet`, `miniature`, `single`) or sentences with `{}`; a word's feature is the normalised
-            mean over them.
-        class_words: preset of renamed classes (`names`, `voc`, `coco`), or a mapping from a class to its word or words.
-        word_merge: of a class's several words, `max` takes the best one's probability (each competes), `mean` makes one
-            text of them before anything is compared. Background words always compete.
-        background_words: preset (`voc`, `coco`, `miniature`) or words; with none, the background has no score and
-            `background.rule` has to supply it.
-        filter_labels: `False` lets all classes compete, and scores all of them (METHOD: without the label filter).
-        logit_scale: factor of the cosines before the softmax (the paper: 40).
-        window: side of the sliding window in pixels of the resized image; the whole image at once where left out. An
-            image smaller than a window is one window.
-        stride: step of the window, in pixels; the last window of a row or column ends at the border.
-        short_side: the image is resized until its short side has this many pixels; native size where left out.
-        batch_size: windows that share a forward pass.
-        gaussian_std: of `naclip`, in patches.
-        gamma, beta: of `proxyclip`.
-        seed: of `random` weights.
 
     Raises:
         ValueError: a value out of range, an unknown preset, or a word list that does not fit the classes.
@@ -56,49 +52,24 @@ class ClipDenseGenerator(ClipWordsGenerator):
 
     def __init__(
         self,
+        options: ClipDenseOptions,
         device: Device,
         backbone: Callable[[], Backbone],
         classes: Sequence[str],
-        weights: str = "miniature/clip",
-        revision: str | None = None,
-        config: dict[str, Any] | None = None,
-        tokenizer: str | None = None,
-        variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip", "proxyclip"] = "naclip",
-        templates: str | list[str] = "imagenet",
-        class_words: str | dict[str, Any] | None = None,
-        word_merge: Literal["max", "mean"] = "max",
-        background_words: str | list[str] = "voc",
-        filter_labels: bool = True,
-        logit_scale: float = 40.0,
-        window: int | None = 336,
-        stride: int = 112,
-        short_side: int | None = None,
-        batch_size: int = 8,
-        gaussian_std: float = 5.0,
-        gamma: float = 3.0,
-        beta: float = 1.2,
-        seed: int = 0,
     ) -> None:
         self._make_backbone = backbone
-        source = ClipSource(weights, device, revision, config, tokenizer, seed, KEY)
-        super().__init__(
-            ClipEncoder(source, variant, batch_size=batch_size, gaussian_std=gaussian_std, gamma=gamma, beta=beta),
-            classes,
-            templates,
-            class_words,
-            word_merge,
-            background_words,
-            filter_labels,
-            logit_scale,
-            window,
-            stride,
-            short_side,
-            batch_size,
+        encoder_options = EncoderOptions(
+            variant=options.variant,
+            batch_size=options.batch_size,
+            gaussian_std=options.gaussian_std,
+            gamma=options.gamma,
+            beta=options.beta,
         )
+        super().__init__(options, ClipEncoder(ClipSource(options, device, KEY), encoder_options), classes)
 
     @property
     def digest(self) -> str:
-        """Of the CLIP, and of the backbone where `proxyclip` uses it.
+        """Digest of the CLIP, and of the backbone if `proxyclip` uses it.
 
         Raises:
             MissingError: the weights are not there.

@@ -1,49 +1,73 @@
-"""CorrCLIP, the paper's pseudo-mask generator (METHOD, CorrCLIP)."""
+"""CorrCLIP, the paper's pseudo-mask generator (docs/method.md, section CorrCLIP)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg.backbones import BACKBONES
+from moduseg import backbones
 from moduseg.backbones.base import Backbone
-from moduseg.backbones.clip import ClipEncoder
+from moduseg.backbones.clip import ClipEncoder, EncoderOptions
 from moduseg.backbones.clip_attention import Branches
 from moduseg.backbones.clip_model import ClipSource
-from moduseg.backbones.regions import RegionOrder, id_map
-from moduseg.config.construct import build_named
+from moduseg.backbones.regions import RegionOrder, make_id_map
 from moduseg.devices import Device
-from moduseg.pseudo_masks.clip_words import KEY, ClipWordsGenerator
+from moduseg.pseudo_masks.clip_words import KEY, ClipWordsGenerator, ClipWordsOptions
 from moduseg.structures import Proposals, Sample, TokenMap
 
 
-class CorrClipGenerator(ClipWordsGenerator):
-    """Every pixel's probability of each word, by a CLIP whose patches see what another model says is one thing.
+@dataclass(frozen=True, kw_only=True)
+class CorrClipOptions(ClipWordsOptions, Branches):
+    """Settings of `CorrClipGenerator`: the model of the affinities, regions, branches, words and windows.
 
-    The affinity of a second backbone, inside regions that the proposals give, takes the place of the last block's
-    attention; a spatial branch of earlier blocks and a semantic branch of one class token for each region are added.
-    Scores come out at the size of the image; the regions' vote is `pseudo_masks.refine=region_vote`.
-
-    Args:
-        device: where everything runs.
-        backbone: makes the run's backbone, whose affinities are used where `affinity` is left out.
-        classes: class names, background first.
-        weights, revision, config, tokenizer, seed: of the CLIP; see `moduseg.backbones.clip_model.ClipSource`.
+    Attributes:
         affinity: configuration of a backbone (`{name: timm, model: vit_base_patch8_224.dino, facet: qk, ...}`) whose
-            tokens are compared; the run's own where left out.
-        templates, class_words, word_merge, background_words, filter_labels, logit_scale, window, stride, short_side:
-            see `moduseg.pseudo_masks.clip_dense.ClipDenseGenerator`.
-        batch_size: windows that share a forward pass.
-        temperature, spatial, semantic, spatial_blocks: see `moduseg.backbones.clip_attention.Branches`.
+            tokens are compared; the run's own if omitted.
         merge_eps: distance up to which regions are merged; 0 merges none.
         min_score: proposals with a lower `predicted_iou` are no regions (the paper: 0.5).
         min_area: proposals with fewer pixels are no regions (the paper: no minimum).
         region_order: which of several proposals has a pixel: `score` the best one (the paper), `area` the smallest one.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    affinity: Mapping[str, Any] | None = None
+    batch_size: int = 4
+    merge_eps: float = 0.2
+    min_score: float = 0.5
+    min_area: int = 0
+    region_order: RegionOrder = "score"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_score <= 1:
+            raise ValueError(f"min_score: got {self.min_score}, expected 0 to 1; the paper uses 0.5")
+        if self.min_area < 0:
+            raise ValueError(f"min_area: got {self.min_area}, expected 0 or more; the paper uses 0")
+        if self.region_order not in ("score", "area"):
+            raise ValueError(f"region_order: got {self.region_order!r}, expected score or area; the paper uses score")
+        Branches.__post_init__(self)
+        ClipWordsOptions.__post_init__(self)
+
+
+class CorrClipGenerator(ClipWordsGenerator):
+    """Every pixel's probability of each word, by a CLIP whose patches attend to what another model finds alike.
+
+    The affinity of a second backbone, inside regions that the proposals give, replaces the last block's attention; a
+    spatial branch of earlier blocks and a semantic branch of one class token for each region are added. Scores have the
+    size of the image; the regions' vote is `pseudo_masks.refine=region_vote`.
+
+    Args:
+        options: models, regions, branches, words and windows.
+        device: where everything runs.
+        backbone: makes the run's backbone, whose affinities are used if `options.affinity` is omitted.
+        classes: class names, background first.
 
     Raises:
         ConfigError: an `affinity` that is no backbone.
@@ -51,68 +75,27 @@ class CorrClipGenerator(ClipWordsGenerator):
     """
 
     needs_proposals = True
+    _options: CorrClipOptions
 
     def __init__(
         self,
+        options: CorrClipOptions,
         device: Device,
         backbone: Callable[[], Backbone],
         classes: Sequence[str],
-        weights: str = "miniature/clip",
-        revision: str | None = None,
-        config: dict[str, Any] | None = None,
-        tokenizer: str | None = None,
-        affinity: Mapping[str, Any] | None = None,
-        templates: str | list[str] = "imagenet",
-        class_words: str | dict[str, Any] | None = None,
-        word_merge: Literal["max", "mean"] = "max",
-        background_words: str | list[str] = "voc",
-        filter_labels: bool = True,
-        logit_scale: float = 40.0,
-        window: int | None = 336,
-        stride: int = 112,
-        short_side: int | None = None,
-        batch_size: int = 4,
-        temperature: float = 4.0,
-        spatial: float = 1.0,
-        semantic: float = 0.5,
-        spatial_blocks: tuple[int, int] | None = None,
-        merge_eps: float = 0.2,
-        min_score: float = 0.5,
-        min_area: int = 0,
-        region_order: RegionOrder = "score",
-        seed: int = 0,
     ) -> None:
-        if not 0 <= min_score <= 1:
-            raise ValueError(f"min_score: got {min_score}, expected 0 to 1; the paper uses 0.5")
-        if min_area < 0:
-            raise ValueError(f"min_area: got {min_area}, expected 0 or more; the paper uses 0")
-        if region_order not in ("score", "area"):
-            raise ValueError(f"region_order: got {region_order!r}, expected score or area; the paper uses score")
-        self._make_backbone, self._device = backbone, device
-        self._own = None
-        if affinity is not None:
-            self._own = build_named("pseudo_masks.generator.affinity", BACKBONES, affinity, device=device)
-        self._min_score, self._min_area, self._order = min_score, min_area, region_order
-        branches = Branches(temperature, spatial, semantic, spatial_blocks)
-        source = ClipSource(weights, device, revision, config, tokenizer, seed, KEY)
-        super().__init__(
-            ClipEncoder(source, "corrclip", batch_size=batch_size, branches=branches, merge_eps=merge_eps),
-            classes,
-            templates,
-            class_words,
-            word_merge,
-            background_words,
-            filter_labels,
-            logit_scale,
-            window,
-            stride,
-            short_side,
-            batch_size,
+        self._options, self._device, self._make_backbone = options, device, backbone
+        self._affinity_backbone = None
+        if options.affinity is not None:
+            self._affinity_backbone = backbones.build(options.affinity, device, "pseudo_masks.generator.affinity")
+        encoder_options = EncoderOptions(
+            variant="corrclip", batch_size=options.batch_size, branches=options, merge_eps=options.merge_eps
         )
+        super().__init__(options, ClipEncoder(ClipSource(options, device, KEY), encoder_options), classes)
 
     @property
     def digest(self) -> str:
-        """Of the CLIP and of the model that gives the affinities.
+        """Digests of the CLIP and of the model that gives the affinities.
 
         Raises:
             MissingError: the weights are not there.
@@ -121,15 +104,15 @@ class CorrClipGenerator(ClipWordsGenerator):
 
     @cached_property
     def _affinity(self) -> Backbone:
-        return self._own or self._make_backbone()
+        return self._affinity_backbone or self._make_backbone()
 
-    def _regions(self, sample: Sample, proposals: Proposals | None) -> Tensor | None:
+    def _find_regions(self, sample: Sample, proposals: Proposals | None) -> Tensor | None:
         if proposals is None:
             return torch.full(sample.size, -1, dtype=torch.int64, device=self._device.torch_device)
-        found = proposals.to(self._device.torch_device)
-        return id_map(
-            found.select((found.predicted_iou >= self._min_score) & (found.areas >= self._min_area)), self._order
-        )
+        proposals = proposals.to(self._device.torch_device)
+        options = self._options
+        is_region = (proposals.predicted_iou >= options.min_score) & (proposals.areas >= options.min_area)
+        return make_id_map(proposals.select(is_region), options.region_order)
 
     def _encode(self, crops: list[np.ndarray], regions: list[Tensor] | None) -> list[TokenMap]:
         return self._encoder.encode(crops, self._affinity.tokens(crops), regions)

@@ -85,7 +85,7 @@ class FilePseudoMasks(PseudoMaskGenerator):
         array = read_label_map(self._content(name), str(where), len(self._classes) - 1)
         if array.shape != sample.size:
             raise DataError(f"{where}: got {array.shape} pixels, expected the image's {sample.size}; make it again")
-        return one_hot(array, labels if self._filter else None, self._device)
+        return to_one_hot(array, labels if self._filter else None, self._device)
 
     @cached_property
     def _place(self) -> Path:
@@ -149,7 +149,7 @@ def read_label_map(content: bytes, name: str, num_classes: int) -> np.ndarray:
     return array
 
 
-def one_hot(array: np.ndarray, labels: tuple[int, ...] | None, device: Device) -> ScoreMaps:
+def to_one_hot(array: np.ndarray, labels: tuple[int, ...] | None, device: Device) -> ScoreMaps:
     """Scores 0 and 1 of an `[H, W]` uint8 label map, background given, 255 ignored.
 
     Args:

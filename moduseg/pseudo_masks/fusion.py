@@ -1,63 +1,72 @@
-"""Two generators as one: at each pixel the one that is surer counts for more."""
+"""Two generators as one: at each pixel the one with the lower entropy counts for more."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from moduseg.backbones.base import Backbone
-from moduseg.config.construct import build_named
-from moduseg.devices import Device
 from moduseg.errors import ConfigError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
-from moduseg.pseudo_masks.labels import with_background
+from moduseg.pseudo_masks.labels import add_background
 from moduseg.structures import Proposals, Sample, ScoreMaps
 
 PARTS = ("first", "second")
+
+
+class BuildPart(Protocol):
+    """Builds a generator from its configuration; `where` is the configuration's key, for messages."""
+
+    def __call__(self, cfg: Mapping[str, Any], *, where: str) -> PseudoMaskGenerator:
+        """Return the generator that `cfg["name"]` names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionOptions:
+    """Which two generators are fused.
+
+    Attributes:
+        first, second: configurations of generators, as `pseudo_masks.generator` takes them.
+        rule, value: the background's score (`constant` or `power`) of a generator that supplies none, as in
+            `moduseg.pseudo_masks.labels.add_background`.
+
+    Raises:
+        ValueError: a fusion inside a fusion.
+    """
+
+    first: Mapping[str, Any]
+    second: Mapping[str, Any]
+    rule: Literal["constant", "power"] = "constant"
+    value: float = 0.5
+
+    def __post_init__(self) -> None:
+        if "fusion" in (self.first.get("name"), self.second.get("name")):
+            raise ValueError("first, second: got a fusion, expected other generators; try corrclip and cam")
 
 
 class FusionGenerator(PseudoMaskGenerator):
     """The mean of two generators' distributions over background and classes, weighted by their entropies.
 
     Scores are divided by their sum at each pixel; the first has the weight `sigmoid(entropy of the second - entropy of
-    the first)`, the second the rest. A pixel that one of them leaves open is the other's.
+    the first)`, the second the rest. A pixel that one of them ignores is left to the other.
 
     Args:
-        device, backbone, classes: handed on to the two.
-        first, second: configurations of generators, as `pseudo_masks.generator` takes them.
-        rule, value: the background's score (`constant` or `power`) of a generator that supplies none; see
-            `moduseg.pseudo_masks.labels.with_background`.
+        options: the two generators.
+        build_part: builds a generator from its configuration.
 
     Raises:
         ConfigError: a configuration that makes no generator.
-        ValueError: a fusion inside a fusion.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        backbone: Callable[[], Backbone],
-        classes: Sequence[str],
-        first: Mapping[str, Any],
-        second: Mapping[str, Any],
-        rule: Literal["constant", "power"] = "constant",
-        value: float = 0.5,
-    ) -> None:
-        # The room's table of names holds this class as well.
-        from moduseg.pseudo_masks import GENERATORS
-
-        if "fusion" in (first.get("name"), second.get("name")):
-            raise ValueError("first, second: got a fusion, expected other generators; try corrclip and cam")
-        context = {"device": device, "backbone": backbone, "classes": tuple(classes)}
+    def __init__(self, options: FusionOptions, build_part: BuildPart) -> None:
         self._parts = [
-            build_named(f"pseudo_masks.generator.{name}", GENERATORS, cfg, **context)
-            for name, cfg in zip(PARTS, (first, second), strict=True)
+            build_part(cfg, where=f"pseudo_masks.generator.{name}")
+            for name, cfg in zip(PARTS, (options.first, options.second), strict=True)
         ]
-        self._rule, self._value = rule, value
+        self._rule, self._value = options.rule, options.value
         self.needs_truth = any(part.needs_truth for part in self._parts)
         self.needs_proposals = any(part.needs_proposals for part in self._parts)
         self.is_fitted = any(part.is_fitted for part in self._parts)
@@ -65,7 +74,7 @@ class FusionGenerator(PseudoMaskGenerator):
 
     @property
     def digest(self) -> str:
-        """Of both."""
+        """Digests of both generators."""
         return "&".join(part.digest for part in self._parts)
 
     def fit(
@@ -74,7 +83,7 @@ class FusionGenerator(PseudoMaskGenerator):
         num_classes: int,
         proposals: Callable[[Sample], Proposals] | None = None,
     ) -> dict[str, Tensor]:
-        """See `PseudoMaskGenerator.fit`; tensors of the first are called `first.<name>`."""
+        """Fit the parts that need it (`PseudoMaskGenerator.fit`); tensors of the first are called `first.<name>`."""
         return {
             f"{name}.{key}": tensor
             for name, part in zip(PARTS, self._parts, strict=True)
@@ -89,11 +98,11 @@ class FusionGenerator(PseudoMaskGenerator):
                 part.load_state({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
 
     def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None = None) -> ScoreMaps:
-        """Fused scores of the classes, background given; they sum to 1.
+        """Return the fused scores of classes and background; they sum to 1.
 
         Raises:
-            ConfigError: the two score other classes.
-            DataError: see the generators.
+            ConfigError: the two score different classes.
+            DataError: the generators' own reasons.
         """
         first, second = (part.generate(sample, labels, proposals) for part in self._parts)
         if first.class_ids != second.class_ids:
@@ -101,44 +110,46 @@ class FusionGenerator(PseudoMaskGenerator):
                 f"pseudo_masks.generator: first scores classes {first.class_ids}, second {second.class_ids} of "
                 f"{sample.id}; set filter_labels of both alike"
             )
-        filled = [dataclasses.replace(m, background=self._background(m), ignore=None) for m in (first, second)]
-        ignored = [_ignored(m) for m in (first, second)]
-        fused = fuse(*(torch.cat([m.background[None], m.scores]) for m in filled), *ignored)  # type: ignore[index]
+        stacked = [
+            add_background(maps, self._rule if maps.background is None else "given", self._value)
+            for maps in (first, second)
+        ]
+        ignored = [_to_ignored_pixels(maps) for maps in (first, second)]
+        fused = fuse(*stacked, *ignored)
         ignore = None if first.ignore is None or second.ignore is None else ignored[0] & ignored[1]
         return ScoreMaps(first.class_ids, fused[1:], fused[0], ignore)
 
-    def _background(self, maps: ScoreMaps) -> Tensor:
-        return maps.background if maps.background is not None else with_background(maps, self._rule, self._value)[0]
 
-
-def _ignored(maps: ScoreMaps) -> Tensor:
+def _to_ignored_pixels(maps: ScoreMaps) -> Tensor:
+    """Return `[H, W]` bool, the pixels about which a generator says nothing."""
     if maps.ignore is not None:
         return maps.ignore
     return torch.zeros(maps.scores.shape[1:], dtype=torch.bool, device=maps.scores.device)
 
 
-def fuse(first: Tensor, second: Tensor, open_first: Tensor, open_second: Tensor) -> Tensor:
-    """The entropy-weighted mean of two distributions at each pixel.
+def fuse(first: Tensor, second: Tensor, ignored_by_first: Tensor, ignored_by_second: Tensor) -> Tensor:
+    """Return the entropy-weighted mean of two distributions at each pixel.
 
     Args:
-        first, second: `[S, H, W]` scores >= 0; all zeros at a pixel count as no knowledge, equal shares.
-        open_first, open_second: `[H, W]` bool, where one of them says nothing.
+        first, second: `[S, H, W]` scores >= 0; all zeros at a pixel count as equal shares.
+        ignored_by_first, ignored_by_second: `[H, W]` bool, where one of them says nothing.
 
     Returns:
         `[S, H, W]`, sums of 1; with equal entropies the mean of the two distributions.
     """
-    one, other = _distribution(first), _distribution(second)
-    weight = torch.sigmoid(entropy(other) - entropy(one))
-    weight = torch.where(open_first & ~open_second, torch.zeros_like(weight), weight)
-    weight = torch.where(open_second & ~open_first, torch.ones_like(weight), weight)
-    return weight * one + (1 - weight) * other
+    first, second = _normalise(first), _normalise(second)
+    weight = torch.sigmoid(compute_entropy(second) - compute_entropy(first))
+    weight = torch.where(ignored_by_first & ~ignored_by_second, torch.zeros_like(weight), weight)
+    weight = torch.where(ignored_by_second & ~ignored_by_first, torch.ones_like(weight), weight)
+    return weight * first + (1 - weight) * second
 
 
-def entropy(distribution: Tensor) -> Tensor:
-    """`[S, ...]` shares to `[...]` nats."""
+def compute_entropy(distribution: Tensor) -> Tensor:
+    """Return the entropy of `[S, ...]` shares in nats, `[...]`."""
     return torch.special.entr(distribution).sum(0)
 
 
-def _distribution(scores: Tensor) -> Tensor:
+def _normalise(scores: Tensor) -> Tensor:
+    """Return scores `[S, H, W]` divided by their sum at each pixel; equal shares where that is 0."""
     total = scores.sum(0, keepdim=True)
     return torch.where(total > 0, scores / total.clamp(min=torch.finfo(scores.dtype).tiny), 1 / len(scores))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moduseg.devices import Device
 from moduseg.errors import DataError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
-from moduseg.pseudo_masks.files import one_hot
+from moduseg.pseudo_masks.files import to_one_hot
 from moduseg.structures import Proposals, Sample, ScoreMaps
 
 
@@ -32,4 +32,4 @@ class GroundTruthPseudoMasks(PseudoMaskGenerator):
             raise DataError(
                 f"{sample.id}: no ground truth, which pseudo_masks=ground_truth needs; try pseudo_masks=cam"
             )
-        return one_hot(sample.semantic, labels if self._filter else None, self._device)
+        return to_one_hot(sample.semantic, labels if self._filter else None, self._device)

@@ -18,7 +18,7 @@ _BLOCK = 1 << 25
 """Mask pixels turned into floats at once, which bounds the memory of the vote."""
 
 
-def label_map(
+def make_label_map(
     score_maps: ScoreMaps,
     rule: BackgroundRule | str,
     value: float = 0.5,
@@ -29,7 +29,7 @@ def label_map(
 
     Args:
         score_maps: scores of the present classes, in [0, 1].
-        rule: how the background competes. `constant`, `power`, `given`, `words`: see `with_background`. `threshold`:
+        rule: how the background competes. `constant`, `power`, `given`, `words`: see `add_background`. `threshold`:
             classes win where they beat a background of `value`, the background wins where it beats them with `low`,
             pixels between the two are ignored (255), as AFA (Ru et al., 2022) makes its pseudo labels. `probability`:
             as `given`, where the generator supplies a background; besides, a pixel whose best score is below `value`
@@ -52,9 +52,9 @@ def label_map(
                 f"pseudo_masks.background.low: got {floor} with value {value}, expected 0 <= low <= value <= 1; "
                 "try low 0.35 and value 0.55"
             )
-        sure, bare = (label_map(score_maps, "constant", v, refine=refine) for v in (value, floor))
+        sure, bare = (make_label_map(score_maps, "constant", v, refine=refine) for v in (value, floor))
         return torch.where((sure == 0) & (bare != 0), IGNORE_INDEX, sure)
-    stacked = with_background(score_maps, rule, value)
+    stacked = add_background(score_maps, rule, value)
     if refine is not None:
         stacked = refine(stacked)
     ids = torch.tensor((0, *score_maps.class_ids), dtype=torch.uint8, device=stacked.device)
@@ -68,7 +68,7 @@ def label_map(
     return labels
 
 
-def with_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: float = 0.5) -> Tensor:
+def add_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: float = 0.5) -> Tensor:
     """Scores of the background and of the classes, `[1 + R, H, W]`.
 
     Args:

@@ -68,7 +68,7 @@ CLASS_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
 paper's; those of ADE20K (plainer names of the same thing) and Cityscapes (what its definitions name) are our own."""
 
 
-def templates_of(value: str | Sequence[str]) -> tuple[str, ...]:
+def resolve_templates(value: str | Sequence[str]) -> tuple[str, ...]:
     """A preset's templates, or the ones given.
 
     Raises:
@@ -80,7 +80,7 @@ def templates_of(value: str | Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def background_words_of(value: str | Sequence[str]) -> tuple[str, ...]:
+def resolve_background_words(value: str | Sequence[str]) -> tuple[str, ...]:
     """A preset's background words, or the ones given; there may be none.
 
     Raises:
@@ -92,7 +92,7 @@ def background_words_of(value: str | Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def class_words_of(
+def resolve_class_words(
     value: str | Mapping[str, str | Sequence[str]] | None, classes: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
     """The words of each foreground class, in the order of ids.

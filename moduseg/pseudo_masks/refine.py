@@ -29,16 +29,16 @@ def pamr(maps: Tensor, image: Tensor, dilations: Sequence[int] = DILATIONS, iter
         ValueError: another size of image, no dilation or one below 1, or a negative number of iterations.
     """
     _check(maps, image, dilations, iterations)
-    return _diffuse(maps, pamr_affinity(image, dilations), dilations, iterations)
+    return _diffuse(maps, compute_pamr_affinity(image, dilations), dilations, iterations)
 
 
 def par(maps: Tensor, image: Tensor, dilations: Sequence[int] = DILATIONS, iterations: int = 10) -> Tensor:
     """Pixel-adaptive refinement, which counts positions as well; see `pamr`."""
     _check(maps, image, dilations, iterations)
-    return _diffuse(maps, par_affinity(image, dilations), dilations, iterations)
+    return _diffuse(maps, compute_par_affinity(image, dilations), dilations, iterations)
 
 
-def pamr_affinity(image: Tensor, dilations: Sequence[int] = DILATIONS) -> Tensor:
+def compute_pamr_affinity(image: Tensor, dilations: Sequence[int] = DILATIONS) -> Tensor:
     """`[8 * len(dilations), H, W]` weights of each pixel's neighbours, which sum to 1.
 
     The softmax over neighbours `j` of the mean over channels of `-|I_i - I_j| / (0.1 std_i)`, `std_i` the deviation
@@ -49,7 +49,7 @@ def pamr_affinity(image: Tensor, dilations: Sequence[int] = DILATIONS) -> Tensor
     return torch.stack(logits).softmax(0)
 
 
-def par_affinity(
+def compute_par_affinity(
     image: Tensor, dilations: Sequence[int] = DILATIONS, colour: float = 0.3, place: float = 0.3, share: float = 0.01
 ) -> Tensor:
     """`[8 * len(dilations), H, W]` weights of each pixel's neighbours, which sum to 1.

@@ -24,7 +24,7 @@ from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, RawLabels, read_l
 from moduseg.datasets.tagged_images import TaggedImages
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, suggest
 from moduseg.pipeline.workspace import Workspace, count_failures, log
-from moduseg.pseudo_masks.prompts import background_words_of
+from moduseg.pseudo_masks.prompts import resolve_background_words
 from moduseg.stages import build_bank
 
 SPLIT = "added"
@@ -254,7 +254,7 @@ def _check_generator(work: Workspace, cfg: Config, new: Sequence[str]) -> None:
         )
     words = cfg.pseudo_masks.generator.get("background_words")
     if words is not None:
-        shared = [name for name in new if name in background_words_of(words)]
+        shared = [name for name in new if name in resolve_background_words(words)]
         if shared:
             log.warning(
                 "add: the new class %r is one of the background words too and would lose against itself; set "

@@ -17,7 +17,7 @@ from moduseg.errors import DataError
 from moduseg.pipeline.batches import Files, Loop, Outcome, sizes
 from moduseg.pipeline.workspace import Plan, Workspace, carry_out, failures_of, finish, image_file, plain, safe_name
 from moduseg.proposers import sa1b
-from moduseg.pseudo_masks.labels import label_map, region_vote
+from moduseg.pseudo_masks.labels import make_label_map, region_vote
 from moduseg.pseudo_masks.refine import pamr, par
 from moduseg.pseudo_masks.store import SUFFIX, unpack
 from moduseg.stages import class_scores, propose
@@ -172,7 +172,7 @@ def labels(item: Ingredients, settings: PseudoMasksConfig, device: torch.device)
     """`[H, W]` uint8 label map of one image's scores, on the device.
 
     Raises:
-        ConfigError: see `moduseg.pseudo_masks.labels.label_map`.
+        ConfigError: see `moduseg.pseudo_masks.labels.make_label_map`.
     """
     _, maps, image, proposals = item
     rule, refine = settings.background, None
@@ -183,5 +183,5 @@ def labels(item: Ingredients, settings: PseudoMasksConfig, device: torch.device)
         def refine(stacked: Tensor) -> Tensor:
             return diffuse(stacked, pixels, settings.dilations, settings.iterations)
 
-    result = label_map(maps.to(device), rule.rule, rule.value, rule.low, refine)
+    result = make_label_map(maps.to(device), rule.rule, rule.value, rule.low, refine)
     return result if proposals is None else region_vote(result, proposals.to(device))

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moduseg.backbones.clip import ClipBackbone
-from moduseg.backbones.positions import resampled_positions
-from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.backbones.clip import ClipBackbone, ClipOptions
+from moduseg.backbones.positions import resample_positions
+from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.errors import ConfigError
 from tests.support.agree_clip import CPU, write_clip
 from tests.support.agree_vit import DEPTH, HEADS, WIDTH, backbone_with, dinov2, dinov2_state
@@ -76,7 +76,10 @@ def test_antialiasing_is_no_matter_at_the_trained_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
 def test_antialiased_positions_are_timms(name: str) -> None:
     """Asked for by name they are what timm does; and the model is left as it was."""
-    backbones = [TimmBackbone(name, CPU, model_kwargs=KWARGS, antialias=antialias) for antialias in (None, True, False)]
+    backbones = [
+        TimmBackbone(TimmOptions(name, model_kwargs=KWARGS, antialias=antialias), CPU)
+        for antialias in (None, True, False)
+    ]
     timm, ours, other = (tokens_of(backbone, picture(60, 150)) for backbone in backbones)
     torch.testing.assert_close(ours, timm, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(ours, other, atol=1e-3)
@@ -87,12 +90,12 @@ def test_antialiased_positions_are_timms(name: str) -> None:
 
 def test_resampled_positions_stay_in_place() -> None:
     """A table that holds its own coordinates holds those of the new patches' centres."""
-    model = TimmBackbone("vit_small_patch14_dinov2", CPU, model_kwargs=KWARGS)._model
+    model = TimmBackbone(TimmOptions("vit_small_patch14_dinov2", model_kwargs=KWARGS), CPU)._model
     table = torch.zeros(1, 37, WIDTH)
     places = (torch.arange(6.0) + 0.5) / 6
     table[0, 1:, 0], table[0, 1:, 1] = places.repeat_interleave(6), places.repeat(6)
     model.pos_embed.copy_(table)
-    with resampled_positions(model, (9, 12), False):
+    with resample_positions(model, (9, 12), False):
         moved = model.pos_embed[0, 1:, :2].unflatten(0, (9, 12))
     rows, columns = ((torch.arange(n) + 0.5) / n for n in (9.0, 12.0))
     # Inside, where the kernel does not reach the border, cubic interpolation keeps a ramp to a hundredth of a patch.
@@ -110,7 +113,7 @@ def test_resampled_positions_stay_in_place() -> None:
 )
 def test_antialias_wants_a_table(model: str, kwargs: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"backbone\.antialias: got a value for .* try backbone\.antialias=null"):
-        TimmBackbone(model, CPU, model_kwargs=kwargs, antialias=False).tokens([picture(16, 16)])
+        TimmBackbone(TimmOptions(model, model_kwargs=kwargs, antialias=False), CPU).tokens([picture(16, 16)])
 
 
 # Activations of CLIP --------------------------------------------------------------------------------------------------
@@ -121,8 +124,8 @@ def test_activation_goes_before_the_file(tmp_path: Path, caplog: pytest.LogCaptu
     for activation in ("gelu", "quick_gelu"):
         write_clip(tmp_path / activation, activation)
     image, texts = picture(24, 30), ["a red disc"]
-    wrong, right = (ClipBackbone(CPU, str(tmp_path / name)) for name in ("gelu", "quick_gelu"))
-    mended = ClipBackbone(CPU, str(tmp_path / "gelu"), activation="quick_gelu")
+    wrong, right = (ClipBackbone(ClipOptions(weights=str(tmp_path / name)), CPU) for name in ("gelu", "quick_gelu"))
+    mended = ClipBackbone(ClipOptions(weights=str(tmp_path / "gelu"), activation="quick_gelu"), CPU)
     assert not torch.allclose(tokens_of(wrong, image), tokens_of(right, image), atol=1e-3)
     assert not caplog.records
     assert torch.equal(tokens_of(mended, image), tokens_of(right, image))

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moduseg.backbones import build
-from moduseg.backbones.clip import ClipBackbone, ClipEncoder, resample_weights
-from moduseg.backbones.clip_model import ClipSource
+from moduseg.backbones.clip import ClipBackbone, ClipEncoder, ClipOptions, EncoderOptions, make_resampling_weights
+from moduseg.backbones.clip_model import ClipModelOptions, ClipSource
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.miniature.models.clip import build_tokenizer
@@ -55,20 +55,22 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestFromFolder(BackboneContract):
     @pytest.fixture
     def backbone(self, clip_folder: Path, device: torch.device) -> ClipBackbone:
-        return ClipBackbone(Device(device), str(clip_folder))
+        return ClipBackbone(ClipOptions(weights=str(clip_folder)), Device(device))
 
 
 class TestRandomProjected(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> ClipBackbone:
-        return ClipBackbone(Device(device), "random", config=tiny_config(), variant="naclip", project=True)
+        return ClipBackbone(
+            ClipOptions(weights="random", config=tiny_config(), variant="naclip", project=True), Device(device)
+        )
 
 
 def test_tokens_are_the_models_own(clip_folder: Path) -> None:
     from transformers import CLIPModel
 
     image = picture(16, 24)
-    (ours,) = ClipBackbone(CPU, str(clip_folder)).tokens([image])
+    (ours,) = ClipBackbone(ClipOptions(weights=str(clip_folder)), CPU).tokens([image])
     model = CLIPModel.from_pretrained(clip_folder)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
     pixels = (pixels - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
@@ -80,13 +82,13 @@ def test_tokens_are_the_models_own(clip_folder: Path) -> None:
 
 def test_dim_follows_the_projection(clip_folder: Path) -> None:
     for project, dim in ((False, 32), (True, 24)):
-        backbone = ClipBackbone(CPU, str(clip_folder), project=project)
+        backbone = ClipBackbone(ClipOptions(weights=str(clip_folder), project=project), CPU)
         assert backbone.dim == dim
         assert backbone.tokens([picture(8, 8)])[0].tokens.shape[2] == dim
 
 
 def test_short_side(clip_folder: Path) -> None:
-    (token_map,) = ClipBackbone(CPU, str(clip_folder), short_side=20).tokens([picture(40, 60)])
+    (token_map,) = ClipBackbone(ClipOptions(weights=str(clip_folder), short_side=20), CPU).tokens([picture(40, 60)])
     assert (token_map.image_size, token_map.input_size) == ((40, 60), (20, 30))
     assert token_map.tokens.shape[:2] == (5, 8)
 
@@ -97,7 +99,7 @@ def test_short_side(clip_folder: Path) -> None:
 def test_text_features(clip_folder: Path, device: torch.device) -> None:
     from transformers import CLIPModel, CLIPTokenizer
 
-    backbone = ClipBackbone(Device(device), str(clip_folder))
+    backbone = ClipBackbone(ClipOptions(weights=str(clip_folder)), Device(device))
     texts = ["a red disc", "grass", "a red disc", "several words that are no words of the world at all, cut off"]
     features = backbone.text_features(texts)
     assert features.shape == (4, 24)
@@ -116,7 +118,7 @@ def test_text_features(clip_folder: Path, device: torch.device) -> None:
 
 def test_text_features_as_a_tensor_or_an_object(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 4 returns the features themselves."""
-    source = ClipSource(str(clip_folder), CPU)
+    source = ClipSource(ClipModelOptions(weights=str(clip_folder)), CPU)
     expected = source.text_features(["a red disc"])
     inner = source.model.get_text_features
 
@@ -129,7 +131,7 @@ def test_text_features_as_a_tensor_or_an_object(clip_folder: Path, monkeypatch: 
 
 
 def test_many_texts_are_batched(clip_folder: Path) -> None:
-    source = ClipSource(str(clip_folder), CPU)
+    source = ClipSource(ClipModelOptions(weights=str(clip_folder)), CPU)
     texts = [f"a red disc {n}" for n in range(130)]
     torch.testing.assert_close(source.text_features(texts)[-1:], source.text_features(texts[-1:]), atol=1e-5, rtol=1e-4)
 
@@ -138,14 +140,16 @@ def test_many_texts_are_batched(clip_folder: Path) -> None:
 
 
 def test_resampling_to_another_stride() -> None:
-    weights = resample_weights(3, 14.0, 5, 8.0, torch.device("cpu"))
+    weights = make_resampling_weights(3, 14.0, 5, 8.0, torch.device("cpu"))
     torch.testing.assert_close(weights.sum(1), torch.ones(3))
     centres = weights @ (8.0 * torch.arange(5.0) + 4.0)
     torch.testing.assert_close(centres, torch.tensor([7.0, 21.0, 35.0]))
 
 
 def test_proxies_decide_the_grid(clip_folder: Path, device: torch.device) -> None:
-    encoder = ClipEncoder(ClipSource(str(clip_folder), Device(device)), "proxyclip")
+    encoder = ClipEncoder(
+        ClipSource(ClipModelOptions(weights=str(clip_folder)), Device(device)), EncoderOptions(variant="proxyclip")
+    )
     images = [picture(16, 21, 0), picture(16, 21, 1), picture(16, 23, 2)]
     generator = torch.Generator().manual_seed(0)
     proxies = [
@@ -168,20 +172,22 @@ def test_proxies_decide_the_grid(clip_folder: Path, device: torch.device) -> Non
 
 
 def test_digest_covers_weights_and_words(clip_folder: Path, tmp_path: Path) -> None:
-    first = ClipBackbone(CPU, str(clip_folder)).digest
+    first = ClipBackbone(ClipOptions(weights=str(clip_folder)), CPU).digest
     copy = shutil.copytree(clip_folder, tmp_path / "copy")
-    assert ClipBackbone(CPU, str(copy)).digest == first
+    assert ClipBackbone(ClipOptions(weights=str(copy)), CPU).digest == first
     state = load_file(copy / "model.safetensors")
     state["logit_scale"] += 1
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
-    second = ClipBackbone(CPU, str(copy)).digest
+    second = ClipBackbone(ClipOptions(weights=str(copy)), CPU).digest
     (copy / "merges.txt").write_text("#version: 0.2\n")
-    assert len({first, second, ClipBackbone(CPU, str(copy)).digest}) == 3
+    assert len({first, second, ClipBackbone(ClipOptions(weights=str(copy)), CPU).digest}) == 3
 
 
 def test_random_weights_are_seeded() -> None:
     state = torch.random.get_rng_state()
-    backbones = [ClipBackbone(CPU, "random", config=tiny_config(), seed=seed) for seed in (0, 0, 1)]
+    backbones = [
+        ClipBackbone(ClipOptions(weights="random", config=tiny_config(), seed=seed), CPU) for seed in (0, 0, 1)
+    ]
     maps = [backbone.tokens([picture(16, 16)])[0].tokens for backbone in backbones]
     assert torch.equal(maps[0], maps[1])
     assert not torch.equal(maps[0], maps[2])
@@ -191,9 +197,11 @@ def test_random_weights_are_seeded() -> None:
 
 def test_random_weights_want_a_tokenizer(clip_folder: Path) -> None:
     with pytest.raises(MissingError, match=r"random weights have no tokenizer; name one: backbone\.tokenizer="):
-        ClipBackbone(CPU, "random", config=tiny_config()).text_features(["a"])
+        ClipBackbone(ClipOptions(weights="random", config=tiny_config()), CPU).text_features(["a"])
     with pytest.raises(ArtefactError, match=r"the tokenizer has \d+ tokens, the model 64"):
-        ClipBackbone(CPU, "random", config=tiny_config(), tokenizer=str(clip_folder)).text_features(["a"])
+        ClipBackbone(
+            ClipOptions(weights="random", config=tiny_config(), tokenizer=str(clip_folder)), CPU
+        ).text_features(["a"])
 
 
 def test_a_pytorch_file_serves_too(clip_folder: Path, tmp_path: Path) -> None:
@@ -203,7 +211,9 @@ def test_a_pytorch_file_serves_too(clip_folder: Path, tmp_path: Path) -> None:
     state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     (copy / "model.safetensors").unlink()
     torch.save(state, copy / "pytorch_model.bin")
-    maps = [ClipBackbone(CPU, str(f)).tokens([picture(16, 16)])[0].tokens for f in (clip_folder, copy)]
+    maps = [
+        ClipBackbone(ClipOptions(weights=str(f)), CPU).tokens([picture(16, 16)])[0].tokens for f in (clip_folder, copy)
+    ]
     torch.testing.assert_close(*maps)
 
 
@@ -222,7 +232,7 @@ def test_damaged_weights(clip_folder: Path, tmp_path: Path, change: str) -> None
         save_file(state, file, metadata={"format": "pt"})
     message = "not readable as a CLIP" if change == "truncated" else r"first visual_projection\."
     with pytest.raises(ArtefactError, match=message) as caught:
-        ClipBackbone(CPU, str(copy)).tokens([picture(16, 16)])
+        ClipBackbone(ClipOptions(weights=str(copy)), CPU).tokens([picture(16, 16)])
     assert "\n" not in str(caught.value)
 
 
@@ -233,7 +243,7 @@ def test_missing_weights(tmp_path: Path) -> None:
         ("$MODUSEG_NO_SUCH_CLIP", r"environment variable MODUSEG_NO_SUCH_CLIP is not set"),
     ):
         with pytest.raises(MissingError, match=message):
-            assert ClipBackbone(CPU, weights).digest
+            assert ClipBackbone(ClipOptions(weights=weights), CPU).digest
 
 
 @pytest.mark.parametrize("revision", [None, "abc123"])
@@ -243,7 +253,7 @@ def test_hub_id_offline_is_one_line(revision: str | None, tmp_path: Path, monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("MODUSEG_HOME", str(tmp_path / "home"))
-    backbone = ClipBackbone(CPU, "openai/clip-vit-base-patch16", revision=revision)
+    backbone = ClipBackbone(ClipOptions(weights="openai/clip-vit-base-patch16", revision=revision), CPU)
     with pytest.raises(MissingError, match=r"got hub id 'openai/clip-vit-base-patch16'") as caught:
         backbone.tokens([picture(16, 16)])
     message = str(caught.value)
@@ -276,7 +286,7 @@ def test_a_configuration_that_makes_no_clip() -> None:
     with pytest.raises(
         ConfigError, match=r"backbone\.config: makes no CLIP \(.*see transformers\.CLIPConfig"
     ) as caught:
-        ClipBackbone(CPU, "random", config=config).tokens([picture(16, 16)])
+        ClipBackbone(ClipOptions(weights="random", config=config), CPU).tokens([picture(16, 16)])
     assert "\n" not in str(caught.value)
 
 
@@ -288,7 +298,9 @@ def test_vit_b16_runs(device: torch.device, capsys: pytest.CaptureFixture[str]) 
         "vision_config": {"hidden_size": 768, "patch_size": 16, "image_size": 224},
         "projection_dim": 512,
     }
-    backbone = ClipBackbone(Device(device), "random", config=config, variant="naclip", project=True)
+    backbone = ClipBackbone(
+        ClipOptions(weights="random", config=config, variant="naclip", project=True), Device(device)
+    )
     image = np.zeros((375, 500, 3), np.uint8)
     assert backbone.dim == 512
     started = time.perf_counter()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from moduseg.backbones import build
 from moduseg.backbones.base import Backbone
-from moduseg.backbones.concat import ConcatBackbone
 from moduseg.backbones.upsample import regrid
 from moduseg.devices import Device
 from moduseg.errors import ConfigError
@@ -40,7 +39,8 @@ class TestConcat(BackboneContract):
 def test_parts_factors_and_context() -> None:
     image = picture(32, 48)
     first, second = (build(part, CPU).tokens([image])[0] for part in (VIT, COARSE))
-    backbone = ConcatBackbone([VIT, COARSE], CPU, factors=[1.0, 3.0], normalize=True, context=0.25)
+    settings = {"factors": [1.0, 3.0], "normalize": True, "context": 0.25}
+    backbone = build({"name": "concat", "parts": [VIT, COARSE]} | settings, CPU)
     (joined,) = backbone.tokens([image])
     assert backbone.dim == joined.tokens.shape[2] == 64
     assert (joined.stride, joined.tokens.shape[:2]) == (8, (4, 6))
@@ -53,7 +53,8 @@ def test_parts_factors_and_context() -> None:
 
 def test_one_part_is_that_part() -> None:
     image = picture(20, 30)
-    assert torch.equal(ConcatBackbone([VIT], CPU).tokens([image])[0].tokens, build(VIT, CPU).tokens([image])[0].tokens)
+    joined, alone = (build(cfg, CPU).tokens([image])[0] for cfg in ({"name": "concat", "parts": [VIT]}, VIT))
+    assert torch.equal(joined.tokens, alone.tokens)
 
 
 @pytest.mark.parametrize("image", [(64, 96), (50, 71)])

@@ -8,22 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from moduseg.backbones.clip import resample_weights
+from moduseg.backbones.clip import make_resampling_weights
 from moduseg.backbones.clip_attention import (
     Affinity,
     Branches,
-    attend_given,
-    block_inputs,
-    branch_sum,
+    compute_scope_attention,
     cosine_similarity,
-    dense_tokens,
-    finish,
-    last_block,
-    region_members,
-    region_tokens,
-    scope_attention,
+    encode_patches,
+    encode_regions,
+    find_region_members,
+    mix_values,
+    run_blocks,
+    run_last_block,
+    sum_branches,
 )
-from moduseg.backbones.regions import id_map, merge_table, region_grid
+from moduseg.backbones.regions import make_id_map, merge_regions, sample_regions
 from moduseg.errors import ConfigError
 from moduseg.structures import Proposals
 from tests.backbones.test_clip_attention import GRID, make_clip
@@ -63,7 +62,7 @@ def affinity(device: torch.device, regions: torch.Tensor | None = None, **branch
 
 def test_attention_stays_inside_regions(device: torch.device) -> None:
     given = affinity(device)
-    weights, regions = scope_attention(given), blocks(device)
+    weights, regions = compute_scope_attention(given), blocks(device)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, COUNT, device=device))
     here, there = regions[0, :, None], regions[0, None]
     assert (weights[0][(here >= 0) & (there >= 0) & (here != there)] == 0).all()
@@ -78,7 +77,7 @@ def test_attention_stays_inside_regions(device: torch.device) -> None:
 
 def test_attention_by_a_plain_loop(device: torch.device) -> None:
     given = affinity(device, temperature=2.5)
-    weights, regions = scope_attention(given), blocks(device)
+    weights, regions = compute_scope_attention(given), blocks(device)
     for image in range(2):
         similarity, ids = given.similarity[image], regions[image].tolist()
         mean = similarity.mean()
@@ -96,24 +95,26 @@ def test_attention_by_a_plain_loop(device: torch.device) -> None:
 
 def test_one_region_is_plain_softmax(device: torch.device) -> None:
     given = affinity(device, torch.zeros(2, COUNT, dtype=torch.int64, device=device))
-    torch.testing.assert_close(scope_attention(given), (4 * given.similarity).softmax(-1))
+    torch.testing.assert_close(compute_scope_attention(given), (4 * given.similarity).softmax(-1))
 
 
 def test_a_patch_like_no_other_sees_itself(device: torch.device) -> None:
     """Similarities all below the mean, its own among them."""
     similarity = torch.full((1, 4, 4), 0.9, device=device)
     similarity[0, 0] = similarity[0, :, 0] = -0.5
-    weights = scope_attention(Affinity(similarity, regions=torch.full((1, 4), -1, device=device)))
+    weights = compute_scope_attention(Affinity(similarity, regions=torch.full((1, 4), -1, device=device)))
     assert weights[0, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
-    equal = scope_attention(Affinity(torch.ones(1, 4, 4, device=device), regions=torch.full((1, 4), -1, device=device)))
+    equal = compute_scope_attention(
+        Affinity(torch.ones(1, 4, 4, device=device), regions=torch.full((1, 4), -1, device=device))
+    )
     assert torch.equal(equal[0], torch.eye(4, device=device))
 
 
 def test_permuted_ids_change_nothing(clip: Clip, pixels: torch.Tensor, device: torch.device) -> None:
     regions = blocks(device)
     permuted = torch.tensor([2, 7, 0, 1, -1], device=device)[regions]
-    first = dense_tokens(clip, pixels, "corrclip", affinity(device))
-    second = dense_tokens(clip, pixels, "corrclip", affinity(device, permuted))
+    first = encode_patches(clip, pixels, "corrclip", affinity(device))
+    second = encode_patches(clip, pixels, "corrclip", affinity(device, permuted))
     torch.testing.assert_close(first, second)
 
 
@@ -124,26 +125,28 @@ def test_main_branch_is_the_last_block_under_that_attention(
     clip: Clip, pixels: torch.Tensor, device: torch.device
 ) -> None:
     given = affinity(device, spatial=0.0, semantic=0.0)
-    hidden = block_inputs(clip, pixels)[-1]
+    hidden = run_blocks(clip, pixels)[-1]
     layer = clip.vision_model.encoder.layers[-1]
-    main = attend_given(layer, hidden, GRID, scope_attention(given))
-    torch.testing.assert_close(last_block(clip, hidden, GRID, "corrclip", given), main)
-    torch.testing.assert_close(dense_tokens(clip, pixels, "corrclip", given), finish(clip, main))
+    main = mix_values(layer, hidden, GRID, compute_scope_attention(given))
+    torch.testing.assert_close(run_last_block(clip, hidden, GRID, "corrclip", given), main)
+    torch.testing.assert_close(
+        encode_patches(clip, pixels, "corrclip", given), clip.visual_projection(clip.vision_model.post_layernorm(main))
+    )
 
 
 def test_features_are_the_weighted_sum_of_the_branches(clip: Clip, pixels: torch.Tensor, device: torch.device) -> None:
-    states = block_inputs(clip, pixels)
+    states = run_blocks(clip, pixels)
 
     def features(spatial: float, semantic: float) -> torch.Tensor:
-        return branch_sum(clip, states, GRID, affinity(device, spatial=spatial, semantic=semantic))
+        return sum_branches(clip, states, GRID, affinity(device, spatial=spatial, semantic=semantic))
 
     main = features(0, 0)
     spatial, semantic = features(1, 0) - main, features(0, 1) - main
     torch.testing.assert_close(features(1.0, 0.5), main + spatial + 0.5 * semantic, atol=1e-5, rtol=1e-5)
     # Two blocks: the spatial branch has the first one's output, which is what enters the last.
     torch.testing.assert_close(spatial, main, atol=1e-5, rtol=1e-5)
-    slots, members = region_members(affinity(device), GRID)
-    copies = finish(clip, region_tokens(clip, states, members), project=False)
+    slots, members = find_region_members(affinity(device), GRID)
+    copies = clip.vision_model.post_layernorm(encode_regions(clip, states, members))
     for image in range(2):
         for patch in range(0, COUNT, 5):
             expected = copies[image, slots[image, patch]]
@@ -152,9 +155,9 @@ def test_features_are_the_weighted_sum_of_the_branches(clip: Clip, pixels: torch
 
 def test_copies_in_one_sequence_with_the_others(clip: Clip, pixels: torch.Tensor, device: torch.device) -> None:
     """Copies, class token and patches run together under one mask: same copies, and patches that never noticed."""
-    states = block_inputs(clip, pixels)
-    _, members = region_members(affinity(device), GRID)
-    ours = region_tokens(clip, states, members)
+    states = run_blocks(clip, pixels)
+    _, members = find_region_members(affinity(device), GRID)
+    ours = encode_regions(clip, states, members)
     copies = members.shape[1]
     seen = torch.zeros(2, copies + 1 + COUNT, copies + 1 + COUNT, dtype=torch.bool, device=device)
     seen[:, copies:, copies:] = True
@@ -176,7 +179,7 @@ def test_a_region_of_everything_is_the_class_token_itself(
 ) -> None:
     members = torch.ones(2, 1, COUNT, dtype=torch.bool, device=device)
     own = clip.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state[:, :1]
-    torch.testing.assert_close(region_tokens(clip, block_inputs(clip, pixels), members), own, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(encode_regions(clip, run_blocks(clip, pixels), members), own, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["none", "whole", "one patch each", "as given"])
@@ -187,19 +190,19 @@ def test_regions_of_every_kind(kind: str, clip: Clip, pixels: torch.Tensor, devi
         "one patch each": torch.arange(COUNT, device=device).expand(2, -1),
         "as given": blocks(device),
     }[kind]
-    found = dense_tokens(clip, pixels, "corrclip", affinity(device, regions))
+    found = encode_patches(clip, pixels, "corrclip", affinity(device, regions))
     assert found.shape == (2, *GRID, 24)
     assert found.isfinite().all()
 
 
 def test_members_on_another_grid(device: torch.device) -> None:
     """Twice as fine: a region of one small patch has the large one it lies in, the others those they are nearest to."""
-    rows, columns = (resample_weights(2 * n, 2.0, n, 4.0, device) for n in (2, 3))
+    rows, columns = (make_resampling_weights(2 * n, 2.0, n, 4.0, device) for n in (2, 3))
     fine = torch.zeros(1, 4, 6, dtype=torch.int64, device=device)
     fine[0, :, 4:], fine[0, 3, 1], fine[0, 0, 0] = 1, 2, -1
     coarse = torch.tensor([[0, 0, 1, 0, 0, 1]], device=device)
     given = Affinity(torch.ones(1, 24, 24), rows, columns, regions=fine.flatten(1), patch_regions=coarse)
-    slots, members = region_members(given, (2, 3))
+    slots, members = find_region_members(given, (2, 3))
     assert torch.equal(slots, fine.flatten(1) + 1)
     expected = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 0]]
     assert members[0].int().tolist() == expected
@@ -212,11 +215,11 @@ def test_spatial_blocks_follow_the_depth(depth: int, expected: tuple[int, int]) 
 
 def test_mistakes(clip: Clip, pixels: torch.Tensor, device: torch.device) -> None:
     with pytest.raises(ConfigError, match=r"spatial_blocks: got \[5, 9\], expected blocks 0\.\.0 of an encoder of 2"):
-        dense_tokens(clip, pixels, "corrclip", affinity(device, spatial_blocks=(5, 9)))
+        encode_patches(clip, pixels, "corrclip", affinity(device, spatial_blocks=(5, 9)))
     with pytest.raises(ValueError, match=r"regions: got None, expected \(2, 35\)"):
-        dense_tokens(clip, pixels, "corrclip", Affinity(cosine_similarity(tokens(device))))
+        encode_patches(clip, pixels, "corrclip", Affinity(cosine_similarity(tokens(device))))
     with pytest.raises(ValueError, match="need an affinity"):
-        dense_tokens(clip, pixels, "corrclip")
+        encode_patches(clip, pixels, "corrclip")
     for wrong in ({"temperature": 0.0}, {"spatial": -1.0}, {"semantic": -0.5}, {"spatial_blocks": (3, 2)}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: got"):
             Branches(**wrong)  # type: ignore[arg-type]
@@ -228,18 +231,18 @@ def test_mistakes(clip: Clip, pixels: torch.Tensor, device: torch.device) -> Non
 def test_who_has_a_pixel(device: torch.device) -> None:
     masks = torch.tensor([[[1, 1, 1, 1, 0]], [[0, 1, 1, 0, 0]], [[0, 0, 1, 1, 0]]], device=device).bool()
     proposals = Proposals(masks, torch.tensor([0.8, 0.6, 0.9], device=device))
-    assert id_map(proposals).tolist() == [[0, 0, 2, 2, -1]]
-    assert id_map(proposals, "area").tolist() == [[0, 1, 1, 2, -1]]
-    assert id_map(proposals.select(torch.zeros(3, dtype=torch.bool, device=device))).tolist() == [[-1] * 5]
+    assert make_id_map(proposals).tolist() == [[0, 0, 2, 2, -1]]
+    assert make_id_map(proposals, "area").tolist() == [[0, 1, 1, 2, -1]]
+    assert make_id_map(proposals.select(torch.zeros(3, dtype=torch.bool, device=device))).tolist() == [[-1] * 5]
 
 
 def test_regions_of_patches_are_those_of_their_centres(device: torch.device) -> None:
     ids = torch.arange(7 * 10, device=device).view(7, 10)
-    grid = region_grid(ids, (2, 3), 4, (7, 10))
+    grid = sample_regions(ids, (2, 3), 4, (7, 10))
     assert grid.tolist() == [[22, 26, 29], [62, 66, 69]]
     # A model that saw the image at twice the size.
-    assert torch.equal(region_grid(ids, (2, 3), 8, (14, 20)), grid)
-    assert torch.equal(region_grid(ids, (7, 10), 1, (7, 10)), ids)
+    assert torch.equal(sample_regions(ids, (2, 3), 8, (14, 20)), grid)
+    assert torch.equal(sample_regions(ids, (7, 10), 1, (7, 10)), ids)
 
 
 def test_merging(device: torch.device) -> None:
@@ -247,21 +250,21 @@ def test_merging(device: torch.device) -> None:
     directions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.7, 0.7], [1.0, 0.05]], device=device)
     grid = torch.tensor([[0, 0, 3], [2, 5, -1]], device=device)
     of = torch.tensor([[0, 0, 1], [2, 3, 1]], device=device)
-    table = merge_table(directions[of], grid, 6, 0.2)
+    table = merge_regions(directions[of], grid, 6, 0.2)
     assert table[torch.tensor([1, 4, -1])].tolist() == [-1, -1, -1]
     assert table[0] == table[5]
     assert len({int(table[i]) for i in (0, 2, 3)}) == 3
     for eps in (0.0, 1e-12):
-        apart = merge_table(directions[of], grid, 6, eps)
+        apart = merge_regions(directions[of], grid, 6, eps)
         assert sorted(apart[torch.tensor([0, 2, 3, 5])].tolist()) == [0, 1, 2, 3]
-    assert len(merge_table(directions[of], grid, 6, 2.0)[grid].unique()) == 2
+    assert len(merge_regions(directions[of], grid, 6, 2.0)[grid].unique()) == 2
 
 
 def test_two_regions_are_never_merged(device: torch.device) -> None:
     grid = torch.tensor([[0, 4, -1]], device=device)
-    assert merge_table(torch.ones(1, 3, 2, device=device), grid, 5, 0.5).tolist() == [0, -1, -1, -1, 1, -1]
+    assert merge_regions(torch.ones(1, 3, 2, device=device), grid, 5, 0.5).tolist() == [0, -1, -1, -1, 1, -1]
     nothing = torch.full((1, 3), -1, device=device)
-    assert merge_table(torch.ones(1, 3, 2, device=device), nothing, 0, 0.5)[nothing].tolist() == [[-1] * 3]
+    assert merge_regions(torch.ones(1, 3, 2, device=device), nothing, 0, 0.5)[nothing].tolist() == [[-1] * 3]
 
 
 def test_merging_chains(device: torch.device, rng: np.random.Generator) -> None:
@@ -269,9 +272,9 @@ def test_merging_chains(device: torch.device, rng: np.random.Generator) -> None:
     angles = torch.arange(8, device=device) * 0.3
     directions = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
     ids = torch.arange(8, device=device)[None]
-    assert len(merge_table(directions, ids, 8, 0.06)[ids].unique()) == 1
-    assert len(merge_table(directions, ids, 8, 0.03)[ids].unique()) == 8
+    assert len(merge_regions(directions, ids, 8, 0.06)[ids].unique()) == 1
+    assert len(merge_regions(directions, ids, 8, 0.03)[ids].unique()) == 8
     permuted = torch.from_numpy(rng.permutation(8)).to(device)[None]
     noise = torch.from_numpy(rng.normal(size=(1, 8, 3))).float().to(device)
-    groups = [merge_table(noise, i, 8, 0.3)[i][0] for i in (ids, permuted)]
+    groups = [merge_regions(noise, i, 8, 0.3)[i][0] for i in (ids, permuted)]
     assert torch.equal(groups[0][:, None] == groups[0], groups[1][:, None] == groups[1])

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moduseg.backbones.clip import ClipBackbone
-from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.backbones.clip import ClipBackbone, ClipOptions
+from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.config import compose, config_dir
 from moduseg.errors import ArtefactError
 from tests.support.agree_clip import CPU, write_clip
@@ -174,7 +174,7 @@ def test_a_publishers_file_is_taken_whole_or_not_at_all(
     for attempt in ("whole", "changed"):
         file = tmp_path / f"{attempt}.safetensors"
         save_file(state, file)
-        backbone = TimmBackbone(model, CPU, weights=str(file), model_kwargs=kwargs)
+        backbone = TimmBackbone(TimmOptions(model, weights=str(file), model_kwargs=kwargs), CPU)
         if attempt == "whole":
             assert tokens_of(backbone, picture(28, 28)).shape == (4, WIDTH)
             change(state)
@@ -190,7 +190,7 @@ def test_a_clip_of_another_shape_is_refused(tmp_path: Path) -> None:
     state["visual_projection.weight"] = torch.zeros(20, 33)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtefactError, match=r"check backbone\.weights") as raised:
-        tokens_of(ClipBackbone(CPU, str(tmp_path)), picture(24, 24))
+        tokens_of(ClipBackbone(ClipOptions(weights=str(tmp_path)), CPU), picture(24, 24))
     assert "\n" not in str(raised.value)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from moduseg.backbones import build
-from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.backbones.timm_model import (
     _linearise,
     build_model,
@@ -30,7 +30,7 @@ CPU = Device(torch.device("cpu"))
 
 def vit(device: torch.device = CPU.torch_device, **more: Any) -> TimmBackbone:
     kwargs = TINY | more.pop("model_kwargs", {})
-    return TimmBackbone("vit_tiny_patch16_224", Device(device), model_kwargs=kwargs, **more)
+    return TimmBackbone(TimmOptions("vit_tiny_patch16_224", model_kwargs=kwargs, **more), Device(device))
 
 
 class TestClassToken(BackboneContract):
@@ -43,7 +43,7 @@ class TestRegisters(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
         kwargs = {"img_size": 28, "embed_dim": 16, "depth": 2, "num_heads": 2}
-        return TimmBackbone("vit_small_patch14_reg4_dinov2", Device(device), model_kwargs=kwargs)
+        return TimmBackbone(TimmOptions("vit_small_patch14_reg4_dinov2", model_kwargs=kwargs), Device(device))
 
 
 class TestNoPrefix(BackboneContract):
@@ -56,14 +56,14 @@ class TestRotaryPositions(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
         kwargs = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-        return TimmBackbone("vit_small_patch16_dinov3", Device(device), model_kwargs=kwargs)
+        return TimmBackbone(TimmOptions("vit_small_patch16_dinov3", model_kwargs=kwargs), Device(device))
 
 
 class TestNativeResolution(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
         kwargs = {"embed_dim": 16, "depth": 2, "num_heads": 2}
-        return TimmBackbone("naflexvit_base_patch16_gap", Device(device), model_kwargs=kwargs)
+        return TimmBackbone(TimmOptions("naflexvit_base_patch16_gap", model_kwargs=kwargs), Device(device))
 
 
 _CNNS: dict[str, TimmBackbone] = {}
@@ -72,7 +72,7 @@ _CNNS: dict[str, TimmBackbone] = {}
 def cnn(device: torch.device) -> TimmBackbone:
     """One small CNN for each device, since measuring its grid costs more than using it."""
     if device.type not in _CNNS:
-        _CNNS[device.type] = TimmBackbone("mobilenetv2_035", Device(device), output_stride=16)
+        _CNNS[device.type] = TimmBackbone(TimmOptions("mobilenetv2_035", output_stride=16), Device(device))
     return _CNNS[device.type]
 
 
@@ -128,7 +128,7 @@ def test_mean_and_std_are_applied_after_padding() -> None:
 
 
 def test_low_precision_gives_float32(device: torch.device) -> None:
-    backbone = TimmBackbone("vit_tiny_patch16_224", Device(device, "bfloat16"), model_kwargs=TINY)
+    backbone = TimmBackbone(TimmOptions("vit_tiny_patch16_224", model_kwargs=TINY), Device(device, "bfloat16"))
     tokens = backbone.tokens([picture(32, 32)])[0].tokens
     assert tokens.dtype == torch.float32
     torch.testing.assert_close(tokens, vit(device).tokens([picture(32, 32)])[0].tokens, atol=0.1, rtol=0.1)
@@ -182,8 +182,7 @@ def test_cnn_grid_agrees_with_gradients() -> None:
 
 
 def test_a_stage_of_a_cnn(device: torch.device) -> None:
-    options = {"model": "mobilenetv2_035", "weights": "random", "output_stride": 16, "device": Device(device)}
-    backbone = TimmBackbone(layer=4, **options)
+    backbone = TimmBackbone(TimmOptions("mobilenetv2_035", output_stride=16, layer=4), Device(device))
     image = np.random.default_rng(0).integers(0, 256, (96, 80, 3), dtype=np.uint8)
     token_map = backbone.tokens([image])[0]
     model = build_model("mobilenetv2_035", {}, 16, 0).eval().to(device)
@@ -203,7 +202,7 @@ def test_a_stage_of_a_cnn(device: torch.device) -> None:
 @pytest.mark.parametrize("layers", [[5], [-2], [1, 4]])
 def test_a_stage_that_the_cnn_has_not(layers: list[int]) -> None:
     with pytest.raises(ConfigError, match=r"expected -1, its last map, or one stage of 0..4 for the CNN"):
-        _ = TimmBackbone(model="mobilenetv2_035", weights="random", layers=layers, device=CPU).dim
+        _ = TimmBackbone(TimmOptions("mobilenetv2_035", weights="random", layers=layers), CPU).dim
 
 
 @pytest.mark.parametrize("offset", [0.5, 5.0, 8.0, 15.5])
@@ -219,7 +218,7 @@ def test_resampling_puts_a_ramp_at_patch_centres(offset: float) -> None:
 
 def test_cnn_impulse_is_centred_on_its_patches() -> None:
     """A square on the corner of four patches is seen centred there, through the whole path of an averaging network."""
-    backbone = TimmBackbone("mobilenetv2_035", CPU, output_stride=16, mean=(0.0,) * 3, std=(1.0,) * 3)
+    backbone = TimmBackbone(TimmOptions("mobilenetv2_035", output_stride=16, mean=(0.0,) * 3, std=(1.0,) * 3), CPU)
     stride, offset = backbone._grid
     assert (stride, offset) == (16, 0.5)
     _linearise(backbone._model)
@@ -291,7 +290,7 @@ def test_batch_counters_may_be_missing(tmp_path: Path) -> None:
     file = tmp_path / "cnn.safetensors"
     state = build_model("resnet10t", {}, None, 0).state_dict()
     save_file({k: v.contiguous() for k, v in state.items() if not k.endswith("num_batches_tracked")}, file)
-    backbone = TimmBackbone("resnet10t", CPU, weights=str(file))
+    backbone = TimmBackbone(TimmOptions("resnet10t", weights=str(file)), CPU)
     assert backbone.dim == 512
 
 
@@ -366,7 +365,7 @@ def test_published_weights_have_an_id(model: str, hub_id: str) -> None:
 )
 def test_unpublished_weights(model: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        _ = TimmBackbone(model, CPU, weights="hub").digest
+        _ = TimmBackbone(TimmOptions(model, weights="hub"), CPU).digest
 
 
 def test_published_weights_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +373,7 @@ def test_published_weights_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # What HF_HUB_OFFLINE=1 and an empty HF_HOME set; the hub's client reads them when it is imported.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    backbone = TimmBackbone("test_vit", CPU, weights="hub")
+    backbone = TimmBackbone(TimmOptions("test_vit", weights="hub"), CPU)
     with pytest.raises(MissingError) as raised:
         backbone.tokens([picture(16, 16)])
     message = str(raised.value)

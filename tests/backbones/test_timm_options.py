@@ -15,9 +15,9 @@ from torch.nn import Identity
 
 from moduseg.backbones import build
 from moduseg.backbones.facets import query_plus_key
-from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.backbones.timm_model import build_model
-from moduseg.backbones.windows import over_windows, window_starts
+from moduseg.backbones.windows import encode_windows, list_window_starts
 from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError
 from tests.backbones.contract import BackboneContract, picture
@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 def vit(device: torch.device = CPU.torch_device, **more: Any) -> TimmBackbone:
     kwargs = TINY | more.pop("model_kwargs", {})
-    return TimmBackbone("vit_tiny_patch16_224", Device(device), model_kwargs=kwargs, **more)
+    return TimmBackbone(TimmOptions("vit_tiny_patch16_224", model_kwargs=kwargs, **more), Device(device))
 
 
 def tokens(backbone: Any, image: np.ndarray) -> Tensor:
@@ -53,20 +53,22 @@ class TestQueriesAndKeys(BackboneContract):
 class TestEva(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
-        return TimmBackbone("eva02_tiny_patch14_224", Device(device), model_kwargs=SMALL)
+        return TimmBackbone(TimmOptions("eva02_tiny_patch14_224", model_kwargs=SMALL), Device(device))
 
 
 class TestSiglip(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
-        return TimmBackbone("vit_base_patch16_siglip_224", Device(device), model_kwargs={**SMALL, "img_size": 48})
+        return TimmBackbone(
+            TimmOptions("vit_base_patch16_siglip_224", model_kwargs={**SMALL, "img_size": 48}), Device(device)
+        )
 
 
 class TestRadio(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
         kwargs = {**SMALL, "mlp_ratio": 4.0}
-        return TimmBackbone("naflexvit_so400m_patch16_radio_v4", Device(device), model_kwargs=kwargs)
+        return TimmBackbone(TimmOptions("naflexvit_so400m_patch16_radio_v4", model_kwargs=kwargs), Device(device))
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
@@ -87,7 +89,9 @@ def test_one_layer_in_a_list_is_that_layer() -> None:
 
 def test_final_norm_behind_the_pooling_is_applied_to_each_layer() -> None:
     """EVA-02's is there; of a fresh norm the mean is 0."""
-    several = tokens(TimmBackbone("eva02_tiny_patch14_224", CPU, model_kwargs=SMALL, layers=[0, 1]), picture(28, 28))
+    several = tokens(
+        TimmBackbone(TimmOptions("eva02_tiny_patch14_224", model_kwargs=SMALL, layers=[0, 1]), CPU), picture(28, 28)
+    )
     torch.testing.assert_close(several.unflatten(-1, (2, 32)).mean(-1), torch.zeros(2, 2, 2), atol=1e-6, rtol=0)
 
 
@@ -112,7 +116,7 @@ def test_final_norm_behind_the_pooling_is_applied_to_each_layer() -> None:
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_query_plus_key_is_what_enters_the_attention(model: str, kwargs: dict[str, Any], layer: int) -> None:
     """Beside what a hook sees behind the norms of queries and keys, which come before rotary positions."""
-    backbone = TimmBackbone(model, CPU, model_kwargs=kwargs, facet="qk", layer=layer)
+    backbone = TimmBackbone(TimmOptions(model, model_kwargs=kwargs, facet="qk", layer=layer), CPU)
     inner = randomise(backbone._model)
     attention = inner.blocks[layer].attn
     seen: list[Tensor] = []
@@ -123,7 +127,7 @@ def test_query_plus_key_is_what_enters_the_attention(model: str, kwargs: dict[st
     side = backbone.stride
     inputs = torch.randn(1, 3, 2 * side, 3 * side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours = backbone._queries_and_keys(inputs)
+        ours = backbone._sum_queries_and_keys(inputs)
         seen.clear()
         inner.forward_intermediates(inputs, intermediates_only=True)
     for hook in hooks:
@@ -159,7 +163,7 @@ def test_facet_wants_queries_and_keys() -> None:
     from timm.models.vision_transformer import ParallelScalingBlock
 
     parallel = vit(facet="qk", model_kwargs={"block_fn": ParallelScalingBlock})
-    cnn = TimmBackbone("mobilenetv2_035", CPU, facet="qk")
+    cnn = TimmBackbone(TimmOptions("mobilenetv2_035", facet="qk"), CPU)
     for backbone, what in ((parallel, "NoneType"), (cnn, "no")):
         with pytest.raises(ConfigError, match=rf"facet: got 'qk' .* has {what} attention, expected .* fused qkv"):
             tokens(backbone, picture(16, 16))
@@ -180,7 +184,7 @@ def test_facet_wants_queries_and_keys() -> None:
     ],
 )
 def test_window_starts(cells: int, window: int, step: int, starts: list[int]) -> None:
-    assert window_starts(cells, window, step) == starts
+    assert list_window_starts(cells, window, step) == starts
     assert {c for s in starts for c in range(s, min(s + window, cells))} == set(range(cells))
 
 
@@ -194,14 +198,20 @@ def test_windows_shift_nothing(window: int, step: int, batch_size: int, device: 
         assert len(crops) <= max(batch_size, 2)
         return F.avg_pool2d(crops, 4).permute(0, 2, 3, 1)
 
-    torch.testing.assert_close(over_windows(images, 4, window, step, batch_size, means), means(images))
+    ours = encode_windows(images, means, patch=4, window=window, step=step, batch_size=batch_size)
+    torch.testing.assert_close(ours, means(images))
 
 
 def test_overlaps_are_averaged() -> None:
     """A row of five patches in windows of three at a step of two: the third is in both."""
     numbers = iter((10.0, 20.0))
-    result = over_windows(
-        torch.zeros(1, 3, 2, 10), 2, 3, 2, 1, lambda crops: torch.full((1, 1, crops.shape[3] // 2, 1), next(numbers))
+    result = encode_windows(
+        torch.zeros(1, 3, 2, 10),
+        lambda crops: torch.full((1, 1, crops.shape[3] // 2, 1), next(numbers)),
+        patch=2,
+        window=3,
+        step=2,
+        batch_size=1,
     )
     assert result.flatten().tolist() == [10, 10, 15, 20, 20]
 
@@ -306,7 +316,7 @@ def test_errors_while_building(options: dict[str, Any], message: str) -> None:
 
 def test_radio_of_one_size_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"resampled for one input size.*try naflexvit_so400m_patch16_radio_v4"):
-        tokens(TimmBackbone("vit_so400m_patch16_radio_v4", CPU, model_kwargs=SMALL), picture(16, 16))
+        tokens(TimmBackbone(TimmOptions("vit_so400m_patch16_radio_v4", model_kwargs=SMALL), CPU), picture(16, 16))
 
 
 def test_pooling_that_is_not_built_is_left_out(tmp_path: Path) -> None:
@@ -316,14 +326,14 @@ def test_pooling_that_is_not_built_is_left_out(tmp_path: Path) -> None:
     assert any(name.startswith("attn_pool.") for name in state)
     file = tmp_path / "siglip.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
-    backbone = TimmBackbone("vit_base_patch16_siglip_gap_224", CPU, weights=str(file), model_kwargs=kwargs)
-    full = TimmBackbone("vit_base_patch16_siglip_224", CPU, weights=str(file), model_kwargs=kwargs)
+    backbone = TimmBackbone(TimmOptions("vit_base_patch16_siglip_gap_224", weights=str(file), model_kwargs=kwargs), CPU)
+    full = TimmBackbone(TimmOptions("vit_base_patch16_siglip_224", weights=str(file), model_kwargs=kwargs), CPU)
     assert torch.equal(tokens(backbone, picture(48, 48)), tokens(full, picture(48, 48)))
 
 
 def test_revision_of_published_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    backbone = TimmBackbone("test_vit", CPU, weights="hub", revision="abc123")
+    backbone = TimmBackbone(TimmOptions("test_vit", weights="hub", revision="abc123"), CPU)
     with pytest.raises(MissingError, match=r"timm/test_vit\.r160_in1k.*abc123"):
         tokens(backbone, picture(16, 16))

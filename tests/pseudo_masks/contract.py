@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
-from moduseg.pseudo_masks.labels import label_map
+from moduseg.pseudo_masks.labels import make_label_map
 from moduseg.structures import Proposals, Sample
 
 NUM_CLASSES = 5
@@ -61,7 +61,7 @@ class GeneratorContract:
     def test_labels_come_out_right(self, generator: PseudoMaskGenerator) -> None:
         item = sample(name="24-2")
         maps = generator.generate(item, (2, 4), halves(item.size))
-        labels = label_map(maps, "given" if maps.background is not None else "constant", 0.5).cpu().numpy()
+        labels = make_label_map(maps, "given" if maps.background is not None else "constant", 0.5).cpu().numpy()
         assert item.semantic is not None
         assert (labels == item.semantic).mean() > 0.9
 

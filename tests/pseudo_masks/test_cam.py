@@ -13,8 +13,8 @@ from moduseg.backbones.base import Backbone
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.pseudo_masks import build
-from moduseg.pseudo_masks.cam import CamGenerator
-from moduseg.pseudo_masks.labels import label_map
+from moduseg.pseudo_masks.cam import CamGenerator, CamOptions
+from moduseg.pseudo_masks.labels import make_label_map
 from moduseg.structures import Proposals, Sample, TokenMap
 from tests.pseudo_masks.contract import CLASSES, NUM_CLASSES, GeneratorContract, halves, sample
 
@@ -56,7 +56,7 @@ def world() -> list[Sample]:
 
 def fitted(device: torch.device = CPU, **arguments: Any) -> CamGenerator:
     backbone = ColourBackbone(device)
-    generator = CamGenerator(lambda: backbone, CLASSES, **{"ridge": 0.1} | arguments)
+    generator = CamGenerator(CamOptions(**{"ridge": 0.1} | arguments), lambda: backbone, CLASSES)
     generator.load_state(generator.fit(world, NUM_CLASSES))
     return generator
 
@@ -82,7 +82,7 @@ class TestStretched(GeneratorContract):
 @pytest.mark.parametrize("arguments", [{}, {"rounds": 1}, {"rounds": 2, "top": 0.5}])
 def test_fit_is_deterministic_float32_and_independent_of_the_batch(arguments: dict[str, Any]) -> None:
     states = [
-        CamGenerator(ColourBackbone, CLASSES, fit_batch=batch, **arguments).fit(world, NUM_CLASSES)
+        CamGenerator(CamOptions(fit_batch=batch, **arguments), ColourBackbone, CLASSES).fit(world, NUM_CLASSES)
         for batch in (8, 8, 3)
     ]
     for name, tensor in states[0].items():
@@ -96,7 +96,7 @@ def test_fit_is_deterministic_float32_and_independent_of_the_batch(arguments: di
 
 
 def test_weights_equal_plain_ridge_regression() -> None:
-    state = CamGenerator(ColourBackbone, CLASSES, ridge=0.5).fit(world, NUM_CLASSES)
+    state = CamGenerator(CamOptions(ridge=0.5), ColourBackbone, CLASSES).fit(world, NUM_CLASSES)
     maps = ColourBackbone().tokens([item.image for item in world()])
     x = np.stack([m.tokens.flatten(0, 1).mean(0).double().numpy() for m in maps])
     y = np.array([[float(c in (item.labels or ())) for c in range(1, NUM_CLASSES + 1)] for item in world()])
@@ -116,14 +116,14 @@ def test_passes_over_the_images() -> None:
         calls.append(1)
         yield from world()
 
-    CamGenerator(lambda: backbone, CLASSES, rounds=2).fit(samples, NUM_CLASSES)
+    CamGenerator(CamOptions(rounds=2), lambda: backbone, CLASSES).fit(samples, NUM_CLASSES)
     assert len(calls) == 3
     assert backbone.calls == 3 * len(world())
 
 
 def test_one_image_and_equal_images_can_be_fitted() -> None:
     for items in ([sample()], [sample(), sample()]):
-        state = CamGenerator(ColourBackbone, CLASSES, rounds=1).fit(lambda items=items: items, NUM_CLASSES)
+        state = CamGenerator(CamOptions(rounds=1), ColourBackbone, CLASSES).fit(lambda items=items: items, NUM_CLASSES)
         assert all(tensor.isfinite().all() for tensor in state.values())
 
 
@@ -141,7 +141,7 @@ def test_region_scores_make_regions_flat(device: torch.device) -> None:
         torch.testing.assert_close(values, values[:, :1].expand_as(values))
     assert maps.scores[0, 5, 5] > maps.scores[0, 0, 15]
     assert maps.scores[0][:, 20:].unique().numel() > 10
-    labels = label_map(maps, "constant", 0.5)
+    labels = make_label_map(maps, "constant", 0.5)
     assert (labels[4:20, :10] == 2).all()
     with pytest.raises(DataError, match="no proposals"):
         generator.generate(item, (2,), None)
@@ -197,7 +197,7 @@ def test_bad_input() -> None:
 
 
 def test_bad_state() -> None:
-    generator = CamGenerator(ColourBackbone, CLASSES)
+    generator = CamGenerator(CamOptions(), ColourBackbone, CLASSES)
     with pytest.raises(ArtefactError, match="not fitted"):
         generator.generate(sample(), (2,), None)
     for state in ({}, {"weights": torch.zeros(3, 6), "mean": torch.zeros(6)}, {"weights": torch.zeros(5, 6)}):

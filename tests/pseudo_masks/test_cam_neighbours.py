@@ -13,8 +13,8 @@ from moduseg.bank.aggregation import coverage
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.pseudo_masks import build
-from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator
-from moduseg.pseudo_masks.labels import label_map
+from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator, NeighbourCamOptions
+from moduseg.pseudo_masks.labels import make_label_map
 from moduseg.structures import Proposals, Sample
 from tests.pseudo_masks.contract import CLASSES, NUM_CLASSES, GeneratorContract, halves, sample
 from tests.pseudo_masks.test_cam import CPU, ColourBackbone, world
@@ -32,7 +32,7 @@ def quarters(item: Sample) -> Proposals:
 
 def fitted(device: torch.device = CPU, **arguments: Any) -> NeighbourCamGenerator:
     backbone = ColourBackbone(device)
-    generator = NeighbourCamGenerator(lambda: backbone, CLASSES, **RIDGE | arguments)
+    generator = NeighbourCamGenerator(NeighbourCamOptions(**RIDGE | arguments), lambda: backbone, CLASSES)
     generator.load_state(generator.fit(world, NUM_CLASSES, quarters))
     return generator
 
@@ -45,7 +45,7 @@ class TestContract(GeneratorContract):
     def test_labels_come_out_right(self, generator: NeighbourCamGenerator) -> None:
         """With proposals that fit the objects."""
         item = sample(name="24-2")
-        labels = label_map(generator.generate(item, (2, 4), quarters(item)), "constant", 0.5).cpu().numpy()
+        labels = make_label_map(generator.generate(item, (2, 4), quarters(item)), "constant", 0.5).cpu().numpy()
         assert item.semantic is not None
         assert (labels == item.semantic).mean() > 0.9
 
@@ -66,7 +66,9 @@ def pooled(item: Sample, masks: Tensor, values: Tensor) -> Tensor:
 def test_equals_plain_loops(neighbours: int, others: int, weight: float, relative: bool, seen: bool) -> None:
     """Of an image of the training set, which is not asked about itself, and of another."""
     generator = NeighbourCamGenerator(
-        ColourBackbone, CLASSES, neighbours=neighbours, others=others, weight=weight, relative=relative, **RIDGE
+        NeighbourCamOptions(neighbours=neighbours, others=others, weight=weight, relative=relative, **RIDGE),
+        ColourBackbone,
+        CLASSES,
     )
     state = generator.fit(world, NUM_CLASSES, quarters)
     generator.load_state(state)
@@ -119,7 +121,9 @@ def test_neighbours_tell_apart_what_always_occurs_together() -> None:
     found = quarters(item)
     shares = []
     for weight in (0.0, 5.0):
-        generator = NeighbourCamGenerator(ColourBackbone, CLASSES, ridge=4.0, weight=weight, others=1)
+        generator = NeighbourCamGenerator(
+            NeighbourCamOptions(ridge=4.0, weight=weight, others=1), ColourBackbone, CLASSES
+        )
         generator.load_state(generator.fit(lambda: items, NUM_CLASSES, quarters))
         scores = generator.generate(item, (2, 4), found).scores
         left, right = (scores[0][mask].mean() for mask in (found.masks[0], found.masks[3]))
@@ -143,7 +147,7 @@ def test_smaller_proposals_decide_and_the_rest_scores_nothing() -> None:
 def test_a_class_that_no_other_image_has_keeps_its_activation(relative: bool) -> None:
     items = [sample((24, 40), (2, 4), "own"), sample((24, 40), (4,), "four"), sample((24, 40), (), "none")]
     with_answer, without = (
-        NeighbourCamGenerator(ColourBackbone, CLASSES, weight=weight, relative=relative, **RIDGE)
+        NeighbourCamGenerator(NeighbourCamOptions(weight=weight, relative=relative, **RIDGE), ColourBackbone, CLASSES)
         for weight in (5.0, 0.0)
     )
     state = with_answer.fit(lambda: items, NUM_CLASSES, quarters)
@@ -157,7 +161,7 @@ def test_a_class_that_no_other_image_has_keeps_its_activation(relative: bool) ->
 
 
 def test_bad_input() -> None:
-    generator = NeighbourCamGenerator(ColourBackbone, CLASSES)
+    generator = NeighbourCamGenerator(NeighbourCamOptions(), ColourBackbone, CLASSES)
     with pytest.raises(ArtefactError, match="not fitted"):
         generator.generate(sample(), (2,), halves((24, 40)))
     with pytest.raises(DataError, match="no proposals to fit on"):
@@ -173,7 +177,7 @@ def test_bad_input() -> None:
 
 
 def test_bad_state() -> None:
-    generator = NeighbourCamGenerator(ColourBackbone, CLASSES, **RIDGE)
+    generator = NeighbourCamGenerator(NeighbourCamOptions(**RIDGE), ColourBackbone, CLASSES)
     state = generator.fit(world, NUM_CLASSES, quarters)
     changes: list[dict[str, Tensor | None]] = [
         {"tags": None},

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.clip_attention import VARIANTS
-from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.devices import Device
 from moduseg.errors import ConfigError, DataError, MissingError
 from moduseg.miniature.models.clip import build_tokenizer
 from moduseg.pseudo_masks import build
-from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator
-from moduseg.pseudo_masks.clip_words import resize_short_side, window_boxes
-from moduseg.pseudo_masks.labels import label_map, region_vote
-from moduseg.pseudo_masks.prompts import BACKGROUND_WORDS, IMAGENET_TEMPLATES, class_words_of
+from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator, ClipDenseOptions
+from moduseg.pseudo_masks.clip_words import list_windows, resize_short_side
+from moduseg.pseudo_masks.labels import make_label_map, region_vote
+from moduseg.pseudo_masks.prompts import BACKGROUND_WORDS, IMAGENET_TEMPLATES, resolve_class_words
 from moduseg.structures import Proposals, TokenMap
 from tests.backbones.test_clip import tiny_config
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
@@ -33,7 +33,7 @@ Make = Callable[..., ClipDenseGenerator]
 
 def proxy() -> Backbone:
     kwargs = {"img_size": 24, "patch_size": 3, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    return TimmBackbone("vit_tiny_patch16_224", CPU, model_kwargs=kwargs)
+    return TimmBackbone(TimmOptions("vit_tiny_patch16_224", model_kwargs=kwargs), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,10 @@ def make(words: tuple[Path, int, int]) -> Make:
         classes = settings.pop("classes")
         config = tiny_config(words[1], words[2])
         return ClipDenseGenerator(
-            Device(device), proxy, classes, "random", config=config, tokenizer=str(words[0]), **settings
+            ClipDenseOptions(weights="random", config=config, tokenizer=str(words[0]), **settings),
+            Device(device),
+            proxy,
+            classes,
         )
 
     return inner
@@ -124,7 +127,7 @@ def test_label_filter(make: Make) -> None:
 def test_no_labels_leave_the_background(make: Make) -> None:
     maps = make().generate(sample(labels=()), ())
     assert maps.scores.shape == (0, 24, 40)
-    assert (label_map(maps, "given") == 0).all()
+    assert (make_label_map(maps, "given") == 0).all()
 
 
 def test_no_background_words(make: Make) -> None:
@@ -167,7 +170,7 @@ def test_proposals_of_every_kind(make: Make) -> None:
     maps = [generator.generate(item, (2, 4), p) for p in (none, Proposals(empty), Proposals(whole))]
     for other in maps[1:]:
         assert torch.equal(other.scores, maps[0].scores)
-    labels = label_map(maps[0], "given")
+    labels = make_label_map(maps[0], "given")
     assert torch.equal(region_vote(labels, Proposals(empty)), labels)
     assert (region_vote(labels, Proposals(whole)) == labels.flatten().mode().values).all()
 
@@ -186,7 +189,7 @@ def test_proposals_of_every_kind(make: Make) -> None:
     ],
 )
 def test_window_boxes(height: int, width: int, window: int, stride: int, tops: list[int], lefts: list[int]) -> None:
-    boxes = window_boxes(height, width, window, stride)
+    boxes = list_windows(height, width, window, stride)
     assert [(b[0], b[2]) for b in boxes] == [(top, left) for top in tops for left in lefts]
     seen = np.zeros((height, width), int)
     for top, bottom, left, right in boxes:
@@ -217,7 +220,7 @@ def test_average_of_a_constant_is_that_constant(make: Make, monkeypatch: pytest.
     texts = F.normalize(torch.randn(3, 24, generator=torch.Generator().manual_seed(0)), dim=1)
     image = sample((19, 33)).image
     expected = (texts @ direction)[:, None, None].expand(3, 19, 33)
-    torch.testing.assert_close(generator._similarities(image, texts), expected)
+    torch.testing.assert_close(generator._compare(image, texts), expected)
 
 
 def test_windows_are_averaged(make: Make) -> None:
@@ -225,8 +228,8 @@ def test_windows_are_averaged(make: Make) -> None:
     generator = make(window=16, stride=8)
     texts = generator._texts[0]
     image = sample((16, 24)).image
-    ours = generator._similarities(image, texts)
-    left, right = (make()._similarities(image[:, at : at + 16], texts) for at in (0, 8))
+    ours = generator._compare(image, texts)
+    left, right = (make()._compare(image[:, at : at + 16], texts) for at in (0, 8))
     torch.testing.assert_close(ours[:, :, :8], left[:, :, :8], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours[:, :, 8:16], (left[:, :, 8:] + right[:, :, :8]) / 2, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours[:, :, 16:], right[:, :, 8:], atol=1e-5, rtol=1e-4)
@@ -252,9 +255,9 @@ def test_published_lists() -> None:
     assert len(set(BACKGROUND_WORDS["coco"])) == 16
     assert set(BACKGROUND_WORDS["coco"]) < set(BACKGROUND_WORDS["voc"])
     voc = ("background", "aeroplane", "boat", "diningtable", "person")
-    assert class_words_of("voc", voc) == (("aeroplane",), ("ship",), ("table",), ("people",))
-    assert class_words_of("coco", ("background", "boat", "person")) == (("boat",), ("people",))
-    assert class_words_of(None, ("background", "traffic_light")) == (("traffic light",),)
+    assert resolve_class_words("voc", voc) == (("aeroplane",), ("ship",), ("table",), ("people",))
+    assert resolve_class_words("coco", ("background", "boat", "person")) == (("boat",), ("people",))
+    assert resolve_class_words(None, ("background", "traffic_light")) == (("traffic light",),)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +296,6 @@ def test_digest_covers_the_proxy(make: Make) -> None:
 
 
 def test_missing_weights_name_the_key() -> None:
-    generator = ClipDenseGenerator(CPU, proxy, NAMES, "./nowhere")
+    generator = ClipDenseGenerator(ClipDenseOptions(weights="./nowhere"), CPU, proxy, NAMES)
     with pytest.raises(MissingError, match=r"^pseudo_masks\.generator\.weights: got '\./nowhere'"):
         generator.generate(sample(), (2, 4))

@@ -16,7 +16,7 @@ from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError
 from moduseg.miniature.models.clip import build_tokenizer
 from moduseg.pseudo_masks import build
-from moduseg.pseudo_masks.corrclip import CorrClipGenerator
+from moduseg.pseudo_masks.corrclip import CorrClipGenerator, CorrClipOptions
 from moduseg.structures import Proposals, TokenMap
 from tests.backbones.test_clip import tiny_config
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, halves, sample
@@ -44,9 +44,11 @@ def make(words: tuple[Path, int, int]) -> Make:
     """A generator on a random two-block CLIP, patch 4, with affinities of a random ViT, patch 3."""
 
     def inner(device: torch.device = CPU.torch_device, **options: Any) -> CorrClipGenerator:
+        classes, backbone = options.pop("classes", NAMES), options.pop("backbone", no_backbone)
         settings: dict[str, Any] = {
-            "classes": NAMES,
-            "backbone": no_backbone,
+            "weights": "random",
+            "config": tiny_config(words[1], words[2]),
+            "tokenizer": str(words[0]),
             "affinity": AFFINITY,
             "templates": ["a {}"],
             "background_words": ["grass", "sky"],
@@ -54,8 +56,7 @@ def make(words: tuple[Path, int, int]) -> Make:
             "logit_scale": 5.0,
             **options,
         }
-        config = tiny_config(words[1], words[2])
-        return CorrClipGenerator(Device(device), weights="random", config=config, tokenizer=str(words[0]), **settings)
+        return CorrClipGenerator(CorrClipOptions(**settings), Device(device), backbone, classes)
 
     return inner
 
@@ -76,9 +77,9 @@ class TestContract(GeneratorContract):
         item = sample(name="24-2")
         assert item.semantic is not None
         # The contract's halves hold two labels each; the truth's regions are what a proposer would give.
-        regions = generator._regions
-        monkeypatch.setattr(generator, "_regions", lambda s, p: regions(s, quarters(s.size)))
-        ids = [generator._regions(item, None)]
+        regions = generator._find_regions
+        monkeypatch.setattr(generator, "_find_regions", lambda s, p: regions(s, quarters(s.size)))
+        ids = [generator._find_regions(item, None)]
         tokens = generator._encode([item.image], ids)[0].tokens  # type: ignore[arg-type]
         truth = torch.from_numpy(item.semantic)[1::3, 1::3].to(device)
         tokens = tokens[: truth.shape[0], : truth.shape[1]]
@@ -121,8 +122,8 @@ def test_windows_are_averaged_and_see_their_own_regions(make: Make) -> None:
     generator = make(window=16, stride=8)
     texts, image = generator._texts[0], sample((16, 24)).image
     ids = torch.arange(24).expand(16, -1) // 6
-    ours = generator._similarities(image, texts, ids)
-    left, right = (make()._similarities(image[:, a : a + 16], texts, ids[:, a : a + 16]) for a in (0, 8))
+    ours = generator._compare(image, texts, ids)
+    left, right = (make()._compare(image[:, a : a + 16], texts, ids[:, a : a + 16]) for a in (0, 8))
     torch.testing.assert_close(ours[:, :, :8], left[:, :, :8], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours[:, :, 8:16], (left[:, :, 8:] + right[:, :, :8]) / 2, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours[:, :, 16:], right[:, :, 8:], atol=1e-5, rtol=1e-4)
@@ -140,7 +141,7 @@ def test_average_of_a_constant_is_that_constant(make: Make, monkeypatch: pytest.
     texts = F.normalize(torch.randn(3, 24, generator=torch.Generator().manual_seed(0)), dim=1)
     expected = (texts @ direction)[:, None, None].expand(3, 19, 33)
     ids = torch.full((19, 33), -1)
-    torch.testing.assert_close(generator._similarities(sample((19, 33)).image, texts, ids), expected)
+    torch.testing.assert_close(generator._compare(sample((19, 33)).image, texts, ids), expected)
 
 
 def test_short_side_resizes_image_and_regions(make: Make) -> None:
@@ -154,10 +155,10 @@ def test_only_good_and_large_proposals_are_regions(make: Make) -> None:
     masks = halves(item.size).masks.clone()
     masks[1, :, 21:] = False
     scored = Proposals(masks, torch.tensor([0.4, 0.9]))
-    assert make()._regions(item, scored).unique().tolist() == [-1, 0]  # type: ignore[union-attr]
-    assert (make()._regions(item, scored) == 0).sum() == 24  # type: ignore[union-attr]
-    assert make(min_score=0.0)._regions(item, scored).unique().tolist() == [-1, 0, 1]  # type: ignore[union-attr]
-    large = make(min_score=0.0, min_area=100)._regions(item, scored)
+    assert make()._find_regions(item, scored).unique().tolist() == [-1, 0]  # type: ignore[union-attr]
+    assert (make()._find_regions(item, scored) == 0).sum() == 24  # type: ignore[union-attr]
+    assert make(min_score=0.0)._find_regions(item, scored).unique().tolist() == [-1, 0, 1]  # type: ignore[union-attr]
+    large = make(min_score=0.0, min_area=100)._find_regions(item, scored)
     assert (large == 0).sum() == 24 * 20  # type: ignore[union-attr]
 
 
@@ -235,6 +236,6 @@ def test_wrong_values(options: dict[str, Any], message: str) -> None:
 
 
 def test_missing_weights_name_the_key() -> None:
-    generator = CorrClipGenerator(CPU, no_backbone, NAMES, "./nowhere", affinity=AFFINITY)
+    generator = CorrClipGenerator(CorrClipOptions(weights="./nowhere", affinity=AFFINITY), CPU, no_backbone, NAMES)
     with pytest.raises(MissingError, match=r"^pseudo_masks\.generator\.weights: got '\./nowhere'"):
         generator.generate(sample(), (2, 4), None)

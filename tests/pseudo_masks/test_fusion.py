@@ -13,7 +13,7 @@ from moduseg.devices import Device
 from moduseg.errors import ConfigError
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
-from moduseg.pseudo_masks.fusion import FusionGenerator, entropy, fuse
+from moduseg.pseudo_masks.fusion import FusionGenerator, FusionOptions, compute_entropy, fuse
 from moduseg.structures import Sample, ScoreMaps
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
 from tests.pseudo_masks.test_given_masks import no_backbone, write
@@ -24,14 +24,14 @@ ORACLE = {"name": "ground_truth"}
 
 class TestContract(GeneratorContract):
     @pytest.fixture
-    def generator(self, device: torch.device, tmp_path: Path) -> FusionGenerator:
+    def generator(self, device: torch.device, tmp_path: Path) -> PseudoMaskGenerator:
         for size in ((24, 40), (19, 33)):
             for labels in ((), (2,), (2, 4)):
                 item = sample(size, labels, f"{size[0]}-{len(labels)}")
                 assert item.semantic is not None
                 write(tmp_path / f"{item.id}.png", item.semantic)
         files = {"name": "files", "folder": str(tmp_path)}
-        return FusionGenerator(Device(device), no_backbone, CLASSES, ORACLE, files)
+        return build({"name": "fusion", "first": ORACLE, "second": files}, Device(device), no_backbone, CLASSES)
 
 
 def column(device: torch.device, *values: float) -> torch.Tensor:
@@ -41,8 +41,8 @@ def column(device: torch.device, *values: float) -> torch.Tensor:
 def test_weights_by_hand(device: torch.device) -> None:
     closed = torch.zeros(1, 1, dtype=torch.bool, device=device)
     first, second = column(device, 1.0, 0.0, 0.0), column(device, 0.2, 0.2, 0.2)
-    assert entropy(first).item() == 0
-    assert entropy(second * 5 / 3).item() == pytest.approx(torch.log(torch.tensor(3.0)).item())
+    assert compute_entropy(first).item() == 0
+    assert compute_entropy(second * 5 / 3).item() == pytest.approx(torch.log(torch.tensor(3.0)).item())
     weight = torch.sigmoid(torch.log(torch.tensor(3.0, device=device)))
     expected = weight * first + (1 - weight) / 3
     torch.testing.assert_close(fuse(first, second, closed, closed), expected)
@@ -87,9 +87,10 @@ class Half(PseudoMaskGenerator):
 
 
 def test_parts_are_fitted_apart_and_lack_of_background_is_filled() -> None:
-    fusion = FusionGenerator(CPU, no_backbone, CLASSES, ORACLE, ORACLE, rule="power", value=1.0)
     parts = [Half(10.0), Half(20.0)]
-    fusion._parts = list(parts)
+    unbuilt = iter(parts)
+    options = FusionOptions(first=ORACLE, second=ORACLE, rule="power", value=1.0)
+    fusion = FusionGenerator(options, lambda cfg, where: next(unbuilt))
 
     def samples() -> Iterable[Sample]:
         return [sample()]
@@ -120,6 +121,7 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             build({"name": "fusion", **options}, CPU, no_backbone, CLASSES)
-    unlike = FusionGenerator(CPU, no_backbone, CLASSES, ORACLE, {**ORACLE, "filter_labels": False})
+    cfg = {"name": "fusion", "first": ORACLE, "second": {**ORACLE, "filter_labels": False}}
+    unlike = build(cfg, CPU, no_backbone, CLASSES)
     with pytest.raises(ConfigError, match=r"first scores classes \(2,\), second \(2, 4\)"):
         unlike.generate(sample(), (2,), None)

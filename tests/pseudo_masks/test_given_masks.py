@@ -22,7 +22,7 @@ from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.files import FilePseudoMasks
 from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
-from moduseg.pseudo_masks.labels import label_map
+from moduseg.pseudo_masks.labels import make_label_map
 from moduseg.structures import Sample
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
 
@@ -95,14 +95,14 @@ def test_label_filter(
     item = Sample("sub/a", np.zeros((2, 4, 3), np.uint8), labels, MAP)
     maps = make(tmp_path, filter_labels=filter_labels).generate(item, labels, None)
     assert maps.class_ids == ids
-    assert label_map(maps, "given").tolist() == expected
+    assert make_label_map(maps, "given").tolist() == expected
 
 
 def test_pattern_and_digest(tmp_path: Path) -> None:
     item = Sample("a", np.zeros((2, 4, 3), np.uint8), (2,))
     write(tmp_path / "a_mask.png", MAP)
     generator = FilePseudoMasks(str(tmp_path), CPU, CLASSES, pattern="{id}_mask.png")
-    assert label_map(generator.generate(item, (2,)), "given").tolist() == [[0, 0, 2, 255], [0, 0, 0, 2]]
+    assert make_label_map(generator.generate(item, (2,)), "given").tolist() == [[0, 0, 2, 255], [0, 0, 0, 2]]
     before = generator.digest
     write(tmp_path / "a_mask.png", MAP[::-1].copy())
     assert generator.digest != before
@@ -161,7 +161,7 @@ def test_an_archive_is_read_as_its_folder_would_be(tmp_path: Path) -> None:
     both = [
         FilePseudoMasks(str(place), CPU, CLASSES, pattern="pseudo/{id}.png") for place in (tmp_path / "maps", archive)
     ]
-    found = [label_map(generator.generate(item, (2, 5)), "given").tolist() for generator in both]
+    found = [make_label_map(generator.generate(item, (2, 5)), "given").tolist() for generator in both]
     assert found[0] == found[1] == [[0, 0, 2, 255], [5, 5, 0, 2]]
     assert both[1].digest == file_digest(archive)
     for name, message in (
@@ -205,7 +205,7 @@ def test_the_published_masks_say_what_to_fetch(
     inside = settings["pattern"].replace("{id}", "a")
     packed(place / folder / "pseudo.zip", {inside: (tmp_path / "a.png").read_bytes()})
     maps = build(settings, CPU, no_backbone, CLASSES).generate(Sample("a", np.zeros((2, 4, 3), np.uint8)), (2,), None)
-    assert label_map(maps, "given").tolist() == [[0, 0, 2, 255], [0, 0, 0, 2]]
+    assert make_label_map(maps, "given").tolist() == [[0, 0, 2, 255], [0, 0, 0, 2]]
     assert inside.startswith("pseudo/corrclip/")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moduseg.errors import ConfigError
-from moduseg.pseudo_masks.labels import label_map, region_vote
+from moduseg.pseudo_masks.labels import make_label_map, region_vote
 from moduseg.structures import Proposals, ScoreMaps
 
 SCORES = torch.tensor([[[0.9, 0.5, 0.2, 0.6]], [[0.1, 0.4, 0.3, 0.6]]])
@@ -26,7 +26,7 @@ SCORES = torch.tensor([[[0.9, 0.5, 0.2, 0.6]], [[0.1, 0.4, 0.3, 0.6]]])
     ],
 )
 def test_background_rules(rule: str, value: float, expected: list[int], device: torch.device) -> None:
-    labels = label_map(ScoreMaps((3, 7), SCORES.to(device)), rule, value)
+    labels = make_label_map(ScoreMaps((3, 7), SCORES.to(device)), rule, value)
     assert labels.dtype == torch.uint8
     assert labels.device.type == device.type
     assert labels.tolist() == [expected]
@@ -35,12 +35,14 @@ def test_background_rules(rule: str, value: float, expected: list[int], device: 
 def test_given_background_and_ignore(device: torch.device) -> None:
     background = torch.tensor([[0.95, 0.5, 0.1, 0.6]], device=device)
     ignore = torch.tensor([[False, False, True, False]], device=device)
-    assert label_map(ScoreMaps((3, 7), SCORES.to(device), background, ignore), "given").tolist() == [[0, 0, 255, 0]]
+    assert make_label_map(ScoreMaps((3, 7), SCORES.to(device), background, ignore), "given").tolist() == [
+        [0, 0, 255, 0]
+    ]
 
 
 @pytest.mark.parametrize(("rule", "value"), [("constant", 0.0), ("constant", 0.5), ("power", 2.0)])
 def test_no_class_is_all_background(rule: str, value: float, device: torch.device) -> None:
-    assert label_map(ScoreMaps((), torch.zeros(0, 2, 3, device=device)), rule, value).tolist() == [[0] * 3] * 2
+    assert make_label_map(ScoreMaps((), torch.zeros(0, 2, 3, device=device)), rule, value).tolist() == [[0] * 3] * 2
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_no_class_is_all_background(rule: str, value: float, device: torch.devic
 )
 def test_bad_rules(rule: str, value: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        label_map(ScoreMaps((3, 7), SCORES), rule, value)
+        make_label_map(ScoreMaps((3, 7), SCORES), rule, value)
 
 
 @pytest.mark.parametrize(
@@ -71,21 +73,21 @@ def test_bad_rules(rule: str, value: float, message: str) -> None:
 )
 def test_two_thresholds(value: float, low: float | None, expected: list[int], device: torch.device) -> None:
     maps = ScoreMaps((3, 7), SCORES.to(device))
-    assert label_map(maps, "threshold", value, low).tolist() == [expected]
+    assert make_label_map(maps, "threshold", value, low).tolist() == [expected]
     ignore = torch.tensor([[True, False, False, False]], device=device)
     maps = ScoreMaps((3, 7), SCORES.to(device), None, ignore)
-    assert label_map(maps, "threshold", value, low).tolist() == [[255, *expected[1:]]]
+    assert make_label_map(maps, "threshold", value, low).tolist() == [[255, *expected[1:]]]
     with pytest.raises(ConfigError, match=r"low: got 0\.9 with value"):
-        label_map(maps, "threshold", value, 0.9)
+        make_label_map(maps, "threshold", value, 0.9)
 
 
 def test_words_and_their_probability(device: torch.device) -> None:
     background = torch.tensor([[0.95, 0.1, 0.1, 0.1]], device=device)
     maps = ScoreMaps((3, 7), SCORES.to(device), background)
-    assert label_map(maps, "words").tolist() == label_map(maps, "given").tolist() == [[0, 3, 7, 3]]
-    assert label_map(maps, "probability", 0.4).tolist() == [[0, 3, 0, 3]]
-    assert label_map(maps, "probability", 0.0).tolist() == [[0, 3, 7, 3]]
-    assert label_map(ScoreMaps((3, 7), SCORES.to(device)), "probability", 0.55).tolist() == [[3, 0, 0, 3]]
+    assert make_label_map(maps, "words").tolist() == make_label_map(maps, "given").tolist() == [[0, 3, 7, 3]]
+    assert make_label_map(maps, "probability", 0.4).tolist() == [[0, 3, 0, 3]]
+    assert make_label_map(maps, "probability", 0.0).tolist() == [[0, 3, 7, 3]]
+    assert make_label_map(ScoreMaps((3, 7), SCORES.to(device)), "probability", 0.55).tolist() == [[3, 0, 0, 3]]
 
 
 def test_refining_comes_before_the_comparison(device: torch.device) -> None:
@@ -96,8 +98,8 @@ def test_refining_comes_before_the_comparison(device: torch.device) -> None:
         return stacked[[0, 2, 1]]
 
     maps = ScoreMaps((3, 7), SCORES.to(device))
-    assert label_map(maps, "constant", 0.45, refine=swap).tolist() == [[7, 7, 0, 3]]
-    assert label_map(maps, "threshold", 0.55, 0.35, refine=swap).tolist() == [[7, 255, 0, 3]]
+    assert make_label_map(maps, "constant", 0.45, refine=swap).tolist() == [[7, 7, 0, 3]]
+    assert make_label_map(maps, "threshold", 0.55, 0.35, refine=swap).tolist() == [[7, 255, 0, 3]]
     assert set(seen) == {(3, 1, 4)}
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from moduseg.pseudo_masks.refine import DILATIONS, pamr, pamr_affinity, par, par_affinity
+from moduseg.pseudo_masks.refine import DILATIONS, compute_pamr_affinity, compute_par_affinity, pamr, par
 
-BOTH = pytest.mark.parametrize(("refine", "affinity"), [(pamr, pamr_affinity), (par, par_affinity)])
+BOTH = pytest.mark.parametrize(("refine", "affinity"), [(pamr, compute_pamr_affinity), (par, compute_par_affinity)])
 Refine = Callable[..., torch.Tensor]
 
 

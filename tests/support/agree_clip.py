@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moduseg.backbones.clip import ClipBackbone
+from moduseg.backbones.clip import ClipBackbone, ClipOptions
 from moduseg.devices import Device
 from moduseg.miniature.models.clip import build_tokenizer
 from tests.support.agreement import (
@@ -92,7 +92,9 @@ def compare_clip(folder: Path) -> list[Row]:
         tokenizer = CLIPTokenizer.from_pretrained(place)
         text = {"context_length": 20, "vocab_size": len(tokenizer), "width": 32, "heads": HEADS, "layers": DEPTH}
         title = f"CLIP, {activation}"
-        plain, projected = (ClipBackbone(CPU, str(place), project=project) for project in (False, True))
+        plain, projected = (
+            ClipBackbone(ClipOptions(weights=str(place), project=project), CPU) for project in (False, True)
+        )
         for size in ((24, 24), (28, 40), (26, 37), (17, 15)):
             pair = "transformers, open_clip" + (" given its positions" if size != (24, 24) else "")
             inputs = padded_input(picture(*size), 4)

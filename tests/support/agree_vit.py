@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.devices import Device
 from tests.support.agreement import MEAN, STD, Row, State, padded_input, picture, randomise, renamed, row
 
@@ -22,7 +22,9 @@ def backbone_with(state: State, model: str, folder: Path, **options: Any) -> Tim
     """A timm backbone that has loaded `state` from a file."""
     file = folder / f"{model}.safetensors"
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, file)
-    return TimmBackbone(model, Device(torch.device("cpu")), weights=str(file), mean=MEAN, std=STD, **options)
+    return TimmBackbone(
+        TimmOptions(model, weights=str(file), mean=MEAN, std=STD, **options), Device(torch.device("cpu"))
+    )
 
 
 BLOCKS = [

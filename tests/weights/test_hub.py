@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 import moduseg
-from moduseg.backbones.clip import ClipBackbone
-from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.backbones.clip import ClipBackbone, ClipOptions
+from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, MissingError, StorageError
 from moduseg.files import file_digest
@@ -303,15 +303,15 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
     parts = list_weight_files(tmp_path)
     assert len(parts) > 2
     assert parts[0].name == "model.safetensors.index.json"
-    loaded = ClipBackbone(CPU, str(tmp_path))._source.model
+    loaded = ClipBackbone(ClipOptions(weights=str(tmp_path)), CPU)._source.model
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
-    digest = ClipBackbone(CPU, str(tmp_path)).digest
+    digest = ClipBackbone(ClipOptions(weights=str(tmp_path)), CPU).digest
     parts[-1].write_bytes(parts[-1].read_bytes() + b" ")
-    assert ClipBackbone(CPU, str(tmp_path)).digest != digest
+    assert ClipBackbone(ClipOptions(weights=str(tmp_path)), CPU).digest != digest
     parts[-1].unlink()
     with pytest.raises(MissingError, match=r"all parts of it"):
-        _ = ClipBackbone(CPU, str(tmp_path)).digest
+        _ = ClipBackbone(ClipOptions(weights=str(tmp_path)), CPU).digest
     parts[0].write_text(json.dumps(["no map"]))
     with pytest.raises(ArtefactError, match=r"index\.json: lists no weight files"):
         list_weight_files(tmp_path)
@@ -336,7 +336,7 @@ def test_published_weights_are_what_timm_loads(
         buffer.uniform_(0.5, 1.5)
     save_file(published.state_dict(), tmp_path / "w.safetensors")
     folder = cache({"config.json": b"{}", "model.safetensors": (tmp_path / "w.safetensors").read_bytes()}, hub_id)
-    backbone = TimmBackbone(name, CPU, weights="hub")
+    backbone = TimmBackbone(TimmOptions(name, weights="hub"), CPU)
     assert backbone.digest == file_digest(folder / "model.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     expected = timm.create_model(name, pretrained=True, num_classes=0, cache_dir=tmp_path / "hf").state_dict()
@@ -349,7 +349,9 @@ def test_published_weights_are_what_timm_loads(
 def test_the_revision_of_published_weights(cache: Cache) -> None:
     main = cache({"model.safetensors": b"main"}, "timm/test_vit.r160_in1k")
     other = cache({"pytorch_model.bin": b"other"}, "timm/test_vit.r160_in1k", "v2", COMMIT[::-1])
-    digests = [TimmBackbone("test_vit", CPU, weights="hub", revision=r).digest for r in (None, "v2", COMMIT)]
+    digests = [
+        TimmBackbone(TimmOptions("test_vit", weights="hub", revision=r), CPU).digest for r in (None, "v2", COMMIT)
+    ]
     assert digests == [
         file_digest(path)
         for path in (main / "model.safetensors", other / "pytorch_model.bin", main / "model.safetensors")
@@ -376,7 +378,7 @@ def test_pickles_of_a_hub_directory_are_not_run(tmp_path: Path, kind: str, monke
     else:
         torch.save({"logit_scale": Bomb()}, file)
     with pytest.raises(ArtefactError, match="not readable as a CLIP"):
-        _ = ClipBackbone(CPU, "clip").dim
+        _ = ClipBackbone(ClipOptions(weights="clip"), CPU).dim
     assert not (tmp_path / "exploded").exists()
 
 
