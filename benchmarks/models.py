@@ -14,7 +14,7 @@ from moduseg import backbones, datasets
 from moduseg.bank.aggregation import aggregate, coverage
 from moduseg.config import compose
 from moduseg.devices import Device
-from moduseg.proposers.sam import SamProposer
+from moduseg.proposers.sam import SamOptions, SamProposer
 from moduseg.retrieval.pipeline import assemble, label_proposals
 from moduseg.retrieval.search import ExactIndex
 from moduseg.structures import Proposals, Sample
@@ -41,7 +41,9 @@ def sam_miniature(setting: Setting) -> list[Row]:
     if setting.small:
         options["points_per_side"] = 4
     where = Device(setting.device)
-    packaged, grid = (SamProposer(where, **{**options, "engine": engine}) for engine in ("packaged", "grid"))
+    packaged, grid = (
+        SamProposer(SamOptions(**{**options, "engine": engine}), where) for engine in ("packaged", "grid")
+    )
     agreement = [matched(grid.propose(scene), packaged.propose(scene)) for scene in scenes]
     found, extra = (float(np.mean(values)) for values in zip(*agreement, strict=True))
     times = interleave(
@@ -76,17 +78,17 @@ def sam_vit_h(setting: Setting) -> list[Row]:
     image = np.kron(rng.integers(0, 256, (24, 32, 3)), np.ones((16, 16, 1))).astype(np.uint8)[:375, :500]
     sample = Sample("noise", image)
     exact = Device(setting.device)
-    scores = SamProposer(exact, **options, engine="grid").propose(sample).predicted_iou
+    scores = SamProposer(SamOptions(**options, engine="grid"), exact).propose(sample).predicted_iou
     # NMS goes from the best score down, so that the best hundred stay whatever is cut off below them.
     options["pred_iou_thresh"] = float(scores[min(CUDA_MASKS, len(scores)) - 1]) - 1e-6
     with _without_tf32():
         ours, theirs = (
-            SamProposer(exact, **options, engine=engine).propose(sample)  # type: ignore[arg-type]
+            SamProposer(SamOptions(**options, engine=engine), exact).propose(sample)  # type: ignore[arg-type]
             for engine in ("grid", "packaged")
         )
     found, extra = matched(ours, theirs)
     rough = Device(setting.device, "bfloat16")
-    packaged, grid = (SamProposer(rough, **options, engine=engine) for engine in ("packaged", "grid"))  # type: ignore[arg-type]
+    packaged, grid = (SamProposer(SamOptions(**options, engine=engine), rough) for engine in ("packaged", "grid"))  # type: ignore[arg-type]
     times = interleave(
         {BASE: lambda: packaged.propose(sample), "ours": lambda: grid.propose(sample)}, setting.repeats, setting.device
     )

@@ -1,4 +1,4 @@
-"""The few dataclasses that travel between the rooms. Validated once, here, where they are made."""
+"""Dataclasses shared by all packages. Each validates itself on construction."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Sample:
     Attributes:
         id: name of the image inside its data set, a relative path without suffix.
         image: `[H, W, 3]` uint8, RGB.
-        labels: ascending foreground class ids of the image-level labels; `None` where there are none.
-        semantic: `[H, W]` uint8 ground truth, 0 background, 1..C classes, 255 ignore; `None` where unknown.
-        instances: `[H, W]` int32 ground-truth objects, 0 none, 1..n; `None` where unknown.
+        labels: ascending foreground class ids of the image-level labels; `None` if the image has none.
+        semantic: `[H, W]` uint8 ground truth, 0 background, 1..C classes, 255 ignore; `None` if unknown.
+        instances: `[H, W]` int32 ground-truth objects, 0 none, 1..n; `None` if unknown.
     """
 
     id: str
@@ -44,7 +44,7 @@ class Sample:
 
     @property
     def size(self) -> tuple[int, int]:
-        """`(H, W)` in pixels."""
+        """`(height, width)` in pixels."""
         return self.image.shape[0], self.image.shape[1]
 
 
@@ -54,11 +54,11 @@ class Proposals:
 
     Attributes:
         masks: `[N, H, W]` bool; they may overlap.
-        predicted_iou: `[N]` float32, the proposer's own quality estimate, 1 where it gives none.
-        stability_score: `[N]` float32, how little the mask changes with the threshold (SAM), 1 where there is none.
-        id_map: `[H, W]` int32, the proposal that each pixel belongs to, -1 where there is none: the same masks, where
-            they are known to share no pixel; `None` where they overlap, or where nobody has looked. Made by
-            `of_id_map`.
+        predicted_iou: `[N]` float32, the proposer's own estimate of a mask's quality; 1 if it gives none.
+        stability_score: `[N]` float32, how little a mask changes with its threshold, as SAM measures it; 1 if the
+            proposer does not.
+        id_map: `[H, W]` int32, the proposal of each pixel, -1 for none: the masks once more, as one map. `None` if
+            they overlap or were not made by `of_id_map`.
     """
 
     masks: Tensor
@@ -71,13 +71,15 @@ class Proposals:
             raise ValueError(
                 f"proposals: got masks {tuple(self.masks.shape)} {self.masks.dtype}, expected [N, H, W] bool"
             )
-        count = len(self.masks)
+        num_masks = len(self.masks)
         for name in ("predicted_iou", "stability_score"):
             values = getattr(self, name)
-            if values.numel() == 0 and count:
-                object.__setattr__(self, name, torch.ones(count, device=self.masks.device))
-            elif values.shape != (count,):
-                raise ValueError(f"proposals: {name} is {tuple(values.shape)}, expected ({count},) as there are masks")
+            if values.numel() == 0 and num_masks:
+                object.__setattr__(self, name, torch.ones(num_masks, device=self.masks.device))
+            elif values.shape != (num_masks,):
+                raise ValueError(
+                    f"proposals: {name} is {tuple(values.shape)}, expected ({num_masks},) as there are masks"
+                )
         if self.id_map is not None and self.id_map.shape != self.masks.shape[1:]:
             raise ValueError(
                 f"proposals: id_map is {tuple(self.id_map.shape)}, expected the masks' {tuple(self.masks.shape[1:])}"
@@ -91,14 +93,20 @@ class Proposals:
         predicted_iou: Tensor | None = None,
         stability_score: Tensor | None = None,
     ) -> Proposals:
-        """Return disjoint proposals: proposal `i` is where `id_map [H, W]`, integers below `count`, is `i`."""
+        """Return disjoint proposals.
+
+        Args:
+            id_map: `[H, W]` integers below `count`, the proposal of each pixel; negative for none.
+            count: proposals, among them those without a pixel.
+            predicted_iou, stability_score: `[N]` float32, see the class; 1 if omitted.
+        """
         ids = id_map.to(torch.int32)
         masks = ids == torch.arange(count, dtype=torch.int32, device=ids.device)[:, None, None]
-        none = torch.empty(0, device=ids.device)
+        missing = torch.empty(0, device=ids.device)
         return cls(
             masks,
-            none if predicted_iou is None else predicted_iou,
-            none if stability_score is None else stability_score,
+            missing if predicted_iou is None else predicted_iou,
+            missing if stability_score is None else stability_score,
             ids,
         )
 
@@ -107,14 +115,15 @@ class Proposals:
 
     @property
     def areas(self) -> Tensor:
-        """`[N]` int64, pixels in each mask."""
+        """`[N]` int64, pixels of each mask."""
         if self.id_map is not None:
             ids = self.id_map.flatten().long() + 1
             return torch.bincount(ids, minlength=len(self) + 1)[1:]
         flat = self.masks.view(torch.uint8).flatten(1)
         if flat.device.type != "cpu":
             return flat.sum(1)
-        # Bytes hold sums of 255 pixels, and whole rows of them add up an order faster than wider integers.
+        # A byte holds a sum of up to 255 pixels, and adding whole rows of bytes is ten times faster than adding wider
+        # integers.
         pixels = flat.numpy()
         columns = pixels.shape[1] // 255
         sums = np.add.reduce(pixels[:, : 255 * columns].reshape(len(pixels), 255, columns), axis=1, dtype=np.uint8)
@@ -123,24 +132,24 @@ class Proposals:
 
     @property
     def quality(self) -> Tensor:
-        """`[N]` float32, how good the proposer holds each outline to be: `predicted_iou * stability_score`."""
+        """`[N]` float32, the proposer's opinion of each outline: `predicted_iou * stability_score`."""
         return self.predicted_iou * self.stability_score
 
     def select(self, keep: Tensor) -> Proposals:
-        """The proposals that `keep` (`[N]` bool or indices) names, all fields filtered together."""
+        """Return the proposals that `keep` (`[N]` bool, or indices) names, in its order."""
         ids = None
         if self.id_map is not None:
             rows = torch.arange(len(self), device=self.masks.device)[keep]
-            if len(rows.unique()) == len(rows):  # a proposal named twice would overlap itself
-                # The last entry is that of no proposal, -1.
-                table = torch.full((len(self) + 1,), -1, dtype=torch.int32, device=rows.device)
-                table[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-                places = self.id_map.flatten() % (len(self) + 1)
-                ids = table.index_select(0, places).view_as(self.id_map)
+            # A proposal that is named twice would overlap itself, which an id map cannot hold.
+            if len(rows.unique()) == len(rows):
+                # The last entry stays -1: it is that of pixels without a proposal.
+                new_ids = torch.full((len(self) + 1,), -1, dtype=torch.int32, device=rows.device)
+                new_ids[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+                ids = new_ids.index_select(0, self.id_map.flatten() % (len(self) + 1)).view_as(self.id_map)
         return Proposals(self.masks[keep], self.predicted_iou[keep], self.stability_score[keep], ids)
 
     def to(self, device: torch.device) -> Proposals:
-        """The same proposals on another device."""
+        """Return the proposals on another device."""
         ids = None if self.id_map is None else self.id_map.to(device)
         return Proposals(self.masks.to(device), self.predicted_iou.to(device), self.stability_score.to(device), ids)
 
@@ -175,12 +184,12 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class ScoreMaps:
-    """Class scores of one image, for the classes that its image-level labels name.
+    """Class scores of one image, for the classes of its image-level labels.
 
     Attributes:
         class_ids: ascending foreground ids, one for each map.
         scores: `[R, H, W]` float in [0, 1], at the size of the image.
-        background: `[H, W]` float in [0, 1], or `None` where a background rule has to supply it.
+        background: `[H, W]` float in [0, 1], or `None` if a background rule has to supply it.
         ignore: `[H, W]` bool, pixels that belong to no class (255), or `None`.
     """
 
@@ -199,7 +208,7 @@ class ScoreMaps:
             raise ValueError(f"score maps: got class ids {self.class_ids}, expected ascending foreground ids >= 1")
 
     def to(self, device: torch.device) -> ScoreMaps:
-        """The same maps on another device."""
+        """Return the maps on another device."""
         return ScoreMaps(
             self.class_ids,
             self.scores.to(device),
@@ -209,17 +218,53 @@ class ScoreMaps:
 
 
 @dataclass(frozen=True)
+class SearchBank:
+    """The vectors that queries are compared with: a stored bank as one configuration reads it.
+
+    Attributes:
+        vectors: `[M, C]` float32, centred (if the bank is) and L2-normalised.
+        labels: `[M]` int64, 0 background.
+        rows: `[M]` int64, the row of the stored bank that each vector came from.
+        centre: `[C]` float32, subtracted before the normalisation, from queries too; `None` if the bank is not centred.
+    """
+
+    vectors: Tensor
+    labels: Tensor
+    rows: Tensor
+    centre: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.vectors)
+        for name in ("labels", "rows"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (count,):
+                raise ValueError(f"bank: got {name} {shape}, expected ({count},), one a vector")
+        if self.centre is not None and self.centre.shape != self.vectors.shape[1:]:
+            raise ValueError(
+                f"bank: got a centre {tuple(self.centre.shape)}, expected {tuple(self.vectors.shape[1:])} like a vector"
+            )
+
+    def to(self, device: torch.device) -> SearchBank:
+        """Return the bank on another device."""
+        centre = None if self.centre is None else self.centre.to(device)
+        return SearchBank(self.vectors.to(device), self.labels.to(device), self.rows.to(device), centre)
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """What retrieval says of one image. Proposals are listed in the proposer's order, those too small left out.
+    """The label map of one image, and what retrieval says of each of its proposals.
+
+    Everything is on the CPU, whichever device computed it; only `proposals` stay where the caller had them.
 
     Attributes:
         label_map: `[H, W]` uint8, 0 background, 1..C.
-        proposals: the proposals that were searched, `N` of them.
+        proposals: the `N` proposals that were searched, in the proposer's order; smaller ones are dropped.
         labels: `[N]` int64, the vote's label (0 background).
         scores: `[N]` float32, mean cosine similarity of the winning label's neighbours.
         kept: `[K]` int64, the proposals left by suppression, in descending score.
-        neighbours: `[N, k]` int64, rows of the bank, nearest first; -1 for a proposal that could not be searched.
-        similarities: `[N, k]` float32, cosine similarity of each neighbour.
+        neighbours: `[N, k]` int64, rows of the stored bank, nearest first; -1 for a proposal that was not searched.
+        neighbour_labels: `[N, k]` int64, the label that each neighbour voted for; -1 likewise.
+        similarities: `[N, k]` float32, cosine similarity of each neighbour; 0 likewise.
     """
 
     label_map: np.ndarray
@@ -228,4 +273,5 @@ class Prediction:
     scores: Tensor
     kept: Tensor
     neighbours: Tensor
+    neighbour_labels: Tensor
     similarities: Tensor

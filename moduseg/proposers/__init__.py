@@ -1,4 +1,4 @@
-"""Image -> class-agnostic masks. One backend a file; `build` makes the one that a configuration names."""
+"""Class-agnostic masks of an image. Each backend is one file; `build` makes the one that a configuration names."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PROPOSERS: dict[str, type[Proposer]] = {
 
 
 def build(cfg: Mapping[str, Any], device: Device) -> Proposer:
-    """The proposer that `cfg["name"]` names, with the other keys of `cfg` as its arguments.
+    """Build the proposer that `cfg["name"]` names, with the other keys of `cfg` as its options.
 
     Args:
         cfg: the configuration group `proposer`.
-        device: given to the backends that run a model.
+        device: passed to the backends that run a model.
 
     Raises:
         ConfigError: an unknown name or key, a wrong type, or a value out of range.

@@ -1,4 +1,4 @@
-"""The contract of a proposer."""
+"""The interface of a proposer."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from moduseg.structures import Proposals, Sample
 
 
 class Proposer(ABC):
-    """Image -> class-agnostic masks. `__init__` takes plain, typed arguments, checks them, and loads no model."""
+    """Turns an image into class-agnostic masks.
+
+    `__init__` takes plain, typed arguments, or one dataclass `options` and what the program supplies (a device); it
+    loads no model.
+    """
 
     needs_truth: bool = False
     """Whether `propose` reads `sample.semantic` / `sample.instances` (an oracle)."""
 
     @property
     def digest(self) -> str:
-        """What besides the configuration decides the result: the digest of weights, or of the files read."""
+        """The digest of weights or files: what besides the configuration decides the result."""
         return ""
 
     @abstractmethod
     def propose(self, sample: Sample) -> Proposals:
-        """Masks of one image, on the CPU, at the size of the image; `[0, H, W]` where nothing is found.
+        """Return the masks of one image, on the CPU, at the size of the image; `[0, H, W]` if there are none.
 
         Raises:
             DataError: the image cannot be processed (one line: what, and the remedy).
         """
 
     def propose_batch(self, samples: Sequence[Sample]) -> list[Proposals]:
-        """Masks of several images; models that batch override it."""
+        """Return the masks of several images; models that batch override this."""
         return [self.propose(sample) for sample in samples]

@@ -1,5 +1,8 @@
-"""Proposals made elsewhere, one file an image: SA-1B JSON, as the SAM tools and the `propose` stage write it, or maps
-of ids, as EntitySeg and CorrCLIP users have them."""
+"""Proposals made elsewhere, one file an image.
+
+A file is SA-1B JSON, as the SAM tools and the `propose` stage write it, or a map of ids, as EntitySeg and CorrCLIP
+users have them.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from moduseg.structures import Proposals, Sample
 
 
 class FileProposer(Proposer):
-    """Reads one file an image; masks with no pixel are left out, everything else is taken as it is.
+    """Proposals read from one file an image; masks without a pixel are dropped, everything else is taken as it is.
 
     Args:
-        folder: where the files are (`~` allowed).
+        folder: directory of the files (`~` allowed).
         pattern: path of an image's file inside the folder, with `{id}` for the image's id, which may hold sub-folders;
             the suffix is the format: `.npz` and `.png` are maps of ids, everything else is JSON.
 
@@ -39,20 +42,20 @@ class FileProposer(Proposer):
 
     @property
     def digest(self) -> str:
-        """sha256 over the names and sizes of the folder's files, looked up anew at each call."""
+        """The sha256 over the names and sizes of the folder's files, looked up again at each call."""
         suffix = Path(self.pattern).suffix
-        found = sorted(
+        names_and_sizes = sorted(
             (path.relative_to(self.folder).as_posix(), path.stat().st_size)
             for path in self.folder.rglob(f"*{suffix}")
             if path.is_file()
         )
         digest = hashlib.sha256()
-        for name, size in found:
+        for name, size in names_and_sizes:
             digest.update(f"{name}\0{size}\n".encode())
         return digest.hexdigest()
 
     def propose(self, sample: Sample) -> Proposals:
-        """The proposals of the image's file.
+        """Return the proposals of the image's file.
 
         Raises:
             DataError: no file for this image, or one that does not describe masks of the image's size.

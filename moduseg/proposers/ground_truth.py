@@ -1,4 +1,4 @@
-"""The oracle: ground-truth masks as proposals (METHOD, upper bounds; 95.7 mIoU on VOC val in the paper)."""
+"""Ground-truth masks as proposals: an upper bound (docs/method.md, published numbers), never a result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GroundTruthProposer(Proposer):
     Args:
         source: `instances` takes the objects as annotated, `semantic` the connected components (8 neighbours) of each
             class, `auto` the instances of an image that has them and else the components.
-        min_component_area: smallest object in pixels; smaller ones are left out.
+        min_component_area: smallest object in pixels; smaller ones are dropped.
         background: whether the background region is a proposal as well.
 
     Raises:
@@ -43,12 +43,12 @@ class GroundTruthProposer(Proposer):
         self.background = background
 
     def propose(self, sample: Sample) -> Proposals:
-        """The objects in ascending id (or class, then position), the background last.
+        """Return the objects in ascending id (or class, then position), the background last.
 
         Raises:
             DataError: the image lacks the ground truth that `source` asks for.
         """
-        objects = self._objects(sample)
+        objects = self._number_objects(sample)
         if sample.semantic is not None:
             objects = np.where(sample.semantic == IGNORE_INDEX, 0, objects)
             empty = sample.semantic == 0
@@ -63,22 +63,23 @@ class GroundTruthProposer(Proposer):
             return Proposals(torch.zeros((0, *sample.size), dtype=torch.bool))
         return Proposals(torch.from_numpy(np.stack(masks)))
 
-    def _objects(self, sample: Sample) -> np.ndarray:
-        """`[H, W]` int, 0 where there is no object."""
+    def _number_objects(self, sample: Sample) -> np.ndarray:
+        """Return the objects as ids, `[H, W]` int, 0 on pixels without an object."""
         if sample.instances is not None and self.source != "semantic":
             return sample.instances
         if sample.semantic is None or self.source == "instances":
-            wanted = "instance" if self.source == "instances" else "ground-truth"
+            kind = "instance" if self.source == "instances" else "ground-truth"
             raise DataError(
-                f"image {sample.id!r}: got no {wanted} masks, expected them for the ground_truth proposer "
+                f"image {sample.id!r}: got no {kind} masks, expected them for the ground_truth proposer "
                 f"(source={self.source}); try a split with masks or another proposer"
             )
         objects = np.zeros(sample.size, dtype=np.int32)
-        taken = 0
+        num_objects = 0
         for class_id in np.unique(sample.semantic):
             if class_id in (0, IGNORE_INDEX):
                 continue
+            # `count` includes the pixels outside, component 0.
             count, components = cv2.connectedComponents((sample.semantic == class_id).astype(np.uint8), connectivity=8)
-            objects += np.where(components > 0, components + taken, 0).astype(np.int32)
-            taken += count - 1
+            objects += np.where(components > 0, components + num_objects, 0).astype(np.int32)
+            num_objects += count - 1
         return objects

@@ -1,4 +1,4 @@
-"""Images as the models of `transformers` want them."""
+"""Images resized, normalised and padded for the models of `transformers`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def prepare(
+def prepare_image(
     image: np.ndarray,
     size: tuple[int, int],
     padded: tuple[int, int],
+    *,
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
     black: bool = False,
 ) -> Tensor:
-    """Resize, normalise, pad with zeros at the bottom and right: `[1, 3, *padded]` float32.
+    """Resize and normalise an image, and pad it with zeros at the bottom and right.
 
     Resizing is Pillow's bilinear filter on bytes, which all of these models were published with.
 
@@ -31,9 +32,12 @@ def prepare(
         image: `[H, W, 3]` uint8 RGB.
         size: `(H', W')` that the image is resized to.
         padded: `(H'', W'')` of the input, `size` or more.
-        mean, std: of values in [0, 1], for each channel.
+        mean, std: mean and deviation of values in [0, 1], for each channel.
         device: where the input is put.
         black: pad before the normalisation, as EoMT does, and not after it.
+
+    Returns:
+        `[1, 3, *padded]` float32 on the device.
     """
     height, width = size
     resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
@@ -46,18 +50,18 @@ def prepare(
     return F.pad((pixels - channels[0]) / channels[1], border)
 
 
-def longest_side(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """`(H', W')` with a longest side of `side`, halves rounded up, at least one pixel."""
+def fit_longest_side(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the size `(H', W')` whose longest side is `side`, halves rounded up, at least one pixel."""
     scale = side / max(size)
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
 
-def shortest_side(size: tuple[int, int], short: int, long: int | None) -> tuple[int, int]:
-    """`(H', W')` with a shortest side of `short`, or less where the longest would exceed `long`; at least one pixel."""
-    least, most = min(size), max(size)
+def fit_shortest_side(size: tuple[int, int], short: int, max_long: int | None) -> tuple[int, int]:
+    """Return the size whose shortest side is `short`, or less if the longest would exceed `max_long`; at least 1."""
+    shorter, longer = min(size), max(size)
     exact = float(short)
-    if long is not None and most / least * short > long:
-        exact = long * least / most
-    other = int(exact * most / least)
+    if max_long is not None and longer / shorter * short > max_long:
+        exact = max_long * shorter / longer
+    other = int(exact * longer / shorter)
     first = max(1, round(exact))
     return (first, max(1, other)) if size[0] <= size[1] else (max(1, other), first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from moduseg.devices import Device
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.grid_options import GridOptions, check_images_per_batch
-from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, longest_side, prepare
+from moduseg.proposers.grid_options import EncoderOptions
+from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_longest_side, prepare_image
 from moduseg.proposers.mask_generation import Decoded, Promptable, check_thickness, generate_batch
 from moduseg.proposers.mask_upsampling import Embedded
 from moduseg.structures import Proposals, Sample
@@ -28,75 +29,55 @@ CLASSES = {
     "sam3_tracker_video": "Sam3TrackerModel",
     "sam3_video": "Sam3TrackerModel",
 }
-"""By the `model_type` of a `config.json`. The published files of SAM 2 and 3 are of the video models, whose memory and
-detector the image model leaves out."""
+"""Classes of `transformers` by the `model_type` of a `config.json`. The published files of SAM 2 and 3 hold the video
+models; the image model has neither their memory nor their detector."""
 SQUASHED = ("Sam2Model", "Sam3TrackerModel")
-"""These resize an image to a square; the others to a longest side, and pad."""
+"""Models that resize an image to a square; the others resize its longest side, and pad."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamTransformersOptions(EncoderOptions):
+    """Options of the mask generation, and the name of the model under it.
+
+    Attributes:
+        weights: a directory as `save_pretrained` writes it, or a hub id such as `facebook/sam2.1-hiera-large`.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    weights: str
+    revision: str | None = None
 
 
 class SamTransformersProposer(Proposer):
     """Masks of a grid of points, filtered as `SamAutomaticMaskGenerator` does, best predicted IoU first.
 
     Args:
+        options: weights, grid and filters.
         device: where the model runs. Precision holds for the image encoder; prompts and masks stay in float32.
-        weights: a directory as `save_pretrained` writes it, or a hub id such as `facebook/sam2.1-hiera-large`.
-        revision: branch, tag or commit of a hub id.
-        points_per_side, points_per_batch, pred_iou_thresh, stability_score_thresh, stability_score_offset,
-            box_nms_thresh, crop_n_layers, crop_nms_thresh, crop_overlap_ratio, crop_n_points_downscale_factor,
-            min_mask_region_area, images_per_batch, compile: see `moduseg.proposers.sam.SamProposer`.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: empty `weights`.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        weights: str,
-        revision: str | None = None,
-        points_per_side: int = 32,
-        points_per_batch: int = 64,
-        pred_iou_thresh: float = 0.88,
-        stability_score_thresh: float = 0.95,
-        stability_score_offset: float = 1.0,
-        box_nms_thresh: float = 0.7,
-        crop_n_layers: int = 0,
-        crop_nms_thresh: float = 0.7,
-        crop_overlap_ratio: float = 512 / 1500,
-        crop_n_points_downscale_factor: int = 1,
-        min_mask_region_area: int = 0,
-        images_per_batch: int = 1,
-        compile: bool = False,
-    ) -> None:
-        self._options = GridOptions(
-            points_per_side,
-            points_per_batch,
-            pred_iou_thresh,
-            stability_score_thresh,
-            stability_score_offset,
-            box_nms_thresh,
-            crop_n_layers,
-            crop_nms_thresh,
-            crop_overlap_ratio,
-            crop_n_points_downscale_factor,
-            min_mask_region_area,
-        )
-        self._device, self._compile = device, compile
-        self._images_per_batch = check_images_per_batch(images_per_batch)
-        self._source = Pretrained(weights, revision, "proposer.weights", "SAM")
+    def __init__(self, options: SamTransformersOptions, device: Device) -> None:
+        self._options, self._device = options, device
+        self._source = Pretrained(options.weights, options.revision, "proposer.weights", "SAM")
 
     @property
     def digest(self) -> str:
-        """sha256 over the model's files.
+        """The sha256 over the model's files.
 
         Raises:
             MissingError: they are not there and cannot be fetched.
-            ArtefactError, StorageError: see `moduseg.weights.sources.find_model_folder`.
+            ArtefactError, StorageError: as `moduseg.weights.sources.find_model_folder` does.
         """
         return self._source.digest
 
     def propose(self, sample: Sample) -> Proposals:
-        """Masks in descending predicted IoU; `[0, H, W]` where none survives.
+        """Return masks in descending predicted IoU; `[0, H, W]` if none survives.
 
         Raises:
             DataError: an image so thin that nothing of it is left at the model's input size.
@@ -106,26 +87,26 @@ class SamTransformersProposer(Proposer):
         return self.propose_batch([sample])[0]
 
     def propose_batch(self, samples: Sequence[Sample]) -> list[Proposals]:
-        """`propose` of several images, embedded together.
+        """Return the masks of several images, which are embedded together.
 
         Raises:
-            DataError, MissingError, ArtefactError: see `propose`.
+            DataError, MissingError, ArtefactError: as `propose` does.
         """
         if not self.promptable.squash:
             for sample in samples:
                 check_thickness(sample, self.promptable.side)
         images = [sample.image for sample in samples]
-        return generate_batch(self.promptable, images, self._options, self._images_per_batch)
+        return generate_batch(self.promptable, images, self._options, self._options.images_per_batch)
 
     @cached_property
     def promptable(self) -> HubSam:
         """The model; loaded on first use.
 
         Raises:
-            MissingError, ArtefactError: see `propose`.
+            MissingError, ArtefactError: as `propose` does.
         """
         model = self._source.load_by_type(CLASSES, "try proposer=mask2former for models without prompts")
-        return HubSam(model, self._device, self._source.preprocessor, self._compile)
+        return HubSam(model, self._device, self._source.preprocessor, compiled=self._options.compile)
 
 
 class HubSam(Promptable):
@@ -138,16 +119,16 @@ class HubSam(Promptable):
         compiled: have `torch.compile` translate the image encoder, at its first pass.
     """
 
-    def __init__(self, model: Any, device: Device, preprocessor: dict[str, Any], compiled: bool = False) -> None:
+    def __init__(self, model: Any, device: Device, preprocessor: dict[str, Any], *, compiled: bool = False) -> None:
         self._model, self._device = model.to(device.torch_device), device
         self._name = type(model).__name__
         self.squash = self._name in SQUASHED
         self.side = int(model.config.prompt_encoder_config.image_size)
-        own = (0.5, 0.5, 0.5) if self._name == "Sam3TrackerModel" else None
-        self._mean = preprocessor.get("image_mean", own or IMAGENET_MEAN)
-        self._std = preprocessor.get("image_std", own or IMAGENET_STD)
+        default = (0.5, 0.5, 0.5) if self._name == "Sam3TrackerModel" else None
+        self._mean = preprocessor.get("image_mean", default or IMAGENET_MEAN)
+        self._std = preprocessor.get("image_std", default or IMAGENET_STD)
         if self._name == "SamHQModel":
-            _use_the_attended_image(model.mask_decoder)
+            _use_attended_image(model.mask_decoder)
         if compiled:
             model.vision_encoder.compile()
 
@@ -162,15 +143,15 @@ class HubSam(Promptable):
         """One pass of the image encoder: whatever their sizes, images are squashed or padded to one square."""
         square = (self.side, self.side)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
-        inputs = [square if self.squash else longest_side(size, self.side) for size in sizes]
+        inputs = [square if self.squash else fit_longest_side(size, self.side) for size in sizes]
         pixels = [
-            prepare(image, input_size, square, self._mean, self._std, self.device)
+            prepare_image(image, input_size, square, mean=self._mean, std=self._std, device=self.device)
             for image, input_size in zip(images, inputs, strict=True)
         ]
         with self._device.autocast():
             features = _to_float(self._model.get_image_embeddings(torch.cat(pixels)))
         return [
-            Embedded(_row(features, row), size, input_size, None if self.squash else square)
+            Embedded(_select_row(features, row), size, input_size, None if self.squash else square)
             for row, (size, input_size) in enumerate(zip(sizes, inputs, strict=True))
         ]
 
@@ -186,25 +167,25 @@ class HubSam(Promptable):
 
 
 def _to_float(value: Any) -> Any:
-    """Tensors in float32, also inside lists and tuples."""
+    """Return tensors in float32, also inside lists and tuples."""
     if isinstance(value, list | tuple):
         return [_to_float(v) for v in value]
     return value.float()
 
 
-def _row(value: Any, row: int) -> Any:
-    """Of tensors `[B, ...]`, also inside lists, one image's: `[1, ...]`."""
+def _select_row(value: Any, row: int) -> Any:
+    """Return one image's row `[1, ...]` of tensors `[B, ...]`, also inside lists."""
     if isinstance(value, list):
-        return [_row(v, row) for v in value]
+        return [_select_row(v, row) for v in value]
     return value[row : row + 1]
 
 
-def _use_the_attended_image(decoder: Any) -> None:
-    """Mend SAM-HQ's mask decoder as `transformers` 5 has it.
+def _use_attended_image(decoder: Any) -> None:
+    """Correct SAM-HQ's mask decoder as `transformers` 5 has it.
 
-    It upscales the image embedding from before its transformer, with rows and columns exchanged, where SAM and SAM-HQ
-    (Ke et al., Segment Anything in High Quality, NeurIPS 2023) upscale what the transformer made of it. A decoder that
-    does so already computes the same with these hooks.
+    The decoder upscales the image embedding from before its transformer, with rows and columns exchanged; SAM and
+    SAM-HQ (Ke et al., Segment Anything in High Quality, NeurIPS 2023) upscale the embedding that the transformer
+    returns. A decoder that does so already computes the same with these hooks.
     """
     attended: list[Tensor] = []
 
@@ -212,8 +193,8 @@ def _use_the_attended_image(decoder: Any) -> None:
         attended[:] = [output[1]]
 
     def replace(module: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
-        (given,) = arguments
-        return (attended.pop().flatten(0, 1).transpose(1, 2).reshape(given.shape),)
+        (embedding,) = arguments
+        return (attended.pop().flatten(0, 1).transpose(1, 2).reshape(embedding.shape),)
 
     decoder.transformer.register_forward_hook(remember)
     decoder.upscale_conv1.register_forward_pre_hook(replace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, prepare, shortest_side
+from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_shortest_side, prepare_image
 from moduseg.proposers.mask_upsampling import Embedded, enlarge
 from moduseg.structures import Proposals, Sample
 from moduseg.weights.pretrained import Pretrained
@@ -24,16 +25,48 @@ CLASSES = {
     "eomt": "EomtForUniversalSegmentation",
     "eomt_dinov3": "EomtDinov3ForUniversalSegmentation",
 }
-"""By the `model_type` of a `config.json`."""
+"""Classes of `transformers` by the `model_type` of a `config.json`."""
 UNUSED = r"^criterion\.|^model\.text_mapper\.|relative_position_index$|position_ids$"
-"""The losses, what reads captions in training, and tables that the models make anew."""
+"""Tensors of the losses and of the reader of captions in training, and tables that the models make again."""
 DEFAULT_SIZE = {
     "mask2former": {"shortest_edge": 800, "longest_edge": 1333},
     "oneformer": {"shortest_edge": 800, "longest_edge": 1333},
     "eomt": {"shortest_edge": 640, "longest_edge": 640},
     "eomt_dinov3": {"shortest_edge": 640, "longest_edge": 640},
 }
-"""Of the image processors, for directories without their settings."""
+"""Sizes of the image processors, for directories without their settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniversalOptions:
+    """Which universal segmenter is run, and which of its masks become proposals.
+
+    Attributes:
+        weights: a directory as `save_pretrained` writes it, or a hub id such as `tue-mps/coco_panoptic_eomt_large_640`.
+        revision: branch, tag or commit of a hub id.
+        score_thresh: smallest score, in [0, 1]. Proposals are cached once for several readers, so leave it low.
+        mask_thresh: smallest probability of a mask's pixels, between 0 and 1.
+        disjoint: give each pixel to the best-scored mask that holds it; masks that lose all their pixels are dropped.
+        task: the task that OneFormer is asked for; the other models have no such input.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    weights: str
+    revision: str | None = None
+    score_thresh: float = 0.05
+    mask_thresh: float = 0.5
+    disjoint: bool = False
+    task: Literal["panoptic", "instance", "semantic"] = "panoptic"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.score_thresh <= 1:
+            raise ValueError(f"score_thresh: got {self.score_thresh}, expected 0 to 1; try 0.05")
+        if not 0 < self.mask_thresh < 1:
+            raise ValueError(f"mask_thresh: got {self.mask_thresh}, expected a number between 0 and 1; try 0.5")
+        if self.task not in ("panoptic", "instance", "semantic"):
+            raise ValueError(f"task: got {self.task!r}, expected panoptic, instance or semantic; try panoptic")
 
 
 class UniversalProposer(Proposer):
@@ -43,85 +76,67 @@ class UniversalProposer(Proposer):
     2022, section 4.1), things and stuff alike.
 
     Args:
+        options: weights and limits.
         device: where the model runs, and in which precision.
-        weights: a directory as `save_pretrained` writes it, or a hub id such as `tue-mps/coco_panoptic_eomt_large_640`.
-        revision: branch, tag or commit of a hub id.
-        score_thresh: least score, in [0, 1]. Proposals are cached once for several readers: leave it low.
-        mask_thresh: least probability of a mask's pixels, between 0 and 1.
-        disjoint: each pixel goes to the best-scored mask that has it; masks that lose all their pixels go.
-        task: what OneFormer is asked for; the other models have no such input.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: empty `weights`.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        weights: str,
-        revision: str | None = None,
-        score_thresh: float = 0.05,
-        mask_thresh: float = 0.5,
-        disjoint: bool = False,
-        task: Literal["panoptic", "instance", "semantic"] = "panoptic",
-    ) -> None:
-        if not 0 <= score_thresh <= 1:
-            raise ValueError(f"score_thresh: got {score_thresh}, expected 0 to 1; try 0.05")
-        if not 0 < mask_thresh < 1:
-            raise ValueError(f"mask_thresh: got {mask_thresh}, expected a number between 0 and 1; try 0.5")
-        if task not in ("panoptic", "instance", "semantic"):
-            raise ValueError(f"task: got {task!r}, expected panoptic, instance or semantic; try panoptic")
-        self._device, self._task, self._disjoint = device, task, disjoint
-        self._score_thresh, self._threshold = score_thresh, math.log(mask_thresh / (1 - mask_thresh))
-        self._source = Pretrained(weights, revision, "proposer.weights", "segmentation model")
+    def __init__(self, options: UniversalOptions, device: Device) -> None:
+        self._options, self._device = options, device
+        self._source = Pretrained(options.weights, options.revision, "proposer.weights", "segmentation model")
+        self._min_logit = math.log(options.mask_thresh / (1 - options.mask_thresh))
 
     @property
     def digest(self) -> str:
-        """sha256 over the model's files.
+        """The sha256 over the model's files.
 
         Raises:
             MissingError: they are not there and cannot be fetched.
-            ArtefactError, StorageError: see `moduseg.weights.sources.find_model_folder`.
+            ArtefactError, StorageError: as `moduseg.weights.sources.find_model_folder` does.
         """
         return self._source.digest
 
     @torch.no_grad()
     def propose(self, sample: Sample) -> Proposals:
-        """Masks in descending score; `[0, H, W]` where none has it.
+        """Return masks in descending score; `[0, H, W]` if none reaches `score_thresh`.
 
         Raises:
             MissingError: the model is not there and cannot be fetched.
             ArtefactError: it is another model, or damaged.
         """
-        pixels, frame = self._input(sample.image)
+        pixels, frame = self.prepare_input(sample.image)
+        min_score = self._options.score_thresh
         with self._device.autocast():
             output = self.model(pixel_values=pixels, **self._extra)
         # The last class is "no object".
         classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1].amax(-1)
-        hopeful = classes >= self._score_thresh
+        # A mask's score never exceeds that of its class.
+        hopeful = classes >= min_score
         classes, logits = classes[hopeful], output.masks_queries_logits[0][hopeful].float()
         masks, scores, start = [], [], 0
         for chunk in enlarge(logits, frame):
-            inside = chunk > self._threshold
+            inside = chunk > self._min_logit
             area = inside.sum((1, 2))
             quality = (chunk.sigmoid() * inside).sum((1, 2)) / (area + 1e-6)
             score = classes[start : start + len(chunk)] * quality
-            good = (area > 0) & (score >= self._score_thresh)
-            masks.append(inside[good])
-            scores.append(score[good])
+            keep = (area > 0) & (score >= min_score)
+            masks.append(inside[keep])
+            scores.append(score[keep])
             start += len(chunk)
         if not masks:
             return Proposals(torch.zeros((0, *sample.size), dtype=torch.bool))
-        found = Proposals(torch.cat(masks), torch.cat(scores))
-        found = found.select(torch.argsort(found.predicted_iou, descending=True, stable=True))
-        return (to_disjoint(found) if self._disjoint else found).to(torch.device("cpu"))
+        proposals = Proposals(torch.cat(masks), torch.cat(scores))
+        proposals = proposals.select(torch.argsort(proposals.predicted_iou, descending=True, stable=True))
+        return (to_disjoint(proposals) if self._options.disjoint else proposals).to(torch.device("cpu"))
 
     @cached_property
     def model(self) -> Any:
         """The model on its device; loaded on first use.
 
         Raises:
-            MissingError, ArtefactError: see `propose`.
+            MissingError, ArtefactError: as `propose` does.
         """
         if self._source.model_type in CLASSES and self._source.preprocessor.get("do_split_image"):
             raise ArtefactError(
@@ -144,7 +159,7 @@ class UniversalProposer(Proposer):
             if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
                 raise FileNotFoundError("no tokenizer.json or vocab.json")
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-            text = f"the task is {self._task}"
+            text = f"the task is {self._options.task}"
             tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtefactError(
@@ -153,8 +168,12 @@ class UniversalProposer(Proposer):
             ) from error
         return {"task_inputs": torch.tensor([tokens], device=self._device.torch_device)}
 
-    def _input(self, image: np.ndarray) -> tuple[Tensor, Embedded]:
-        """The model's input, `[1, 3, H', W']`, and how its mask logits lie on the image."""
+    def prepare_input(self, image: np.ndarray) -> tuple[Tensor, Embedded]:
+        """Return the model's input, `[1, 3, H', W']`, and how its mask logits lie on the image.
+
+        Raises:
+            MissingError, ArtefactError: as `propose` does.
+        """
         model = self.model
         settings, kind = self._source.preprocessor, self._source.model_type
         size = settings.get("size") or DEFAULT_SIZE[kind]
@@ -164,29 +183,31 @@ class UniversalProposer(Proposer):
         if "height" in size and "width" in size:
             inner = (int(size["height"]), int(size["width"]))
         else:
-            inner = shortest_side(shape, int(size["shortest_edge"]), size.get("longest_edge"))
+            inner = fit_shortest_side(shape, int(size["shortest_edge"]), size.get("longest_edge"))
         if kind == "mask2former" and (step := int(settings.get("size_divisor", 32) or 0)):
             # Stretched, not padded, to a multiple of what its backbone halves.
             inner = (-(-inner[0] // step) * step, -(-inner[1] // step) * step)
         padded = inner
         if kind.startswith("eomt"):
-            # Its positions are those of one size.
+            # It has positions for one size only.
             side = model.config.image_size
             padded = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
             inner = (min(inner[0], padded[0]), min(inner[1], padded[1]))
         mean, std = settings.get("image_mean", IMAGENET_MEAN), settings.get("image_std", IMAGENET_STD)
-        pixels = prepare(image, inner, padded, mean, std, self._device.torch_device, black=kind.startswith("eomt"))
+        pixels = prepare_image(
+            image, inner, padded, mean=mean, std=std, device=self._device.torch_device, black=kind.startswith("eomt")
+        )
         return pixels, Embedded(None, shape, inner, padded)
 
 
 def to_disjoint(proposals: Proposals) -> Proposals:
-    """Each pixel to the best-scored mask that has it (METHOD, disjoint proposals: higher score on top).
+    """Give each pixel to the best-scored mask that holds it (docs/method.md, step 8: higher score on top).
 
     Args:
         proposals: in descending score.
 
     Returns:
-        What is left of each mask, those without a pixel left out; scores stay.
+        The pixels that each mask keeps; masks without a pixel are dropped, scores are unchanged.
     """
     if not len(proposals):
         return proposals

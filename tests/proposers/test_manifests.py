@@ -19,7 +19,7 @@ from moduseg.errors import ArtefactError
 from moduseg.proposers import build, sam
 from moduseg.proposers.sam import PUBLISHED, SamProposer
 from moduseg.proposers.sam_decoder import PackagedSam
-from moduseg.proposers.sam_transformers import HubSam, SamTransformersProposer
+from moduseg.proposers.sam_transformers import HubSam, SamTransformersOptions, SamTransformersProposer
 from tests.proposers.contract import CPU, sample
 from tests.proposers.test_mask_generation import agree
 from tests.support import sam_manifests, tiny_models
@@ -48,7 +48,7 @@ def test_published_names_load(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     state = {tensor: torch.empty(shape, device="meta") for tensor, shape in manifest.items()}
     proposer = _proposer(name, tmp_path / PUBLISHED[name.removeprefix("sam_")], monkeypatch, state)
     with torch.device("meta"):
-        assert shapes_of(proposer._build().state_dict()) == manifest
+        assert shapes_of(proposer.build_model().state_dict()) == manifest
 
 
 @pytest.mark.parametrize("name", sam_manifests.SAM)
@@ -61,7 +61,7 @@ def test_a_checkpoint_without_one_tensor_is_refused(name: str, tmp_path: Path, m
         torch.device("meta"),
         pytest.raises(ArtefactError, match=rf"\(1 tensors missing, 0 left over, 0 .*{lost}") as caught,
     ):
-        proposer._build()
+        proposer.build_model()
     assert "\n" not in str(caught.value)
 
 
@@ -98,13 +98,13 @@ def test_the_published_file_of_sam_2_loads(tmp_path: Path) -> None:
     published = read("sam2.1_hiera_large")
     sam_manifests.build("sam2.1_hiera_large").config.save_pretrained(tmp_path)
     sam_manifests.write_sparse(tmp_path / "model.safetensors", published)
-    model = SamTransformersProposer(CPU, str(tmp_path)).promptable._model
+    model = SamTransformersProposer(SamTransformersOptions(weights=str(tmp_path)), CPU).promptable._model
     assert type(model).__name__ == "Sam2Model"
     assert model.vision_encoder.backbone.blocks[40].attn.qkv.weight.device.type == "cpu"
     del model, published["vision_encoder.backbone.blocks.40.attn.qkv.weight"]
     sam_manifests.write_sparse(tmp_path / "model.safetensors", published)
     with pytest.raises(ArtefactError, match=r"1 missing, 0 unexpected.*blocks\.40\.attn\.qkv\.weight"):
-        _ = SamTransformersProposer(CPU, str(tmp_path)).promptable
+        _ = SamTransformersProposer(SamTransformersOptions(weights=str(tmp_path)), CPU).promptable
 
 
 # Full size

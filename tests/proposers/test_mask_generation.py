@@ -25,7 +25,7 @@ from moduseg.proposers import build, mask_generation, mask_upsampling
 from moduseg.proposers.grid_options import GridOptions
 from moduseg.proposers.mask_generation import Decoded, Promptable, generate
 from moduseg.proposers.mask_upsampling import Embedded
-from moduseg.proposers.sam import SamProposer
+from moduseg.proposers.sam import SamOptions, SamProposer
 from moduseg.proposers.sam_decoder import PackagedSam
 from moduseg.structures import Proposals, Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
@@ -49,7 +49,8 @@ class TestContract(ProposerContract):
 def both(picture: Sample, options: dict[str, Any], device: torch.device) -> tuple[Proposals, Proposals]:
     """Proposals of our engine and of the packaged one."""
     ours, theirs = (
-        SamProposer(Device(device), **{**options, "engine": engine}).propose(picture) for engine in ("grid", "packaged")
+        SamProposer(SamOptions(**{**options, "engine": engine}), Device(device)).propose(picture)
+        for engine in ("grid", "packaged")
     )
     return ours, theirs
 
@@ -110,7 +111,7 @@ def test_masks_of_random_weights(device: torch.device, options: dict[str, Any], 
 def test_filter_by_predicted_iou(device: torch.device) -> None:
     """At the median of what is predicted, half of the masks are never decoded."""
     picture = sample(80, 60)
-    threshold = SamProposer(Device(device), **OPEN).propose(picture).predicted_iou.median().item() + 1e-4
+    threshold = SamProposer(SamOptions(**OPEN), Device(device)).propose(picture).predicted_iou.median().item() + 1e-4
     ours, theirs = both(picture, {**OPEN, "pred_iou_thresh": threshold}, device)
     agree(ours, theirs)
     assert len(ours) < 27
@@ -119,7 +120,10 @@ def test_filter_by_predicted_iou(device: torch.device) -> None:
 @pytest.mark.parametrize("layers", [0, 1])
 def test_nothing_passes(layers: int) -> None:
     proposals = SamProposer(
-        CPU, **{**OPEN, "engine": "grid", "pred_iou_thresh": 1.0, "crop_n_layers": layers, "min_mask_region_area": 5}
+        SamOptions(
+            **{**OPEN, "engine": "grid", "pred_iou_thresh": 1.0, "crop_n_layers": layers, "min_mask_region_area": 5}
+        ),
+        CPU,
     ).propose(sample(40, 56))
     assert proposals.masks.shape == (0, 40, 56)
     assert proposals.predicted_iou.shape == (0,)
@@ -129,7 +133,7 @@ def test_filters_run_while_the_model_goes_on(monkeypatch: pytest.MonkeyPatch) ->
     """On the CPU, the next points are decoded before the last ones' masks are filtered; the result is the same."""
     picture = scenes(1)[0]
     options = {**MINIATURE, "points_per_batch": 49}
-    expected = SamProposer(CPU, **options).propose(picture)
+    expected = SamProposer(SamOptions(**options), CPU).propose(picture)
     filtered, decoded = Event(), 0
     plain, model = mask_generation._passed, PackagedSam.decode
 
@@ -146,7 +150,7 @@ def test_filters_run_while_the_model_goes_on(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(mask_generation, "_passed", slow)
     monkeypatch.setattr(PackagedSam, "decode", counted)
-    found = SamProposer(CPU, **options).propose(picture)
+    found = SamProposer(SamOptions(**options), CPU).propose(picture)
     assert decoded == 4
     assert torch.equal(found.masks, expected.masks)
     assert torch.equal(found.predicted_iou, expected.predicted_iou)
@@ -161,18 +165,18 @@ def test_an_error_of_a_filter_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(mask_upsampling, "boxes", broken)
     for count in (1, 3):
         with pytest.raises(RuntimeError, match="no memory for boxes"):
-            SamProposer(CPU, **MINIATURE).propose_batch(scenes(count))
+            SamProposer(SamOptions(**MINIATURE), CPU).propose_batch(scenes(count))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("filter")]
 
 
 def test_a_line_of_pixels_is_too_thin() -> None:
     with pytest.raises(DataError, match=r"folder/a: 1 x 400 pixels are too thin for SAM's 128"):
-        SamProposer(CPU, **OPEN, engine="grid").propose(sample(1, 400))
+        SamProposer(SamOptions(**OPEN, engine="grid"), CPU).propose(sample(1, 400))
 
 
 def test_lower_precision_is_for_the_encoder_only(device: torch.device) -> None:
     exact, rough = (
-        SamProposer(Device(device, precision), **OPEN, engine="grid").propose(sample(48, 64))
+        SamProposer(SamOptions(**OPEN, engine="grid"), Device(device, precision)).propose(sample(48, 64))
         for precision in ("float32", "bfloat16")
     )
     assert rough.predicted_iou.dtype == torch.float32
@@ -194,9 +198,9 @@ def test_images_and_crops_embedded_together(
         seen.append(len(images))
         return embed_batch(model, images)
 
-    alone = [SamProposer(Device(device), **options).propose(picture) for picture in pictures]
+    alone = [SamProposer(SamOptions(**options), Device(device)).propose(picture) for picture in pictures]
     monkeypatch.setattr(PackagedSam, "embed_batch", watched)
-    together = SamProposer(Device(device), **options, images_per_batch=2)
+    together = SamProposer(SamOptions(**options, images_per_batch=2), Device(device))
     found = together.propose_batch(pictures)
     assert seen == batches
     assert together.propose_batch([]) == []
@@ -217,7 +221,8 @@ def test_compiled_encoder(device: torch.device, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=run))
     picture = sample(48, 64)
     plain, compiled = (
-        SamProposer(Device(device), **OPEN, engine="grid", compile=value).propose(picture) for value in (False, True)
+        SamProposer(SamOptions(**OPEN, engine="grid", compile=value), Device(device)).propose(picture)
+        for value in (False, True)
     )
     agree(compiled, plain)
     assert traced
@@ -226,9 +231,9 @@ def test_compiled_encoder(device: torch.device, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_compiled_encoder_by_the_compiler(device: torch.device) -> None:
     picture = scenes(1)[0]
-    compiled = SamProposer(Device(device), **{**MINIATURE, "engine": "grid", "compile": True})
+    compiled = SamProposer(SamOptions(**{**MINIATURE, "engine": "grid", "compile": True}), Device(device))
     assert compiled.promptable._sam.image_encoder._compiled_call_impl is not None
-    agree(compiled.propose(picture), SamProposer(Device(device), **MINIATURE).propose(picture))
+    agree(compiled.propose(picture), SamProposer(SamOptions(**MINIATURE), Device(device)).propose(picture))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,7 @@ def test_compiled_encoder_by_the_compiler(device: torch.device) -> None:
 )
 def test_options_of_the_encoder(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        SamProposer(CPU, **OPEN, **options)
+        SamProposer(SamOptions(**OPEN, **options), CPU)
 
 
 # Each step against the code it replaces
@@ -251,8 +256,8 @@ def test_options_of_the_encoder(options: dict[str, Any], match: str) -> None:
 def test_model_and_enlarging(device: torch.device, size: tuple[int, int]) -> None:
     """Embedding, predicted IoUs and masks at full size, against `SamPredictor` on the same random weights."""
     picture = sample(*size).image
-    predictor = SamProposer(Device(device), **OPEN).generator.predictor
-    model = SamProposer(Device(device), **OPEN, engine="grid").promptable
+    predictor = SamProposer(SamOptions(**OPEN), Device(device)).generator.predictor
+    model = SamProposer(SamOptions(**OPEN, engine="grid"), Device(device)).promptable
     points = np.random.default_rng(0).random((40, 2)) * [size[1], size[0]]
     with torch.no_grad():
         predictor.set_image(picture)

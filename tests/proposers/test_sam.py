@@ -20,7 +20,7 @@ from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.miniature.models.sam import build_miniature_sam
 from moduseg.proposers import build
 from moduseg.proposers import sam as sam_module
-from moduseg.proposers.sam import PUBLISHED, SHA256, SamProposer, single_precision_transform
+from moduseg.proposers.sam import PUBLISHED, SHA256, SamOptions, SamProposer, make_single_precision_transform
 from moduseg.structures import Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
 from tests.support.serving import go_online, serve
@@ -46,7 +46,7 @@ class TestContract(ProposerContract):
         from segment_anything import SamAutomaticMaskGenerator
 
         picture = sample(48, 64)
-        proposer = SamProposer(CPU, **OPEN)
+        proposer = SamProposer(SamOptions(**OPEN), CPU)
         proposals = proposer.propose(picture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -77,31 +77,35 @@ class TestContract(ProposerContract):
     ],
 )
 def test_options_reach_the_generator(option: str, value: float) -> None:
-    generator = SamProposer(CPU, **{**OPEN, option: value}).generator
+    generator = SamProposer(SamOptions(**{**OPEN, option: value}), CPU).generator
     assert getattr(generator, option) == value
 
 
 def test_points_and_layers_of_crops() -> None:
-    generator = SamProposer(CPU, **{**OPEN, "crop_n_layers": 1, "crop_n_points_downscale_factor": 2}).generator
+    generator = SamProposer(
+        SamOptions(**{**OPEN, "crop_n_layers": 1, "crop_n_points_downscale_factor": 2}), CPU
+    ).generator
     assert [len(points) for points in generator.point_grids] == [9, 1]
 
 
 @pytest.mark.parametrize("layers", [0, 1])
 def test_nothing_passes_the_filters(layers: int) -> None:
     picture = sample(40, 56)
-    proposer = SamProposer(CPU, **{**OPEN, "pred_iou_thresh": 1.0, "crop_n_layers": layers})
+    proposer = SamProposer(SamOptions(**{**OPEN, "pred_iou_thresh": 1.0, "crop_n_layers": layers}), CPU)
     assert proposer.propose(picture).masks.shape == (0, 40, 56)
 
 
 def test_masks_of_crops_are_in_descending_predicted_iou() -> None:
-    proposals = SamProposer(CPU, **{**OPEN, "crop_n_layers": 1, "points_per_side": 2}).propose(sample(64, 64))
+    proposals = SamProposer(SamOptions(**{**OPEN, "crop_n_layers": 1, "points_per_side": 2}), CPU).propose(
+        sample(64, 64)
+    )
     assert len(proposals) > 1
     assert (proposals.predicted_iou.diff() <= 0).all()
 
 
 def test_lower_precision_is_for_the_encoder_only(device: torch.device) -> None:
-    exact = SamProposer(Device(device), **OPEN).propose(sample(48, 64))
-    rough = SamProposer(Device(device, "bfloat16"), **OPEN).propose(sample(48, 64))
+    exact = SamProposer(SamOptions(**OPEN), Device(device)).propose(sample(48, 64))
+    rough = SamProposer(SamOptions(**OPEN), Device(device, "bfloat16")).propose(sample(48, 64))
     assert rough.predicted_iou.dtype == torch.float32
     assert len(rough)
     assert rough.predicted_iou.max().item() == pytest.approx(exact.predicted_iou.max().item(), abs=0.05)
@@ -111,14 +115,14 @@ def test_coordinates_in_single_precision() -> None:
     from segment_anything.utils.transforms import ResizeLongestSide
 
     points = np.array([[3.0, 5.0], [50.5, 20.25]])
-    coordinates = single_precision_transform(128).apply_coords(points, (48, 64))
+    coordinates = make_single_precision_transform(128).apply_coords(points, (48, 64))
     assert coordinates.dtype == np.float32
     np.testing.assert_allclose(coordinates, ResizeLongestSide(128).apply_coords(points, (48, 64)), rtol=1e-6)
 
 
 def test_a_line_of_pixels_is_too_thin() -> None:
     with pytest.raises(DataError, match=r"folder/a: 1 x 400 pixels are too thin for SAM's 128"):
-        SamProposer(CPU, **OPEN).propose(sample(1, 400))
+        SamProposer(SamOptions(**OPEN), CPU).propose(sample(1, 400))
 
 
 # Weights
@@ -130,7 +134,7 @@ def test_checkpoint_is_loaded_and_named_by_its_digest(tmp_path: Path) -> None:
     files = [tmp_path / "sam.safetensors", tmp_path / "sam.pth"]
     save_file(sam.state_dict(), files[0])
     torch.save(sam.state_dict(), files[1])
-    proposers = [SamProposer(CPU, **{**OPEN, "checkpoint": str(file)}) for file in files]
+    proposers = [SamProposer(SamOptions(**{**OPEN, "checkpoint": str(file)}), CPU) for file in files]
     first, second = (proposer.propose(sample(48, 64)) for proposer in proposers)
     assert torch.equal(first.masks, second.masks)
     assert len(first)
@@ -142,7 +146,9 @@ def test_checkpoint_is_loaded_and_named_by_its_digest(tmp_path: Path) -> None:
 
 def test_seed_of_random_weights() -> None:
     state = torch.random.get_rng_state()
-    masks = [SamProposer(CPU, **OPEN, seed=seed).propose(sample(48, 64)).predicted_iou for seed in (0, 0, 1)]
+    masks = [
+        SamProposer(SamOptions(**OPEN, seed=seed), CPU).propose(sample(48, 64)).predicted_iou for seed in (0, 0, 1)
+    ]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
     assert torch.equal(state, torch.random.get_rng_state())
@@ -158,7 +164,7 @@ def test_weights_of_another_model(tmp_path: Path, change: str) -> None:
     else:
         state["mask_decoder.iou_token.weight"] = torch.zeros(1, 3)
     save_file(state, tmp_path / "sam.safetensors")
-    proposer = SamProposer(CPU, **{**OPEN, "checkpoint": str(tmp_path / "sam.safetensors")})
+    proposer = SamProposer(SamOptions(**{**OPEN, "checkpoint": str(tmp_path / "sam.safetensors")}), CPU)
     with pytest.raises(ArtefactError, match=r"not weights of SAM 'miniature'.*first mask_decoder\.") as caught:
         proposer.propose(sample(48, 64))
     assert "\n" not in str(caught.value)
@@ -188,12 +194,12 @@ def test_published_checkpoints_are_fetched_from_their_address(tmp_path: Path, mo
         monkeypatch.setitem(SHA256, "vit_b", hashlib.sha256(content).hexdigest())
         for model in ("vit_b", "vit_l"):
             site.files[f"/segment_anything/{PUBLISHED[model]}"] = content
-        proposer = SamProposer(CPU, model="vit_b", checkpoint="published")
+        proposer = SamProposer(SamOptions(model="vit_b", checkpoint="published"), CPU)
         assert not site.asked
         assert proposer.digest == proposer.digest == SHA256["vit_b"]
         assert len(site.asked) == 1
         with pytest.raises(ArtefactError, match=rf"proposer\.checkpoint: .*expected {SHA256['vit_l']}"):
-            _ = SamProposer(CPU, model="vit_l", checkpoint="published").digest
+            _ = SamProposer(SamOptions(model="vit_l", checkpoint="published"), CPU).digest
 
 
 def test_a_checkpoint_by_address_and_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,12 +212,12 @@ def test_a_checkpoint_by_address_and_digest(tmp_path: Path, monkeypatch: pytest.
         site.files["/sam.safetensors"] = (tmp_path / "sam.safetensors").read_bytes()
         digest = hashlib.sha256(site.files["/sam.safetensors"]).hexdigest()
         checkpoint = f"{site.address}/sam.safetensors#sha256={digest}"
-        proposer = SamProposer(CPU, **{**OPEN, "checkpoint": checkpoint})
+        proposer = SamProposer(SamOptions(**{**OPEN, "checkpoint": checkpoint}), CPU)
         for name, tensor in proposer.generator.predictor.model.state_dict().items():
             assert torch.equal(tensor, sam.state_dict()[name]), name
         assert proposer.digest == digest
         with pytest.raises(MissingError, match=r"^proposer\.checkpoint: got 'http.*404"):
-            _ = SamProposer(CPU, **{**OPEN, "checkpoint": f"{site.address}/none.safetensors"}).digest
+            _ = SamProposer(SamOptions(**{**OPEN, "checkpoint": f"{site.address}/none.safetensors"}), CPU).digest
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -266,7 +272,7 @@ def test_crops_without_a_point() -> None:
 def test_vit_b_runs(device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
     """The published ViT-B architecture at 1024 pixels, random weights, 16 points."""
     options = {**OPEN, "model": "vit_b", "points_per_batch": 16}
-    proposer = SamProposer(Device(device), **options)
+    proposer = SamProposer(SamOptions(**options), Device(device))
     encoder = proposer.generator.predictor.model.image_encoder
     picture = sample(375, 500)
     started = time.perf_counter()

@@ -17,8 +17,8 @@ from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.miniature.models.sam import build_miniature_sam
 from moduseg.proposers import Proposer, build
-from moduseg.proposers.inputs import IMAGENET_MEAN, longest_side, prepare
-from moduseg.proposers.sam_transformers import CLASSES, HubSam, SamTransformersProposer
+from moduseg.proposers.inputs import IMAGENET_MEAN, fit_longest_side, prepare_image
+from moduseg.proposers.sam_transformers import CLASSES, HubSam, SamTransformersOptions, SamTransformersProposer
 from moduseg.structures import Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
 from tests.proposers.test_mask_generation import MINIATURE, agree, scenes
@@ -79,21 +79,25 @@ class TestSam3(_Contract):
 
 
 def test_no_mask_survives(directory: str) -> None:
-    proposals = SamTransformersProposer(CPU, directory, **{**OPEN, "pred_iou_thresh": 1.0, "crop_n_layers": 1}).propose(
-        sample(40, 56)
-    )
+    proposals = SamTransformersProposer(
+        SamTransformersOptions(weights=directory, **{**OPEN, "pred_iou_thresh": 1.0, "crop_n_layers": 1}), CPU
+    ).propose(sample(40, 56))
     limit = torch.tensor(1.0)
     assert proposals.masks.shape[1:] == (40, 56)
     assert (proposals.predicted_iou > limit).all()
     stable = {**OPEN, "stability_score_thresh": 1.0, "stability_score_offset": 100.0}
-    assert SamTransformersProposer(CPU, directory, **stable).propose(sample(40, 56)).masks.shape == (0, 40, 56)
+    assert SamTransformersProposer(SamTransformersOptions(weights=directory, **stable), CPU).propose(
+        sample(40, 56)
+    ).masks.shape == (0, 40, 56)
 
 
 def test_batches_of_points(directory: str) -> None:
     """How many points share a pass changes speed and memory only."""
     picture = sample(60, 90)
-    plain = SamTransformersProposer(CPU, directory, **OPEN).propose(picture)
-    split = SamTransformersProposer(CPU, directory, **OPEN, points_per_batch=3).propose(picture)
+    plain = SamTransformersProposer(SamTransformersOptions(weights=directory, **OPEN), CPU).propose(picture)
+    split = SamTransformersProposer(SamTransformersOptions(weights=directory, **OPEN, points_per_batch=3), CPU).propose(
+        picture
+    )
     torch.testing.assert_close(plain.predicted_iou, split.predicted_iou)
     assert (plain.masks == split.masks).float().mean() > 0.999
 
@@ -129,7 +133,9 @@ def test_compiled_encoder(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_lower_precision_is_for_the_encoder_only(directory: str, device: torch.device) -> None:
     exact, rough = (
-        SamTransformersProposer(Device(device, precision), directory, **OPEN).propose(sample(48, 64))
+        SamTransformersProposer(SamTransformersOptions(weights=directory, **OPEN), Device(device, precision)).propose(
+            sample(48, 64)
+        )
         for precision in ("float32", "bfloat16")
     )
     assert rough.predicted_iou.dtype == torch.float32
@@ -209,19 +215,21 @@ def test_inputs_are_those_of_the_image_processor(
 
 def test_mean_and_deviation_come_from_the_directory(tmp_path: Path) -> None:
     directory = tiny_models.save(tiny_models.build_sam("sam2"), tmp_path)
-    first = SamTransformersProposer(CPU, directory, **OPEN)
+    first = SamTransformersProposer(SamTransformersOptions(weights=directory, **OPEN), CPU)
     assert first.promptable._mean == IMAGENET_MEAN
     before = first.digest
     settings = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}}
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
-    second = SamTransformersProposer(CPU, directory, **OPEN)
+    second = SamTransformersProposer(SamTransformersOptions(weights=directory, **OPEN), CPU)
     assert second.promptable._mean == [0.1, 0.2, 0.3]
     assert second.digest != before
 
 
 def test_prepare_by_hand() -> None:
     image = np.full((2, 4, 3), 255, np.uint8)
-    pixels = prepare(image, (1, 2), (2, 3), (0.5, 0.5, 0.5), (0.5, 0.25, 1.0), torch.device("cpu"))
+    pixels = prepare_image(
+        image, (1, 2), (2, 3), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0), device=torch.device("cpu")
+    )
     expected = torch.zeros(1, 3, 2, 3)
     expected[0, :, 0, :2] = torch.tensor([1.0, 2.0, 0.5])[:, None]
     assert torch.equal(pixels, expected)
@@ -231,7 +239,7 @@ def test_prepare_by_hand() -> None:
     ("size", "expected"), [((375, 500), (768, 1024)), ((1, 5000), (1, 1024)), ((1024, 1024), (1024, 1024))]
 )
 def test_longest_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert longest_side(size, 1024) == expected
+    assert fit_longest_side(size, 1024) == expected
 
 
 # Weights
@@ -262,7 +270,9 @@ def test_video_checkpoints_give_their_image_model(tmp_path: Path) -> None:
     video.load_state_dict(image_model.state_dict(), strict=False)
     directory = tiny_models.save(video, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "sam2_video"
-    loaded = SamTransformersProposer(CPU, directory, **OPEN).promptable._model.state_dict()
+    loaded = SamTransformersProposer(
+        SamTransformersOptions(weights=directory, **OPEN), CPU
+    ).promptable._model.state_dict()
     for name, tensor in image_model.state_dict().items():
         assert torch.equal(loaded[name], tensor), name
 
@@ -337,7 +347,7 @@ def test_wrong_values(key: str, value: object) -> None:
 
 
 def test_too_thin_where_the_shape_is_kept(directory: str) -> None:
-    made = SamTransformersProposer(CPU, directory, **OPEN)
+    made = SamTransformersProposer(SamTransformersOptions(weights=directory, **OPEN), CPU)
     if made.promptable.squash:
         assert made.propose(sample(1, 400)).masks.shape[1:] == (1, 400)
     else:

@@ -10,7 +10,7 @@ import torch
 
 from moduseg.errors import ConfigError
 from moduseg.proposers import build
-from moduseg.proposers.superpixels import SuperpixelProposer
+from moduseg.proposers.superpixels import SuperpixelOptions, SuperpixelProposer
 from moduseg.structures import Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
 
@@ -41,32 +41,32 @@ def scene() -> tuple[np.ndarray, list[np.ndarray]]:
 
 def test_striped_objects_are_whole(scene: tuple[np.ndarray, list[np.ndarray]]) -> None:
     image, discs = scene
-    masks = SuperpixelProposer().propose(Sample("a", image)).masks.numpy()
+    masks = SuperpixelProposer(SuperpixelOptions()).propose(Sample("a", image)).masks.numpy()
     for disc in discs:
         assert max((m & disc).sum() / (m | disc).sum() for m in masks) > 0.85
 
 
 def test_nested_masks_are_kept(scene: tuple[np.ndarray, list[np.ndarray]]) -> None:
-    masks = SuperpixelProposer().propose(Sample("a", scene[0])).masks.flatten(1).numpy()
+    masks = SuperpixelProposer(SuperpixelOptions()).propose(Sample("a", scene[0])).masks.flatten(1).numpy()
     inside = (masks.astype(int) @ (~masks).T.astype(int)) == 0
     assert (inside.sum() - len(masks)) > 0
 
 
 @pytest.mark.parametrize("limits", [{"max_iou": 0.5}, {"max_iou": 0.95}, {"min_area": 300}, {"max_area": 0.3}])
 def test_limits_hold(scene: tuple[np.ndarray, list[np.ndarray]], limits: dict[str, float]) -> None:
-    proposer = SuperpixelProposer(**limits)  # type: ignore[arg-type]
+    proposer = SuperpixelProposer(SuperpixelOptions(**limits))  # type: ignore[arg-type]
     proposals = proposer.propose(Sample("a", scene[0]))
     overlap = iou(proposals.masks)
     np.fill_diagonal(overlap, 0)
     assert len(proposals) > 2
-    assert overlap.max() <= proposer.max_iou + 1e-6
-    assert proposals.areas.min() >= proposer.min_area
-    assert proposals.areas.max() <= proposer.max_area * 96 * 128
+    assert overlap.max() <= proposer.options.max_iou + 1e-6
+    assert proposals.areas.min() >= proposer.options.min_area
+    assert proposals.areas.max() <= proposer.options.max_area * 96 * 128
 
 
 def test_cap_keeps_the_first(scene: tuple[np.ndarray, list[np.ndarray]]) -> None:
-    many = SuperpixelProposer(max_proposals=40).propose(Sample("a", scene[0])).masks
-    few = SuperpixelProposer(max_proposals=10).propose(Sample("a", scene[0])).masks
+    many = SuperpixelProposer(SuperpixelOptions(max_proposals=40)).propose(Sample("a", scene[0])).masks
+    few = SuperpixelProposer(SuperpixelOptions(max_proposals=10)).propose(Sample("a", scene[0])).masks
     assert len(few) == 10
     assert torch.equal(few[:1], many[:1])
 
@@ -77,7 +77,7 @@ def test_large_image_is_segmented_small(scene: tuple[np.ndarray, list[np.ndarray
         [np.kron(d, np.ones((5, 5))) > 0 for d in scene[1]],
     )
     started = time.process_time()
-    masks = SuperpixelProposer(max_side=160).propose(Sample("a", image)).masks.numpy()
+    masks = SuperpixelProposer(SuperpixelOptions(max_side=160)).propose(Sample("a", image)).masks.numpy()
     assert masks.shape[1:] == (480, 640)
     for disc in discs:
         assert max((m & disc).sum() / (m | disc).sum() for m in masks) > 0.8
@@ -85,7 +85,7 @@ def test_large_image_is_segmented_small(scene: tuple[np.ndarray, list[np.ndarray
 
 
 def test_empty_result_has_the_image_size() -> None:
-    proposals = SuperpixelProposer().propose(sample(24, 31, constant=True))
+    proposals = SuperpixelProposer(SuperpixelOptions()).propose(sample(24, 31, constant=True))
     assert proposals.masks.shape == (0, 24, 31)
 
 
@@ -115,7 +115,9 @@ def test_wrong_values(key: str, value: object) -> None:
 
 
 def test_unmerged_superpixels_are_disjoint_and_largest_first(scene: tuple[np.ndarray, list[np.ndarray]]) -> None:
-    proposer = SuperpixelProposer(scales=(50,), merge=False, min_area=1, max_area=1, max_proposals=10_000)
+    proposer = SuperpixelProposer(
+        SuperpixelOptions(scales=(50,), merge=False, min_area=1, max_area=1, max_proposals=10_000)
+    )
     proposals = proposer.propose(Sample("a", scene[0]))
     assert len(proposals) > 3
     # Together they cover every pixel once.

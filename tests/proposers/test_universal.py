@@ -13,8 +13,8 @@ import torch
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.proposers import build
-from moduseg.proposers.inputs import shortest_side
-from moduseg.proposers.universal import CLASSES, UniversalProposer, to_disjoint
+from moduseg.proposers.inputs import fit_shortest_side
+from moduseg.proposers.universal import CLASSES, UniversalOptions, UniversalProposer, to_disjoint
 from moduseg.structures import Proposals, Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
 from tests.support import tiny_models
@@ -86,7 +86,7 @@ def test_inputs_are_those_of_the_image_processor(
     extra = {"task_inputs": ["panoptic"]} if family == "oneformer" else {}
     image = sample(*size).image
     expected = theirs(image, return_tensors="pt", **extra)["pixel_values"]
-    pixels, frame = UniversalProposer(CPU, directories[family])._input(image)
+    pixels, frame = UniversalProposer(UniversalOptions(weights=directories[family]), CPU).prepare_input(image)
     assert pixels.shape == expected.shape
     assert frame.padded_size == tuple(expected.shape[2:])
     assert (pixels - expected).abs().max() <= 1.01 / (255 * 0.224)
@@ -96,10 +96,10 @@ def test_inputs_are_those_of_the_image_processor(
 def test_scores_of_eomt_are_those_of_its_post_processing(size: tuple[int, int], directories: dict[str, str]) -> None:
     import transformers
 
-    proposer = UniversalProposer(CPU, directories["eomt"], score_thresh=0.0)
+    proposer = UniversalProposer(UniversalOptions(weights=directories["eomt"], score_thresh=0.0), CPU)
     picture = sample(*size)
     with torch.no_grad():
-        output = proposer.model(pixel_values=proposer._input(picture.image)[0])
+        output = proposer.model(pixel_values=proposer.prepare_input(picture.image)[0])
     theirs = transformers.EomtImageProcessor(**SETTINGS["eomt"]).post_process_instance_segmentation(
         output, [size], threshold=0.0
     )
@@ -114,11 +114,11 @@ def test_scores_and_masks_are_those_of_the_post_processing(family: str, tmp_path
 
     settings = {"size": {"height": 384, "width": 384}}
     directory = tiny_models.save_universal(family, tmp_path, settings, classes=1)
-    proposer = UniversalProposer(CPU, directory, score_thresh=0.0)
+    proposer = UniversalProposer(UniversalOptions(weights=directory, score_thresh=0.0), CPU)
     picture = sample(384, 384)
     ours = proposer.propose(picture)
     with torch.no_grad():
-        output = proposer.model(pixel_values=proposer._input(picture.image)[0], **proposer._extra)
+        output = proposer.model(pixel_values=proposer.prepare_input(picture.image)[0], **proposer._extra)
     if family == "mask2former":
         processor = transformers.Mask2FormerImageProcessor(**settings)
         theirs = processor.post_process_instance_segmentation(output, threshold=0.0, return_binary_maps=True)[0]
@@ -134,7 +134,7 @@ def test_scores_and_masks_are_those_of_the_post_processing(family: str, tmp_path
 
 def test_the_task_changes_what_oneformer_says(directories: dict[str, str]) -> None:
     scores = [
-        UniversalProposer(CPU, directories["oneformer"], score_thresh=0.0, task=task)
+        UniversalProposer(UniversalOptions(weights=directories["oneformer"], score_thresh=0.0, task=task), CPU)
         .propose(sample(48, 64))
         .predicted_iou
         for task in ("panoptic", "instance", "panoptic")
@@ -146,14 +146,16 @@ def test_the_task_changes_what_oneformer_says(directories: dict[str, str]) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_thresholds(family: str, directories: dict[str, str]) -> None:
     picture = sample(48, 64)
-    whole = UniversalProposer(CPU, directories[family], score_thresh=0.0).propose(picture)
+    whole = UniversalProposer(UniversalOptions(weights=directories[family], score_thresh=0.0), CPU).propose(picture)
     middle = whole.predicted_iou.median().item()
-    half = UniversalProposer(CPU, directories[family], score_thresh=middle).propose(picture)
+    half = UniversalProposer(UniversalOptions(weights=directories[family], score_thresh=middle), CPU).propose(picture)
     assert torch.equal(half.predicted_iou, whole.predicted_iou[whole.predicted_iou >= middle])
     assert torch.equal(half.masks, whole.masks[whole.predicted_iou >= middle])
-    none = UniversalProposer(CPU, directories[family], score_thresh=1.0).propose(picture)
+    none = UniversalProposer(UniversalOptions(weights=directories[family], score_thresh=1.0), CPU).propose(picture)
     assert none.masks.shape == (0, 48, 64)
-    small = UniversalProposer(CPU, directories[family], score_thresh=0.0, mask_thresh=0.9).propose(picture)
+    small = UniversalProposer(
+        UniversalOptions(weights=directories[family], score_thresh=0.0, mask_thresh=0.9), CPU
+    ).propose(picture)
     assert small.areas.sum() < whole.areas.sum()
 
 
@@ -161,7 +163,9 @@ def test_thresholds(family: str, directories: dict[str, str]) -> None:
 def test_disjoint(family: str, directories: dict[str, str], device: torch.device) -> None:
     picture = sample(60, 80)
     overlapping, disjoint = (
-        UniversalProposer(Device(device), directories[family], score_thresh=0.0, disjoint=d).propose(picture)
+        UniversalProposer(
+            UniversalOptions(weights=directories[family], score_thresh=0.0, disjoint=d), Device(device)
+        ).propose(picture)
         for d in (False, True)
     )
     assert (overlapping.masks.sum(0) > 1).any()
@@ -190,15 +194,20 @@ def test_disjoint_by_hand() -> None:
     ],
 )
 def test_shortest_side(size: tuple[int, int], long: int | None, expected: tuple[int, int]) -> None:
-    assert shortest_side(size, 800, long) == expected
+    assert fit_shortest_side(size, 800, long) == expected
 
 
 def test_old_settings_and_none(tmp_path: Path) -> None:
     """A size that is a number, as older files have it; a directory without settings has the processor's defaults."""
     directory = tiny_models.save_universal("oneformer", tmp_path, {"size": 40, "max_size": 50})
-    assert UniversalProposer(CPU, directory)._input(sample(60, 90).image)[1].input_size == (33, 50)
+
+    def input_size() -> tuple[int, int]:
+        proposer = UniversalProposer(UniversalOptions(weights=directory), CPU)
+        return proposer.prepare_input(sample(60, 90).image)[1].input_size
+
+    assert input_size() == (33, 50)
     (tmp_path / "preprocessor_config.json").unlink()
-    assert UniversalProposer(CPU, directory)._input(sample(60, 90).image)[1].input_size == (800, 1200)
+    assert input_size() == (800, 1200)
 
 
 # Weights
@@ -224,7 +233,7 @@ def test_wrong_directories_are_one_line(tmp_path: Path, change: str, message: st
     elif change == "model":
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(ArtefactError, match=message) as caught:
-        UniversalProposer(CPU, directory).propose(sample(48, 64))
+        UniversalProposer(UniversalOptions(weights=directory), CPU).propose(sample(48, 64))
     assert "\n" not in str(caught.value)
 
 
@@ -232,12 +241,14 @@ def test_what_only_training_reads_may_be_missing_or_left_over(tmp_path: Path) ->
     from safetensors.torch import load_file, save_file
 
     directory = tiny_models.save_universal("mask2former", tmp_path, SETTINGS["mask2former"])
-    before = UniversalProposer(CPU, directory).propose(sample(48, 64))
+    before = UniversalProposer(UniversalOptions(weights=directory), CPU).propose(sample(48, 64))
     state = load_file(tmp_path / "model.safetensors")
     del state["criterion.empty_weight"]
     state["model.encoder.layers.0.attn.relative_position_index"] = torch.zeros(4)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    assert torch.equal(UniversalProposer(CPU, directory).propose(sample(48, 64)).masks, before.masks)
+    assert torch.equal(
+        UniversalProposer(UniversalOptions(weights=directory), CPU).propose(sample(48, 64)).masks, before.masks
+    )
 
 
 def test_oneformer_without_a_tokenizer(tmp_path: Path) -> None:
@@ -245,7 +256,7 @@ def test_oneformer_without_a_tokenizer(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (tmp_path / name).unlink()
     with pytest.raises(ArtefactError, match=r"no tokenizer, with which OneFormer reads its task"):
-        UniversalProposer(CPU, directory).propose(sample(48, 64))
+        UniversalProposer(UniversalOptions(weights=directory), CPU).propose(sample(48, 64))
 
 
 def test_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

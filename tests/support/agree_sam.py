@@ -13,7 +13,7 @@ from moduseg.miniature.models.sam import build_miniature_sam
 from moduseg.proposers.mask_generation import Promptable
 from moduseg.proposers.mask_upsampling import enlarge
 from moduseg.proposers.sam_decoder import PackagedSam
-from moduseg.proposers.sam_transformers import SamTransformersProposer
+from moduseg.proposers.sam_transformers import SamTransformersOptions, SamTransformersProposer
 from tests.support import tiny_models
 from tests.support.agreement import Row, picture, relative_error
 
@@ -36,7 +36,9 @@ def compare_sam(folder: Path) -> list[Row]:
     """SAM through `transformers`, loaded from a directory, beside the published code."""
     sam = tiny_models.randomise(build_miniature_sam())
     directory = tiny_models.save(hub_model(sam.state_dict()), folder)
-    return _beside_predictor("SAM", LIBRARIES, SamTransformersProposer(CPU, directory).promptable, sam)
+    return _beside_predictor(
+        "SAM", LIBRARIES, SamTransformersProposer(SamTransformersOptions(weights=directory), CPU).promptable, sam
+    )
 
 
 def compare_packaged(folder: Path) -> list[Row]:
@@ -67,7 +69,9 @@ def compare_sam_hq(folder: Path) -> list[Row]:
     model.mask_decoder.hq_token.weight.data.copy_(tokens[4:])
     for parameter in model.mask_decoder.hq_mask_mlp.proj_out.parameters():
         parameter.data.zero_()
-    ours: Promptable = SamTransformersProposer(CPU, tiny_models.save(model, folder)).promptable
+    ours: Promptable = SamTransformersProposer(
+        SamTransformersOptions(weights=tiny_models.save(model, folder)), CPU
+    ).promptable
     plain = PackagedSam(sam, CPU)
     rows = []
     for height, width in SIZES:
