@@ -7,7 +7,7 @@ python scripts/bank.py merge banks=[<folder>,<folder>] [prefix=true] [out=<folde
 python scripts/bank.py export bank=<folder> out=<folder> [format=npz|faiss|csv|projector]
 """
 
-from moduseg.cli.main import main_own
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main_own("bank")
+    run_script("bank")

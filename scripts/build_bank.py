@@ -1,6 +1,6 @@
 """Run the stage `build_bank`: `python scripts/build_bank.py [key=value ...]`; see `configs/` for the keys."""
 
-from moduseg.cli.main import main
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main("build_bank")
+    run_script("build_bank")

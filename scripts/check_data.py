@@ -1,6 +1,6 @@
 """Check a data set: `python scripts/check_data.py dataset=voc [key=value ...]`; exit code 1 where it is broken."""
 
-from moduseg.cli.main import main
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main("check_data")
+    run_script("check_data")

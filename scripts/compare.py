@@ -3,7 +3,7 @@
 Each folder is one of results (of infer or evaluate), or of PNGs named <id>.png, which are scored on `dataset` first.
 """
 
-from moduseg.cli.main import main_compare
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main_compare()
+    run_script("compare")

@@ -4,7 +4,7 @@ Drop a picture, click a region, see why it has its label, correct it, save what 
 (`pip install 'moduseg[app]'`).
 """
 
-from moduseg.cli.main import main_own
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main_own("demo_app")
+    run_script("demo_app")

@@ -3,7 +3,7 @@
 With `predictions=<folder>` the PNGs there (<folder>/<id>.png, by whatever tool) are scored on `dataset` instead.
 """
 
-from moduseg.cli.main import main
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main("evaluate")
+    run_script("evaluate")

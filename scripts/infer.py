@@ -1,6 +1,6 @@
 """Run the stage `infer`: `python scripts/infer.py [key=value ...]`; see `configs/` for the keys."""
 
-from moduseg.cli.main import main
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main("infer")
+    run_script("infer")

@@ -3,7 +3,7 @@
 python scripts/new_class.py [class=<names>] [images=5] [key=value ...]
 """
 
-from moduseg.cli.main import main_own
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main_own("new_class")
+    run_script("new_class")

@@ -4,7 +4,7 @@ Keys: out=<folder>, min_score=<cosine>, formats=[png,overlay,coco,labelme,labels
 tolerance=<pixels>, image_url=<prefix>; and overrides such as retrieval.top_k=3 (docs/bank.md).
 """
 
-from moduseg.cli.main import main_own
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main_own("predict")
+    run_script("predict")

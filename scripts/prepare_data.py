@@ -1,6 +1,6 @@
 """Prepare a data set once: `python scripts/prepare_data.py dataset=coco2014 [key=value ...]`; see `data/README.md`."""
 
-from moduseg.cli.main import main
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main("prepare_data")
+    run_script("prepare_data")

@@ -1,6 +1,6 @@
 """Run the stage `propose`: `python scripts/propose.py [key=value ...]`; see `configs/` for the keys."""
 
-from moduseg.cli.main import main
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main("propose")
+    run_script("propose")

@@ -1,6 +1,6 @@
 """Run the stage `pseudo_masks`: `python scripts/pseudo_masks.py [key=value ...]`; see `configs/` for the keys."""
 
-from moduseg.cli.main import main
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main("pseudo_masks")
+    run_script("pseudo_masks")

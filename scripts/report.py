@@ -4,7 +4,7 @@
 adds a second run, image by image.
 """
 
-from moduseg.cli.main import main_own
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main_own("report")
+    run_script("report")

@@ -3,7 +3,7 @@
 Tables are in `configs/reproduce/`; `show` prints the command of each row instead of running it.
 """
 
-from moduseg.cli.main import main_reproduce
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main_reproduce()
+    run_script("reproduce")

@@ -4,7 +4,7 @@ With `select=<split>` (or `select=<key>=<value>` for another run) the best setti
 reported. No model runs once the bank and the queries of the split are there.
 """
 
-from moduseg.cli.main import main_sweep
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main_sweep()
+    run_script("sweep")

@@ -3,7 +3,7 @@
 With `predictions=<folder>` the PNGs there are packed, else the run's own are, made first where they are not there.
 """
 
-from moduseg.cli.main import main
+from moduseg.cli import run_script
 
 if __name__ == "__main__":
-    main("voc_package")
+    run_script("voc_package")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from moduseg.cli import main
+from moduseg.cli import run_script
 from moduseg.config import compose, config_dir
 from tests.support.runs import overrides
 from tests.support.serving import go_online
@@ -78,7 +78,7 @@ def run(
         arguments = [f"dataset={name}", "proposer=superpixels", "runtime.device=cpu"]
     monkeypatch.setattr("sys.argv", [STAGES[group], *arguments])
     with pytest.raises(SystemExit) as ended:
-        main.main(STAGES[group])
+        run_script(STAGES[group])
     lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().err)]
     return ended.value.code, [line for line in lines if line and not re.search(r"\|.*\[\S+<.*\]$", line)]
 
@@ -163,7 +163,7 @@ def test_experiments_say_what_is_missing(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sys.argv", ["build_bank", f"experiment={name}"])
     with pytest.raises(SystemExit) as ended:
-        main.main("build_bank")
+        run_script("build_bank")
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2
     assert re.match(r"moduseg: error: (dataset\.root|proposer\.folder): got '\S+', no such folder; .*\w+/\w+\.md", line)

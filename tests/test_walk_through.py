@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.cli.main import entry
+from moduseg.cli import entry
 
 PAGE = Path(__file__).parent.parent / "examples" / "own_images.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -11,13 +11,13 @@ from moduseg.api import Segmenter
 from moduseg.app.page import build_page, import_gradio
 from moduseg.app.session import Session
 from moduseg.bank.derived import open_bank
-from moduseg.cli.options import configured, parse
+from moduseg.config.stored import reconfigure
 from moduseg.pipeline.workspace import log
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Keys of `scripts/demo_app.py`.
+    """Keys of the command `demo_app`.
 
     Attributes:
         bank: folder of the bank.
@@ -34,9 +34,8 @@ class DemoOptions:
             raise ValueError(f"port: got {self.port}, expected 1 to 65535; leave it out for a free one")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`bank=<folder> [key=value ...]`: serves the page until it is interrupted."""
-    options, overrides = parse(arguments, DemoOptions, "demo_app")
+def main(options: DemoOptions, overrides: Sequence[str]) -> int:
+    """Serve the page until it is interrupted."""
     blocks = page(options, overrides)
     log.info("demo_app: the bank is %s; stop with Ctrl-C", options.bank)
     launch(blocks, options, wait=True)
@@ -52,7 +51,7 @@ def page(options: DemoOptions, overrides: Sequence[str] = ()) -> Any:
     """
     import_gradio()
     folder = Path(options.bank).expanduser()
-    cfg = configured(open_bank(folder).info["config"], overrides)
+    cfg = reconfigure(open_bank(folder).info["config"], overrides)
     segmenter = Segmenter.from_bank(folder, cfg.runtime.device, cfg.as_dict())
     return build_page(lambda: Session(segmenter, folder), segmenter.classes)
 

@@ -17,8 +17,8 @@ from typing import Any
 from moduseg.bank import edit
 from moduseg.bank.derived import open_bank, write_derived
 from moduseg.bank.store import Bank
-from moduseg.cli.options import configured
 from moduseg.config import Config, PseudoMasksConfig
+from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
 from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, RawLabels, read_label_file, resolve_labels
 from moduseg.datasets.tagged_images import TaggedImages
@@ -74,7 +74,7 @@ def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
     start = time.perf_counter()
     source = Path(options.bank).expanduser()
     bank = open_bank(source)
-    cfg = configured(bank.info["config"], ["runtime.outputs=outputs", *overrides])
+    cfg = reconfigure(bank.info["config"], ["runtime.outputs=outputs", *overrides])
     classes = edit.append_classes(bank.classes, options.new)
     files, tags, masks, tag_source = gather(options, classes)
     path, seconds = add(bank, source, cfg, files, tags, classes, masks, tag_source, options.out, start)

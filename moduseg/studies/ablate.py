@@ -63,6 +63,23 @@ class Table:
             raise ValueError(f"axes: got {dict(self.axes)!r}, expected axis -> option -> overrides")
 
 
+@dataclass(frozen=True)
+class AblateOptions:
+    """Keys of the command `ablate`.
+
+    Attributes:
+        table: name of a file in `configs/table/`.
+    """
+
+    table: str = ""
+
+
+def main(options: AblateOptions, overrides: Sequence[str]) -> int:
+    """Make a table and print it; the overrides go to every run."""
+    print(run(options.table, overrides).read_text(encoding="utf-8"))
+    return 0
+
+
 def load_table(name: str) -> Table:
     """Load the table that `configs/table/<name>.yaml` describes.
 

@@ -20,7 +20,6 @@ from typing import Any
 from moduseg.bank import edit
 from moduseg.bank.derived import write_derived
 from moduseg.bank.store import Bank
-from moduseg.cli.options import parse
 from moduseg.config import Config, compose
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.tables import markdown_table, versions
@@ -31,7 +30,7 @@ from moduseg.stages import build_bank, extend_bank, infer
 
 @dataclass(frozen=True)
 class NewClassOptions:
-    """Keys of `scripts/new_class.py`.
+    """Keys of the command `new_class`.
 
     Attributes:
         class_: names of the classes to withhold, one after the other; `all` for every class.
@@ -48,10 +47,8 @@ class NewClassOptions:
             raise ValueError(f"images: got {self.images}, expected 1 or more; try 5")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`[class=<name>] [images=5] [key=value ...]`: makes the table and prints it."""
-    options, overrides = parse(arguments, NewClassOptions, "new_class")
-    log.setLevel("WARNING")
+def main(options: NewClassOptions, overrides: Sequence[str]) -> int:
+    """Make the table and print it."""
     print(run(options, compose(overrides)).read_text(encoding="utf-8"))
     return 0
 

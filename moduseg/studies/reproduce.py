@@ -29,6 +29,41 @@ ALIASES = {"voc_aug": "voc", "coco2014": "coco"}
 
 
 @dataclass(frozen=True)
+class ReproduceOptions:
+    """Keys of the command `reproduce`.
+
+    Attributes:
+        table: name of a file in `configs/reproduce/`.
+        dataset: the one data set to run; all with published figures if omitted.
+        row: the one row to run; all if omitted.
+        seeds: runs of a row, where the data set can be repeated; the table's number if omitted.
+        show: whether to print the command of each row instead of running it.
+    """
+
+    table: str = ""
+    dataset: str | None = None
+    row: str | None = None
+    seeds: int | None = None
+    show: bool = False
+
+
+def main(options: ReproduceOptions, overrides: Sequence[str]) -> int:
+    """Make a table of the paper and print it, or the commands of its rows.
+
+    Returns:
+        0 if every row was run or lacks data or weights, 1 if one failed or left images out.
+    """
+    if options.show:
+        print("\n".join(commands(options.table, options.dataset)))
+        return 0
+    finished = run(options.table, overrides, options.dataset, options.row, options.seeds)
+    for path in finished.paths:
+        print(path.read_text(encoding="utf-8"))
+    print("written: " + ", ".join(str(path) for path in finished.paths))
+    return 1 if finished.failed else 0
+
+
+@dataclass(frozen=True)
 class Finished:
     """What a call made.
 

@@ -73,6 +73,24 @@ class Grid:
         return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """Keys of the command `sweep`.
+
+    Attributes:
+        select: a split, or overrides of another run, one at a time, that chooses the best setting.
+    """
+
+    select: tuple[str, ...] = ()
+
+
+def main(options: SweepOptions, overrides: Sequence[str]) -> int:
+    """Score a grid and print its report."""
+    folder = run([*overrides, *(f"select={text}" for text in options.select)])
+    print((folder / "sweep.md").read_text(encoding="utf-8") + f"\nsweep -> {folder}")
+    return 0
+
+
 def parse(arguments: Sequence[str]) -> Grid:
     """`key=a,b,...` is an axis, `key=a` an override, `select=...` names what chooses.
 

@@ -1,4 +1,4 @@
-"""What is done with finished banks: `info`, `add`, `remove`, `merge`, `export`.
+"""The commands `bank info`, `add`, `remove`, `merge` and `export`, which work with finished banks.
 
 A bank that is made of others is written into a folder of its own; the others stay as they are.
 """
@@ -6,16 +6,14 @@ A bank that is made of others is written into a folder of its own; the others st
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from moduseg.bank import edit
 from moduseg.bank.derived import open_bank, write_derived
-from moduseg.bank.export import export
+from moduseg.bank.export import export as export_bank
 from moduseg.bank.statistics import (
     RegionStatistics,
     compute_class_statistics,
@@ -23,9 +21,9 @@ from moduseg.bank.statistics import (
     find_other_neighbours,
     format_statistics,
 )
-from moduseg.bank.store import Bank, SearchBank
-from moduseg.cli.options import configured, parse
+from moduseg.bank.store import Bank
 from moduseg.config import Config, OutliersConfig
+from moduseg.config.stored import reconfigure
 from moduseg.errors import ConfigError
 from moduseg.evaluation.tables import markdown_table
 from moduseg.pipeline.workspace import count_failures, log
@@ -35,16 +33,16 @@ from moduseg.stages import extend_bank
 CLASS_HEADER = (
     "class", "vectors", "left out", "images", "pixels", "spread", "nearest class", "cosine", "overlap", "with",
 )  # fmt: skip
-"""Columns of `info`; see `moduseg.bank.statistics.ClassStatistics`."""
+"""Columns of `bank info`: the fields of `moduseg.bank.statistics.ClassStatistics`."""
 
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """Keys of `info`.
+    """Keys of the command `bank info`.
 
     Attributes:
         bank: folder of the bank.
-        class_: a class whose regions are listed, those to look at first on top; the classes where left out.
+        class_: a class whose regions are listed, those to look at first on top; all classes are listed if omitted.
         json: whether to print JSON in place of a table.
     """
 
@@ -55,14 +53,14 @@ class InfoOptions:
 
 @dataclass(frozen=True)
 class RemoveOptions:
-    """Keys of `remove`.
+    """Keys of the command `bank remove`.
 
     Attributes:
         bank: folder of the bank.
         class_: names of classes, which lose their regions and their names.
         image: ids of training images.
         region: rows of the bank, or `<image id>:<class>`.
-        out: folder to write; chosen below `runtime.outputs` where left out.
+        out: folder to write; chosen below `runtime.outputs` if omitted.
     """
 
     bank: str
@@ -74,12 +72,12 @@ class RemoveOptions:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Keys of `merge`.
+    """Keys of the command `bank merge`.
 
     Attributes:
         banks: folders of two or more banks of one backbone.
         prefix: whether the images of each bank get the name of its folder in front.
-        out: see `RemoveOptions`.
+        out: folder to write; chosen below `runtime.outputs` if omitted.
     """
 
     banks: tuple[str, ...]
@@ -89,13 +87,13 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Keys of `export`.
+    """Keys of the command `bank export`.
 
     Attributes:
         bank: folder of the bank.
         out: folder for the files.
-        format: see `moduseg.bank.export.FORMATS`.
-        outliers: whether the outlier filter of the bank's configuration leaves vectors out, as it does in searches.
+        format: which program the files are for; see `moduseg.bank.export.FORMATS`.
+        outliers: whether the outlier filter of the bank's configuration drops vectors, as it does in searches.
     """
 
     bank: str
@@ -104,67 +102,104 @@ class ExportOptions:
     outliers: bool = True
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`<verb> key=value ...`; see `run`."""
-    return run(arguments[0] if arguments else "nothing", arguments[1:])
+@dataclass(frozen=True)
+class DerivedBank:
+    """A bank made of others, and how it was made.
 
-
-def run(verb: str, arguments: Sequence[str]) -> int:
-    """Do what `verb` says, print what was done.
-
-    Args:
-        verb: one of `VERBS`.
-        arguments: its `key=value` arguments; `group.key=value` are overrides of the bank's configuration.
-
-    Returns:
-        0, or 1 where images were left out.
-
-    Raises:
-        ConfigError, ArtefactError, DataError, MissingError: nothing could be done.
+    Attributes:
+        bank: the new bank.
+        operation: `remove` or `merge`.
+        sources: folders of the banks it was made of.
+        details: what was asked for, JSON values.
+        num_before: vectors of each bank it was made of.
     """
-    if verb not in VERBS:
-        raise ConfigError(
-            f"bank: got {verb!r}, expected one of {', '.join(VERBS)}; try: python scripts/bank.py info bank=<folder>"
-        )
-    return VERBS[verb](arguments)
+
+    bank: Bank
+    operation: str
+    sources: Sequence[str]
+    details: dict[str, Any]
+    num_before: Sequence[int]
 
 
-def describe(bank: Bank, cfg: Config) -> tuple[Tensor, Tensor, SearchBank]:
-    """What the functions of `moduseg.bank.statistics` take: vectors, nearest other rows, and what is searched."""
-    whole = bank.select_vectors(cfg.bank.centre, OutliersConfig(enabled=False))
-    _, neighbours = search(whole.vectors, whole.vectors, 2)
-    return whole.vectors, find_other_neighbours(neighbours), bank.select_vectors(cfg.bank.centre, cfg.bank.outliers)
-
-
-def _info(arguments: Sequence[str]) -> int:
-    options, overrides = parse(arguments, InfoOptions, "info")
+def info(options: InfoOptions, overrides: Sequence[str]) -> int:
+    """Print the classes of a bank, or the regions of one class, as a table or as JSON."""
     bank = open_bank(options.bank)
-    cfg = configured(bank.info["config"], overrides)
-    vectors, nearest, searched = describe(bank, cfg)
-    if options.class_ is not None:
-        if options.class_ not in bank.classes:
-            raise ConfigError(f"class: got {options.class_!r}, expected one of {', '.join(bank.classes)}")
-        label = bank.classes.index(options.class_)
-        regions = compute_region_statistics(bank, vectors, nearest, searched.rows, label)
-        record: Any = [vars(region) for region in regions]
-        text = _regions_table(options.class_, regions)
-    else:
-        statistics = compute_class_statistics(bank, vectors, nearest, searched.rows)
-        record = {
+    cfg = reconfigure(bank.info["config"], overrides)
+    vectors = bank.select_vectors(cfg.bank.centre, OutliersConfig(enabled=False)).vectors
+    nearest = find_other_neighbours(search(vectors, vectors, 2)[1])
+    searched_rows = bank.select_vectors(cfg.bank.centre, cfg.bank.outliers).rows
+    if options.class_ is None:
+        statistics = compute_class_statistics(bank, vectors, nearest, searched_rows)
+        record: Any = {
             "bank": options.bank,
             "vectors": len(bank),
             "images": len(bank.image_ids),
             "dim": bank.pooled.shape[1],
             "classes": [s.as_dict() for s in statistics],
         }
-        text = (
-            f"{len(bank)} vectors of {bank.pooled.shape[1]} numbers from {len(bank.image_ids)} images of "
-            f"{bank.info.get('dataset', '?')} {bank.info.get('split', '')}, {len(bank.classes)} classes; backbone "
-            f"{cfg.backbone.get('model', cfg.backbone['name'])}, weights {str(bank.info.get('backbone_digest'))[:12]}"
-            f"\n\n{markdown_table(CLASS_HEADER, format_statistics(statistics))}"
-        )
+        text = f"{_headline(bank, cfg)}\n\n{markdown_table(CLASS_HEADER, format_statistics(statistics))}"
+    elif options.class_ in bank.classes:
+        label = bank.classes.index(options.class_)
+        regions = compute_region_statistics(bank, vectors, nearest, searched_rows, label)
+        record = [vars(region) for region in regions]
+        text = _regions_table(options.class_, regions)
+    else:
+        raise ConfigError(f"class: got {options.class_!r}, expected one of {', '.join(bank.classes)}")
     print(json.dumps(record, indent=2, ensure_ascii=False) if options.json else text)
     return 0
+
+
+def add(options: extend_bank.AddOptions, overrides: Sequence[str]) -> int:
+    """Add tagged images to a bank; 1 if some could not be processed, else 0."""
+    return 1 if count_failures(extend_bank.run(options, overrides)) else 0
+
+
+def remove(options: RemoveOptions, overrides: Sequence[str]) -> int:
+    """Write a bank without some classes, images or regions."""
+    bank = open_bank(options.bank)
+    if not (options.class_ or options.image or options.region):
+        raise ConfigError("remove: got nothing to remove, expected class=<name>, image=<id> or region=<row>")
+    rows = [_find_row(bank, text) for text in options.region]
+    smaller = edit.remove(bank, options.class_, options.image, rows)
+    details = {"class": list(options.class_), "image": list(options.image), "region": sorted(rows)}
+    _write(DerivedBank(smaller, "remove", [options.bank], details, [len(bank)]), options.out, overrides)
+    return 0
+
+
+def merge(options: MergeOptions, overrides: Sequence[str]) -> int:
+    """Write the bank that holds the vectors of several."""
+    if len(options.banks) < 2:
+        raise ConfigError(f"banks: got {len(options.banks)} folder, expected two or more; write banks=[a,b]")
+    banks = [open_bank(path) for path in options.banks]
+    if options.prefix:
+        names = [Path(path).name for path in options.banks]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"prefix: got folders called {', '.join(names)}, expected different names; rename one")
+        banks = [edit.prefix_images(bank, name) for bank, name in zip(banks, names, strict=True)]
+    num_before = [len(bank) for bank in banks]
+    merged = DerivedBank(edit.merge(banks), "merge", options.banks, {"prefix": options.prefix}, num_before)
+    _write(merged, options.out, overrides)
+    return 0
+
+
+def export(options: ExportOptions, overrides: Sequence[str]) -> int:
+    """Write the vectors of a bank for another program."""
+    bank = open_bank(options.bank)
+    cfg = reconfigure(bank.info["config"], overrides)
+    outliers = cfg.bank.outliers if options.outliers else OutliersConfig(enabled=False)
+    searched = bank.select_vectors(cfg.bank.centre, outliers)
+    files = export_bank(bank, searched, options.format, Path(options.out).expanduser())
+    print(f"export: {len(searched.rows)} of {len(bank)} vectors -> {', '.join(str(file) for file in files)}")
+    return 0
+
+
+def _headline(bank: Bank, cfg: Config) -> str:
+    """Return one line on what a bank holds and what made it."""
+    return (
+        f"{len(bank)} vectors of {bank.pooled.shape[1]} numbers from {len(bank.image_ids)} images of "
+        f"{bank.info.get('dataset', '?')} {bank.info.get('split', '')}, {len(bank.classes)} classes; backbone "
+        f"{cfg.backbone.get('model', cfg.backbone['name'])}, weights {str(bank.info.get('backbone_digest'))[:12]}"
+    )
 
 
 def _regions_table(name: str, regions: Sequence[RegionStatistics]) -> str:
@@ -176,54 +211,8 @@ def _regions_table(name: str, regions: Sequence[RegionStatistics]) -> str:
     return f"{len(rows)} regions of {name}, those to look at first on top\n\n{markdown_table(header, rows)}"
 
 
-def _remove(arguments: Sequence[str]) -> int:
-    options, overrides = parse(arguments, RemoveOptions, "remove")
-    bank = open_bank(options.bank)
-    if not (options.class_ or options.image or options.region):
-        raise ConfigError("remove: got nothing to remove, expected class=<name>, image=<id> or region=<row>")
-    rows = [_row(bank, text) for text in options.region]
-    left = edit.remove(bank, options.class_, options.image, rows)
-    details = {"class": list(options.class_), "image": list(options.image), "region": sorted(rows)}
-    return _written(left, "remove", [Path(options.bank)], details, options.out, overrides, [bank])
-
-
-def _merge(arguments: Sequence[str]) -> int:
-    options, overrides = parse(arguments, MergeOptions, "merge")
-    if len(options.banks) < 2:
-        raise ConfigError(f"banks: got {len(options.banks)} folder, expected two or more; write banks=[a,b]")
-    banks = [open_bank(path) for path in options.banks]
-    named = banks
-    if options.prefix:
-        names = [Path(path).name for path in options.banks]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"prefix: got folders called {', '.join(names)}, expected different names; rename one")
-        named = [edit.prefix_images(bank, name) for bank, name in zip(banks, names, strict=True)]
-    details = {"prefix": options.prefix}
-    return _written(
-        edit.merge(named), "merge", [Path(p) for p in options.banks], details, options.out, overrides, banks
-    )
-
-
-def _export(arguments: Sequence[str]) -> int:
-    options, overrides = parse(arguments, ExportOptions, "export")
-    bank = open_bank(options.bank)
-    cfg = configured(bank.info["config"], overrides)
-    outliers = cfg.bank.outliers if options.outliers else OutliersConfig(enabled=False)
-    found = bank.select_vectors(cfg.bank.centre, outliers)
-    files = export(bank, found, options.format, Path(options.out).expanduser())
-    print(f"export: {len(found.rows)} of {len(bank)} vectors -> {', '.join(str(file) for file in files)}")
-    return 0
-
-
-def _add(arguments: Sequence[str]) -> int:
-    options, overrides = parse(arguments, extend_bank.AddOptions, "add")
-    path = extend_bank.run(options, overrides)
-    failures = count_failures(path)
-    return 1 if failures else 0
-
-
-def _row(bank: Bank, text: str) -> int:
-    """The row that `12` or `<image id>:<class>` names."""
+def _find_row(bank: Bank, text: str) -> int:
+    """Return the row that `12` or `<image id>:<class>` names."""
     if text.isdigit():
         return int(text)
     image, _, name = text.rpartition(":")
@@ -236,36 +225,24 @@ def _row(bank: Bank, text: str) -> int:
     )
 
 
-def _written(
-    bank: Bank,
-    operation: str,
-    sources: Sequence[Path],
-    details: dict[str, Any],
-    out: str | None,
-    overrides: Sequence[str],
-    before: Sequence[Bank],
-) -> int:
-    cfg = configured(bank.info["config"], ["runtime.outputs=outputs", *overrides])
-    folder = None if out is None else Path(out).expanduser()
+def _write(derived: DerivedBank, out: str | None, overrides: Sequence[str]) -> None:
+    """Write a bank made of others, and log its size beside theirs."""
+    bank = derived.bank
+    cfg = reconfigure(bank.info["config"], ["runtime.outputs=outputs", *overrides])
     path = write_derived(
         bank,
-        operation,
-        sources=sources,
-        details=details,
-        folder=folder,
+        derived.operation,
+        sources=[Path(source) for source in derived.sources],
+        details=derived.details,
+        folder=None if out is None else Path(out).expanduser(),
         outputs=Path(cfg.runtime.outputs),
         config=bank.info["config"],
     )
-    counts = " + ".join(str(len(b)) for b in before)
-    log.info("%s: %s -> %d vectors, %d classes -> %s", operation, counts, len(bank), len(bank.classes), path)
-    return 0
-
-
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {
-    "info": _info,
-    "add": _add,
-    "remove": _remove,
-    "merge": _merge,
-    "export": _export,
-}
-"""What `scripts/bank.py` can do."""
+    log.info(
+        "%s: %s -> %d vectors, %d classes -> %s",
+        derived.operation,
+        " + ".join(str(num_vectors) for num_vectors in derived.num_before),
+        len(bank),
+        len(bank.classes),
+        path,
+    )

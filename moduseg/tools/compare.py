@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moduseg.config import Config
+from moduseg.config import Config, compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.evaluation.compare import compare, compare_markdown
 from moduseg.evaluation.confusion import Uncovered
@@ -17,6 +18,29 @@ from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.workspace import log
 from moduseg.stages import evaluate_folder
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Keys of the command `compare`.
+
+    Attributes:
+        folders: the two folders, of results (`results.json`) or of PNGs named `<id>.png`.
+    """
+
+    folders: tuple[str, ...] = ()
+
+
+def main(options: CompareOptions, overrides: Sequence[str]) -> int:
+    """Compare two folders."""
+    if len(options.folders) != 2:
+        raise ConfigError(
+            f"compare: got {len(options.folders)} folders ({', '.join(options.folders) or 'none'}), expected two; try: "
+            "python scripts/compare.py <folder> <folder> [dataset=<name>]"
+        )
+    names_dataset = any(override.startswith(("dataset=", "experiment=")) for override in overrides)
+    run(*options.folders, compose(overrides), names_dataset)
+    return 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +13,31 @@ from moduseg.errors import DataError, MissingError
 from moduseg.files import write_atomic
 from moduseg.proposers.id_maps import SUFFIXES, read_id_map
 from moduseg.proposers.sa1b import dump, to_annotations
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Keys of the command `convert_proposals`.
+
+    Attributes:
+        source: folder of maps, `<id>.npz` or `<id>.png`, sub-folders included.
+        out: folder to write `<id>.json` to.
+    """
+
+    source: str
+    out: str
+
+
+def main(options: ConvertOptions, overrides: Sequence[str] = ()) -> int:
+    """Convert a folder; 1 if maps could not be read, after a line for each, else 0."""
+    conversion = convert_folder(Path(options.source), Path(options.out))
+    for message in conversion.failed.values():
+        print(f"left out: {message}", file=sys.stderr)
+    print(
+        f"{conversion.written} written, {conversion.kept} kept, {len(conversion.failed)} left out; proposals are in "
+        f"{options.out}"
+    )
+    return 1 if conversion.failed else 0
 
 
 @dataclass

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from moduseg.api import Segmenter
 from moduseg.bank.derived import digest_bank, open_bank
-from moduseg.cli.options import configured, parse
+from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
 from moduseg.datasets.io import read_image, write_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError
@@ -38,7 +38,7 @@ FORMATS = ("png", "overlay", "coco", "labelme", "labelstudio")
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Keys of `scripts/predict.py`.
+    """Keys of the command `predict`.
 
     Attributes:
         bank: folder of the bank.
@@ -71,9 +71,8 @@ class PredictOptions:
             raise ValueError(f"tolerance: got {self.tolerance}, expected 0 or more pixels; try 1")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`bank=<folder> images=<folder or files> [key=value ...]`; 1 where images were left out."""
-    options, overrides = parse(arguments, PredictOptions, "predict")
+def main(options: PredictOptions, overrides: Sequence[str]) -> int:
+    """Label images; 1 if some could not be processed, else 0."""
     return 1 if run(options, overrides)[1] else 0
 
 
@@ -95,7 +94,7 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
         MissingError, DataError: no image, or none that could be processed.
     """
     bank = open_bank(options.bank)
-    cfg = configured(bank.info["config"], overrides)
+    cfg = reconfigure(bank.info["config"], overrides)
     files = find_images(options.images)
     out = Path(options.out).expanduser()
     decided = {group: cfg.as_dict()[group] for group in ("proposer", "backbone", "bank", "retrieval")}

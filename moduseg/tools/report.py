@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moduseg.config import compose
@@ -16,17 +17,24 @@ from moduseg.stages import evaluate_folder
 from moduseg.tools import compare
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command `report`: `run=`, `predictions=` and `compare=` name folders, the rest are overrides."""
-    folders: dict[str, str] = {}
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in ("run", "predictions", "compare"):
-            folders[key] = value
-        else:
-            overrides.append(argument)
-    run(folders.get("run"), overrides, folders.get("predictions"), folders.get("compare"))
+@dataclass(frozen=True)
+class ReportOptions:
+    """Keys of the command `report`.
+
+    Attributes:
+        run: folder of a run, of `infer`, `evaluate` or `pseudo_masks`.
+        predictions: folder of `<id>.png` in place of a run; `dataset=<name>` says what to score them on.
+        compare: a second run, or a second folder of `<id>.png`, shown beside the first.
+    """
+
+    run: str | None = None
+    predictions: str | None = None
+    compare: str | None = None
+
+
+def main(options: ReportOptions, overrides: Sequence[str]) -> int:
+    """Write the report; for a run the overrides change its own configuration."""
+    run(options.run, overrides, options.predictions, options.compare)
     return 0
 
 

@@ -21,7 +21,7 @@ from moduseg.cli.options import parse
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.report.bank_regions import RegionPictures, draw_region
-from moduseg.stages import build_bank
+from moduseg.stages import build_bank, extend_bank
 from moduseg.tools import bank as bank_tool
 from tests.support.tagged_world import CLIP, image_id, scene, settings, write_folder
 
@@ -171,7 +171,7 @@ def test_a_saved_bank_works_like_any_other(session: Session, bank: Path, tmp_pat
     shown = session.why(proposal).neighbours[0].picture
     assert shown is not None
     assert np.array_equal(picture, shown)
-    assert bank_tool.run("info", [f"bank={path}"]) == 0
+    assert bank_tool.info(bank_tool.InfoOptions(str(path)), []) == 0
     with pytest.raises(ArtefactError, match=r"is the folder of the bank itself"):
         session.save(bank)
 
@@ -194,8 +194,8 @@ def test_mistakes_are_one_line(session: Session, segmenter: Segmenter, bank: Pat
 def test_pictures_of_regions_are_looked_for_through_the_folders(bank: Path, tmp_path: Path) -> None:
     """Those of a bank made of banks too; where an image is gone there is none."""
     more = write_folder(tmp_path / "more", [30])
-    arguments = [f"bank={bank}", f"images={more}", f"out={tmp_path / 'new'}", f"runtime.outputs={tmp_path / 'o'}"]
-    bank_tool.run("add", arguments)
+    options = extend_bank.AddOptions(str(bank), (str(more),), out=str(tmp_path / "new"))
+    extend_bank.run(options, [f"runtime.outputs={tmp_path / 'o'}"])
     stored = Bank.load(tmp_path / "new")
     pictures = RegionPictures(tmp_path / "new", stored, size=100)
     for row in range(len(stored)):

@@ -106,5 +106,5 @@ def test_script_ends_in_one_line(
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert done.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ")
+    assert said.startswith("moduseg: error: ")
     assert said.count("\n") == 1

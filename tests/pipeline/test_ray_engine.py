@@ -18,7 +18,7 @@ from moduseg.stages import propose
 from tests.support.runs import overrides, result_bytes
 
 RAY = ("runtime.engine=ray", "runtime.ray.actors=2", "runtime.ray.cpus=1", "runtime.ray.batches=1")
-RUN = "import sys; from moduseg.cli.main import main; main(sys.argv.pop(1))"
+RUN = "from moduseg.cli import entry; entry()"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from moduseg.bank.derived import write_derived
 from moduseg.bank.edit import remove
 from moduseg.bank.store import Bank
-from moduseg.cli.main import main_own
+from moduseg.cli import run_script
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError
 from moduseg.report.page import program, read_script
@@ -343,7 +343,7 @@ def test_the_command_names_its_mistakes(
     ):
         monkeypatch.setattr(sys, "argv", ["report", *argv])
         with pytest.raises(SystemExit) as caught:
-            main_own("report")
+            run_script("report")
         assert caught.value.code == 2
         error = capsys.readouterr().err.strip()
         assert message in error

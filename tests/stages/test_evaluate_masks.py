@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.cli.main import main, main_compare
+from moduseg.cli import run_script
 from moduseg.config import compose
 from moduseg.datasets.folder import FolderDataset
 from moduseg.errors import ConfigError, DataError, ModusegError
@@ -62,10 +62,10 @@ def arguments(own: Path, *more: str) -> list[str]:
     ]
 
 
-def run_command(command: Callable[[], None], argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["command", *argv])
+def run_command(command: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", [command, *argv])
     with pytest.raises(SystemExit) as caught:
-        command()
+        run_script(command)
     return int(caught.value.code or 0)
 
 
@@ -140,7 +140,7 @@ def test_a_wrong_png_ends_the_command_in_one_line(
 ) -> None:
     change(own.parent / "half")
     argv = arguments(own, f"predictions={own.parent / 'half'}")
-    assert run_command(lambda: main("evaluate"), argv, monkeypatch) == 2
+    assert run_command("evaluate", argv, monkeypatch) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("moduseg: error: ")
     assert message in error
@@ -216,7 +216,7 @@ def test_workers_change_nothing_and_missing_counts_are_made_again(finished: Path
 
 def test_two_folders_are_compared(own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     folders = [str(own.parent / name) for name in ("shifted", "half")]
-    assert run_command(main_compare, [*folders, *arguments(own)], monkeypatch) == 0
+    assert run_command("compare", [*folders, *arguments(own)], monkeypatch) == 0
     path = Path(capsys.readouterr().out.strip().splitlines()[-1].split(" -> ")[1])
     record = json.loads((path / "results.json").read_text())
     assert record["images"] == 4
@@ -264,7 +264,7 @@ def test_what_cannot_be_compared_is_one_line(
         if argv[0] == "SHIFTED_WITHOUT_DATASET":
             argv, more = [shifted, half], [f"runtime.outputs={own.parent / 'outputs'}"]
         folders = [a for a in argv if "=" not in a]
-        code = run_command(main_compare, [*folders, *more, *(a for a in argv if "=" in a)], monkeypatch)
+        code = run_command("compare", [*folders, *more, *(a for a in argv if "=" in a)], monkeypatch)
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert code == 2, message
         assert message in error

@@ -123,7 +123,7 @@ def test_a_broken_image_is_recorded_and_the_run_goes_on(tmp_path: Path, finished
     assert count_failures(path) >= 2
     assert len(set(Bank.load(stage_folder(tmp_path, "build_bank")).image_index.tolist())) == 11
 
-    command = "import sys; from moduseg.cli.main import main; main('infer')"
+    command = "import sys; from moduseg.cli import run_script; run_script('infer')"
     run = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "Traceback" not in run.stderr

@@ -20,7 +20,7 @@ from moduseg.pipeline.workspace import count_failures, safe_name
 from moduseg.stages import build_bank, infer, propose
 from tests.support.runs import overrides, result_bytes
 
-RUN = "import sys; from moduseg.cli.main import main; main(sys.argv.pop(1))"
+RUN = "from moduseg.cli import entry; entry()"
 
 
 @pytest.fixture(scope="module")

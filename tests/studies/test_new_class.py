@@ -47,9 +47,9 @@ def test_what_is_withheld_is_what_was_never_there(tmp_path: Path) -> None:
     without, holders = holding(NEW, 4, yes=False), holding(NEW, 2)
     joint, own = write_folder(tmp_path / "joint", without + holders), write_folder(tmp_path / "own", without)
     whole, alone = (build_bank.run(compose(settings(root, tmp_path / "o", *CLIP))) for root in (joint, own))
-    gone = ";".join(Bank.load(whole).image_ids[4:])
-    bank_tool.run("remove", [f"bank={whole}", f"image={gone}", f"class={NEW}", f"out={tmp_path / 'left'}"])
-    bank_tool.run("remove", [f"bank={alone}", f"class={NEW}", f"out={tmp_path / 'alone'}"])
+    gone = Bank.load(whole).image_ids[4:]
+    bank_tool.remove(bank_tool.RemoveOptions(str(whole), (NEW,), gone, out=str(tmp_path / "left")), [])
+    bank_tool.remove(bank_tool.RemoveOptions(str(alone), (NEW,), out=str(tmp_path / "alone")), [])
     assert digest_bank(Bank.load(tmp_path / "left")) == digest_bank(Bank.load(tmp_path / "alone"))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from moduseg.cli import main
+from moduseg.cli import run_script
 from moduseg.config import compose
 from moduseg.errors import ConfigError
 from moduseg.stages import evaluate
@@ -72,7 +72,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     """Exit code of `scripts/reproduce.py`."""
     monkeypatch.setattr("sys.argv", ["reproduce", *arguments])
     with pytest.raises(SystemExit) as ended:
-        main.main_reproduce()
+        run_script("reproduce")
     return ended.value.code
 
 
@@ -241,7 +241,7 @@ def test_a_bug_in_one_row_does_not_end_the_night(
             ("table=small", "dataset=voc", "row=broken"),
             r"row: got 'broken', expected one of 'baseline', 'nowhere', 'bo",
         ),
-        (("table=small", "seeds=many"), r"seeds: got 'many', expected a whole number"),
+        (("table=small", "seeds=many"), r"seeds: got 'many' \(str\), expected a whole number"),
         (("table=small", "dataset=voc", "seeds=3"), r"seeds: got 3, expected 1 on voc, where nothing is drawn"),
         (("table=small", "dataset=miniature", "seeds=0"), r"seeds: got 0, expected 1 or more"),
         (("table=small", "dataset=miniature", "retrieval.top_k=0"), r"top_k: got 0"),

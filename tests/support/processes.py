@@ -39,14 +39,15 @@ def start(stage: str, arguments: Sequence[str], log: Path, file_limit: int | Non
 def _run(stage: str, arguments: list[str], log: str, file_limit: int | None) -> None:
     import torch
 
-    from moduseg.cli.main import guard, run_config
+    from moduseg.cli.commands import COMMANDS
+    from moduseg.cli.main import guard, run_with_config
     from moduseg.config import compose
 
     torch.set_num_threads(1)
     with Path(log).open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        code = guard(lambda: run_config(stage, compose(arguments)))
+        code = guard(lambda: run_with_config(COMMANDS[stage], compose(arguments)))
     os._exit(code)
 
 

@@ -13,20 +13,28 @@ import torch
 
 from moduseg import Segmenter
 from moduseg.bank.store import Bank
-from moduseg.cli.main import entry
-from moduseg.cli.options import configured, parse
+from moduseg.cli import entry
+from moduseg.cli.commands import COMMANDS
+from moduseg.cli.main import run_command
+from moduseg.cli.options import parse
 from moduseg.config import compose
+from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
 from moduseg.datasets.tagged_images import TaggedImages
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, ModusegError
 from moduseg.miniature.world.scenes import CLASSES
 from moduseg.stages import build_bank, evaluate, infer
-from moduseg.tools import bank as bank_tool
+from moduseg.tools.bank import InfoOptions
 from tests.support.runs import overrides
 from tests.support.tagged_world import CLIP, NEW, ORACLE, holding, image_id, settings, write_folder
 
 OLD = tuple(name for name in CLASSES if name != NEW)
 LONGER = (*OLD, NEW)
+
+
+def run_verb(verb: str, arguments: list[str]) -> int:
+    """Return the exit code of `moduseg bank <verb>`; its errors are raised."""
+    return run_command(COMMANDS[f"bank {verb}"], arguments)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def test_adding_equals_rebuilding(tmp_path: Path, scenes: tuple[list[int], list[
         outputs = tmp_path / name / "outputs"
         first = build_bank.run(compose(settings(own, outputs, *source)))
         before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
-        code = bank_tool.run(
+        code = run_verb(
             "add",
             [
                 f"bank={first}",
@@ -94,7 +102,7 @@ def add(bank: Path, tmp_path: Path, *arguments: str) -> Bank:
         "runtime.device=cpu",
         f"out={tmp_path / 'new'}",
     ]
-    assert bank_tool.run("add", [*common, *arguments]) == 0
+    assert run_verb("add", [*common, *arguments]) == 0
     return Bank.load(tmp_path / "new")
 
 
@@ -161,11 +169,11 @@ def test_what_cannot_be_added_is_one_line(bank: Path, tmp_path: Path) -> None:
         ([f"bank={bank}", images, "new=a", "runtime.devise=cpu"], ConfigError, r"runtime\.devise: unknown key"),
     ):
         with pytest.raises(kind, match=message) as caught:
-            bank_tool.run("add", [*arguments, f"runtime.outputs={tmp_path / 'outputs'}"])
+            run_verb("add", [*arguments, f"runtime.outputs={tmp_path / 'outputs'}"])
         assert "\n" not in str(caught.value)
     again = write_folder(tmp_path / "again", [3])
     with pytest.raises(ArtefactError, match=r"image 'scene003' is in the bank already.*prefix=<word>"):
-        bank_tool.run("add", [f"bank={bank}", f"images={again}", f"runtime.outputs={tmp_path / 'outputs'}"])
+        run_verb("add", [f"bank={bank}", f"images={again}", f"runtime.outputs={tmp_path / 'outputs'}"])
 
 
 def test_another_generator_may_label_what_is_added(tmp_path: Path) -> None:
@@ -191,7 +199,7 @@ def test_an_image_that_cannot_be_read_is_recorded(bank: Path, tmp_path: Path) ->
     write_folder(tmp_path / "more", [30, 31])
     broken = tmp_path / "more" / "images" / "scene031.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    code = bank_tool.run(
+    code = run_verb(
         "add",
         [f"bank={bank}", f"images={tmp_path / 'more'}", f"out={tmp_path / 'new'}", f"runtime.outputs={tmp_path / 'o'}"],
     )
@@ -271,7 +279,7 @@ def test_infer_and_evaluate_use_the_bank_that_is_named(tmp_path: Path) -> None:
     first = build_bank.run(compose(base))
     stored = Bank.load(first)
     gone = next(name for name, count in stored.counts.items() if count and name != "background")
-    bank_tool.run("remove", [f"bank={first}", f"class={gone}", f"out={tmp_path / 'fewer'}"])
+    run_verb("remove", [f"bank={first}", f"class={gone}", f"out={tmp_path / 'fewer'}"])
     named = infer.run(compose([*base, f"bank.path={tmp_path / 'fewer'}"]))
     assert named != whole
     results = json.loads((named / "results.json").read_text())
@@ -281,7 +289,10 @@ def test_infer_and_evaluate_use_the_bank_that_is_named(tmp_path: Path) -> None:
 
     assert all(label not in read_label_png(p) for p in (named / "labels").iterdir())
     # All of the bank, named, gives the same label maps as the bank that was built.
-    bank_tool.run("merge", [f"banks={tmp_path / 'fewer'};{_only(first, gone, tmp_path)}", f"out={tmp_path / 'again'}"])
+    run_verb(
+        "merge",
+        [f"banks={tmp_path / 'fewer'};{_only(first, gone, tmp_path)}", f"out={tmp_path / 'again'}"],
+    )
     again = infer.run(compose([*base, f"bank.path={tmp_path / 'again'}", "bank.outliers.enabled=false"]))
     plain = infer.run(compose([*base, "bank.outliers.enabled=false"]))
     for path in (plain / "labels").iterdir():
@@ -340,19 +351,19 @@ def test_tagged_images_keep_the_contract_of_data_sets(tmp_path: Path) -> None:
 
 def test_stored_configurations_take_overrides(bank: Path) -> None:
     stored = Bank.load(bank).info["config"]
-    cfg = configured(stored, ["retrieval.top_k=7", "proposer=ground_truth", "bank.outliers.enabled=false"])
+    cfg = reconfigure(stored, ["retrieval.top_k=7", "proposer=ground_truth", "bank.outliers.enabled=false"])
     assert (cfg.retrieval.top_k, cfg.proposer["name"], cfg.bank.outliers.enabled) == (7, "ground_truth", False)
-    assert configured(stored, ["retrieval=paper", "retrieval.top_k=3"]).retrieval.top_k == 3
-    assert configured(stored, []).as_dict()["retrieval"] == stored["retrieval"]
+    assert reconfigure(stored, ["retrieval=paper", "retrieval.top_k=3"]).retrieval.top_k == 3
+    assert reconfigure(stored, []).as_dict()["retrieval"] == stored["retrieval"]
     for override, message in (
         ("retrieval.topk=3", r"retrieval\.topk: unknown key, expected one of .*top_k"),
         ("retrieval.top_k=many", r"retrieval\.top_k: got 'many'"),
         ("proposer=nothing", r"nothing"),
     ):
         with pytest.raises(ModusegError, match=message):
-            configured(stored, [override])
+            reconfigure(stored, [override])
     with pytest.raises(ConfigError, match=r"pets: unknown key of info.*group of the configuration"):
-        parse(["pets=1"], bank_tool.InfoOptions, "info")
+        parse(["pets=1"], InfoOptions, "info")
 
 
 def test_the_script_runs(bank: Path) -> None:

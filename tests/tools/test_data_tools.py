@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.cli import main
+from moduseg.cli.commands import COMMANDS
+from moduseg.cli.main import guard, run_with_config
 from moduseg.config import compose
 from moduseg.datasets import build
 from moduseg.datasets.io import read_label_png, write_label_png
@@ -58,7 +59,7 @@ def _check(name: str, root: Path, outputs: Path, *more: str) -> tuple[dict[str, 
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    return main.guard(lambda: main.run_config(command, compose(arguments)))
+    return guard(lambda: run_with_config(COMMANDS[command], compose(arguments)))
 
 
 # The whole way --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from moduseg import Segmenter
-from moduseg.cli.main import entry
+from moduseg.cli import entry
 from moduseg.cli.options import parse
 from moduseg.config import compose
 from moduseg.datasets.io import read_label_png

@@ -31,6 +31,12 @@ TRAININGS: dict[str, tuple[type, Any]] = {
 }
 
 
+def main(cfg: DictConfig) -> int:
+    """The command `train_miniature`: 0 if the model was trained or measured."""
+    run(cfg)
+    return 0
+
+
 def run(cfg: DictConfig) -> list[Path]:
     """Train, unless `cfg.quality_only`, and print the quality of the result as one line of JSON per model.
 
