@@ -20,8 +20,11 @@ import torch
 from benchmarks.common import Row, Setting, not_measured, summary
 from moduseg.clock import measure, model_cpu_seconds, model_seconds
 from moduseg.config import compose
-from moduseg.pipeline.workspace import Workspace, steps_of
-from moduseg.stages import build_bank, infer, propose
+from moduseg.pipeline.manifests import steps_by_folder
+from moduseg.pipeline.workspace import Workspace
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.infer import Infer
+from moduseg.stages.propose import Propose
 
 OUTSIDE_MS = 30.0
 MEMORY_MB = 50.0
@@ -53,11 +56,11 @@ def outside_models(setting: Setting) -> list[Row]:
             begun, cpu = time.perf_counter(), time.process_time()
             spent, cpu_spent = model_seconds(), model_cpu_seconds()
             with measure():
-                build_bank.run(cfg, work)
-                path = infer.run(cfg, work)
+                BuildBank.run(cfg, work)
+                path = Infer.run(cfg, work)
             wall, model = time.perf_counter() - begun, model_seconds() - spent
             cpu, cpu_model = time.process_time() - cpu, model_cpu_seconds() - cpu_spent
-            steps = dict(steps_of(path))
+            steps = steps_by_folder(path)
         each = 1000 / (train + val)
         found.append({"outside": each * (wall - model), "cpu": each * (cpu - cpu_model), "share": model / wall})
     outside, cpu_outside, share = (summary([run[key] for run in found]) for key in ("outside", "cpu", "share"))
@@ -173,7 +176,7 @@ def _draw(pipe: Connection, arguments: list[str]) -> None:
 def _infer(pipe: Connection, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("moduseg").setLevel(logging.ERROR)
-    infer.run(compose(arguments))
+    Infer.run(compose(arguments))
     # Not `ru_maxrss`: a process inherits that of the one that started it.
     status = Path("/proc/self/status").read_text()
     pipe.send(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")))
@@ -209,9 +212,9 @@ def _shard(pipe: Connection, core: int, index: int, count: int, arguments: list[
     cfg = compose([*arguments, f"runtime.shard.index={index}", f"runtime.shard.count={count}"])
     work = Workspace(cfg)
     _warm(work)
-    loop = propose.plan(cfg, work, work.eval_split, "eval").loop
+    runner = Propose(work).runner()
     pipe.send("ready")
     pipe.recv()
     begun = time.process_time()
-    loop.own()
+    runner.run_shard()
     pipe.send(time.process_time() - begun)

@@ -1,7 +1,7 @@
-"""Seconds spent in forward passes of models, counted where the passes are made.
+"""Seconds spent in forward passes of models.
 
-`Device.autocast` enters `model_pass`, so that whatever casts its model is counted. On CUDA a pass returns before the
-device is through with it: `measure(synchronise=True)` waits at both ends, which costs speed and is for measurements.
+`Device.autocast` enters `model_pass`, so that every model that runs under it is counted. On CUDA a pass returns before
+the device has finished it: `measure(synchronise=True)` waits at both ends, which costs speed and is for measurements.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 
 class _Spent(threading.local):
-    """Of the current thread."""
+    """Per-thread totals of the time spent in model forward passes."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -31,12 +31,12 @@ _synchronise = False
 
 
 def model_seconds() -> float:
-    """Seconds that this thread has spent in forward passes so far; differences of it are what counts."""
+    """Return the seconds that this thread has spent in forward passes so far; take differences of it."""
     return _spent.seconds
 
 
 def model_cpu_seconds() -> float:
-    """The same in seconds that the thread computed: what other programs on the machine leave alone."""
+    """Return the CPU seconds of this thread's forward passes so far, which other programs do not lengthen."""
     return _spent.cpu_seconds
 
 
@@ -51,7 +51,7 @@ def model_pass(device: torch.device) -> Iterator[None]:
 
 
 def count_passes(module: nn.Module, device: torch.device) -> None:
-    """Count the forward passes of a module that somebody else's code calls."""
+    """Count the forward passes of a module that a library calls."""
     module.register_forward_pre_hook(lambda *_: _begin(device))
     module.register_forward_hook(lambda *_: _end(device), always_call=True)
 
@@ -73,7 +73,7 @@ def _end(device: torch.device) -> None:
 
 @contextmanager
 def measure(synchronise: bool = True) -> Iterator[None]:
-    """Inside, passes on CUDA are waited for, so that their seconds are theirs and not those of whoever waits next."""
+    """Synchronise CUDA around each pass, so that its time is not charged to the next synchronisation point."""
     global _synchronise
     before, _synchronise = _synchronise, synchronise
     try:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, their JSON, and their digests."""
+"""Files that are either complete or absent, their JSON, and their digests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,31 @@ FORMAT = 1
 """Raised when the files of a stage change meaning, so that older folders are not taken for new ones."""
 
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "host"
-# Containers may share a folder and have one name and the same process ids.
+# Containers sharing this folder may have equal host names and process ids, so a random token tells them apart.
 _TOKEN = os.urandom(4).hex()
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and without spaces: equal values give equal text."""
+    """Return JSON with sorted keys and without spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def digest_of(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`, hexadecimal."""
+    """Return the sha256 of the canonical JSON of `value`, hexadecimal."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def to_json_values(value: Any) -> Any:
+    """Return nested mappings as dicts and tuples as lists, for hashing and JSON."""
+    if isinstance(value, Mapping):
+        return {str(k): to_json_values(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json_values(v) for v in value]
+    return value
+
+
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either all of it or what it held before, even if the process dies meanwhile.
+    """Write `data` so that `path` holds either all of it or its former content, even if the process dies meanwhile.
 
     Raises:
         StorageError: disk full, no permission, read-only file system.
@@ -62,15 +72,15 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of indented JSON."""
+    """Write indented JSON with `write_atomic`."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`.
+    """Return the JSON in `path`.
 
     Raises:
-        ArtefactError: it is not there or not JSON.
+        ArtefactError: the file is missing or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -88,10 +98,10 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, hexadecimal; read once for each size and modification time.
+    """Return the sha256 of a file, hexadecimal; it is read once for each size and modification time.
 
     Raises:
-        MissingError: there is no such file.
+        MissingError: the file does not exist.
     """
     if not path.is_file():
         raise MissingError(f"{path}: no such file; check the path")
@@ -100,7 +110,7 @@ def file_digest(path: Path) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files below a folder that a process of this machine left when it was killed."""
+    """Remove temporary files below a folder that killed processes of this machine left."""
     for leftover in folder.rglob(f".*.{_HOST}.*.tmp"):
         owner = leftover.name.split(".")[-2]
         if owner.isdigit() and not _is_running(int(owner)):

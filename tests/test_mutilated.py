@@ -150,7 +150,7 @@ def _read_manifest(path: Path) -> None:
     artefact = Artefact(path.parent, "d", "s", "n", {})
     artefact.manifest_path.write_bytes(path.read_bytes())
     again = Artefact(path.parent, "d", "s", "n", {})
-    again.is_whole(verify=True)
+    again.is_intact(verify=True)
 
 
 @dataclass(frozen=True)

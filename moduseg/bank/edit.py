@@ -8,6 +8,7 @@ appended. So a bank of A with B added equals one built from the list A, B.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from moduseg.bank.store import Bank
 from moduseg.config import BankConfig
 from moduseg.errors import ArtefactError, ConfigError
 from moduseg.structures import IGNORE_INDEX, TokenMap
+
+log = logging.getLogger("moduseg")
 
 MAX_CLASSES = 255
 """Largest number of class names for an 8-bit label map, background included; 255 is the ignored pixel."""
@@ -116,7 +119,30 @@ def merge(banks: Sequence[Bank]) -> Bank:
     )
 
 
-def in_classes(bank: Bank, classes: Sequence[str]) -> Bank:
+def align_classes(bank: Bank, aggregation: str, classes: Sequence[str]) -> Bank:
+    """Return a bank that `bank.path` names with the ids of the data set's classes.
+
+    Args:
+        bank: the stored bank.
+        aggregation: how the vectors of the queries are pooled (`bank.aggregation`).
+        classes: names of the data set's classes, background first.
+
+    Raises:
+        ArtefactError: the bank has a class that the data set lacks, or its vectors are pooled in another way.
+    """
+    bank_aggregation = bank.info.get("config", {}).get("bank", {}).get("aggregation", aggregation)
+    if bank_aggregation != aggregation:
+        raise ArtefactError(
+            f"bank.path: the bank was made with bank.aggregation={bank_aggregation}, got {aggregation}; set "
+            f"bank.aggregation={bank_aggregation}"
+        )
+    missing = [name for name in classes if bank.counts.get(name, 0) == 0]
+    if missing:
+        log.warning("infer: the bank has no vector for %s; no pixel can get these labels", ", ".join(missing))
+    return remap_classes(bank, classes)
+
+
+def remap_classes(bank: Bank, classes: Sequence[str]) -> Bank:
     """The same bank with the ids of another class list, matched by name.
 
     Args:

@@ -21,7 +21,7 @@ class Command:
         name: one word, or two where a command has several verbs (`bank info`).
         group: its chapter in the list of commands.
         summary: what it does, in one line.
-        function: `module:function`.
+        function: `module:function`, or `module:class.method`.
         options: `module:class` of its own keys; `None` if it reads the configuration alone.
         words: keys that arguments without `=` fill; see `moduseg.cli.options.parse`.
         repeated: keys that may be given several times; see `moduseg.cli.options.parse`.
@@ -48,25 +48,25 @@ _TABLE = (
         "propose",
         "pipeline",
         "Find class-agnostic masks in every image.",
-        "moduseg.stages.propose:run",
+        "moduseg.stages.propose:Propose.run",
     ),
     Command(
         "pseudo_masks",
         "pipeline",
         "Label the training images from their tags.",
-        "moduseg.stages.pseudo_masks:run",
+        "moduseg.stages.pseudo_masks:PseudoMasks.run",
     ),
     Command(
         "build_bank",
         "pipeline",
         "Build the bank of feature vectors from the training images.",
-        "moduseg.stages.build_bank:run",
+        "moduseg.stages.build_bank:BuildBank.run",
     ),
     Command(
         "infer",
         "pipeline",
         "Label and score the evaluated split by retrieval from the bank.",
-        "moduseg.stages.infer:run",
+        "moduseg.stages.infer:Infer.run",
     ),
     Command(
         "evaluate",

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -136,19 +137,19 @@ def _exit_code(result: int | Path) -> int:
     """Return the exit code of what a command's function returned: the code, or the folder of an artefact."""
     if isinstance(result, int):
         return result
+    from moduseg.pipeline.manifests import count_failures
     from moduseg.pipeline.peers import Peers
-    from moduseg.pipeline.workspace import count_failures
 
-    failures = count_failures(result) if Peers().leads else 0
+    failures = count_failures(result) if Peers().is_leader else 0
     if failures:
         print(f"moduseg: {failures} images left out on the way, see failures.jsonl beside {result}", file=sys.stderr)
     return 1 if failures else 0
 
 
 def _load(path: str) -> Any:
-    """Return the function or class that `module:name` names."""
+    """Return the function or class that `module:name` names; a method as `module:class.name`."""
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return attrgetter(name)(importlib.import_module(module))
 
 
 def _log_to_stdout(*, is_quiet: bool) -> None:

@@ -35,13 +35,13 @@ class Artefact:
         self.parts = {"format": FORMAT, **parts}
         self.key = digest_of(self.parts)
         self.path = outputs / dataset / stage / f"{name}-{self.key[:8]}"
-        found = self._stored_manifest()
-        if found is not None and found.get("key") != self.key:
+        stored = self._stored_manifest()
+        if stored is not None and stored.get("key") != self.key:
             raise ArtefactError(
-                f"{self.path}: holds key {found.get('key')!r}, expected {self.key!r}; remove the folder"
+                f"{self.path}: holds key {stored.get('key')!r}, expected {self.key!r}; remove the folder"
             )
         remove_leftovers(self.path)
-        if found is None:
+        if stored is None:
             self.write_manifest(status="running")
 
     @property
@@ -51,7 +51,7 @@ class Artefact:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What `manifest.json` says."""
+        """The content of `manifest.json`."""
         value = read_json(self.manifest_path)
         if not isinstance(value, dict):
             raise ArtefactError(
@@ -61,13 +61,16 @@ class Artefact:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the stage once came to its end here."""
+        """Whether the stage has completed in this folder."""
         return self.manifest_path.exists() and self.manifest.get("status") == "complete"
 
-    def is_whole(self, verify: bool = False) -> bool:
-        """Whether it is complete and what was merged has the recorded sizes (`verify`: and digests).
+    def is_intact(self, verify: bool = False) -> bool:
+        """Return whether the stage is complete and its merged files have the recorded sizes.
 
-        Files of single images are the loop's to look at.
+        Files of single images are checked with the records of their batches (`moduseg.pipeline.records`).
+
+        Args:
+            verify: whether the files are read and compared with their digests as well.
         """
         if not self.is_complete:
             return False
@@ -85,16 +88,17 @@ class Artefact:
     def write_manifest(self, **fields: Any) -> None:
         """Write `manifest.json`: stage, key, parts and `fields` (`status` is `running` or `complete`).
 
-        When complete, also size and sha256 of what was merged: the files beside it, and the pictures in `panels/`.
+        A complete manifest also lists size and sha256 of the merged files: those beside it, and the pictures in
+        `panels/`.
         """
         if fields.get("status") == "complete":
-            found = [p for p in (*self.path.iterdir(), *self.path.glob("panels/**/*")) if not p.name.startswith(".")]
-            files = sorted(p for p in found if p.is_file() and p != self.manifest_path)
+            entries = [p for p in (*self.path.iterdir(), *self.path.glob("panels/**/*")) if p.name[0] != "."]
+            files = sorted(p for p in entries if p.is_file() and p != self.manifest_path)
             fields["products"] = {p.relative_to(self.path).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
         write_json(self.manifest_path, {"stage": self.stage, "key": self.key, "parts": self.parts, **fields})
 
     def file(self, relative: str) -> Path:
-        """`path / relative`, refused if it would leave the folder.
+        """Return `path / relative`; a path that leaves the folder is refused.
 
         Raises:
             ArtefactError: `relative` is absolute or climbs out.
@@ -105,7 +109,7 @@ class Artefact:
         return self.path / candidate
 
     def _stored_manifest(self) -> dict[str, Any] | None:
-        """What `manifest.json` says; `None` where it is absent or damaged, and the stage is to be looked at anew."""
+        """Return the content of `manifest.json`; `None` if it is absent or damaged: the stage is then checked again."""
         try:
             return self.manifest
         except ArtefactError:

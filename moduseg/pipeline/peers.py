@@ -1,7 +1,7 @@
-"""The processes that share a run: ranks of torchrun, tasks of a job array, or nobody.
+"""The processes that share a run: ranks of torchrun, tasks of a job array, or a single process.
 
-Ranks of torchrun talk through its key-value store, in JSON: each says when its share of a stage is done, the first one
-merges, the others wait for that. Tasks of a job array know of each other by the records they leave on disk.
+Ranks of torchrun talk through its key-value store, in JSON: each publishes that its share of a stage is done, rank 0
+merges, the others await the merge. Tasks of a job array find each other's records on disk.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from moduseg import errors
 from moduseg.errors import ConfigError, ModusegError
 
 _POLL = 0.02
-"""Seconds between two looks at the store, doubled up to 50 times that."""
+"""Seconds between the first two polls of the store; each pause doubles, up to 50 times that."""
 
 
 class Peers:
-    """This process among those of the run.
+    """Coordinates this process with the other processes of the run.
 
     Args:
-        index, count: of the job array (`runtime.shard`); 0 and 1 where there is none.
-        alone: whether to look past torchrun's environment (a worker that another engine started).
+        index, count: this task of the job array and their number (`runtime.shard`); 0 and 1 without one.
+        alone: whether to ignore torchrun's environment (in a worker that another engine started).
 
     Attributes:
-        rank, world: of torchrun; 0 and 1 where there is none.
-        index, count: of all, those of torchrun counted inside each task of the job array.
+        rank, world: this rank of torchrun and their number; 0 and 1 without it.
+        index, count: this process and their number, the ranks of torchrun counted inside each task of the job array.
 
     Raises:
-        ConfigError: `RANK` and `WORLD_SIZE` are no such numbers.
+        ConfigError: `RANK` and `WORLD_SIZE` are not a rank and a number of processes.
     """
 
     def __init__(self, index: int = 0, count: int = 1, alone: bool = False) -> None:
@@ -43,60 +43,60 @@ class Peers:
         self._seen: Counter[str] = Counter()
 
     @property
-    def leads(self) -> bool:
-        """Whether this process merges and speaks for those it is started with."""
+    def is_leader(self) -> bool:
+        """True on rank 0, which merges results and logs for its group."""
         return self.rank == 0
 
-    def together(self, name: str, own: Callable[[], int], merge: Callable[[int], str]) -> str:
-        """Let every rank do its own part, and the first merge them when all are done.
+    def run_then_merge(self, task: str, run_share: Callable[[], int], merge: Callable[[int], str]) -> str:
+        """Run every rank's share, then merge on rank 0.
 
         Args:
-            name: of what is done, the same on every rank.
-            own: this process's part; gives a number.
-            merge: called on rank 0 with the sum of the numbers; gives what all return.
+            task: name of the task, equal on every rank.
+            run_share: does this process's share and returns the number of its results.
+            merge: called on rank 0 with the sum of the numbers; its result is returned on every rank.
 
         Raises:
-            ModusegError: of `own` or `merge`; what one rank meets, all raise.
+            ModusegError: raised by `run_share` or `merge` on any rank; every rank raises it.
         """
-        if not self._talks:
-            return merge(own())
-        name = self._numbered(name)
-        self._tell(f"{name}/{self.rank}", own)
-        if not self.leads:
-            return str(self._hear(name))
-        return str(self._tell(name, lambda: merge(sum(self._hear(f"{name}/{r}") for r in range(self.world)))))
+        if not self._has_store:
+            return merge(run_share())
+        key = self._numbered(task)
+        self._publish(f"{key}/{self.rank}", run_share)
+        if not self.is_leader:
+            return str(self._await(key))
+        return str(self._publish(key, lambda: merge(sum(self._await(f"{key}/{r}") for r in range(self.world)))))
 
-    def first(self, name: str, job: Callable[[], Any]) -> None:
-        """Let rank 0 do a job that is to be done once (`job` itself sees that others find it done), the others wait."""
-        if not self._talks:
+    def leader_first(self, task: str, job: Callable[[], Any]) -> None:
+        """Run `job` on rank 0, then on the other ranks, where it has to find its work done."""
+        if not self._has_store:
             job()
             return
-        name = self._numbered(name)
-        if self.leads:
-            self._tell(name, lambda: (job(), 0)[1])
+        key = self._numbered(task)
+        if self.is_leader:
+            self._publish(key, lambda: (job(), 0)[1])
         else:
-            self._hear(name)
+            self._await(key)
             job()
 
     @property
-    def _talks(self) -> bool:
+    def _has_store(self) -> bool:
         return self.world > 1 and "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
 
-    def _numbered(self, name: str) -> str:
-        # A run may come to one artefact twice, and torchrun may have started its processes anew.
-        self._seen[name] += 1
-        return f"moduseg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}/{self._seen[name]}"
+    def _numbered(self, task: str) -> str:
+        # A run may do a task twice, and torchrun may restart its processes: each time has a key of its own.
+        self._seen[task] += 1
+        return f"moduseg/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{task}/{self._seen[task]}"
 
     @cached_property
     def _store(self) -> Any:
         from torch.distributed import TCPStore
 
-        # torchrun's agent serves the store; where processes were started otherwise, the first one does.
-        serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and self.leads
+        # torchrun's agent serves the store; without an agent, rank 0 does.
+        is_server = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and self.is_leader
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(host, port, self.world, serves, timedelta(minutes=5), wait_for_workers=False)
+        return TCPStore(host, port, self.world, is_server, timedelta(minutes=5), wait_for_workers=False)
 
-    def _tell(self, key: str, job: Callable[[], Any]) -> Any:
+    def _publish(self, key: str, job: Callable[[], Any]) -> Any:
         try:
             value = job()
         except ModusegError as error:
@@ -105,9 +105,9 @@ class Peers:
         self._store.set(key, json.dumps({"value": value}))
         return value
 
-    def _hear(self, key: str) -> Any:
+    def _await(self, key: str) -> Any:
         pause = _POLL
-        # Looked at again and again, not waited for: so a signal is heard, and torchrun sends one when a rank dies.
+        # Poll instead of blocking, so that the signal torchrun sends when a rank dies is handled.
         while not self._store.check([key]):
             time.sleep(pause)
             pause = min(2 * pause, 50 * _POLL)
@@ -118,7 +118,7 @@ class Peers:
 
 
 def _torchrun() -> tuple[int, int]:
-    """`RANK` and `WORLD_SIZE` of the environment; 0 and 1 where they are not set."""
+    """Return `RANK` and `WORLD_SIZE` of the environment; 0 and 1 if they are not set."""
     texts = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
     if not all(texts):
         return 0, 1

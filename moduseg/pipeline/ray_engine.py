@@ -1,22 +1,24 @@
-"""Batches spread over the workers of a Ray cluster, by Ray Data (extra `ray`).
+"""Batches distributed over the workers of a Ray cluster, by Ray Data (extra `ray`).
 
-A worker builds the stage's loop anew, holds its models, and runs the loop's own body on the batches it is given; files
+A worker builds the stage and its `BatchRunner` itself, holds the models, and processes the batches it is given; files
 and records go to the artefact's folder, which all machines of the cluster see. A task whose worker died is given to
-another one, which leaves out what is done.
+another worker, which skips the batches that are done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moduseg import errors
-from moduseg.errors import MissingError, ModusegError
-from moduseg.pipeline.batches import Loop
+from moduseg.config import Config, RayConfig, ShardConfig
+from moduseg.devices import Device
+from moduseg.errors import ConfigError, MissingError, ModusegError
+from moduseg.pipeline.batches import BatchRunner
 
 _RETRIES = 3
-"""Times that a task is given to another worker after one died on it."""
+"""How often a task is given to another worker after its worker died."""
 
 
 @dataclass(frozen=True)
@@ -36,33 +38,33 @@ class RayWorkers:
     gpus: float = 0.0
     batches: int = 4
 
-    def run(self, rebuild: Callable[[], Loop[Any]], todo: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Do batches on the workers.
+    def run(self, rebuild: Callable[[], BatchRunner[Any]], indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Process batches on the workers.
 
         Args:
-            rebuild: gives the stage's loop; called once in every worker, so it has to be picklable.
-            todo: indices of batches.
+            rebuild: returns the stage's runner; called once in every worker, so it has to be picklable.
+            indices: of the batches.
 
         Yields:
             Index and number of results of each batch when it is done, in any order.
 
         Raises:
             MissingError: Ray is not installed, or its cluster cannot be reached.
-            ModusegError: of the loop in a worker, or a worker died again and again on the same batches.
+            ModusegError: raised by a runner in a worker, or a worker died again and again on the same batches.
         """
-        ray = _connected(self)
+        ray = _connect(self)
         import torch
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        pieces = -(-len(todo) // self.batches)
-        rows = ray.data.from_items([{"batch": index} for index in todo], override_num_blocks=pieces).map_batches(
+        num_tasks = -(-len(indices) // self.batches)
+        rows = ray.data.from_items([{"batch": index} for index in indices], override_num_blocks=num_tasks).map_batches(
             _Worker,
             batch_size=None,
             batch_format="numpy",
             fn_constructor_args=(rebuild, torch.get_num_threads()),
-            concurrency=min(self.actors, pieces),
+            concurrency=min(self.actors, num_tasks),
             num_cpus=self.cpus,
             num_gpus=self.gpus,
             max_restarts=-1,
@@ -83,25 +85,26 @@ class RayWorkers:
 class _Worker:
     """Lives in a process of the cluster; called with batches of indices by Ray Data."""
 
-    def __init__(self, rebuild: Callable[[], Loop[Any]], threads: int) -> None:
+    def __init__(self, rebuild: Callable[[], BatchRunner[Any]], threads: int) -> None:
         import torch
 
-        # Ray sets the number of threads by the worker's CPUs; sums are grouped by it, and bytes are to be the same.
+        # Ray sets the thread count from num_cpus. The order of floating-point sums depends on it, so fix it to get
+        # identical bytes.
         torch.set_num_threads(threads)
         self._rebuild = rebuild
-        self._loop: Loop[Any] | None = None
+        self._runner: BatchRunner[Any] | None = None
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         indices = [int(index) for index in rows["batch"]]
         done: dict[int, int] = {}
         error, text = "", ""
         try:
-            loop = self._loop = self._loop or self._rebuild()
-            todo = loop.unfinished(indices)
-            done = {index: len(loop.batches[index]) for index in indices if index not in todo}
-            done.update(loop.batches_done(todo))
+            runner = self._runner = self._runner or self._rebuild()
+            unfinished = runner.unfinished(indices)
+            done = {index: len(runner.batches[index]) for index in indices if index not in unfinished}
+            done.update(runner.process_batches(unfinished))
         except ModusegError as caught:
-            # By name and text: Ray would wrap it into its own error, traceback and all.
+            # The error travels as name and text: Ray would wrap it, traceback included, into an error of its own.
             error, text = type(caught).__name__, str(caught)
         failed = [index for index in indices if index not in done] if error else []
         answered = [*done, *failed[:1]]
@@ -113,7 +116,25 @@ class _Worker:
         }
 
 
-def _connected(workers: RayWorkers) -> Any:
+def worker_config(cfg: Config, device: Device) -> Config:
+    """Return the configuration of one worker: the driver's device and precision, and no sharding of its own.
+
+    Raises:
+        ConfigError: the device is a GPU, and workers get none.
+    """
+    kind = device.torch_device.type
+    if kind != "cpu" and not cfg.runtime.ray.gpus:
+        raise ConfigError(
+            f"runtime.ray.gpus: got 0 with runtime.device={kind}, expected more than 0; set runtime.ray.gpus=1, or "
+            "runtime.device=cpu"
+        )
+    runtime = replace(
+        cfg.runtime, engine="local", shard=ShardConfig(), ray=RayConfig(), device=kind, precision=device.precision
+    )
+    return replace(cfg, runtime=runtime)
+
+
+def _connect(workers: RayWorkers) -> Any:
     try:
         import ray
         import ray.data

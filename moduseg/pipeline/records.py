@@ -1,7 +1,7 @@
 """Records of finished batches: what was read, what was written, what failed.
 
-A batch is done when its record `batches/<index>.json` is there, its inputs are as they were, and every file it names
-has the recorded size (and, where asked, the recorded sha256).
+A batch is done when its record `batches/<index>.json` exists, the sizes of its input files have not changed, and every
+file that the record names has the recorded size (and, if asked for, the recorded sha256).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from moduseg.files import write_atomic
 from moduseg.pipeline.artefacts import Artefact
 
 Files = dict[str, bytes]
-"""What one image leaves behind: path inside the artefact -> content."""
+"""What a stage writes for one image: path inside the artefact -> content."""
 Record = dict[str, Any]
-"""`ids`, `stamps` (of each id), `files` (path -> size and sha256), `failed` (id -> error), `seconds` (by step)."""
+"""`ids`, `stamps` (input sizes by id), `files` (path -> size, sha256), `failed` (id -> error), `seconds` (by step)."""
 _KEYS = ("ids", "stamps", "files", "failed", "seconds")
 
 
@@ -28,7 +28,7 @@ class Records:
     Args:
         artefact: where files and records are.
         batches: the ids of each batch.
-        stamp: id -> what tells whether its input files changed since.
+        input_sizes: id -> sizes of the files it is made from; a batch whose inputs changed is done again.
         verify: whether files are read and compared with their digests, not their sizes alone.
     """
 
@@ -36,13 +36,13 @@ class Records:
         self,
         artefact: Artefact,
         batches: Sequence[Sequence[str]],
-        stamp: Callable[[str], list[int]],
+        input_sizes: Callable[[str], list[int]],
         verify: bool = False,
     ) -> None:
-        self._artefact, self._batches, self._stamp, self._verify = artefact, batches, stamp, verify
+        self._artefact, self._batches, self._input_sizes, self._verify = artefact, batches, input_sizes, verify
 
     def read(self, index: int) -> Record | None:
-        """The record of a finished batch; `None` if it is missing, damaged, or a file of it is not as it was."""
+        """Return the record of a finished batch; `None` if it is missing or damaged, or if a file of it changed."""
         path = self._path(index)
         if not path.exists():
             return None
@@ -50,12 +50,12 @@ class Records:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["ids"] != list(self._batches[index]) or not isinstance(record["failed"], dict):
                 return None
-            # An image that failed is judged by the loop, which finds out more than a stamp tells.
-            for image_id, stamp in zip(record["ids"], record["stamps"], strict=True):
-                if image_id not in record["failed"] and stamp != self._stamp(image_id):
+            # The runner loads an image that failed again, which tells more than the sizes of its files.
+            for image_id, sizes in zip(record["ids"], record["stamps"], strict=True):
+                if image_id not in record["failed"] and sizes != self._input_sizes(image_id):
                     return None
             for relative, (size, digest) in record["files"].items():
-                if not self._is_whole(self._artefact.file(relative), size, digest):
+                if not self._is_intact(self._artefact.file(relative), size, digest):
                     return None
             return {key: record[key] for key in _KEYS}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -63,7 +63,7 @@ class Records:
             return None
 
     def write(self, index: int, results: Mapping[str, Files]) -> dict[str, tuple[int, str]]:
-        """Write the files of a batch's images; size and sha256 of each.
+        """Write the files of a batch's images and return size and sha256 of each.
 
         Raises:
             StorageError: a file cannot be written.
@@ -75,8 +75,8 @@ class Records:
                 files[relative] = (len(data), hashlib.sha256(data).hexdigest())
         return files
 
-    def finish(self, index: int, record: Record) -> None:
-        """Write the record, which makes the batch done, and remove what earlier runs left for its failed images.
+    def commit(self, index: int, record: Record) -> None:
+        """Write the record, which marks the batch as done, and remove what earlier runs left for its failed images.
 
         Raises:
             StorageError: it cannot be written.
@@ -87,16 +87,16 @@ class Records:
     def _path(self, index: int) -> Path:
         return self._artefact.path / "batches" / f"{index:06d}.json"
 
-    def _is_whole(self, file: Path, size: int, digest: str) -> bool:
+    def _is_intact(self, file: Path, size: int, digest: str) -> bool:
         if not file.is_file() or file.stat().st_size != size:
             return False
         return not self._verify or hashlib.sha256(file.read_bytes()).hexdigest() == digest
 
     def _remove_stale(self, index: int, files: Mapping[str, object]) -> None:
-        """Remove what an earlier run left for images of the batch that have no result now."""
+        """Remove the files of images that had a result in an earlier run and have none now."""
         try:
             earlier = json.loads(self._path(index).read_text(encoding="utf-8"))
-            if earlier["ids"] != list(self._batches[index]):  # cut by another batch size: other batches' files now
+            if earlier["ids"] != list(self._batches[index]):  # of another batch size
                 return
             stale = set(earlier["files"]) - set(files)
         except (OSError, ValueError, KeyError, TypeError):
@@ -105,6 +105,6 @@ class Records:
             self._artefact.file(relative).unlink(missing_ok=True)
 
 
-def sizes(*paths: Path) -> list[int]:
-    """Bytes of each file, -1 where it is absent: a stamp that costs no reading."""
+def file_sizes(paths: Sequence[Path]) -> list[int]:
+    """Return the bytes of each file, -1 if it is absent: a change of an input shows without reading it."""
     return [path.stat().st_size if path.is_file() else -1 for path in paths]

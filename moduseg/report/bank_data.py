@@ -19,7 +19,8 @@ from moduseg.config import Config, PurifyConfig
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.pairs import MAX_AUTO_WORKERS
-from moduseg.pipeline.workspace import Workspace, log, safe_name
+from moduseg.pipeline.manifests import safe_name
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.bank_regions import RegionPictures
 from moduseg.report.image_data import Reasons, Written
 from moduseg.report.page import Page

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moduseg.bank.edit import in_classes
+from moduseg.bank.edit import remap_classes
 from moduseg.bank.store import Bank
 from moduseg.config import Config
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
@@ -112,7 +112,7 @@ def write_report(
     if {"build_bank", "queries", "propose"} <= set(source.inputs):
         bank = Bank.load(source.inputs["build_bank"])
         if work.cfg.bank.path is not None:
-            bank = in_classes(bank, source.dataset.classes)
+            bank = remap_classes(bank, source.dataset.classes)
         retriever = Reasons(work.cfg, bank, source.inputs["queries"], work.device.torch_device, known)
     written = write_images(work, source, page, ids, retriever, second)
     if bank is not None and retriever is not None:

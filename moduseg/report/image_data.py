@@ -21,7 +21,8 @@ from moduseg.config import Config
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, DataError
 from moduseg.evaluation.pairs import MAX_AUTO_WORKERS
-from moduseg.pipeline.workspace import Workspace, log, safe_name
+from moduseg.pipeline.manifests import safe_name
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.proposers import sa1b
 from moduseg.report.overlay import resize_image, resize_labels
 from moduseg.report.page import Page

@@ -15,12 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moduseg.config import Config, from_hydra
 from moduseg.datasets.base import Dataset
-from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.evaluation.counts import FILE, SplitCounts
 from moduseg.evaluation.predictions import PredictionFolder
 from moduseg.files import read_json
-from moduseg.pipeline.workspace import Workspace, failures_of, safe_name
+from moduseg.pipeline.manifests import StageFolder
+from moduseg.pipeline.workspace import Workspace
 
 STAGES = ("infer", "evaluate", "pseudo_masks")
 """The stages whose folders can be reported on."""
@@ -116,7 +116,7 @@ def open_source(path: Path, work: Workspace) -> Source:
         content = read_json(path / "results.json")
         record = content.get("prediction", content)
         counts = SplitCounts.from_bytes((path / FILE).read_bytes(), str(path / FILE))
-    failed = tuple(failures_of(path, stage))
+    failed = tuple(StageFolder(path).failures)
     ids = tuple(image_id for image_id in dataset.ids if image_id not in failed)
     if stage == "evaluate":
         folder = PredictionFolder(Path(str(manifest.get("predictions"))), dataset.ids, len(dataset.classes))
@@ -135,13 +135,13 @@ def open_source(path: Path, work: Workspace) -> Source:
         read,
         ids,
         failed,
-        _all_inputs(path, manifest),
+        StageFolder(path).nearest_inputs(),
         _seconds(path),
     )
 
 
 def _read_own(path: Path, image_id: str) -> np.ndarray:
-    return read_label_png(path / safe_name(f"labels/{image_id}", ".png"))
+    return StageFolder(path).label_map(image_id)
 
 
 def _read_checked(folder: PredictionFolder, dataset: Dataset, image_id: str) -> np.ndarray:
@@ -163,58 +163,19 @@ def _manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _locate(path: Path, text: str) -> Path | None:
-    """The folder that a manifest names: beside the run, where both were moved together, else as it is written."""
-    written = Path(text)
-    for candidate in (path.resolve().parents[2].joinpath(*written.parts[-3:]), written):
-        if (candidate / "manifest.json").is_file():
-            return candidate
-    return None
-
-
 def _input(path: Path, manifest: Mapping[str, Any], stage: str) -> Path:
-    found = _locate(path, str(manifest["inputs"][stage]))
-    if found is None:
+    located = StageFolder(path).locate(str(manifest["inputs"][stage]))
+    if located is None:
         raise ArtefactError(
             f"{path}: its {stage} artefact {manifest['inputs'][stage]} is gone; run scripts/{stage}.py again"
         )
-    return found
-
-
-def _all_inputs(path: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
-    """The artefacts behind a run by stage. A nearer one wins: `propose` is that of the labelled split."""
-    found: dict[str, Path] = {}
-    # The queries lead to the labelled split, the bank to the training split.
-    names = sorted(manifest.get("inputs", {}), key=lambda name: (name == "build_bank", name))
-    for name in names:
-        located = _locate(path, str(manifest["inputs"][name]))
-        if located is not None:
-            found.setdefault(name, located)
-            for stage, folder in _all_inputs(located, read_json(located / "manifest.json")).items():
-                found.setdefault(stage, folder)
-    return found
+    return located
 
 
 def _seconds(path: Path) -> list[tuple[str, float]]:
-    """Seconds of every artefact behind a run and of itself, each once, what comes first in the data first."""
-    times: dict[Path, tuple[str, float]] = {}
-
-    def visit(folder: Path) -> None:
-        if folder.resolve() in times:
-            return
-        manifest = read_json(folder / "manifest.json")
-        for text in sorted(manifest.get("inputs", {}).values(), key=lambda t: "build_bank" not in t):
-            located = _locate(folder, str(text))
-            if located is not None:
-                visit(located)
-        split = manifest.get("parts", {}).get("dataset")
-        name = f"{manifest['stage']} ({split['split']})" if isinstance(split, dict) else str(manifest["stage"])
-        total = sum(float(v) for v in manifest.get("seconds", {}).values())
-        if total:
-            times[folder.resolve()] = (name, total)
-
-    visit(path)
-    return list(times.values())
+    """Return the seconds of every artefact behind a run and of itself, each once, in the order of the data."""
+    folders = StageFolder(path).provenance()
+    return [(folder.title, folder.seconds) for folder in folders if folder.seconds]
 
 
 def _defaults() -> dict[str, Any]:

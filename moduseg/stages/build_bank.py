@@ -1,4 +1,4 @@
-"""Stage `build_bank`: training images + pseudo masks -> the feature bank (METHOD, stage 1)."""
+"""Stage `build_bank`: training images + pseudo masks -> the feature bank (docs/method.md, steps 2 and 3)."""
 
 from __future__ import annotations
 
@@ -11,139 +11,148 @@ from safetensors.torch import save as save_tensors
 
 from moduseg.bank.aggregation import aggregate, coverage, harden
 from moduseg.bank.purification import class_regions, purify
-from moduseg.bank.store import Bank, read_vectors
-from moduseg.config import BankConfig, Config
-from moduseg.datasets.io import read_label_png
+from moduseg.bank.store import Bank
+from moduseg.config import BankConfig
 from moduseg.errors import ArtefactError, DataError
-from moduseg.files import file_digest
-from moduseg.pipeline.artefacts import Artefact
-from moduseg.pipeline.batches import Files, Loop, Outcome, sizes
-from moduseg.pipeline.workspace import (
-    Plan,
-    Workspace,
-    carry_out,
-    failures_of,
-    finish,
-    image_file,
-    log,
-    plain,
-    safe_name,
-)
-from moduseg.stages import pseudo_masks
+from moduseg.files import file_digest, to_json_values
+from moduseg.pipeline.batches import Files, Outcome
+from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.stage import Stage
+from moduseg.pipeline.workspace import log
+from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.structures import TokenMap
 
 
-def run(cfg: Config, work: Workspace | None = None) -> Path:
-    """Build the bank of the training split.
+class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
+    """Builds the bank of the training split. An item is an image's id, the image and its pseudo mask.
 
-    Returns:
-        The artefact's folder: `bank.safetensors`, `bank.json`, `vectors/<id>.safetensors` (what each image gave),
-        `failures.jsonl`, `manifest.json`. With `bank.path` that folder, and nothing is built.
-
-    Raises:
-        ArtefactError: `bank.path` holds no bank.
+    The folder holds `bank.safetensors`, `bank.json`, `vectors/<id>.safetensors` (what each image adds),
+    `failures.jsonl` and `manifest.json`. If `bank.path` names a folder, that is returned and nothing is built.
     """
-    if cfg.bank.path is not None:
-        return given(cfg.bank.path)
-    work = work or Workspace(cfg)
 
-    def make() -> Path:
-        todo = plan(cfg, work)
-        return carry_out(work, todo, __name__, lambda outcome: _finish(cfg, work, todo, outcome))
+    name = "build_bank"
+    uses = "train"
 
-    return work.once(cfg, "build_bank", work.train_split, make)
+    def existing_folder(self) -> Path | None:
+        """Return the folder that `bank.path` names.
 
+        Raises:
+            ArtefactError: it holds no finished bank.
+        """
+        return None if self.cfg.bank.path is None else existing_bank_folder(self.cfg.bank.path)
 
-def plan(cfg: Config, work: Workspace) -> Plan:
-    """What `run` does with each image."""
-    dataset = work.dataset(work.train_split)
-    masks = pseudo_masks.run(cfg, work)
-    bank_parts = {
-        "purify": plain(cfg.as_dict()["bank"]["purify"]) if cfg.bank.purify.enabled else None,
-        "min_area": cfg.bank.min_area,
-        "aggregation": cfg.bank.aggregation,
-    }
-    if cfg.bank.flips:
-        bank_parts["flips"] = True
-    artefact = work.artefact(
-        "build_bank",
-        f"{cfg.backbone['name']}-{work.train_split}",
-        {
-            "dataset": work.dataset_parts(work.train_split),
-            "pseudo_masks": masks.name,
-            "backbone": work.backbone_parts(),
+    def inputs(self) -> dict[str, StageFolder]:
+        """Run `pseudo_masks`."""
+        return {"pseudo_masks": StageFolder(PseudoMasks.run(self.cfg, self.work))}
+
+    def folder_name(self) -> str:
+        """Return the readable part of the folder's name."""
+        return f"{self.cfg.backbone['name']}-{self.split}"
+
+    def key(self) -> dict[str, Any]:
+        """Return everything that decides the vectors; what filters them when the bank is read is not part of it."""
+        settings = self.cfg.bank
+        bank_parts = {
+            "purify": to_json_values(self.cfg.as_dict()["bank"]["purify"]) if settings.purify.enabled else None,
+            "min_area": settings.min_area,
+            "aggregation": settings.aggregation,
+        }
+        if settings.flips:
+            bank_parts["flips"] = True
+        return {
+            "dataset": self.work.dataset_parts(self.split),
+            "pseudo_masks": self.input_folders["pseudo_masks"].name,
+            "backbone": self.work.backbone_parts(),
             "bank": bank_parts,
-        },
-    )
+        }
 
-    def load(image_id: str) -> tuple[str, np.ndarray, np.ndarray]:
-        image = dataset.load(image_id).image
-        labels = read_label_png(masks / safe_name(f"labels/{image_id}", ".png"))
-        if labels.shape != image.shape[:2]:
+    def load(self, image_id: str) -> tuple[str, np.ndarray, np.ndarray]:
+        """Return an image and its pseudo mask."""
+        image = self.dataset.load(image_id).image
+        label_map = self.input_folders["pseudo_masks"].label_map(image_id)
+        if label_map.shape != image.shape[:2]:
             raise DataError(
-                f"{image_id}: pseudo mask is {labels.shape}, expected the image's {image.shape[:2]}; make it again"
+                f"{image_id}: pseudo mask is {label_map.shape}, expected the image's {image.shape[:2]}; make it again"
             )
-        return image_id, image, labels
+        return image_id, image, label_map
 
-    def entry_of(labels: np.ndarray, tokens: TokenMap) -> dict[str, torch.Tensor]:
-        return image_vectors(torch.from_numpy(labels).to(tokens.tokens.device), tokens, cfg.bank)
-
-    def process(items: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Files]:
-        maps = work.backbone.tokens([image for _, image, _ in items])
-        files: list[Files] = []
-        entries = [entry_of(labels, tokens) for (_, _, labels), tokens in zip(items, maps, strict=True)]
-        if cfg.bank.flips:
-            maps = work.backbone.tokens([np.ascontiguousarray(image[:, ::-1]) for _, image, _ in items])
-            mirrored = [entry_of(labels[:, ::-1].copy(), t) for (_, _, labels), t in zip(items, maps, strict=True)]
+    def process(self, items: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Files]:
+        """Return the vectors of several images, followed by those of their mirror images if `bank.flips` is set."""
+        ids = [image_id for image_id, _, _ in items]
+        entries = self._vectors([image for _, image, _ in items], [label_map for _, _, label_map in items])
+        if self.cfg.bank.flips:
+            mirrored = self._vectors(
+                [np.ascontiguousarray(image[:, ::-1]) for _, image, _ in items],
+                [label_map[:, ::-1].copy() for _, _, label_map in items],
+            )
             entries = [
-                {name: torch.cat((own[name], other[name])) for name in own}
-                for own, other in zip(entries, mirrored, strict=True)
+                {name: torch.cat((entry[name], mirror[name])) for name in entry}
+                for entry, mirror in zip(entries, mirrored, strict=True)
             ]
-        for (image_id, _, _), entry in zip(items, entries, strict=True):
-            stored = {name: tensor.cpu().contiguous() for name, tensor in entry.items()}
-            files.append({safe_name(f"vectors/{image_id}", ".safetensors"): save_tensors(stored)})
-        return files
+        stored = [{name: tensor.cpu().contiguous() for name, tensor in entry.items()} for entry in entries]
+        return [{stored_name("vectors", i): save_tensors(entry)} for i, entry in zip(ids, stored, strict=True)]
 
-    def stamp(image_id: str) -> list[int]:
-        return sizes(image_file(dataset, image_id), masks / safe_name(f"labels/{image_id}", ".png"))
+    def reads(self, image_id: str) -> list[Path]:
+        """Return the files of the image and its pseudo mask."""
+        return [self.image_file(image_id), self.input_folders["pseudo_masks"].file("label_map", image_id)]
 
-    left_out = failures_of(masks, "pseudo_masks")
-    loop = Loop(
-        artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "build bank", stamp, work.spread
-    )
-    return Plan(loop, {"pseudo_masks": masks})
+    def merge(self, outcome: Outcome) -> dict[str, Any]:
+        """Put the vectors of all images together as the bank, unless that is done."""
+        path, artefact = self.artefact.path, self.artefact
+        bank_file = path / "bank.safetensors"
+        is_intact = bank_file.is_file() and artefact.manifest.get("bank_sha256") == file_digest(bank_file)
+        if outcome.changed or not is_intact or not (path / "bank.json").is_file():
+            self._bank(outcome.failed).save(path)
+            artefact.write_manifest(status="running")
+        bank = Bank.load(path)
+        missing = [name for name, count in bank.counts.items() if count == 0]
+        if missing:
+            log.warning("build_bank: no vector for %s; no pixel can get these labels", ", ".join(missing))
+        return {"vectors": len(bank), "bank_sha256": file_digest(bank_file), "config": self.cfg.as_dict()}
 
+    def _vectors(self, images: list[np.ndarray], label_maps: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
+        token_maps = self.work.backbone.tokens(images)
+        return [
+            image_vectors(torch.from_numpy(label_map).to(tokens.tokens.device), tokens, self.cfg.bank)
+            for label_map, tokens in zip(label_maps, token_maps, strict=True)
+        ]
 
-def _finish(cfg: Config, work: Workspace, todo: Plan, outcome: Outcome) -> Path:
-    """Merge the vectors of all images, unless that is done."""
-    dataset, artefact = work.dataset(work.train_split), todo.loop.artefact
-    bank_file = artefact.path / "bank.safetensors"
-    whole = bank_file.is_file() and artefact.manifest.get("bank_sha256") == file_digest(bank_file)
-    if outcome.changed or not whole or not (artefact.path / "bank.json").is_file():
-        _merge(artefact, dataset.ids, outcome.failed, dataset.classes, work.backbone.dim, _info(cfg, work)).save(
-            artefact.path
+    def _bank(self, failed: dict[str, str]) -> Bank:
+        """Return the vectors of all images in the order of the data set, whichever run made them."""
+        ids, dataset, folder = self.image_ids(), self.dataset, StageFolder(self.artefact.path)
+        pooled = [torch.empty(0, self.work.backbone.dim)]
+        labels, areas, index = ([torch.empty(0, dtype=torch.int64)] for _ in range(3))
+        for position, image_id in enumerate(ids):
+            if image_id in failed:
+                continue
+            entry = folder.vectors(image_id, ("pooled", "labels", "areas"))
+            pooled.append(entry["pooled"])
+            labels.append(entry["labels"])
+            areas.append(entry["areas"])
+            index.append(torch.full((len(entry["labels"]),), position, dtype=torch.int64))
+        info = {
+            "dataset": dataset.name,
+            "split": self.split,
+            "label_source": dataset.label_source,
+            "backbone_digest": self.work.backbone.digest,
+            "config": self.cfg.as_dict(),
+        }
+        return Bank(
+            torch.cat(pooled),
+            torch.cat(labels),
+            torch.cat(index),
+            torch.cat(areas),
+            tuple(ids),
+            tuple(dataset.classes),
+            info,
         )
-        artefact.write_manifest(status="running")
-    bank = Bank.load(artefact.path)
-    missing = [name for name, count in bank.counts.items() if count == 0]
-    if missing:
-        log.warning("build_bank: no vector for %s; no pixel can get these labels", ", ".join(missing))
-    return finish(
-        artefact,
-        outcome,
-        len(dataset.ids),
-        todo.inputs,
-        vectors=len(bank),
-        bank_sha256=file_digest(bank_file),
-        config=cfg.as_dict(),
-    )
 
 
-def given(path: str) -> Path:
-    """The folder of a finished bank.
+def existing_bank_folder(path: str) -> Path:
+    """Return the folder of a finished bank.
 
     Raises:
-        ArtefactError: it holds no bank.
+        ArtefactError: it holds no finished bank.
     """
     folder = Path(path).expanduser()
     if not all((folder / name).is_file() for name in ("bank.json", "bank.safetensors", "manifest.json")):
@@ -155,7 +164,7 @@ def given(path: str) -> Path:
 
 
 def image_vectors(label_map: torch.Tensor, tokens: TokenMap, bank: BankConfig) -> dict[str, torch.Tensor]:
-    """What one labelled image adds to the bank (METHOD, stage 1, steps 2 and 3).
+    """Return what one labelled image adds to the bank (docs/method.md, steps 2 and 3).
 
     Args:
         label_map: `[H, W]` uint8 pseudo mask, 255 ignore.
@@ -173,39 +182,3 @@ def image_vectors(label_map: torch.Tensor, tokens: TokenMap, bank: BankConfig) -
         weights = harden(weights)
     pooled = aggregate(tokens.tokens, weights, normalize=False)
     return {"pooled": pooled, "labels": class_ids, "areas": masks.flatten(1).sum(1)}
-
-
-def _info(cfg: Config, work: Workspace) -> dict[str, Any]:
-    dataset = work.dataset(work.train_split)
-    return {
-        "dataset": dataset.name,
-        "split": work.train_split,
-        "label_source": dataset.label_source,
-        "backbone_digest": work.backbone.digest,
-        "config": cfg.as_dict(),
-    }
-
-
-def _merge(
-    artefact: Artefact,
-    ids: tuple[str, ...],
-    failed: dict[str, str],
-    classes: tuple[str, ...],
-    dim: int,
-    info: dict[str, Any],
-) -> Bank:
-    """The vectors of all images in the order of the data set, whoever made them when."""
-    pooled = [torch.empty(0, dim)]
-    labels, areas, index = ([torch.empty(0, dtype=torch.int64)] for _ in range(3))
-    for position, image_id in enumerate(ids):
-        if image_id in failed:
-            continue
-        file = artefact.file(safe_name(f"vectors/{image_id}", ".safetensors"))
-        entry = read_vectors(file, ("pooled", "labels", "areas"))
-        pooled.append(entry["pooled"])
-        labels.append(entry["labels"])
-        areas.append(entry["areas"])
-        index.append(torch.full((len(entry["labels"]),), position, dtype=torch.int64))
-    return Bank(
-        torch.cat(pooled), torch.cat(labels), torch.cat(index), torch.cat(areas), tuple(ids), tuple(classes), info
-    )

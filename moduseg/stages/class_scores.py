@@ -1,135 +1,124 @@
 """Stage `scores`: training images + image-level labels -> class scores, in half precision and compressed.
 
-Nothing that turns scores into labels decides them, so that background rules and refiners are swept without a model.
+The scores do not depend on what turns them into labels, so background rules and refiners are swept without a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from moduseg.config import Config
 from moduseg.errors import DataError
-from moduseg.files import digest_of, file_digest, write_atomic
-from moduseg.pipeline.artefacts import Artefact
-from moduseg.pipeline.batches import Files, Loop, sizes
-from moduseg.pipeline.workspace import (
-    Plan,
-    Workspace,
-    carry_out,
-    failures_of,
-    finish,
-    image_file,
-    log,
-    plain,
-    safe_name,
-)
-from moduseg.proposers import sa1b
-from moduseg.pseudo_masks.store import SUFFIX, pack
-from moduseg.stages import propose
+from moduseg.files import digest_of, file_digest, to_json_values, write_atomic
+from moduseg.pipeline.batches import Files, Outcome
+from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.stage import Stage
+from moduseg.pipeline.workspace import Workspace, log
+from moduseg.pseudo_masks.store import pack
+from moduseg.stages.propose import Propose
 from moduseg.structures import Proposals, Sample
 
 _FIT = "fit.safetensors"
 
 
-def run(cfg: Config, work: Workspace | None = None) -> Path:
-    """Score the classes that the image-level labels name, at every pixel of the training images.
+class ClassScores(Stage[tuple[Sample, Proposals | None]]):
+    """Scores the classes that the image-level labels name, at every pixel of the training images.
 
-    Returns:
-        The artefact's folder: `maps/<id>.safetensors.z` (see `moduseg.pseudo_masks.store`), `failures.jsonl`,
-        `manifest.json`.
+    The folder holds `maps/<id>.safetensors.z` (format: `moduseg.pseudo_masks.store`), `failures.jsonl` and
+    `manifest.json`.
     """
-    work = work or Workspace(cfg)
-    split = work.train_split
 
-    def make() -> Path:
-        todo, total = plan(cfg, work), len(work.dataset(split).ids)
-        return carry_out(
-            work,
-            todo,
-            __name__,
-            lambda outcome: finish(todo.loop.artefact, outcome, total, todo.inputs, split=split),
-        )
+    name = "scores"
+    uses = "train"
 
-    return work.once(cfg, "scores", split, make)
+    @property
+    def title(self) -> str:
+        """Text of the progress bar."""
+        return f"class scores {self.split}"
 
+    def inputs(self) -> dict[str, StageFolder]:
+        """Run `propose` on the training split, if the generator looks at proposals."""
+        if not self.work.generator.needs_proposals:
+            return {}
+        return {"propose": StageFolder(Propose.run(self.cfg, self.work, self.split))}
 
-def plan(cfg: Config, work: Workspace) -> Plan:
-    """What `run` does with each image."""
-    split, generator = work.train_split, work.generator
-    dataset = work.dataset(split)
-    inputs = {"propose": propose.run(cfg, work, split)} if generator.needs_proposals else {}
-    left_out = failures_of(inputs["propose"], "propose") if inputs else {}
-    fit_digest = _fit(cfg, work, left_out, inputs.get("propose")) if generator.is_fitted else ""
-    artefact = work.artefact(
-        "scores",
-        f"{cfg.pseudo_masks.generator['name']}-{split}",
-        {
-            "dataset": work.dataset_parts(split),
-            "generator": plain(cfg.pseudo_masks.generator),
-            "digest": generator.digest,
-            "fit": fit_digest,
-            "proposals": inputs["propose"].name if inputs else "",
-            "precision": work.device.precision,
-        },
-    )
+    def folder_name(self) -> str:
+        """Return the readable part of the folder's name."""
+        return f"{self.cfg.pseudo_masks.generator['name']}-{self.split}"
 
-    def masks(image_id: str) -> list[Path]:
-        return [path / safe_name(f"masks/{image_id}", ".json") for path in inputs.values()]
+    def key(self) -> dict[str, Any]:
+        """Return everything that decides the scores; a generator that is fitted first has its fit in the key."""
+        proposals = self.input_folders.get("propose")
+        return {
+            "dataset": self.work.dataset_parts(self.split),
+            "generator": to_json_values(self.cfg.pseudo_masks.generator),
+            "digest": self.work.generator.digest,
+            "fit": self._fit_digest,
+            "proposals": proposals.name if proposals is not None else "",
+            "precision": self.work.device.precision,
+        }
 
-    def load(image_id: str) -> tuple[Sample, Proposals | None]:
-        sample = dataset.load(image_id, truth=generator.needs_truth)
+    def load(self, image_id: str) -> tuple[Sample, Proposals | None]:
+        """Return an image with its labels, and its proposals if the generator looks at them."""
+        sample = self.dataset.load(image_id, truth=self.work.generator.needs_truth)
         if sample.labels is None:
-            raise DataError(f"{image_id}: no image-level labels; add them, or take the image out of the {split} list")
-        found = [sa1b.read_proposals(file, sample.size) for file in masks(image_id)]
-        return sample, found[0] if found else None
+            raise DataError(
+                f"{image_id}: no image-level labels; add them, or take the image out of the {self.split} list"
+            )
+        proposals = self.input_folders.get("propose")
+        return sample, None if proposals is None else proposals.proposals(image_id, sample.size)
 
-    def process(items: list[tuple[Sample, Proposals | None]]) -> list[Files]:
+    def process(self, items: list[tuple[Sample, Proposals | None]]) -> list[Files]:
+        """Return the scores of several images."""
+        generate = self.work.generator.generate
         return [
-            {safe_name(f"maps/{sample.id}", SUFFIX): pack(generator.generate(sample, sample.labels or (), proposals))}
+            {stored_name("scores", sample.id): pack(generate(sample, sample.labels or (), proposals))}
             for sample, proposals in items
         ]
 
-    loop = Loop(
-        artefact,
-        dataset.ids,
-        load,
-        process,
-        cfg.runtime.batch_size,
-        left_out,
-        f"class scores {split}",
-        stamp=lambda image_id: sizes(image_file(dataset, image_id), *masks(image_id)),
-        spread=work.spread,
-    )
-    return Plan(loop, inputs)
+    def reads(self, image_id: str) -> list[Path]:
+        """Return the files of the image and, if the generator looks at them, its proposals."""
+        proposals = (folder.file("proposals", image_id) for folder in self.input_folders.values())
+        return [self.image_file(image_id), *proposals]
+
+    def merge(self, outcome: Outcome) -> dict[str, Any]:
+        """Return the split, for the manifest."""
+        return {"split": self.split}
+
+    @cached_property
+    def _fit_digest(self) -> str:
+        """Digest of what the generator was fitted to, which an earlier run may have stored; empty without a fit."""
+        work = self.work
+        if not work.generator.is_fitted:
+            return ""
+        proposals = self.input_folders.get("propose") if work.generator.fits_proposals else None
+
+        def make() -> Path:
+            return work.cached_result("fit", self.split, lambda: _fit(work, self.skipped(), proposals))
+
+        work.peers.leader_first("fit", make)
+        file = make() / _FIT
+        work.generator.load_state(load_tensors(file.read_bytes()))
+        return file_digest(file)
 
 
-def _fit(cfg: Config, work: Workspace, left_out: dict[str, str], proposals: Path | None) -> str:
-    """Fit the generator on the training images that can be read, or load what an earlier run fitted; its digest.
+def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | None) -> Path:
+    """Fit the generator on the training images that can be read, or find what an earlier run fitted.
 
-    The images that took part are part of the key: when a broken image is mended, the fit is made anew.
+    The images that took part are in the key: when a broken image is mended, the generator is fitted again.
+
+    Returns:
+        The folder with the fitted tensors.
     """
-
-    def make() -> Path:
-        return work.once(cfg, "fit", work.train_split, lambda: _fitted(cfg, work, left_out, proposals))
-
-    work.peers.first("fit", make)
-    file = make() / _FIT
-    work.generator.load_state(load_tensors(file.read_bytes()))
-    return file_digest(file)
-
-
-def _fitted(cfg: Config, work: Workspace, left_out: dict[str, str], proposals: Path | None) -> Path:
-    """The folder of the fit; see `_fit`."""
     dataset, generator = work.dataset(work.train_split), work.generator
-    if not generator.fits_proposals:
-        proposals = None
     usable = []
     for image_id in dataset.ids:
-        if image_id in left_out:
+        if image_id in skipped:
             continue
         try:
             dataset.load(image_id)
@@ -139,10 +128,10 @@ def _fitted(cfg: Config, work: Workspace, left_out: dict[str, str], proposals: P
         usable.append(image_id)
     artefact = work.artefact(
         "fit",
-        f"{cfg.pseudo_masks.generator['name']}-{work.train_split}",
+        f"{work.cfg.pseudo_masks.generator['name']}-{work.train_split}",
         {
             "dataset": work.dataset_parts(work.train_split),
-            "generator": plain(cfg.pseudo_masks.generator),
+            "generator": to_json_values(work.cfg.pseudo_masks.generator),
             "digest": generator.digest,
             "images": digest_of(usable),
             "precision": work.device.precision,
@@ -150,21 +139,19 @@ def _fitted(cfg: Config, work: Workspace, left_out: dict[str, str], proposals: P
         },
     )
     file = artefact.path / _FIT
-    if not (artefact.is_complete and _is_whole(artefact, file)):
+    if artefact.is_complete and file.is_file() and file_digest(file) == artefact.manifest.get("sha256"):
+        return artefact.path
 
-        def samples() -> Iterator[Sample]:
-            for image_id in usable:
-                yield dataset.load(image_id)
+    def samples() -> Iterator[Sample]:
+        return (dataset.load(image_id) for image_id in usable)
 
-        def proposals_of(sample: Sample) -> Proposals:
-            return sa1b.read_proposals(Path(str(proposals)) / safe_name(f"masks/{sample.id}", ".json"), sample.size)
+    def proposals_of(sample: Sample) -> Proposals:
+        if proposals is None:
+            raise DataError(f"{sample.id}: got no proposals, expected those of stage propose; run it first")
+        return proposals.proposals(sample.id, sample.size)
 
-        state = generator.fit(samples, dataset.num_classes, proposals_of if proposals is not None else None)
-        write_atomic(file, save_tensors({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
-        artefact.write_manifest(status="complete", images=len(usable), sha256=file_digest(file))
-        log.info("fit: %d images -> %s", len(usable), artefact.path)
+    state = generator.fit(samples, dataset.num_classes, None if proposals is None else proposals_of)
+    write_atomic(file, save_tensors({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
+    artefact.write_manifest(status="complete", images=len(usable), sha256=file_digest(file))
+    log.info("fit: %d images -> %s", len(usable), artefact.path)
     return artefact.path
-
-
-def _is_whole(artefact: Artefact, file: Path) -> bool:
-    return file.is_file() and file_digest(file) == artefact.manifest.get("sha256")

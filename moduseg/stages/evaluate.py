@@ -15,12 +15,16 @@ from moduseg.evaluation.counts import FILE
 from moduseg.evaluation.measures import PROPOSAL_FIGURES, format_value
 from moduseg.evaluation.proposals import ProposalQuality
 from moduseg.evaluation.tables import markdown_table, measure_rows, results_markdown
-from moduseg.files import file_digest, read_json, write_atomic, write_json
-from moduseg.pipeline.workspace import Workspace, count_failures, failures_of, log, plain, safe_name
-from moduseg.proposers import sa1b
+from moduseg.files import file_digest, read_json, to_json_values, write_atomic, write_json
+from moduseg.pipeline.manifests import StageFolder, count_failures
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report import build
-from moduseg.stages import build_bank, evaluate_folder, infer, propose, pseudo_masks
+from moduseg.stages import evaluate_folder
+from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.evaluate_masks import scoring_settings
+from moduseg.stages.infer import Infer
+from moduseg.stages.propose import Propose
+from moduseg.stages.pseudo_masks import PseudoMasks
 
 
 def run(cfg: Config, work: Workspace | None = None) -> Path:
@@ -47,11 +51,11 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             f"{dataset.name} {dataset.split}: got no ground truth, expected label maps to score against; "
             "use scripts/infer.py, which needs none"
         )
-    predictions = infer.run(cfg, work)
-    proposals = propose.run(cfg, work)
+    predictions = Infer.run(cfg, work)
+    proposals = Propose.run(cfg, work)
     # A bank named by `bank.path` was made elsewhere, and of other pseudo masks.
-    masks = None if cfg.bank.path is not None else pseudo_masks.run(cfg, work)
-    bank = build_bank.run(cfg, work)
+    masks = None if cfg.bank.path is not None else PseudoMasks.run(cfg, work)
+    bank = BuildBank.run(cfg, work)
     scored = {"infer": predictions}
     if masks is not None and work.dataset(work.train_split).has_truth:
         scored["pseudo_masks"] = masks
@@ -63,19 +67,19 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             "proposals": proposals.name,
             "pseudo_masks": masks.name if masks is not None else "",
             "scored": {stage: file_digest(path / "results.json") for stage, path in scored.items()},
-            "evaluation": plain(scoring_settings(cfg)),
+            "evaluation": to_json_values(scoring_settings(cfg)),
         },
     )
 
     def complete() -> None:
         file = artefact.path / "results.json"
-        if not artefact.is_whole(cfg.runtime.verify):
+        if not artefact.is_intact(cfg.runtime.verify):
             record: dict[str, Any] = {
                 "prediction": read_json(predictions / "results.json"),
                 "pseudo_masks": read_json(scored["pseudo_masks"] / "results.json")
                 if "pseudo_masks" in scored
                 else None,
-                "proposals": _proposal_quality(dataset, proposals, cfg.evaluation.object_min_area),
+                "proposals": _proposal_quality(dataset, StageFolder(proposals), cfg.evaluation.object_min_area),
                 "bank": {"vectors": read_json(bank / "bank.json")["counts"]},
             }
             write_atomic(artefact.path / FILE, (predictions / FILE).read_bytes())
@@ -93,24 +97,23 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
             )
         build.add_figures(predictions, read_json(file))
 
-    work.peers.first("evaluate", complete)
+    work.peers.leader_first("evaluate", complete)
     log.info("%s\nevaluate -> %s", (artefact.path / "results.md").read_text(encoding="utf-8").rstrip(), artefact.path)
     return artefact.path
 
 
-def _proposal_quality(dataset: Dataset, proposals: Path, min_area: int) -> dict[str, Any]:
-    """Recall at IoU 0.5 and mean best IoU of the objects; instances where the data set has them, else components."""
+def _proposal_quality(dataset: Dataset, proposals: StageFolder, min_area: int) -> dict[str, Any]:
+    """Return recall at IoU 0.5 and mean best IoU of objects: instances if the data set has them, else components."""
     quality = ProposalQuality(0.5, min_area)
-    failed = failures_of(proposals, "propose")
     for image_id in tqdm(dataset.ids, desc="score proposals", unit="img", leave=False):
-        if image_id in failed:
+        if image_id in proposals.failures:
             continue
         sample = dataset.load(image_id, truth=True, labels=False)
         if sample.semantic is None:
             continue
-        found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), sample.size)
+        masks = proposals.proposals(image_id, sample.size).masks
         with torch.inference_mode():
-            quality.update(sample.semantic, found.masks, sample.instances)
+            quality.update(sample.semantic, masks, sample.instances)
     return quality.summary()
 
 

@@ -13,9 +13,9 @@ from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.counts import FILE
 from moduseg.evaluation.predictions import PredictionFolder
 from moduseg.evaluation.tables import ScoredRun, results_markdown
-from moduseg.files import write_atomic, write_json
+from moduseg.files import to_json_values, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
-from moduseg.pipeline.workspace import Workspace, log, plain
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.stages.evaluate_masks import count_split, draw_panels, make_record, scoring_settings
 
 UNKNOWN = "unknown (predictions made elsewhere)"
@@ -65,11 +65,11 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     parts = {
         "dataset": work.dataset_parts(work.eval_split),
         "predictions": content_digest(folder),
-        "evaluation": plain(scoring_settings(cfg)),
+        "evaluation": to_json_values(scoring_settings(cfg)),
         "seed": cfg.runtime.seed,
     }
     artefact = work.artefact("evaluate", f"{name}-{work.eval_split}", parts)
-    if not artefact.is_whole(cfg.runtime.verify):
+    if not artefact.is_intact(cfg.runtime.verify):
         _score(cfg, work, folder, artefact)
     text = (artefact.path / "results.md").read_text(encoding="utf-8").rstrip()
     log.info("%s\nevaluate: %s -> %s", text, folder.folder, artefact.path)
@@ -99,7 +99,7 @@ def _score(cfg: Config, work: Workspace, folder: PredictionFolder, artefact: Art
     write_json(artefact.path / "results.json", results)
     write_atomic(artefact.path / "results.md", results_markdown(record).encode())
     try:
-        draw_panels(artefact, dataset, counts.ids, None, "prediction", cfg.evaluation.panels, read_prediction)
+        draw_panels(artefact, dataset, counts.ids, cfg.evaluation.panels, read=read_prediction)
     except DataError as error:
         # The figures need the truth alone; a photograph that is not at hand costs the pictures, not them.
         log.warning("evaluate: no panels: %s", error)

@@ -1,11 +1,10 @@
-"""Label maps on disk against ground truth: figures, table and panels, written beside the label maps."""
+"""Score label maps on disk against ground truth: figures, table and panels, written beside the label maps."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from tqdm import tqdm
 
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
-from moduseg.datasets.io import read_label_png
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.bootstrap import bootstrap
 from moduseg.evaluation.counts import FILE, SplitCounts
@@ -23,8 +21,8 @@ from moduseg.evaluation.tables import ContourWidth, ScoredRun, results_markdown,
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import Outcome
-from moduseg.pipeline.workspace import Workspace, log, safe_name, steps_of, wall_seconds
-from moduseg.proposers import sa1b
+from moduseg.pipeline.manifests import StageFolder, steps_by_folder, stored_name, wall_seconds
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.panel import draw_image_panel
 from moduseg.structures import IGNORE_INDEX
 
@@ -33,12 +31,12 @@ Reader = Callable[[str, tuple[int, int]], np.ndarray]
 
 
 def scoring_settings(cfg: Config) -> dict[str, Any]:
-    """What of the configuration decides a score: the group `evaluation` but for the workers and the report."""
+    """Return what of the configuration decides a score: the group `evaluation` without the workers and the report."""
     return _deciding(cfg.as_dict()["evaluation"])
 
 
 def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome) -> bool:
-    """Whether `results.json` is missing, older than the label maps, or made with other evaluation settings."""
+    """Return whether `results.json` is missing, older than the label maps, or made with other evaluation settings."""
     file = artefact.path / "results.json"
     if outcome.changed or not file.is_file():
         return True
@@ -49,14 +47,37 @@ def _deciding(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in evaluation.items() if key != "workers" and not key.startswith("report")}
 
 
+def score_or_draw(
+    work: Workspace,
+    artefact: Artefact,
+    outcome: Outcome,
+    dataset: Dataset,
+    *,
+    proposals: StageFolder | None = None,
+    inputs: Mapping[str, StageFolder] | None = None,
+) -> None:
+    """Score a stage's label maps and draw panels of them; without ground truth only draw. Do nothing if that is done.
+
+    Arguments as those of `score_label_maps`.
+    """
+    if dataset.has_truth:
+        if needs_scoring(work, artefact, outcome):
+            score_label_maps(work, artefact, outcome, dataset, proposals=proposals, inputs=inputs)
+    elif outcome.changed:
+        ids = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
+        draw_panels(artefact, dataset, ids, work.cfg.evaluation.panels, proposals=proposals)
+        if work.cfg.evaluation.panels:
+            log.info("panels:  %s", artefact.path / "panels")
+
+
 def score_label_maps(
     work: Workspace,
     artefact: Artefact,
     outcome: Outcome,
     dataset: Dataset,
-    proposals: Path | None,
-    what: str,
-    inputs: Mapping[str, Path] | None = None,
+    *,
+    proposals: StageFolder | None = None,
+    inputs: Mapping[str, StageFolder] | None = None,
 ) -> dict[str, Any]:
     """Score `labels/*.png` of an artefact; write `results.json`, `results.md`, the counts of each image and `panels/`.
 
@@ -64,29 +85,29 @@ def score_label_maps(
     Images without ground truth are left out and named.
 
     Args:
-        work: configuration and rooms.
+        work: configuration and data sets.
         artefact: holds the label maps.
         outcome: of the stage that made them.
         dataset: the split they belong to.
-        proposals: the artefact of stage `propose`, for the panels; `None` leaves that column out.
-        what: `prediction` or `pseudo mask`, for the panels.
-        inputs: artefacts it was made from, by stage; their seconds are listed.
+        proposals: the folder of stage `propose`, for the panels; that column is left out if omitted.
+        inputs: folders it was made from, by stage; their seconds are listed.
 
     Returns:
         What `results.json` holds.
     """
+    folder, what = StageFolder(artefact.path), _kind_of(artefact)
 
     def read(image_id: str, expected: tuple[int, int]) -> np.ndarray:
-        labels = read_label_png(artefact.file(safe_name(f"labels/{image_id}", ".png")))
+        labels = folder.label_map(image_id)
         return labels if what == "prediction" else np.where(labels == IGNORE_INDEX, np.uint8(0), labels)
 
-    done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
-    counts, left_out = count_split(work, dataset, done, read, f"score {what}s")
+    labelled = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
+    counts, unscored = count_split(work, dataset, labelled, read, f"score {what}s")
     seconds = {artefact.stage: wall_seconds(outcome.seconds)}
     steps = {f"{artefact.stage}/{artefact.path.name}": dict(outcome.seconds)}
-    for stage, path in (inputs or {}).items():
-        steps.update(steps_of(path))
-        seconds[stage] = wall_seconds(read_json(path / "manifest.json").get("seconds", {}))
+    for stage, source in (inputs or {}).items():
+        steps.update(steps_by_folder(source.path))
+        seconds[stage] = source.seconds
     run = ScoredRun(
         dataset.name,
         dataset.split,
@@ -94,7 +115,7 @@ def score_label_maps(
         label_source=work.dataset(work.train_split).label_source,
         config=work.cfg.as_dict(),
         seconds=seconds,
-        failures=[*outcome.failed, *left_out],
+        failures=[*outcome.failed, *unscored],
         extra={
             "refinement": "none (no CRF, no test-time augmentation)",
             "seed": work.cfg.runtime.seed,
@@ -106,7 +127,7 @@ def score_label_maps(
     write_atomic(artefact.path / FILE, counts.to_bytes())
     write_json(artefact.path / "results.json", record)
     write_atomic(artefact.path / "results.md", table.encode())
-    draw_panels(artefact, dataset, counts.ids, proposals, what, work.cfg.evaluation.panels)
+    draw_panels(artefact, dataset, counts.ids, work.cfg.evaluation.panels, proposals=proposals)
     log.info("%s\nresults: %s", table.rstrip(), artefact.path / "results.json")
     if work.cfg.evaluation.panels:
         log.info("panels:  %s", artefact.path / "panels")
@@ -217,35 +238,31 @@ def draw_panels(
     artefact: Artefact,
     dataset: Dataset,
     scored: Sequence[str],
-    proposals: Path | None,
-    what: str,
     count: int,
+    *,
+    proposals: StageFolder | None = None,
     read: Callable[[str], np.ndarray] | None = None,
 ) -> None:
-    """Panels of `count` images spread evenly over the split; truth and errors are left out where there is no truth.
+    """Draw panels of images spread evenly over the split; without truth, the columns of truth and errors are left out.
 
     Args:
         artefact: the pictures go to its `panels/`.
         dataset: the images.
         scored: ids to choose from.
-        proposals: the artefact of stage `propose`; `None` leaves that column out.
-        what: `prediction` or `pseudo mask`.
-        count: how many.
-        read: id -> label map; `None` for the artefact's own `labels/<id>.png`.
+        count: number of panels.
+        proposals: the folder of stage `propose`; that column is left out if omitted.
+        read: id -> label map; the artefact's own `labels/<id>.png` if omitted.
     """
     chosen = [scored[i] for i in sorted({int(i) for i in np.linspace(0, len(scored) - 1, min(count, len(scored)))})]
+    read_labels, what = read or StageFolder(artefact.path).label_map, _kind_of(artefact)
 
     def draw(image_id: str) -> bytes:
         sample = dataset.load(image_id, truth=True, labels=False)
-        masks = None
-        if proposals is not None:
-            masks = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), sample.size).masks
-        own = artefact.file(safe_name(f"labels/{image_id}", ".png"))
         return draw_image_panel(
             sample.image,
             dataset.classes,
-            proposals=masks,
-            labels=read_label_png(own) if read is None else read(image_id),
+            proposals=None if proposals is None else proposals.proposals(image_id, sample.size).masks,
+            labels=read_labels(image_id),
             labels_title=what,
             truth=sample.semantic,
             title=image_id,
@@ -253,4 +270,9 @@ def draw_panels(
 
     with ThreadPoolExecutor(min(MAX_AUTO_WORKERS, os.cpu_count() or 1), thread_name_prefix="panel") as pool:
         for image_id, picture in zip(chosen, pool.map(draw, chosen), strict=True):
-            write_atomic(artefact.file(safe_name(f"panels/{image_id}", ".png")), picture)
+            write_atomic(artefact.file(stored_name("panel", image_id)), picture)
+
+
+def _kind_of(artefact: Artefact) -> str:
+    """Return what the label maps of a stage are called in titles."""
+    return "pseudo mask" if artefact.stage == "pseudo_masks" else "prediction"

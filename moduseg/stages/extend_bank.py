@@ -23,9 +23,10 @@ from moduseg.datasets.image_files import find_images
 from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, RawLabels, read_label_file, resolve_labels
 from moduseg.datasets.tagged_images import TaggedImages
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, suggest
-from moduseg.pipeline.workspace import Workspace, count_failures, log
+from moduseg.pipeline.manifests import count_failures
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.pseudo_masks.prompts import resolve_background_words
-from moduseg.stages import build_bank
+from moduseg.stages.build_bank import BuildBank
 
 SPLIT = "added"
 """What the new images are called as a split."""
@@ -147,7 +148,7 @@ def add(
     _check_generator(work, cfg, [name for name in classes if name not in bank.classes])
     if work.backbone.digest != bank.info.get("backbone_digest"):
         bank.check_fits(work.backbone.digest, work.backbone.dim, bank.classes)
-    built = build_bank.run(cfg, work)
+    built = BuildBank.run(cfg, work)
     added = edit.append_files(open_bank(built), {i: str(file.resolve()) for i, file in files.items()})
     added = dataclasses.replace(added, info={**added.info, "label_source": dataset.label_source})
     result = edit.merge([bank, added])

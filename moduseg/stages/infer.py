@@ -1,157 +1,163 @@
-"""Stage `infer`: bank + queries -> a label for every pixel of the evaluated split (METHOD, stage 2)."""
+"""Stage `infer`: bank + queries -> a label for every pixel of the evaluated split (docs/method.md, steps 4 to 8)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from moduseg.bank.edit import in_classes
-from moduseg.bank.store import Bank, read_vectors
-from moduseg.config import Config
+from moduseg.bank.edit import align_classes
+from moduseg.bank.store import Bank, SearchBank
 from moduseg.datasets.io import write_label_png
-from moduseg.errors import ArtefactError, DataError
-from moduseg.files import digest_of, file_digest
-from moduseg.pipeline.batches import Files, Loop, Outcome, sizes
-from moduseg.pipeline.workspace import Plan, Workspace, carry_out, failures_of, finish, log, plain, safe_name
-from moduseg.proposers import sa1b
+from moduseg.errors import DataError
+from moduseg.files import digest_of, file_digest, to_json_values
+from moduseg.pipeline.batches import Files, Outcome
+from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.stage import Stage, skipped_images
+from moduseg.pipeline.workspace import log
 from moduseg.report import build
 from moduseg.report.image_data import answer_of
 from moduseg.report.why import Answer
 from moduseg.retrieval.retriever import Retriever
-from moduseg.stages import build_bank, propose, queries
-from moduseg.stages.evaluate_masks import draw_panels, needs_scoring, score_label_maps
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.evaluate_masks import score_or_draw
+from moduseg.stages.propose import Propose
+from moduseg.stages.queries import Queries
 from moduseg.structures import Proposals
 
 
-def run(cfg: Config, work: Workspace | None = None) -> Path:
-    """Label the evaluated split by retrieval from the bank.
+class Infer(Stage[tuple[str, Proposals, Tensor]]):
+    """Labels the evaluated split by retrieval from the bank. An item is an image's id, its proposals and their vectors.
 
-    Returns:
-        The artefact's folder: `labels/<id>.png`, `failures.jsonl`, `manifest.json`; where the split has ground truth,
-        also `results.json`, `results.md` and `panels/`. `report/index.html` shows it all (`evaluation.report`).
+    The folder holds `labels/<id>.png`, `failures.jsonl` and `manifest.json`; if the split has ground truth, also
+    `results.json`, `results.md` and `panels/`. `report/index.html` shows it all (`evaluation.report`).
     """
-    work = work or Workspace(cfg)
 
-    def make() -> Path:
-        known: dict[str, Answer] = {}
-        todo = plan(cfg, work, known)
-        return carry_out(work, todo, __name__, lambda outcome: _finish(cfg, work, todo, outcome, known))
+    name = "infer"
+    uses = "eval"
 
-    return work.once(cfg, "infer", work.eval_split, make)
+    def inputs(self) -> dict[str, StageFolder]:
+        """Run `build_bank` and `queries`."""
+        return {
+            "build_bank": StageFolder(BuildBank.run(self.cfg, self.work)),
+            "queries": StageFolder(Queries.run(self.cfg, self.work)),
+        }
 
+    @cached_property
+    def proposals(self) -> StageFolder:
+        """The proposals that the queries were made from."""
+        return StageFolder(Propose.run(self.cfg, self.work))
 
-def plan(cfg: Config, work: Workspace, known: dict[str, Answer] | None = None) -> Plan:
-    """What `run` does with each image; `known` is filled with what retrieval says of the images of the report."""
-    dataset, settings = work.dataset(work.eval_split), cfg.retrieval
-    bank_path = build_bank.run(cfg, work)
-    vectors = queries.run(cfg, work)
-    proposals = propose.run(cfg, work)
-    stored = Bank.load(bank_path)
-    if cfg.bank.path is not None:
-        stored = adapted(stored, cfg, dataset.classes)
-    stored.check_fits(work.backbone.digest, work.backbone.dim, dataset.classes)
-    if 0 < len(stored) < settings.top_k:
-        log.warning(
-            "infer: the bank holds %d vectors, fewer than retrieval.top_k=%d; all of them vote, so that the label with "
-            "the most vectors wins everywhere; set retrieval.top_k to at most the images of the rarest class (%d)",
-            len(stored),
-            settings.top_k,
-            min(count for count in stored.counts.values() if count),
-        )
-    bank_settings = cfg.as_dict()["bank"]
-    artefact = work.artefact(
-        "infer",
-        f"{cfg.backbone['name']}-{work.eval_split}",
-        {
-            "dataset": work.dataset_parts(work.eval_split),
-            "queries": vectors.name,
+    @cached_property
+    def stored_bank(self) -> Bank:
+        """The bank with the ids of the data set's classes.
+
+        Raises:
+            ArtefactError: the bank does not fit the backbone or the classes.
+        """
+        classes, top_k = self.dataset.classes, self.cfg.retrieval.top_k
+        bank = Bank.load(self.input_folders["build_bank"].path)
+        if self.cfg.bank.path is not None:
+            bank = align_classes(bank, self.cfg.bank.aggregation, classes)
+        bank.check_fits(self.work.backbone.digest, self.work.backbone.dim, classes)
+        if 0 < len(bank) < top_k:
+            log.warning(
+                "infer: the bank holds %d vectors, fewer than retrieval.top_k=%d; all of them vote, so that the label "
+                "with the most vectors wins everywhere; set retrieval.top_k to at most the images of the rarest class "
+                "(%d)",
+                len(bank),
+                top_k,
+                min(count for count in bank.counts.values() if count),
+            )
+        return bank
+
+    @cached_property
+    def bank(self) -> SearchBank:
+        """The bank that is searched: filtered as the configuration says, on the device."""
+        return self.stored_bank.configured(self.cfg.bank).to(self.work.device.torch_device)
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """What labels proposals by their neighbours in the bank."""
+        return Retriever(self.bank.vectors, self.bank.labels, self.bank.centre, self.cfg.retrieval)
+
+    def folder_name(self) -> str:
+        """Return the readable part of the folder's name."""
+        return f"{self.cfg.backbone['name']}-{self.split}"
+
+    def key(self) -> dict[str, Any]:
+        """Return everything that decides the label maps; settings that came later only where they change something."""
+        bank, bank_settings, stored_bank = self.cfg.bank, self.cfg.as_dict()["bank"], self.stored_bank
+        bank_path = self.input_folders["build_bank"].path
+        parts = {
+            "dataset": self.work.dataset_parts(self.split),
+            "queries": self.input_folders["queries"].name,
             "bank": bank_path.name,
             "bank_sha256": file_digest(bank_path / "bank.safetensors"),
-            "centre": cfg.bank.centre,
-            "shuffle_labels": cfg.bank.shuffle_labels,
-            "outliers": plain(bank_settings["outliers"]) if cfg.bank.outliers.enabled else None,
-            "retrieval": settings.key_parts(),
-            **(
-                {"images_per_class": [cfg.bank.images_per_class, cfg.bank.images_seed]}
-                if cfg.bank.images_per_class is not None
-                else {}
-            ),
-            **{n: bank_settings[n] for n in ("classes", "prototypes") if bank_settings[n] is not None},
-            # The class list of a bank that is built here is the data set's, which the queries' key holds.
-            **({} if cfg.bank.path is None else {"bank_labels": digest_of(stored.labels.tolist())}),
-        },
-    )
-    device = work.device.torch_device
-    bank = stored.configured(cfg.bank).to(device)
-    retriever = Retriever(bank.vectors, bank.labels, bank.centre, settings)
-    # The report tells why; what it needs is at hand here, and bounded by the images that it shows.
-    shown = frozenset(build.shown_ids(cfg, dataset.ids) if cfg.evaluation.report and known is not None else ())
+            "centre": bank.centre,
+            "shuffle_labels": bank.shuffle_labels,
+            "outliers": to_json_values(bank_settings["outliers"]) if bank.outliers.enabled else None,
+            "retrieval": self.cfg.retrieval.key_parts(),
+        }
+        if bank.images_per_class is not None:
+            parts["images_per_class"] = [bank.images_per_class, bank.images_seed]
+        parts |= {name: bank_settings[name] for name in ("classes", "prototypes") if bank_settings[name] is not None}
+        # The class list of a bank that is built here is the data set's, which the key of the queries holds.
+        if bank.path is not None:
+            parts["bank_labels"] = digest_of(stored_bank.labels.tolist())
+        return parts
 
-    def load(image_id: str) -> tuple[str, Proposals, Tensor]:
-        found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), dataset.image_size(image_id))
-        pooled = read_vectors(vectors / safe_name(f"vectors/{image_id}", ".safetensors"), ("pooled",))["pooled"]
-        if len(pooled) != len(found):
+    def skipped(self) -> dict[str, str]:
+        """Return the images without proposals or queries; those that the bank lacks are of another split."""
+        return skipped_images({"propose": self.proposals, "queries": self.input_folders["queries"]})
+
+    def load(self, image_id: str) -> tuple[str, Proposals, Tensor]:
+        """Return an image's proposals and their vectors."""
+        queries = self.input_folders["queries"]
+        proposals = self.proposals.proposals(image_id, self.dataset.image_size(image_id))
+        pooled = queries.vectors(image_id)["pooled"]
+        if len(pooled) != len(proposals):
             raise DataError(
-                f"{image_id}: {len(pooled)} query vectors for {len(found)} proposals; remove {vectors} and run again"
+                f"{image_id}: {len(pooled)} query vectors for {len(proposals)} proposals; remove {queries.path} and "
+                "run again"
             )
-        return image_id, found, pooled
+        return image_id, proposals, pooled
 
-    def process(items: list[tuple[str, Proposals, Tensor]]) -> list[Files]:
-        files: list[Files] = []
-        for image_id, found, pooled in items:
-            keep = (found.areas >= settings.min_area) & (found.predicted_iou >= settings.min_predicted_iou)
-            found, pooled = found.select(keep), pooled[keep].to(device)
-            labels, scores, neighbours, similarities = retriever.label(pooled)
-            label_map, kept = retriever.assemble(found, pooled, labels, scores)
-            if known is not None and image_id in shown:
-                known[image_id] = answer_of(bank, labels, scores, kept, neighbours, similarities)
-            files.append({safe_name(f"labels/{image_id}", ".png"): write_label_png(label_map.cpu().numpy())})
+    def process(self, items: list[tuple[str, Proposals, Tensor]]) -> list[Files]:
+        """Return the label maps of several images."""
+        settings, files = self.cfg.retrieval, []
+        for image_id, proposals, pooled in items:
+            keep = (proposals.areas >= settings.min_area) & (proposals.predicted_iou >= settings.min_predicted_iou)
+            kept_proposals, kept_pooled = proposals.select(keep), pooled[keep].to(self.work.device.torch_device)
+            labels, scores, neighbours, similarities = self.retriever.label(kept_pooled)
+            label_map, kept = self.retriever.assemble(kept_proposals, kept_pooled, labels, scores)
+            if image_id in self._shown_ids:
+                answer = answer_of(self.bank, labels, scores, kept, neighbours, similarities)
+                self._answers_by_image[image_id] = answer
+            files.append({stored_name("label_map", image_id): write_label_png(label_map.cpu().numpy())})
         return files
 
-    def stamp(image_id: str) -> list[int]:
-        files = (
-            proposals / safe_name(f"masks/{image_id}", ".json"),
-            vectors / safe_name(f"vectors/{image_id}", ".safetensors"),
-        )
-        return sizes(*files)
+    def reads(self, image_id: str) -> list[Path]:
+        """Return the files of the image's proposals and their vectors."""
+        return [self.proposals.file("proposals", image_id), self.input_folders["queries"].file("vectors", image_id)]
 
-    left_out = {**failures_of(proposals, "propose"), **failures_of(vectors, "queries")}
-    loop = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "infer", stamp, work.spread)
-    return Plan(loop, {"build_bank": bank_path, "queries": vectors})
+    def merge(self, outcome: Outcome) -> dict[str, Any]:
+        """Score the label maps and draw panels, unless that is done."""
+        inputs = {"propose": self.proposals, **self.input_folders}
+        score_or_draw(self.work, self.artefact, outcome, self.dataset, proposals=self.proposals, inputs=inputs)
+        return {"config": self.cfg.as_dict()}
 
+    def report(self, outcome: Outcome) -> None:
+        """Write the report."""
+        build.write_report_of_run(self.work, self.artefact.path, outcome.changed, self._answers_by_image)
 
-def _finish(cfg: Config, work: Workspace, todo: Plan, outcome: Outcome, known: dict[str, Answer]) -> Path:
-    """Score the label maps, draw panels and write the report, unless that is done."""
-    dataset, artefact = work.dataset(work.eval_split), todo.loop.artefact
-    proposals = propose.run(cfg, work)
-    if dataset.has_truth and needs_scoring(work, artefact, outcome):
-        inputs = {"propose": proposals, **todo.inputs}
-        score_label_maps(work, artefact, outcome, dataset, proposals, "prediction", inputs)
-    elif not dataset.has_truth and outcome.changed:
-        labelled = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
-        draw_panels(artefact, dataset, labelled, proposals, "prediction", cfg.evaluation.panels)
-        if cfg.evaluation.panels:
-            log.info("panels:  %s", artefact.path / "panels")
-    done = finish(artefact, outcome, len(dataset.ids), todo.inputs, config=cfg.as_dict())
-    build.write_report_of_run(work, done, outcome.changed, known)
-    return done
+    @cached_property
+    def _answers_by_image(self) -> dict[str, Answer]:
+        """What retrieval said of the images that the report shows."""
+        return {}
 
-
-def adapted(bank: Bank, cfg: Config, classes: Sequence[str]) -> Bank:
-    """A bank named by `bank.path` with the ids of the data set's classes.
-
-    Raises:
-        ArtefactError: a class that the data set lacks, or vectors pooled in another way than the queries.
-    """
-    pooled = bank.info.get("config", {}).get("bank", {}).get("aggregation", cfg.bank.aggregation)
-    if pooled != cfg.bank.aggregation:
-        raise ArtefactError(
-            f"bank.path: the bank was made with bank.aggregation={pooled}, got {cfg.bank.aggregation}; set "
-            f"bank.aggregation={pooled}"
-        )
-    missing = [name for name in classes if bank.counts.get(name, 0) == 0]
-    if missing:
-        log.warning("infer: the bank has no vector for %s; no pixel can get these labels", ", ".join(missing))
-    return in_classes(bank, classes)
+    @cached_property
+    def _shown_ids(self) -> frozenset[str]:
+        return frozenset(build.shown_ids(self.cfg, self.dataset.ids) if self.cfg.evaluation.report else ())

@@ -1,75 +1,87 @@
-"""Stage `propose`: images -> class-agnostic masks, one SA-1B JSON each."""
+"""Stage `propose`: images -> class-agnostic masks, one SA-1B JSON each (docs/method.md, step 5)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from moduseg.config import Config
-from moduseg.pipeline.batches import Files, Loop, Outcome, sizes
-from moduseg.pipeline.workspace import Plan, Workspace, carry_out, finish, image_file, plain, safe_name
+from moduseg.files import to_json_values
+from moduseg.pipeline.batches import Files, Outcome
+from moduseg.pipeline.manifests import stored_name
+from moduseg.pipeline.stage import Stage
+from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers import sa1b
+from moduseg.proposers.base import Proposer
 from moduseg.structures import Sample
 
 
-def run(cfg: Config, work: Workspace | None = None, split: str | None = None) -> Path:
-    """Propose masks for a split (the evaluated one by default).
+class Propose(Stage[Sample]):
+    """Proposes masks for a split, the evaluated one if none is named.
 
-    Where the training split is named, `train_proposer` makes them, if the configuration has one. Proposals are written
-    unfiltered; each reader applies its own thresholds (METHOD, step 5).
+    If the training split is named, `train_proposer` makes them, where the configuration has one. Proposals are written
+    unfiltered; each reader applies its own thresholds.
 
-    Returns:
-        The artefact's folder: `masks/<id>.json`, `failures.jsonl`, `manifest.json`.
+    The folder holds `masks/<id>.json`, `failures.jsonl` and `manifest.json`.
     """
-    work = work or Workspace(cfg)
-    # The training images may have a proposer of their own, also where they are the evaluated split.
-    chosen, use = split or work.eval_split, "train" if split == work.train_split else "eval"
 
-    def make() -> Path:
-        todo, total = plan(cfg, work, chosen, use), len(work.dataset(chosen).ids)
+    name = "propose"
+    uses = "eval"
 
-        def merge(outcome: Outcome) -> Path:
-            return finish(todo.loop.artefact, outcome, total, {}, split=chosen)
+    def __init__(self, work: Workspace, split: str | None = None) -> None:
+        super().__init__(work, split)
+        # A training split that is also the evaluated one counts as training images only where it is named.
+        self._uses_train_proposer = split == work.train_split and self.cfg.train_proposer is not None
 
-        return carry_out(work, todo, __name__, merge, chosen, use)
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The configuration of the proposer."""
+        train_proposer = self.cfg.train_proposer
+        return train_proposer if self._uses_train_proposer and train_proposer is not None else self.cfg.proposer
 
-    own = use == "train" and cfg.train_proposer is not None
-    return work.once(cfg, "propose of the bank" if own else "propose", chosen, make)
+    @property
+    def proposer(self) -> Proposer:
+        """The proposer."""
+        return self.work.train_proposer if self._uses_train_proposer else self.work.proposer
 
+    @property
+    def title(self) -> str:
+        """Text of the progress bar."""
+        return f"propose {self.split}"
 
-def plan(cfg: Config, work: Workspace, split: str, use: str) -> Plan:
-    """What `run` does with each image of the split, used as `train` or `eval`."""
-    dataset, settings, proposer = work.dataset(split), cfg.proposer, work.proposer
-    if use == "train" and cfg.train_proposer is not None:
-        settings, proposer = cfg.train_proposer, work.train_proposer
-    artefact = work.artefact(
-        "propose",
-        f"{settings['name']}-{split}",
-        {
-            "dataset": work.dataset_parts(split),
-            "proposer": plain(settings),
-            "digest": proposer.digest,
-            "precision": work.device.precision,
-        },
-    )
+    @property
+    def cache_name(self) -> str:
+        """Name under which the workspace remembers the folder: one split may have proposals of two proposers."""
+        return "propose with train_proposer" if self._uses_train_proposer else self.name
 
-    def load(image_id: str) -> Sample:
-        return dataset.load(image_id, truth=proposer.needs_truth)
+    def folder_name(self) -> str:
+        """Return the readable part of the folder's name."""
+        return f"{self.settings['name']}-{self.split}"
 
-    def process(samples: list[Sample]) -> list[Files]:
+    def key(self) -> dict[str, Any]:
+        """Return everything that decides the proposals."""
+        return {
+            "dataset": self.work.dataset_parts(self.split),
+            "proposer": to_json_values(self.settings),
+            "digest": self.proposer.digest,
+            "precision": self.work.device.precision,
+        }
+
+    def load(self, image_id: str) -> Sample:
+        """Return an image, with its ground truth if the proposer needs it."""
+        return self.dataset.load(image_id, truth=self.proposer.needs_truth)
+
+    def process(self, items: list[Sample]) -> list[Files]:
+        """Return the proposals of several images."""
         return [
-            {safe_name(f"masks/{s.id}", ".json"): sa1b.dump(sa1b.to_annotations(p, s.id))}
-            for s, p in zip(samples, proposer.propose_batch(samples), strict=True)
+            {stored_name("proposals", sample.id): sa1b.dump(sa1b.to_annotations(proposals, sample.id))}
+            for sample, proposals in zip(items, self.proposer.propose_batch(items), strict=True)
         ]
 
-    return Plan(
-        Loop(
-            artefact,
-            dataset.ids,
-            load,
-            process,
-            cfg.runtime.batch_size,
-            title=f"propose {split}",
-            stamp=lambda i: sizes(image_file(dataset, i)),
-            spread=work.spread,
-        )
-    )
+    def reads(self, image_id: str) -> list[Path]:
+        """Return the image's file."""
+        return [self.image_file(image_id)]
+
+    def merge(self, outcome: Outcome) -> dict[str, Any]:
+        """Return the split, for the manifest."""
+        return {"split": self.split}

@@ -1,132 +1,140 @@
-"""Stage `pseudo_masks`: class scores -> label maps of the training images, as PNG with the VOC palette."""
+"""Stage `pseudo_masks`: class scores -> label maps of the training images (docs/method.md, step 1)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg.config import Config, PseudoMasksConfig
+from moduseg.config import PseudoMasksConfig
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
-from moduseg.pipeline.batches import Files, Loop, Outcome, sizes
-from moduseg.pipeline.workspace import Plan, Workspace, carry_out, failures_of, finish, image_file, plain, safe_name
-from moduseg.proposers import sa1b
+from moduseg.files import to_json_values
+from moduseg.pipeline.batches import Files, Outcome
+from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.stage import Stage
 from moduseg.pseudo_masks.labels import make_label_map, region_vote
 from moduseg.pseudo_masks.refine import pamr, par
-from moduseg.pseudo_masks.store import SUFFIX, unpack
-from moduseg.stages import class_scores, propose
-from moduseg.stages.evaluate_masks import draw_panels, needs_scoring, score_label_maps
+from moduseg.stages.class_scores import ClassScores
+from moduseg.stages.evaluate_masks import score_or_draw
+from moduseg.stages.propose import Propose
 from moduseg.structures import Proposals, ScoreMaps
 
 DIFFUSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int], int], Tensor]] = {"pamr": pamr, "par": par}
-Ingredients = tuple[str, ScoreMaps, np.ndarray | None, Proposals | None]
-"""Of one image: id, scores, the image and the proposals, where the refiner looks at them."""
+"""Refiners that spread scores between similar neighbouring pixels, by the name that the configuration uses."""
 
 
-def run(cfg: Config, work: Workspace | None = None) -> Path:
-    """Label the training images from their image-level labels.
+@dataclass(frozen=True)
+class ScoredImage:
+    """What the label map of one image is made from, on the CPU.
 
-    Returns:
-        The artefact's folder: `labels/<id>.png`, `failures.jsonl`, `manifest.json`; where the split has ground truth,
-        also `results.json`, `results.md` and `panels/`.
+    Attributes:
+        id: of the image.
+        scores: of its classes.
+        image: `[H, W, 3]` uint8, if the refiner looks at it.
+        proposals: those that vote, if the refiner looks at them.
     """
-    work = work or Workspace(cfg)
-    split = work.train_split
 
-    def make() -> Path:
-        dataset, todo = work.dataset(split), plan(cfg, work)
-        artefact, inputs = todo.loop.artefact, todo.inputs
-        # The proposals are shown in the panels of generators that use them, too.
-        shown = propose.run(cfg, work, split) if work.generator.needs_proposals else inputs.get("propose")
-
-        def merge(outcome: Outcome) -> Path:
-            if dataset.has_truth and needs_scoring(work, artefact, outcome):
-                score_label_maps(work, artefact, outcome, dataset, shown, "pseudo mask", inputs)
-            elif not dataset.has_truth and outcome.changed:
-                done = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
-                draw_panels(artefact, dataset, done, shown, "pseudo mask", cfg.evaluation.panels)
-            return finish(artefact, outcome, len(dataset.ids), inputs, split=split)
-
-        return carry_out(work, todo, __name__, merge)
-
-    return work.once(cfg, "pseudo_masks", split, make)
+    id: str
+    scores: ScoreMaps
+    image: np.ndarray | None = None
+    proposals: Proposals | None = None
 
 
-def plan(cfg: Config, work: Workspace) -> Plan:
-    """What `run` does with each image."""
-    split, settings = work.train_split, cfg.pseudo_masks
-    dataset = work.dataset(split)
-    inputs = {"scores": class_scores.run(cfg, work)}
-    if settings.refine == "region_vote":
-        inputs["propose"] = propose.run(cfg, work, split)
-    artefact = work.artefact(
-        "pseudo_masks",
-        f"{settings.generator['name']}-{split}",
-        {
-            "scores": inputs["scores"].name,
-            "background": plain(cfg.as_dict()["pseudo_masks"]["background"]),
+class PseudoMasks(Stage[ScoredImage]):
+    """Labels the training images from the scores of the classes that their image-level labels name.
+
+    The folder holds `labels/<id>.png` (VOC palette), `failures.jsonl` and `manifest.json`; if the split has ground
+    truth, also `results.json`, `results.md` and `panels/`.
+    """
+
+    name = "pseudo_masks"
+    uses = "train"
+
+    @property
+    def title(self) -> str:
+        """Text of the progress bar."""
+        return f"pseudo masks {self.split}"
+
+    def inputs(self) -> dict[str, StageFolder]:
+        """Run `scores`, and `propose` on the training split if the refiner looks at proposals."""
+        folders = {"scores": StageFolder(ClassScores.run(self.cfg, self.work))}
+        if self.cfg.pseudo_masks.refine == "region_vote":
+            folders["propose"] = StageFolder(Propose.run(self.cfg, self.work, self.split))
+        return folders
+
+    def folder_name(self) -> str:
+        """Return the readable part of the folder's name."""
+        return f"{self.cfg.pseudo_masks.generator['name']}-{self.split}"
+
+    def key(self) -> dict[str, Any]:
+        """Return everything that decides the label maps."""
+        settings, proposals = self.cfg.pseudo_masks, self.input_folders.get("propose")
+        parts = {
+            "scores": self.input_folders["scores"].name,
+            "background": to_json_values(self.cfg.as_dict()["pseudo_masks"]["background"]),
             "refine": [settings.refine, list(settings.dilations), settings.iterations]
             if settings.refine in DIFFUSIONS
             else settings.refine,
-            "proposals": inputs["propose"].name if "propose" in inputs else "",
-            **({"vote_min_score": settings.vote_min_score} if "propose" in inputs and settings.vote_min_score else {}),
-        },
-    )
-    load = partial(ingredients, dataset, settings, inputs["scores"], inputs.get("propose"))
+            "proposals": proposals.name if proposals is not None else "",
+        }
+        if proposals is not None and settings.vote_min_score:
+            parts["vote_min_score"] = settings.vote_min_score
+        return parts
 
-    def process(items: list[Ingredients]) -> list[Files]:
-        device = work.device.torch_device
+    def load(self, image_id: str) -> ScoredImage:
+        """Return the stored scores of an image with what the refiner looks at."""
+        folders = self.input_folders
+        return load_scored(self.dataset, self.cfg.pseudo_masks, folders["scores"], folders.get("propose"), image_id)
+
+    def process(self, items: list[ScoredImage]) -> list[Files]:
+        """Return the label maps of several images."""
+        settings, device = self.cfg.pseudo_masks, self.work.device.torch_device
         return [
-            {safe_name(f"labels/{item[0]}", ".png"): write_label_png(labels(item, settings, device).cpu().numpy())}
+            {stored_name("label_map", item.id): write_label_png(to_label_map(item, settings, device).cpu().numpy())}
             for item in items
         ]
 
-    def stamp(image_id: str) -> list[int]:
-        files = [inputs["scores"] / safe_name(f"maps/{image_id}", SUFFIX)]
-        if "propose" in inputs:
-            files.append(inputs["propose"] / safe_name(f"masks/{image_id}", ".json"))
-        return sizes(image_file(dataset, image_id), *files)
+    def reads(self, image_id: str) -> list[Path]:
+        """Return the files of the image, its scores and, if the refiner looks at them, its proposals."""
+        folders = self.input_folders
+        files = [self.image_file(image_id), folders["scores"].file("scores", image_id)]
+        return files if "propose" not in folders else [*files, folders["propose"].file("proposals", image_id)]
 
-    return Plan(
-        Loop(
-            artefact,
-            dataset.ids,
-            load,
-            process,
-            cfg.runtime.batch_size,
-            {i: e for stage, path in inputs.items() for i, e in failures_of(path, stage).items()},
-            f"pseudo masks {split}",
-            stamp,
-            work.spread,
-        ),
-        inputs,
-    )
+    def merge(self, outcome: Outcome) -> dict[str, Any]:
+        """Score the label maps or draw panels of them, and return the split, for the manifest."""
+        proposals = self.input_folders.get("propose")
+        if self.work.generator.needs_proposals:
+            # The panels show the proposals that the generator looked at, which stage `scores` has made.
+            proposals = StageFolder(Propose.run(self.cfg, self.work, self.split))
+        score_or_draw(self.work, self.artefact, outcome, self.dataset, proposals=proposals, inputs=self.input_folders)
+        return {"split": self.split}
 
 
-def apply(
+def label_stored_scores(
     dataset: Dataset,
     settings: PseudoMasksConfig,
-    stored: Path,
-    proposals: Path | None = None,
+    scores: StageFolder,
+    proposals: StageFolder | None = None,
     device: torch.device | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Label maps of stored scores under any background rule and refiner: no model runs and nothing is written.
+    """Yield label maps of stored scores under any background rule and refiner, running no model and writing nothing.
 
-    A rule or a threshold that is chosen by looking at the maps' quality is chosen on `dataset`'s split: report it on
+    A rule or a threshold that is chosen by the quality of these maps is chosen on `dataset`'s split: report it on
     another one.
 
     Args:
         dataset: the split that was scored.
-        settings: rule and refiner; the generator is not looked at.
-        stored: the artefact of stage `scores`.
-        proposals: the artefact of stage `propose`, for `region_vote`.
-        device: where it happens.
+        settings: rule and refiner; the generator does not matter.
+        scores: the folder of stage `scores`.
+        proposals: the folder of stage `propose`, for `region_vote`.
+        device: where the computation happens; the CPU if omitted.
 
     Yields:
         Id and `[H, W]` uint8 label map of each image that has scores, in the order of the data set.
@@ -135,53 +143,48 @@ def apply(
         ConfigError: a rule or value that is not allowed.
         DataError: a damaged file, or no proposals for `region_vote`.
     """
-    failed = failures_of(stored, "scores")
     for image_id in dataset.ids:
-        if image_id not in failed:
-            item = ingredients(dataset, settings, stored, proposals, image_id)
-            yield image_id, labels(item, settings, device or torch.device("cpu"))
+        if image_id not in scores.failures:
+            item = load_scored(dataset, settings, scores, proposals, image_id)
+            yield image_id, to_label_map(item, settings, device or torch.device("cpu"))
 
 
-def ingredients(
-    dataset: Dataset, settings: PseudoMasksConfig, stored: Path, proposals: Path | None, image_id: str
-) -> Ingredients:
-    """What the labels of one image are made of, on the CPU.
+def load_scored(
+    dataset: Dataset, settings: PseudoMasksConfig, scores: StageFolder, proposals: StageFolder | None, image_id: str
+) -> ScoredImage:
+    """Return what the label map of one image is made from; arguments as those of `label_stored_scores`.
 
     Raises:
-        DataError: a file that is missing, damaged or of another size.
+        DataError: a file is missing, damaged or of another size.
     """
-    file = stored / safe_name(f"maps/{image_id}", SUFFIX)
-    if not file.is_file():
-        raise DataError(f"{file}: no such file; run scripts/pseudo_masks.py again")
-    maps = unpack(file.read_bytes(), name=str(file))
+    maps = scores.scores(image_id)
     size = (maps.scores.shape[1], maps.scores.shape[2])
-    found = image = None
+    voters = image = None
     if settings.refine == "region_vote":
         if proposals is None:
             raise DataError(f"{image_id}: no proposals, which refine=region_vote needs; name their artefact")
-        found = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), size)
-        found = found.select(found.predicted_iou >= settings.vote_min_score)
+        voters = proposals.proposals(image_id, size)
+        voters = voters.select(voters.predicted_iou >= settings.vote_min_score)
     if settings.refine in DIFFUSIONS:
         image = dataset.load(image_id, truth=False, labels=False).image
         if image.shape[:2] != size:
             raise DataError(f"{image_id}: scores are {size}, expected the image's {image.shape[:2]}; make them again")
-    return image_id, maps, image, found
+    return ScoredImage(image_id, maps, image, voters)
 
 
-def labels(item: Ingredients, settings: PseudoMasksConfig, device: torch.device) -> Tensor:
-    """`[H, W]` uint8 label map of one image's scores, on the device.
+def to_label_map(item: ScoredImage, settings: PseudoMasksConfig, device: torch.device) -> Tensor:
+    """Return the `[H, W]` uint8 label map of one image's scores, on the device.
 
     Raises:
-        ConfigError: see `moduseg.pseudo_masks.labels.make_label_map`.
+        ConfigError: a background rule or value that is not allowed for these scores.
     """
-    _, maps, image, proposals = item
     rule, refine = settings.background, None
-    if settings.refine in DIFFUSIONS and image is not None:
-        pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1).float() / 255
+    if settings.refine in DIFFUSIONS and item.image is not None:
+        pixels = torch.from_numpy(item.image.copy()).to(device).permute(2, 0, 1).float() / 255
         diffuse = DIFFUSIONS[settings.refine]
 
         def refine(stacked: Tensor) -> Tensor:
             return diffuse(stacked, pixels, settings.dilations, settings.iterations)
 
-    result = make_label_map(maps.to(device), rule.rule, rule.value, rule.low, refine)
-    return result if proposals is None else region_vote(result, proposals.to(device))
+    labels = make_label_map(item.scores.to(device), rule.rule, rule.value, rule.low, refine)
+    return labels if item.proposals is None else region_vote(labels, item.proposals.to(device))

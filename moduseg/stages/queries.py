@@ -1,4 +1,4 @@
-"""Stage `queries`: the pooled vector of every proposal of the evaluated split (METHOD, step 6), cached.
+"""Stage `queries`: the pooled vector of every proposal of the evaluated split (docs/method.md, step 6), cached.
 
 What follows (centring, search, vote, suppression) costs little, so ablations of it start here and run no model.
 """
@@ -6,67 +6,61 @@ What follows (centring, search, vote, suppression) costs little, so ablations of
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save as save_tensors
 
 from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
-from moduseg.config import Config
-from moduseg.pipeline.batches import Files, Loop, sizes
-from moduseg.pipeline.workspace import Plan, Workspace, carry_out, failures_of, finish, image_file, safe_name
-from moduseg.proposers import sa1b
-from moduseg.stages import propose
+from moduseg.pipeline.batches import Files
+from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.stage import Stage
+from moduseg.stages.propose import Propose
 from moduseg.structures import Proposals, Sample
 
 
-def run(cfg: Config, work: Workspace | None = None) -> Path:
-    """Pool the patch tokens of the evaluated split under its proposals.
+class Queries(Stage[tuple[Sample, Proposals]]):
+    """Pools the patch tokens of the evaluated split under its proposals.
 
-    Returns:
-        The artefact's folder: `vectors/<id>.safetensors` with `pooled` `[N, C]` float32, in the proposals' order.
+    The folder holds `vectors/<id>.safetensors` with `pooled` `[N, C]` float32, in the order of the proposals.
     """
-    work = work or Workspace(cfg)
 
-    def make() -> Path:
-        todo, total = plan(cfg, work), len(work.dataset(work.eval_split).ids)
-        return carry_out(work, todo, __name__, lambda outcome: finish(todo.loop.artefact, outcome, total, todo.inputs))
+    name = "queries"
+    uses = "eval"
 
-    return work.once(cfg, "queries", work.eval_split, make)
+    def inputs(self) -> dict[str, StageFolder]:
+        """Run `propose` on the evaluated split."""
+        return {"propose": StageFolder(Propose.run(self.cfg, self.work))}
 
+    def folder_name(self) -> str:
+        """Return the readable part of the folder's name."""
+        return f"{self.cfg.backbone['name']}-{self.split}"
 
-def plan(cfg: Config, work: Workspace) -> Plan:
-    """What `run` does with each image."""
-    dataset = work.dataset(work.eval_split)
-    proposals = propose.run(cfg, work)
-    artefact = work.artefact(
-        "queries",
-        f"{cfg.backbone['name']}-{work.eval_split}",
-        {
-            "dataset": work.dataset_parts(work.eval_split),
-            "proposals": proposals.name,
-            "backbone": work.backbone_parts(),
-            "aggregation": cfg.bank.aggregation,
-        },
-    )
+    def key(self) -> dict[str, Any]:
+        """Return everything that decides the vectors."""
+        return {
+            "dataset": self.work.dataset_parts(self.split),
+            "proposals": self.input_folders["propose"].name,
+            "backbone": self.work.backbone_parts(),
+            "aggregation": self.cfg.bank.aggregation,
+        }
 
-    def load(image_id: str) -> tuple[Sample, Proposals]:
-        sample = dataset.load(image_id)
-        return sample, sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), sample.size)
+    def load(self, image_id: str) -> tuple[Sample, Proposals]:
+        """Return an image and its proposals."""
+        sample = self.dataset.load(image_id)
+        return sample, self.input_folders["propose"].proposals(image_id, sample.size)
 
-    def process(items: list[tuple[Sample, Proposals]]) -> list[Files]:
-        maps = work.backbone.tokens([sample.image for sample, _ in items])
+    def process(self, items: list[tuple[Sample, Proposals]]) -> list[Files]:
+        """Return the vectors of several images' proposals."""
+        token_maps = self.work.backbone.tokens([sample.image for sample, _ in items])
         files: list[Files] = []
-        for (sample, found), tokens in zip(items, maps, strict=True):
-            weights = proposal_coverage(found, tokens)
-            if cfg.bank.aggregation == "hard":
+        for (sample, proposals), tokens in zip(items, token_maps, strict=True):
+            weights = proposal_coverage(proposals, tokens)
+            if self.cfg.bank.aggregation == "hard":
                 weights = harden(weights)
             pooled = aggregate(tokens.tokens, weights, normalize=False)
-            content = save_tensors({"pooled": pooled.cpu().contiguous()})
-            files.append({safe_name(f"vectors/{sample.id}", ".safetensors"): content})
+            files.append({stored_name("vectors", sample.id): save_tensors({"pooled": pooled.cpu().contiguous()})})
         return files
 
-    def stamp(image_id: str) -> list[int]:
-        return sizes(image_file(dataset, image_id), proposals / safe_name(f"masks/{image_id}", ".json"))
-
-    left_out = failures_of(proposals, "propose")
-    loop = Loop(artefact, dataset.ids, load, process, cfg.runtime.batch_size, left_out, "queries", stamp, work.spread)
-    return Plan(loop, {"propose": proposals})
+    def reads(self, image_id: str) -> list[Path]:
+        """Return the files of the image and its proposals."""
+        return [self.image_file(image_id), self.input_folders["propose"].file("proposals", image_id)]

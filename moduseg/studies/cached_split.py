@@ -14,25 +14,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 from tqdm import tqdm
 
+from moduseg.bank.edit import align_classes
 from moduseg.bank.store import Bank, SearchBank
 from moduseg.config import BankConfig, Config, RetrievalConfig
 from moduseg.errors import ConfigError, DataError
-from moduseg.files import canonical_json
+from moduseg.files import canonical_json, to_json_values
 from moduseg.masks.cells import Cells
-from moduseg.pipeline.workspace import Workspace, failures_of, log, plain, safe_name
-from moduseg.proposers import sa1b
+from moduseg.pipeline.manifests import StageFolder
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.retrieval import indices
 from moduseg.retrieval.balance import Candidates, balanced, class_candidates, class_spreads, smallest_class
 from moduseg.retrieval.majority import majority_of_cells
 from moduseg.retrieval.search import BankIndex, search
 from moduseg.retrieval.selection import NEAREST, margins, select, similarity_certainty, worth
 from moduseg.retrieval.vote import vote
-from moduseg.stages import build_bank, propose, queries
-from moduseg.stages.infer import adapted
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.propose import Propose
+from moduseg.stages.queries import Queries
 from moduseg.structures import IGNORE_INDEX
 
 
@@ -70,17 +71,18 @@ class CachedSplit:
                 f"{self.dataset.name} {self.dataset.split}: got no ground truth, expected label maps to score against; "
                 "sweep a split that has them"
             )
-        bank_path, vectors, proposals = build_bank.run(cfg, work), queries.run(cfg, work), propose.run(cfg, work)
+        bank_path, vectors, proposals = BuildBank.run(cfg, work), Queries.run(cfg, work), Propose.run(cfg, work)
         self.inputs = {"build_bank": bank_path, "queries": vectors, "propose": proposals}
         self.bank = Bank.load(bank_path)
         if cfg.bank.path is not None:
-            self.bank = adapted(self.bank, cfg, self.dataset.classes)
+            self.bank = align_classes(self.bank, cfg.bank.aggregation, self.dataset.classes)
         self._device, self._held_out, self._rules = work.device.torch_device, held_out, cfg.retrieval
         self._top_k = max(s.top_k for s in settings)
         self._readings: dict[str, _Reading] = {}
         self._labelled: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
 
-        failed = {**failures_of(proposals, "propose"), **failures_of(vectors, "queries")}
+        proposals_folder, queries_folder = StageFolder(proposals), StageFolder(vectors)
+        failed = {*proposals_folder.failures, *queries_folder.failures}
         self.images: list[_Image] = []
         predicted: list[Tensor] = []
         quality: list[Tensor] = []
@@ -90,9 +92,8 @@ class CachedSplit:
             truth = None if image_id in failed else self._truth(image_id)
             if truth is None:
                 continue
-            own = sa1b.read_proposals(proposals / safe_name(f"masks/{image_id}", ".json"), truth.shape)
-            file = vectors / safe_name(f"vectors/{image_id}", ".safetensors")
-            pooled.append(load_tensors(file.read_bytes())["pooled"])
+            own = proposals_folder.proposals(image_id, (truth.shape[0], truth.shape[1]))
+            pooled.append(queries_folder.vectors(image_id)["pooled"])
             if len(pooled[-1]) != len(own):
                 raise DataError(
                     f"{image_id}: {len(pooled[-1])} query vectors for {len(own)} proposals; remove {vectors} and run "
@@ -167,7 +168,7 @@ class CachedSplit:
         values = {
             k: v for k, v in vars(bank).items() if k not in ("purify", "min_area", "aggregation", "flips", "path")
         }
-        name = canonical_json(plain({**values, "outliers": vars(bank.outliers)}))
+        name = canonical_json(to_json_values({**values, "outliers": vars(bank.outliers)}))
         if name not in self._readings:
             if self._held_out and bank.prototypes is not None:
                 raise ConfigError(

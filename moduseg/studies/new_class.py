@@ -25,7 +25,9 @@ from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, log
-from moduseg.stages import build_bank, extend_bank, infer
+from moduseg.stages import extend_bank
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.infer import Infer
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def run(options: NewClassOptions, cfg: Config) -> Path:
             raise ConfigError(f"class: got {name!r}, expected all or some of {', '.join(dataset.classes[1:])}")
     if not work.dataset(work.eval_split).has_truth:
         raise DataError(f"{dataset.name} {work.eval_split}: got no ground truth, expected label maps to score against")
-    source = build_bank.run(cfg, work)
-    whole = read_json(infer.run(cfg, work) / "results.json")
+    source = BuildBank.run(cfg, work)
+    whole = read_json(Infer.run(cfg, work) / "results.json")
     rows = [_withhold(name, options.images, cfg, work, source, whole) for name in names]
     folder = work.outputs / "tables"
     record = {"images": options.images, "rows": rows, "config": cfg.as_dict(), "versions": versions()}
@@ -140,7 +142,7 @@ def _scores(name: str, cfg: Config, bank: Path) -> dict[str, float | None]:
         bank=dataclasses.replace(cfg.bank, path=str(bank)),
         evaluation=dataclasses.replace(cfg.evaluation, report=False),  # one of many runs, and nobody looks at it
     )
-    results = read_json(infer.run(named) / "results.json")
+    results = read_json(Infer.run(named) / "results.json")
     return {"iou": results["iou"][name], "miou": results["miou"]}
 
 

@@ -19,7 +19,8 @@ from moduseg.config import Config, compose
 from moduseg.errors import ConfigError, MissingError, ModusegError, StorageError
 from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import read_json, write_atomic, write_json
-from moduseg.pipeline.workspace import Workspace, count_failures, log
+from moduseg.pipeline.manifests import StageFolder, count_failures
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.stages import evaluate
 from moduseg.studies.ablate import mean_cell, read_figure
 from moduseg.studies.paper_tables import BASE, SPLITS, PaperTable, load_paper_table, pick
@@ -357,17 +358,8 @@ def lacking(work: Workspace) -> list[str]:
 
 
 def work_seconds(path: Path) -> float:
-    """Seconds of work in an artefact and in all that it was made of, each counted once."""
-    seen: dict[str, float] = {}
-    todo = [str(path)]
-    while todo:
-        folder = todo.pop()
-        if folder not in seen:
-            file = Path(folder) / "manifest.json"
-            manifest = read_json(file) if file.is_file() else {}  # a bank from elsewhere has none
-            seen[folder] = sum(manifest.get("seconds", {}).values())
-            todo += manifest.get("inputs", {}).values()
-    return sum(seen.values())
+    """Return the seconds that an artefact and all that it was made of took, each folder counted once."""
+    return sum(folder.seconds for folder in StageFolder(path).provenance())
 
 
 def command(overrides: Sequence[str]) -> str:

@@ -36,8 +36,8 @@ from moduseg.evaluation.measures import (
     to_json,
 )
 from moduseg.evaluation.tables import markdown_table, versions
-from moduseg.files import write_atomic, write_json
-from moduseg.pipeline.workspace import Workspace, log, plain
+from moduseg.files import to_json_values, write_atomic, write_json
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.curves import Curve, draw_curves
 from moduseg.studies.cached_split import CachedSplit
 
@@ -164,17 +164,17 @@ def run(arguments: Sequence[str]) -> Path:
             "inputs": {stage: path.name for stage, path in reported.inputs.items()},
             "chosen_on": {} if chooser is None else {stage: path.name for stage, path in chooser.inputs.items()},
             "select": grid.select,
-            "axes": plain(grid.axes),
-            "retrieval": plain(base.as_dict()["retrieval"]),
-            "bank": plain(base.as_dict()["bank"]),
+            "axes": to_json_values(grid.axes),
+            "retrieval": to_json_values(base.as_dict()["retrieval"]),
+            "bank": to_json_values(base.as_dict()["bank"]),
         },
     )
     record = {
         "where": where,
         "chosen_on": chosen_on,
         "fair": chooser is not None,
-        "axes": plain(grid.axes),
-        "default": plain(default),
+        "axes": to_json_values(grid.axes),
+        "default": to_json_values(default),
         "best": rows[ranked[0]],
         "rows": rows,
         "overrides": grid.overrides,
@@ -234,7 +234,7 @@ def _value_of(cfg: Config, key: str) -> Any:
     value: Any = cfg
     for part in key.split("."):
         value = getattr(value, part)
-    return plain(value)
+    return to_json_values(value)
 
 
 def _figures(split: CachedSplit, setting: Config, base: Config) -> dict[str, Any]:

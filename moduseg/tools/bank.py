@@ -26,7 +26,8 @@ from moduseg.config import Config, OutliersConfig
 from moduseg.config.stored import reconfigure
 from moduseg.errors import ConfigError
 from moduseg.evaluation.tables import markdown_table
-from moduseg.pipeline.workspace import count_failures, log
+from moduseg.pipeline.manifests import count_failures
+from moduseg.pipeline.workspace import log
 from moduseg.retrieval.search import search
 from moduseg.stages import extend_bank
 

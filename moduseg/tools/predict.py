@@ -19,7 +19,8 @@ from moduseg.datasets.image_files import find_images
 from moduseg.datasets.io import read_image, write_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.files import FORMAT, digest_of, read_json, write_atomic, write_json
-from moduseg.pipeline.workspace import log, safe_name
+from moduseg.pipeline.manifests import safe_name
+from moduseg.pipeline.workspace import log
 from moduseg.report.annotations import (
     split_objects,
     to_coco,

@@ -14,9 +14,10 @@ from moduseg.datasets.voc import VOC_CLASSES
 from moduseg.errors import DataError
 from moduseg.evaluation.voc_server import NAME, archive_path, pack
 from moduseg.files import file_digest, write_atomic
-from moduseg.pipeline.workspace import Workspace, count_failures, log
-from moduseg.stages import infer
+from moduseg.pipeline.manifests import count_failures
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.stages.evaluate_folder import content_digest, open_predictions
+from moduseg.stages.infer import Infer
 
 
 def run(cfg: Config, work: Workspace | None = None) -> Path:
@@ -39,7 +40,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         )
     inputs = {}
     if cfg.predictions is None:
-        inputs["infer"] = infer.run(cfg, work)
+        inputs["infer"] = Infer.run(cfg, work)
         if count_failures(inputs["infer"]):
             log.warning("voc_package: images failed on the way, see failures.jsonl beside %s", inputs["infer"])
         cfg = replace(cfg, predictions=str(inputs["infer"] / "labels"))

@@ -21,7 +21,8 @@ from moduseg.cli.options import parse
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.report.bank_regions import RegionPictures, draw_region
-from moduseg.stages import build_bank, extend_bank
+from moduseg.stages import extend_bank
+from moduseg.stages.build_bank import BuildBank
 from moduseg.tools import bank as bank_tool
 from tests.support.tagged_world import CLIP, image_id, scene, settings, write_folder
 
@@ -32,7 +33,7 @@ NAME = "purple blob"
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bank")
     write_folder(root / "own", range(12))
-    return build_bank.run(compose(settings(root / "own", root / "outputs", *CLIP, "retrieval.min_area=10")))
+    return BuildBank.run(compose(settings(root / "own", root / "outputs", *CLIP, "retrieval.min_area=10")))
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def test_what_is_removed_is_gone_and_the_rest_is_as_it_was(
             r"bank\.min_area=3 and 9",
         ),
         (
-            lambda b: edit.in_classes(b, ["background", "dog"]),
+            lambda b: edit.remap_classes(b, ["background", "dog"]),
             r"has the class 'cat', expected only classes of the data",
         ),
         (lambda b: edit.append_classes(b.classes, [" "]), r"class name ' '"),
@@ -166,11 +166,11 @@ def test_splitting_and_merging_gives_the_same_bank(pets: Bank) -> None:
 
 
 def test_ids_of_another_class_list(pets: Bank) -> None:
-    got = edit.in_classes(pets, ["background", "horse", "cat", "dog"])
+    got = edit.remap_classes(pets, ["background", "horse", "cat", "dog"])
     assert rows(got) == rows(pets)
     assert got.labels.tolist() == [0, 3, 3, 2, 2]
     assert got.counts["horse"] == 0
-    assert edit.in_classes(pets, CLASSES) is pets
+    assert edit.remap_classes(pets, CLASSES) is pets
 
 
 def test_a_region_comes_behind_the_others(pets: Bank) -> None:

@@ -12,7 +12,8 @@ from moduseg.bank.store import Bank
 from moduseg.bank.subset import choose_rows
 from moduseg.config import OutliersConfig, compose
 from moduseg.errors import ConfigError
-from moduseg.stages import build_bank, infer
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.infer import Infer
 from tests.support.runs import overrides
 
 NO_FILTER = OutliersConfig(enabled=False)
@@ -100,7 +101,7 @@ def test_the_search_bank_is_that_of_the_chosen_images_alone() -> None:
 def test_in_a_run_it_changes_the_result_and_no_bank(tmp_path: Path) -> None:
     def run(*more: str) -> tuple[Path, Path]:
         cfg = compose(overrides(tmp_path, *more, train=6, val=2))
-        return build_bank.run(cfg), infer.run(cfg)
+        return BuildBank.run(cfg), Infer.run(cfg)
 
     everything = run()
     one, same, other = (

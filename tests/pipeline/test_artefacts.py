@@ -83,14 +83,14 @@ def test_a_damaged_manifest_is_written_anew_and_what_was_merged_is_compared_with
     (artefact.path / "results.json").write_bytes(b"figures")
     artefact.write_manifest(status="complete")
     assert set(artefact.manifest["products"]) == {"panels/trip/a.png", "results.json"}
-    assert artefact.is_whole(verify=True)
+    assert artefact.is_intact(verify=True)
     (artefact.path / "results.json").write_bytes(b"figurez")
-    assert artefact.is_whole()
-    assert not artefact.is_whole(verify=True)
+    assert artefact.is_intact()
+    assert not artefact.is_intact(verify=True)
     (artefact.path / "results.json").write_bytes(b"fig")
-    assert not artefact.is_whole()
+    assert not artefact.is_intact()
 
     artefact.manifest_path.write_bytes(artefact.manifest_path.read_bytes()[:30])
     again = Artefact(tmp_path, "world", "infer", "vit", {})
     assert again.manifest["status"] == "running"
-    assert not again.is_whole()
+    assert not again.is_intact()

@@ -11,17 +11,17 @@ import pytest
 
 from moduseg.errors import DataError, IncompleteError, StorageError
 from moduseg.pipeline.artefacts import Artefact
-from moduseg.pipeline.batches import Loop, Outcome, Spread
+from moduseg.pipeline.batches import BatchJob, BatchRunner, Outcome, Shard
 
 IDS = tuple(f"im{i}" for i in range(7))
 
 
 class World:
-    """Counts what is asked of it; images in `broken` cannot be loaded, those in `poisoned` cannot be processed."""
+    """Records what is asked of it; images in `broken` cannot be loaded, those in `poisoned` cannot be processed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.broken, self.poisoned = folder, set[str](), set[str]()
-        self.stamps: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
         self.worked: list[str] = []
         self.batches: list[list[str]] = []
 
@@ -30,22 +30,36 @@ class World:
             raise DataError(f"{image_id}: truncated")
         return image_id
 
-    def work(self, items: list[str]) -> list[dict[str, bytes]]:
+    def process(self, items: list[str]) -> list[dict[str, bytes]]:
         if self.poisoned & set(items):
             raise RuntimeError("bad\nvalues")
         self.batches.append(list(items))
         self.worked += items
         return [{f"out/{item}.txt": item.encode() * 3} for item in items]
 
-    def stamp(self, image_id: str) -> list[int]:
-        return [self.stamps.get(image_id, 1)]
+    def input_sizes(self, image_id: str) -> list[int]:
+        return [self.sizes.get(image_id, 1)]
 
-    def run(self, left_out: dict[str, str] | None = None) -> Outcome:
-        artefact = Artefact(self.folder, "d", "s", "n", {})
+    def runner(
+        self, batch_size: int = 3, skipped: dict[str, str] | None = None, shard: Shard | None = None
+    ) -> BatchRunner[str]:
+        job = BatchJob(
+            IDS,
+            self.load,
+            self.process,
+            batch_size,
+            title="test",
+            skipped=skipped or {},
+            input_sizes=self.input_sizes,
+        )
+        return BatchRunner(Artefact(self.folder, "d", "s", "n", {}), job, shard)
+
+    def run(self, skipped: dict[str, str] | None = None) -> Outcome:
         self.worked.clear()
         self.batches.clear()
-        outcome = Loop(artefact, IDS, self.load, self.work, 3, left_out, "test", self.stamp).run()
-        artefact.write_manifest(status="complete", content=outcome.content)
+        runner = self.runner(skipped=skipped)
+        outcome = runner.run()
+        runner.artefact.write_manifest(status="complete", content=outcome.content_digest)
         return outcome
 
     def files(self) -> dict[str, bytes]:
@@ -61,9 +75,9 @@ def world(tmp_path: Path) -> World:
 def test_everything_is_done_once(world: World) -> None:
     first = world.run()
     assert world.batches == [["im0", "im1", "im2"], ["im3", "im4", "im5"], ["im6"]]
-    assert (first.fresh, first.changed, first.failed) == (7, True, {})
+    assert (first.processed_now, first.changed, first.failed) == (7, True, {})
     second = world.run()
-    assert (second.fresh, second.changed, world.worked) == (0, False, [])
+    assert (second.processed_now, second.changed, world.worked) == (0, False, [])
     assert second.seconds.keys() == {"load", "work", "model", "write", "wall"}
 
 
@@ -78,7 +92,7 @@ def test_only_the_batch_with_a_damaged_file_is_done_again(world: World, damage: 
         (folder / "out/im4.txt").write_bytes(b"i")
     else:
         (folder / "batches/000001.json").write_text('{"ids": ["im3"')
-    assert world.run().fresh == 3
+    assert world.run().processed_now == 3
     assert world.worked == ["im3", "im4", "im5"]
     assert world.files() == before
 
@@ -96,14 +110,14 @@ def test_a_broken_image_is_recorded_and_tried_again_without_redoing_the_rest(wor
 
     world.broken = set()
     mended = world.run()
-    assert (mended.failed, mended.fresh, mended.changed) == ({}, 3, True)
+    assert (mended.failed, mended.processed_now, mended.changed) == ({}, 3, True)
     assert len(world.files()) == 7
     assert (Artefact(world.folder, "d", "s", "n", {}).path / "failures.jsonl").read_text() == ""
 
 
 def test_an_image_that_breaks_later_loses_its_files(world: World) -> None:
     world.run()
-    world.broken, world.stamps = {"im4"}, {"im4": 0}
+    world.broken, world.sizes = {"im4"}, {"im4": 0}
     assert world.run().failed == {"im4": "im4: truncated"}
     assert sorted(world.files()) == [f"im{i}.txt" for i in (0, 1, 2, 3, 5, 6)]
 
@@ -112,16 +126,16 @@ def test_another_batch_size_loses_nothing(world: World) -> None:
     world.run()
     before = world.files()
     for size in (4, 2, 3):
-        Loop(Artefact(world.folder, "d", "s", "n", {}), IDS, world.load, world.work, size, None, "t", world.stamp).run()
+        world.runner(size).run()
         assert world.files() == before
 
 
 def test_a_changed_input_redoes_its_batch_alone(world: World) -> None:
     world.run()
-    world.stamps["im6"] = 2
-    assert world.run().fresh == 1
+    world.sizes["im6"] = 2
+    assert world.run().processed_now == 1
     assert world.worked == ["im6"]
-    assert world.run().fresh == 0
+    assert world.run().processed_now == 0
 
 
 def test_a_poisoned_image_costs_only_itself(world: World) -> None:
@@ -148,7 +162,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_done(world: World, monkeypat
     with pytest.raises(StorageError, match="No space left"):
         world.run()
     monkeypatch.undo()
-    assert world.run().fresh == 4
+    assert world.run().processed_now == 4
     assert world.batches == [["im3", "im4", "im5"], ["im6"]]
 
 
@@ -157,9 +171,8 @@ def test_digests_find_what_sizes_do_not(world: World) -> None:
     before = world.files()
     artefact = Artefact(world.folder, "d", "s", "n", {})
     artefact.file("out/im4.txt").write_bytes(b"x" * len(before["im4.txt"]))
-    assert world.run().fresh == 0
-    loop = Loop(artefact, IDS, world.load, world.work, 3, None, "t", world.stamp, Spread(verify=True))
-    assert loop.run().fresh == 3
+    assert world.run().processed_now == 0
+    assert world.runner(shard=Shard(verify=True)).run().processed_now == 3
     assert world.files() == before
 
 
@@ -178,26 +191,25 @@ def test_images_are_loaded_ahead_and_files_written_behind_in_order(world: World,
             inside[0] -= 1
         return image_id
 
-    loop = Loop(artefact, IDS, load, world.work, 1, None, "t", None, Spread(workers=workers))
-    assert [index for index, _ in loop.batches_done(range(7))] == list(range(7))
+    runner = BatchRunner(artefact, BatchJob(IDS, load, world.process, 1), Shard(workers=workers))
+    assert [index for index, _ in runner.process_batches(range(7))] == list(range(7))
     assert world.worked == list(IDS)
     assert most[0] == workers if workers == 1 else most[0] > 1
-    outcome = loop.gather()
+    outcome = runner.collect()
     assert outcome.seconds["load"] >= 7 * 0.02
     assert outcome.seconds["wall"] >= outcome.seconds["work"] >= outcome.seconds["model"] == 0
 
 
 def test_shards_do_their_own_batches_and_say_who_is_missing(world: World) -> None:
-    def shard(index: int) -> Loop[str]:
-        artefact = Artefact(world.folder, "d", "s", "n", {})
-        return Loop(artefact, IDS, world.load, world.work, 2, None, "t", world.stamp, Spread(index, 3))
+    def shard(index: int) -> BatchRunner[str]:
+        return world.runner(2, shard=Shard(index, 3))
 
-    assert shard(1).own() == 2
+    assert shard(1).run_shard() == 2
     assert world.worked == ["im2", "im3"]
     with pytest.raises(IncompleteError, match=r"s: shard 1 of 3 is done; 5 of 7 images are missing, of shards 0, 2;"):
-        shard(1).gather()
-    assert [shard(index).own() for index in (0, 1, 2)] == [3, 0, 2]
-    assert shard(2).gather(2).fresh == 2
+        shard(1).collect()
+    assert [shard(index).run_shard() for index in (0, 1, 2)] == [3, 0, 2]
+    assert shard(2).collect(2).processed_now == 2
     assert len(world.files()) == 7
 
 

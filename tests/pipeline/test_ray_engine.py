@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moduseg.config import compose
+from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError
-from moduseg.stages import propose
+from moduseg.stages.propose import Propose
 from tests.support.runs import overrides, result_bytes
 
 RAY = ("runtime.engine=ray", "runtime.ray.actors=2", "runtime.ray.cpus=1", "runtime.ray.batches=1")
@@ -31,11 +33,11 @@ def test_one_stage_on_ray_gives_the_same_bytes_and_passes_a_poisoned_image_by(tm
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     plain, spread = overrides(tmp_path / "plain", world=tmp_path), overrides(tmp_path / "ray", world=tmp_path)
     image = tmp_path / "world-6-4" / "JPEGImages" / "val_00003.png"
-    loop = propose.plan(compose(spread), _workspace(spread), "val", "eval").loop
-    assert list(loop.batches_done([0])) == [(0, 2)]
+    runner = Propose(_workspace(spread)).runner()
+    assert list(runner.process_batches([0])) == [(0, 2)]
     image.write_bytes(image.read_bytes()[:50])
     before = records(tmp_path / "ray")[0].stat().st_mtime_ns
-    propose.run(compose(plain))
+    Propose.run(compose(plain))
 
     run = subprocess.run(
         [sys.executable, "-c", RUN, "propose", *spread, *RAY],
@@ -109,13 +111,12 @@ def _descendants(pid: int) -> list[int]:
 def test_ray_that_is_not_there_and_gpus_that_are_not_given_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moduseg.pipeline import workspace
+    from moduseg.pipeline.ray_engine import worker_config
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingError, match=r"runtime\.engine: got ray, which is not installed .*moduseg\[ray\]"):
-        propose.run(compose([*overrides(tmp_path), *RAY]))
-    work = _workspace(["runtime.device=cpu", "runtime.ray.gpus=0"])
-    assert workspace._for_worker(work).runtime.device == "cpu"
-    work.__dict__["device"] = workspace.Device(workspace.torch.device("cuda", 1), "bfloat16")
+        Propose.run(compose([*overrides(tmp_path), *RAY]))
+    cfg = compose(["runtime.device=cpu", "runtime.ray.gpus=0"])
+    assert worker_config(cfg, Device(torch.device("cpu"), "float32")).runtime.device == "cpu"
     with pytest.raises(ConfigError, match=r"ray\.gpus: got 0 with runtime\.device=cuda"):
-        workspace._for_worker(work)
+        worker_config(cfg, Device(torch.device("cuda", 1), "bfloat16"))

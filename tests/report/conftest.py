@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moduseg.config import compose
-from moduseg.stages import infer
+from moduseg.stages.infer import Infer
 from tests.support.browser import browser, chromium
 from tests.support.runs import overrides
 
@@ -28,7 +28,7 @@ def opened() -> Iterator[Any]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the miniature whose K is 5, so that votes have runners-up."""
     outputs = tmp_path_factory.mktemp("outputs")
-    return infer.run(
+    return Infer.run(
         compose(overrides(outputs, "retrieval.top_k=5", "evaluation.report=true", "bank.min_area=30", train=14, val=9))
     )
 

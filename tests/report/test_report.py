@@ -23,7 +23,8 @@ from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError
 from moduseg.report.page import program, read_script
 from moduseg.report.why import SIMILARITY_STEPS
-from moduseg.stages import evaluate, infer
+from moduseg.stages import evaluate
+from moduseg.stages.infer import Infer
 from moduseg.tools import report
 from tests.support.runs import overrides
 
@@ -32,7 +33,7 @@ from tests.support.runs import overrides
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of a small run whose report was written on the way."""
     folder = tmp_path_factory.mktemp("outputs")
-    infer.run(compose(overrides(folder, "evaluation.report=true", train=10, val=5)))
+    Infer.run(compose(overrides(folder, "evaluation.report=true", train=10, val=5)))
     return folder
 
 
@@ -155,18 +156,18 @@ def test_what_infer_remembers_is_what_a_second_search_finds(copy: Path) -> None:
 
 def test_a_report_is_written_when_something_changed(copy: Path) -> None:
     settings = overrides(copy, "evaluation.report=true", train=10, val=5)
-    run = infer.run(compose(settings))
+    run = Infer.run(compose(settings))
     index = run / "report" / "index.html"
     stamp = index.stat().st_mtime_ns
-    assert infer.run(compose(settings)) == run
+    assert Infer.run(compose(settings)) == run
     assert index.stat().st_mtime_ns == stamp
-    infer.run(compose([*settings, "evaluation.report_regions=3"]))
+    Infer.run(compose([*settings, "evaluation.report_regions=3"]))
     assert index.stat().st_mtime_ns != stamp
     assert len(value(run, "bank")["pictured"]) == 3
     shutil.rmtree(run / "report")
-    assert infer.run(compose([*settings, "evaluation.report=false"])) == run
+    assert Infer.run(compose([*settings, "evaluation.report=false"])) == run
     assert not (run / "report").exists()
-    infer.run(compose([*settings, "evaluation.report_images=2", "evaluation.report_size=64"]))
+    Infer.run(compose([*settings, "evaluation.report_images=2", "evaluation.report_size=64"]))
     assert value(run, "images")["ids"] == ["val_00000", "val_00004"]
     assert value(run, "summary")["total"] == 5
     assert max(picture(value(run, "labels/000000")["labels"]).shape) == 64
@@ -237,7 +238,7 @@ def test_anyones_pngs_and_two_of_them_compared(copy: Path, tmp_path: Path) -> No
 
 def test_changes_of_the_configuration_are_named(copy: Path) -> None:
     settings = overrides(copy, "evaluation.report=false", train=10, val=5)
-    second = infer.run(compose([*settings, "retrieval.top_k=3"]))
+    second = Infer.run(compose([*settings, "retrieval.top_k=3"]))
     first = next(p for p in (copy / "miniature" / "infer").iterdir() if p.name != second.name)
     page = report.run(str(first), [f"dataset.root={copy / 'world-10-5'}"], against=str(second)).parent.parent
     changes = {key: (one, other) for key, one, other in value(page, "summary")["compare"]["changes"]}
@@ -254,7 +255,7 @@ def test_images_without_truth_are_shown(tmp_path: Path, copy: Path) -> None:
         shutil.copy(found, tmp_path / "own" / "images" / found.name)
     (tmp_path / "own" / "labels.csv").write_text("image,labels\nval_00000,disc\nval_00001,disc star\nval_00002,star\n")
     (tmp_path / "own" / "classes.txt").write_text("background\ndisc\nstar\n")
-    run = infer.run(
+    run = Infer.run(
         compose(
             ["dataset=folder", f"dataset.root={tmp_path / 'own'}", "proposer=superpixels", "backbone=miniature_random",
              "pseudo_masks=cam", f"runtime.outputs={tmp_path / 'out'}", "runtime.device=cpu", "bank.min_area=1",
@@ -279,7 +280,7 @@ def test_a_bank_made_of_another_is_shown_with_its_regions(outputs: Path, tmp_pat
     given = write_derived(fewer, "remove", sources=[source], details={}, folder=tmp_path / "fewer", outputs=tmp_path)
     shutil.copytree(outputs, tmp_path / "outputs")
     settings = overrides(tmp_path / "outputs", f"bank.path={given}", "evaluation.report=true", train=10, val=5)
-    run = infer.run(compose(settings))
+    run = Infer.run(compose(settings))
     shown = value(run, "bank")
     assert shown["rows"] == len(fewer) < len(bank)
     assert shown["pictured"] == list(range(len(fewer)))
@@ -299,7 +300,7 @@ def test_umap_is_a_second_map_where_it_is_installed(
     with pytest.raises(ConfigError, match=r"report_map: got 'umap', but the package umap-learn is not installed"):
         report.run(str(run), asked)
     settings = overrides(copy, "evaluation.report=true", "evaluation.report_map=umap", train=10, val=5)
-    assert infer.run(compose(settings)) == run  # a report costs a warning, never the run
+    assert Infer.run(compose(settings)) == run  # a report costs a warning, never the run
     assert "report: not written: evaluation.report_map: got 'umap'" in caplog.text
     assert not (run / "report" / "index.html").exists()
 

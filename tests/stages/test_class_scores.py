@@ -12,9 +12,12 @@ import torch
 from moduseg.config import Config, compose
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ConfigError, DataError
-from moduseg.pipeline.workspace import Workspace, count_failures
+from moduseg.pipeline.manifests import StageFolder, count_failures
+from moduseg.pipeline.workspace import Workspace
 from moduseg.pseudo_masks.store import SUFFIX, unpack
-from moduseg.stages import class_scores, propose, pseudo_masks
+from moduseg.stages.class_scores import ClassScores
+from moduseg.stages.propose import Propose
+from moduseg.stages.pseudo_masks import PseudoMasks, label_stored_scores
 from tests.support.runs import overrides
 
 CAM = "pseudo_masks=cam"
@@ -37,7 +40,7 @@ def changed(cfg: Config, rule: str, value: float, low: float | None, refine: str
 def test_rules_and_refiners_run_no_model(refine: str, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rule and refiner from one artefact of scores; what `apply` gives is what the stage writes."""
     cfg = compose(overrides(outputs, CAM, *QUIET))
-    stored, proposals = class_scores.run(cfg), propose.run(cfg, split="train")
+    stored, proposals = StageFolder(ClassScores.run(cfg)), StageFolder(Propose.run(cfg, split="train"))
     work = Workspace(cfg)
     dataset = work.dataset("train")
 
@@ -48,9 +51,9 @@ def test_rules_and_refiners_run_no_model(refine: str, outputs: Path, monkeypatch
     seen = set()
     for rule, value, low in RULES:
         this = changed(cfg, rule, value, low, refine)
-        found = dict(pseudo_masks.apply(dataset, this.pseudo_masks, stored, proposals))
+        found = dict(label_stored_scores(dataset, this.pseudo_masks, stored, proposals))
         assert list(found) == list(dataset.ids)
-        folder = pseudo_masks.run(this)
+        folder = PseudoMasks.run(this)
         for image_id, labels in found.items():
             assert torch.equal(labels, torch.from_numpy(read_label_png(folder / "labels" / f"{image_id}.png")))
         seen.add(b"".join(labels.numpy().tobytes() for labels in found.values()))
@@ -61,7 +64,7 @@ def test_rules_and_refiners_run_no_model(refine: str, outputs: Path, monkeypatch
 
 def test_what_is_stored(outputs: Path) -> None:
     cfg = compose(overrides(outputs, CAM, *QUIET))
-    folder = class_scores.run(cfg)
+    folder = ClassScores.run(cfg)
     files = sorted((folder / "maps").iterdir())
     assert [f.name for f in files] == [f"train_{i:05d}{SUFFIX}" for i in range(6)]
     work = Workspace(cfg)
@@ -77,29 +80,29 @@ def test_a_damaged_score_file_costs_its_image_only(tmp_path: Path, outputs: Path
 
     shutil.copytree(outputs, tmp_path / "copy")
     cfg = compose(overrides(tmp_path / "copy", CAM, *QUIET, world=outputs))
-    folder = class_scores.run(cfg)
+    folder = ClassScores.run(cfg)
     file = folder / "maps" / f"train_00001{SUFFIX}"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 255
     file.write_bytes(content)
-    labelled = pseudo_masks.run(changed(cfg, "constant", 0.7, None, "none"))
+    labelled = PseudoMasks.run(changed(cfg, "constant", 0.7, None, "none"))
     failed = [json.loads(line) for line in (labelled / "failures.jsonl").read_text().splitlines()]
     assert [f["id"] for f in failed] == ["train_00001"]
     assert "not readable as class scores" in failed[0]["error"]
     assert count_failures(labelled) == 1
     file.unlink()
-    labelled = pseudo_masks.run(changed(cfg, "constant", 0.7, None, "none"))
+    labelled = PseudoMasks.run(changed(cfg, "constant", 0.7, None, "none"))
     assert count_failures(labelled) == 0
     assert (labelled / "labels" / "train_00001.png").is_file()
 
 
 def test_mistakes(outputs: Path) -> None:
     cfg = compose(overrides(outputs, CAM, *QUIET))
-    stored, dataset = class_scores.run(cfg), Workspace(cfg).dataset("train")
+    stored, dataset = StageFolder(ClassScores.run(cfg)), Workspace(cfg).dataset("train")
     with pytest.raises(DataError, match="no proposals, which refine=region_vote needs"):
-        next(pseudo_masks.apply(dataset, changed(cfg, "constant", 0.5, None, "region_vote").pseudo_masks, stored))
+        next(label_stored_scores(dataset, changed(cfg, "constant", 0.5, None, "region_vote").pseudo_masks, stored))
     with pytest.raises(ConfigError, match="got 'words', but this generator scores no background"):
-        next(pseudo_masks.apply(dataset, changed(cfg, "words", 0.5, None, "none").pseudo_masks, stored))
+        next(label_stored_scores(dataset, changed(cfg, "words", 0.5, None, "none").pseudo_masks, stored))
     with pytest.raises(ConfigError, match=r"pseudo_masks: dilations: got \[0\]"):
         compose(overrides(outputs, CAM, "pseudo_masks.dilations=[0]"))
 
@@ -118,7 +121,7 @@ def test_a_fit_is_made_anew_where_it_saw_the_proposals(masks: str, count: int, o
                 *QUIET,
             )
         )
-        folder = class_scores.run(cfg)
+        folder = ClassScores.run(cfg)
         assert len(list((folder / "maps").iterdir())) == 6
     fits = {"cam": "cam", "cam_photo": "cam_neighbours"}[masks]
     assert len(list((outputs / "miniature" / "fit").glob(f"{fits}-train-*"))) == count

@@ -20,7 +20,8 @@ from moduseg.datasets.folder import FolderDataset
 from moduseg.errors import ConfigError, DataError, ModusegError
 from moduseg.evaluation.counts import FILE, SplitCounts
 from moduseg.masks.palette import voc_palette
-from moduseg.stages import evaluate, infer
+from moduseg.stages import evaluate
+from moduseg.stages.infer import Infer
 from moduseg.tools import compare, voc_package
 from tests.support.runs import overrides
 
@@ -187,12 +188,12 @@ def test_without_background_the_strict_number_stands_beside_the_flattering_one(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = tmp_path_factory.mktemp("scored")
-    infer.run(compose(overrides(outputs)))
+    Infer.run(compose(overrides(outputs)))
     return outputs
 
 
 def test_a_run_and_its_own_pngs_get_the_same_score(finished: Path) -> None:
-    path = infer.run(compose(overrides(finished)))
+    path = Infer.run(compose(overrides(finished)))
     mine = json.loads((path / "results.json").read_text())
     theirs = evaluate.run(compose(overrides(finished, f"predictions={path / 'labels'}")))
     record = json.loads((theirs / "results.json").read_text())["prediction"]
@@ -202,14 +203,14 @@ def test_a_run_and_its_own_pngs_get_the_same_score(finished: Path) -> None:
 
 
 def test_workers_change_nothing_and_missing_counts_are_made_again(finished: Path) -> None:
-    path = infer.run(compose(overrides(finished)))
+    path = Infer.run(compose(overrides(finished)))
     data, stamp = (path / FILE).read_bytes(), (path / "results.json").stat().st_mtime_ns
-    infer.run(compose(overrides(finished, "evaluation.workers=3")))
+    Infer.run(compose(overrides(finished, "evaluation.workers=3")))
     assert (path / "results.json").stat().st_mtime_ns == stamp
     (path / FILE).unlink()
-    infer.run(compose(overrides(finished, "evaluation.workers=3")))
+    Infer.run(compose(overrides(finished, "evaluation.workers=3")))
     assert (path / FILE).read_bytes() == data
-    stripped = infer.run(compose(overrides(finished, "evaluation.boundary_width=0")))
+    stripped = Infer.run(compose(overrides(finished, "evaluation.boundary_width=0")))
     assert stripped == path
     assert "boundary_iou" not in json.loads((path / "results.json").read_text())
 
@@ -239,7 +240,7 @@ def test_what_cannot_be_compared_is_one_line(
     own: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     shifted, half = (str(own.parent / name) for name in ("shifted", "half"))
-    mine = infer.run(compose(overrides(finished)))
+    mine = Infer.run(compose(overrides(finished)))
     bare = own.parent / "bare"
     bare.mkdir()
     (bare / "results.json").write_text(json.dumps({"classes": ["background"]}))

@@ -20,8 +20,11 @@ from moduseg.errors import ArtefactError, DataError, MissingError
 from moduseg.evaluation.confusion import label_counts
 from moduseg.evaluation.measures import mean_iou
 from moduseg.masks.palette import voc_palette
-from moduseg.pipeline.workspace import count_failures
-from moduseg.stages import build_bank, evaluate, infer, propose
+from moduseg.pipeline.manifests import count_failures
+from moduseg.stages import evaluate
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.infer import Infer
+from moduseg.stages.propose import Propose
 from tests.support.processes import start
 from tests.support.runs import ORACLES, overrides, result_bytes
 
@@ -32,7 +35,7 @@ STAGES = ("propose", "scores", "pseudo_masks", "build_bank", "queries", "infer")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of an undisturbed run."""
     outputs = tmp_path_factory.mktemp("finished")
-    infer.run(compose(overrides(outputs, train=12, val=8)))
+    Infer.run(compose(overrides(outputs, train=12, val=8)))
     return outputs
 
 
@@ -75,10 +78,10 @@ def test_oracles_find_what_random_features_can(finished: Path) -> None:
 
 def test_a_second_run_does_nothing_and_a_fresh_one_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     stamps = {p: p.stat().st_mtime_ns for p in (finished / "miniature").rglob("*") if p.is_file()}
-    infer.run(compose(overrides(finished, train=12, val=8)))
+    Infer.run(compose(overrides(finished, train=12, val=8)))
     assert {p: p.stat().st_mtime_ns for p in (finished / "miniature").rglob("*") if p.is_file()} == stamps
 
-    infer.run(compose(overrides(tmp_path, train=12, val=8)))
+    Infer.run(compose(overrides(tmp_path, train=12, val=8)))
     expected, got = result_bytes(finished), result_bytes(tmp_path)
     assert got.keys() == expected.keys()
     assert [name for name in expected if got[name] != expected[name]] == []
@@ -101,7 +104,7 @@ def test_killed_in_every_stage_it_goes_on_and_ends_the_same(finished: Path, tmp_
         assert {p: records[p] for p in kept} == kept
         kept = records
     assert killed, "no run was caught alive"
-    infer.run(compose(arguments))
+    Infer.run(compose(arguments))
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert result_bytes(tmp_path) == result_bytes(finished)
     assert list(tmp_path.rglob("*.tmp")) == []
@@ -109,13 +112,13 @@ def test_killed_in_every_stage_it_goes_on_and_ends_the_same(finished: Path, tmp_
 
 def test_a_broken_image_is_recorded_and_the_run_goes_on(tmp_path: Path, finished: Path) -> None:
     arguments = overrides(tmp_path, train=12, val=8)
-    propose.run(compose(arguments), split="val")
+    Propose.run(compose(arguments), split="val")
     folder = tmp_path / "world-12-8" / "JPEGImages"
     intact = {name: (folder / name).read_bytes() for name in ("train_00003.png", "val_00005.png")}
     for name, content in intact.items():
         (folder / name).write_bytes(content[: len(content) // 2])
 
-    path = infer.run(compose(arguments))
+    path = Infer.run(compose(arguments))
     assert not (path / "labels" / "val_00005.png").exists()
     assert json.loads((path / "failures.jsonl").read_text())["id"] == "val_00005"
     results = json.loads((path / "results.json").read_text())
@@ -131,7 +134,7 @@ def test_a_broken_image_is_recorded_and_the_run_goes_on(tmp_path: Path, finished
 
     for name, content in intact.items():
         (folder / name).write_bytes(content)
-    path = infer.run(compose(arguments))
+    path = Infer.run(compose(arguments))
     assert count_failures(path) == 0
     expected = {k.split("/")[-1]: v for k, v in result_bytes(finished).items() if "/infer/" in k and "labels" in k}
     assert {p.name: p.read_bytes() for p in (path / "labels").iterdir()} == expected
@@ -149,7 +152,7 @@ def test_a_file_truncated_between_runs_is_made_again(tmp_path: Path, finished: P
     )
     whole = target.read_bytes()
     target.write_bytes(whole[:7])
-    infer.run(compose(overrides(tmp_path / "copy", train=12, val=8, world=finished)))
+    Infer.run(compose(overrides(tmp_path / "copy", train=12, val=8, world=finished)))
     assert target.read_bytes() == whole
     assert result_bytes(tmp_path / "copy") == result_bytes(finished)
 
@@ -161,7 +164,7 @@ def test_a_damaged_bank_is_merged_again(tmp_path: Path, finished: Path) -> None:
     bank = stage_folder(tmp_path / "copy", "build_bank") / "bank.safetensors"
     whole = bank.read_bytes()
     bank.write_bytes(whole[:-3] + b"xyz")
-    build_bank.run(compose(overrides(tmp_path / "copy", train=12, val=8, world=finished)))
+    BuildBank.run(compose(overrides(tmp_path / "copy", train=12, val=8, world=finished)))
     assert bank.read_bytes() == whole
 
 
@@ -190,7 +193,7 @@ def test_only_what_changes_is_made_anew(
     import shutil
 
     shutil.copytree(finished, tmp_path / "copy")
-    infer.run(compose(overrides(tmp_path / "copy", *more, train=12, val=8, world=finished)))
+    Infer.run(compose(overrides(tmp_path / "copy", *more, train=12, val=8, world=finished)))
     assert len(list((tmp_path / "copy" / "miniature" / stage).iterdir())) == (2 if changes else 1)
 
 
@@ -213,22 +216,22 @@ def test_a_bank_of_another_backbone_or_class_list_is_refused(finished: Path) -> 
 
 def test_a_bank_smaller_than_k_warns_and_uses_what_there_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="moduseg"):
-        infer.run(compose(overrides(tmp_path, "retrieval.top_k=500", train=2, val=1)))
+        Infer.run(compose(overrides(tmp_path, "retrieval.top_k=500", train=2, val=1)))
     assert "fewer than retrieval.top_k=500" in caplog.text
     assert "no vector for" in caplog.text
 
 
 def test_missing_folders_and_permissions_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"nowhere"):
-        infer.run(compose([*ORACLES, "dataset=voc", f"dataset.root={tmp_path}/nowhere", f"runtime.outputs={tmp_path}"]))
+        Infer.run(compose([*ORACLES, "dataset=voc", f"dataset.root={tmp_path}/nowhere", f"runtime.outputs={tmp_path}"]))
 
 
 def test_the_api_predicts_what_the_stages_predict(finished: Path) -> None:
     """The oracle proposer needs the truth, so the API is asked with superpixels, and compared with the same run."""
     arguments = overrides(finished, "proposer=superpixels", train=12, val=8)
-    path = infer.run(compose(arguments))
+    path = Infer.run(compose(arguments))
     cfg = compose(arguments)
-    segmenter = Segmenter.from_bank(build_bank.run(cfg), device="cpu", overrides={"proposer": cfg.proposer})
+    segmenter = Segmenter.from_bank(BuildBank.run(cfg), device="cpu", overrides={"proposer": cfg.proposer})
     photograph = finished / "world-12-8" / "JPEGImages" / "val_00002.png"
     prediction = segmenter.predict(photograph)
     stored = np.asarray(Image.open(path / "labels" / "val_00002.png"))
@@ -268,7 +271,7 @@ def test_ones_own_images_without_truth_get_labels_and_panels(finished: Path, tmp
         "runtime.device=cpu",
         "evaluation.panels=2",
     ]
-    path = infer.run(compose(own_data))
+    path = Infer.run(compose(own_data))
     assert sorted(p.name for p in path.glob("labels/**/*.png")) == [f"train_{i:05d}.png" for i in range(4)]
     assert (path / "labels" / "trip" / "train_00001.png").is_file()
     assert len(list(path.glob("panels/**/*.png"))) == 2

@@ -16,8 +16,10 @@ import moduseg
 from moduseg.config import compose
 from moduseg.datasets.labels import check_ids
 from moduseg.errors import ConfigError, DataError, IncompleteError, ModusegError
-from moduseg.pipeline.workspace import count_failures, safe_name
-from moduseg.stages import build_bank, infer, propose
+from moduseg.pipeline.manifests import count_failures, safe_name
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.infer import Infer
+from moduseg.stages.propose import Propose
 from tests.support.runs import overrides, result_bytes
 
 RUN = "from moduseg.cli import entry; entry()"
@@ -27,7 +29,7 @@ RUN = "from moduseg.cli import entry; entry()"
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of one process."""
     outputs = tmp_path_factory.mktemp("finished")
-    infer.run(compose(overrides(outputs)))
+    Infer.run(compose(overrides(outputs)))
     return outputs
 
 
@@ -62,9 +64,9 @@ def test_a_job_array_names_who_is_missing_and_ends_with_the_same_bytes(finished:
     """Each submission brings every shard one stage further; the one that finds all records merges."""
     arguments = overrides(tmp_path, world=finished)
     with pytest.raises(IncompleteError, match=r"scores: shard 0 of 3 is done; 4 of 6 .*, of shards 1, 2;"):
-        build_bank.run(compose([*arguments, *shard(0, 3)]))
+        BuildBank.run(compose([*arguments, *shard(0, 3)]))
     with pytest.raises(IncompleteError, match=r"scores: shard 0 of 2 is done; 2 of 6 images are missing, of shard 1;"):
-        infer.run(compose([*arguments, *shard(0, 2)]))
+        Infer.run(compose([*arguments, *shard(0, 2)]))
     records = {p.name for p in tmp_path.glob("miniature/scores/*/batches/*.json")}
     assert records == {"000000.json", "000002.json"}
 
@@ -72,7 +74,7 @@ def test_a_job_array_names_who_is_missing_and_ends_with_the_same_bytes(finished:
     for _ in range(8):
         for index in (1, 0):
             try:
-                infer.run(compose([*arguments, *shard(index, 2)]))
+                Infer.run(compose([*arguments, *shard(index, 2)]))
             except IncompleteError as error:
                 seen.add(str(error).split(":")[0])
     assert seen >= {"pseudo_masks", "build_bank", "propose", "queries", "infer"}
@@ -83,10 +85,10 @@ def test_a_job_array_names_who_is_missing_and_ends_with_the_same_bytes(finished:
 def test_what_one_shard_left_a_plain_run_completes(finished: Path, tmp_path: Path) -> None:
     arguments = overrides(tmp_path, world=finished)
     with pytest.raises(IncompleteError):
-        propose.run(compose([*arguments, *shard(1, 2)]))
+        Propose.run(compose([*arguments, *shard(1, 2)]))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("miniature/propose/*/batches/*.json")}
     assert len(before) == 1
-    infer.run(compose(arguments))
+    Infer.run(compose(arguments))
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert result_bytes(tmp_path) == result_bytes(finished)
 
@@ -100,16 +102,16 @@ def test_a_batch_made_anew_by_one_shard_is_merged_anew_by_whoever_comes_next(fin
     image = tmp_path / "copy" / "world-6-4" / "JPEGImages" / "train_00001.png"
     whole = image.read_bytes()
     image.write_bytes(whole[:99])
-    assert count_failures(build_bank.run(compose(arguments))) > 0
+    assert count_failures(BuildBank.run(compose(arguments))) > 0
     bank = next((tmp_path / "copy" / "miniature" / "build_bank").iterdir())
     broken = (bank / "bank.safetensors").read_bytes()
     image.write_bytes(whole)
-    loop = build_bank.plan(compose(arguments), _workspace(arguments)).loop
-    assert loop.own() == 2
+    runner = BuildBank(_workspace(arguments)).runner()
+    assert runner.run_shard() == 2
     assert (bank / "bank.safetensors").read_bytes() == broken
-    build_bank.run(compose([*arguments, *shard(1, 2)]))
+    BuildBank.run(compose([*arguments, *shard(1, 2)]))
     assert (bank / "bank.safetensors").read_bytes() != broken
-    build_bank.run(compose(arguments))
+    BuildBank.run(compose(arguments))
     expected = {k: v for k, v in result_bytes(finished).items() if "/build_bank/" in k}
     assert {k: v for k, v in result_bytes(tmp_path / "copy").items() if "/build_bank/" in k} == expected
 
@@ -143,7 +145,7 @@ def test_torchrun_ends_with_the_same_bytes_and_says_it_once(finished: Path, tmp_
 def test_what_one_rank_meets_ends_all_in_one_line(tmp_path: Path) -> None:
     """Every image is broken: rank 0 finds it when it merges, rank 1 is told."""
     arguments = overrides(tmp_path)
-    propose.run(compose(arguments))
+    Propose.run(compose(arguments))
     for image in (tmp_path / "world-6-4" / "JPEGImages").iterdir():
         image.write_bytes(b"no image")
     code, text = ended(start("propose", *arguments, torchrun=2))

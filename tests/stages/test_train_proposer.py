@@ -9,7 +9,10 @@ import pytest
 
 from moduseg.config import compose
 from moduseg.errors import ConfigError
-from moduseg.stages import build_bank, infer, propose, pseudo_masks
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.infer import Infer
+from moduseg.stages.propose import Propose
+from moduseg.stages.pseudo_masks import PseudoMasks
 from tests.support.runs import overrides
 
 VOTE = ("pseudo_masks.refine=region_vote", "evaluation.panels=0")
@@ -22,8 +25,8 @@ def stages(outputs: Path, stage: str) -> set[str]:
 def test_the_training_images_have_their_own_proposer(tmp_path: Path) -> None:
     def run(*more: str) -> Path:
         cfg = compose(overrides(tmp_path, *VOTE, *more, train=3, val=2))
-        infer.run(cfg)
-        return build_bank.run(cfg)
+        Infer.run(cfg)
+        return BuildBank.run(cfg)
 
     bank = run("proposer=superpixels")
     before = stages(tmp_path, "propose")
@@ -42,8 +45,8 @@ def test_the_training_images_have_their_own_proposer(tmp_path: Path) -> None:
 def test_a_split_that_is_trained_on_and_evaluated(tmp_path: Path) -> None:
     settings = ("proposer=ground_truth", "proposer@train_proposer=superpixels", "dataset.val_split=train")
     cfg = compose(overrides(tmp_path, *settings, train=2, val=1))
-    assert propose.run(cfg).name.startswith("ground_truth-train")
-    assert propose.run(cfg, split="train").name.startswith("superpixels-train")
+    assert Propose.run(cfg).name.startswith("ground_truth-train")
+    assert Propose.run(cfg, split="train").name.startswith("superpixels-train")
 
 
 def test_mistakes() -> None:
@@ -55,7 +58,7 @@ def test_mistakes() -> None:
 
 def test_regions_that_are_trusted_less_do_not_vote(tmp_path: Path) -> None:
     """Where no region votes the labels are the scores' own; where all do, as without a threshold."""
-    made = propose.run(compose(overrides(tmp_path, "proposer=superpixels", train=3, val=1)), split="train")
+    made = Propose.run(compose(overrides(tmp_path, "proposer=superpixels", train=3, val=1)), split="train")
     own = tmp_path / "own"
     own.mkdir()
     for file in (made / "masks").iterdir():
@@ -68,7 +71,7 @@ def test_regions_that_are_trusted_less_do_not_vote(tmp_path: Path) -> None:
         settings = ["proposer=files", f"proposer.folder={own}", "pseudo_masks=cam", "evaluation.panels=0"]
         settings += [f"pseudo_masks.refine={refine}", f"pseudo_masks.vote_min_score={score}"]
         cfg = compose(overrides(tmp_path, *settings, train=3, val=1))
-        return {file.name: file.read_bytes() for file in sorted((pseudo_masks.run(cfg) / "labels").iterdir())}
+        return {file.name: file.read_bytes() for file in sorted((PseudoMasks.run(cfg) / "labels").iterdir())}
 
     everyone, nobody, none = labels("region_vote", 0.4), labels("region_vote", 0.5), labels("none", 0.5)
     assert everyone == labels("region_vote", 0)

@@ -17,8 +17,10 @@ from moduseg.config import compose
 from moduseg.datasets.io import read_label_png
 from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers.ground_truth import GroundTruthProposer
-from moduseg.stages import build_bank, infer, pseudo_masks, queries
-from moduseg.stages.build_bank import image_vectors
+from moduseg.stages.build_bank import BuildBank, image_vectors
+from moduseg.stages.infer import Infer
+from moduseg.stages.pseudo_masks import PseudoMasks
+from moduseg.stages.queries import Queries
 from tests.support import runs
 
 OPTIONS = (
@@ -42,7 +44,7 @@ def overrides(outputs: Path, *more: str, world: Path | None = None) -> list[str]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of a default run."""
     outputs = tmp_path_factory.mktemp("variants")
-    infer.run(compose(overrides(outputs)))
+    Infer.run(compose(overrides(outputs)))
     return outputs
 
 
@@ -55,11 +57,11 @@ def manifest(path: Path) -> dict[str, object]:
 def test_options_that_are_off_are_no_part_of_keys(finished: Path) -> None:
     """Results made before there were these options keep their folders."""
     cfg = compose(overrides(finished))
-    parts = manifest(infer.run(cfg))["parts"]
+    parts = manifest(Infer.run(cfg))["parts"]
     assert isinstance(parts, dict)
     assert parts["retrieval"].keys() == {"top_k", "nms_iou", "min_area", "min_predicted_iou", "vote_temperature"}
     assert not {"prototypes", "classes", "images_per_class"} & parts.keys()
-    stored = manifest(build_bank.run(cfg))["parts"]
+    stored = manifest(BuildBank.run(cfg))["parts"]
     assert isinstance(stored, dict)
     assert stored["bank"].keys() == {"purify", "min_area", "aggregation"}
 
@@ -74,13 +76,13 @@ def test_an_option_changes_the_result_and_runs_no_model(
         raise AssertionError("a model ran")
 
     default = compose(overrides(finished))
-    bank, vectors, result = build_bank.run(default), queries.run(default), infer.run(default)
+    bank, vectors, result = BuildBank.run(default), Queries.run(default), Infer.run(default)
     monkeypatch.setattr(TimmBackbone, "tokens", refuse)
     monkeypatch.setattr(GroundTruthProposer, "propose", refuse)
     changed = compose(overrides(finished, option, "bank.outliers.drop_ratio=0.5"))
-    assert build_bank.run(changed) == bank
-    assert queries.run(changed) == vectors
-    path = infer.run(changed)
+    assert BuildBank.run(changed) == bank
+    assert Queries.run(changed) == vectors
+    path = Infer.run(changed)
     assert path != result
     assert manifest(path)["failures"] == 0
     assert json.loads((path / "results.json").read_text())["images"] == 4
@@ -89,8 +91,8 @@ def test_an_option_changes_the_result_and_runs_no_model(
 def test_what_is_stored_is_before_the_filter(finished: Path) -> None:
     """One vector for each image and class of the pseudo masks, however many the filter drops when the bank is read."""
     cfg = compose(overrides(finished, "bank.outliers.drop_ratio=0.9"))
-    bank = Bank.load(build_bank.run(cfg))
-    masks = pseudo_masks.run(cfg)
+    bank = Bank.load(BuildBank.run(cfg))
+    masks = PseudoMasks.run(cfg)
     work = Workspace(cfg)
     expected = 0
     for image_id in work.dataset("train").ids:
@@ -102,14 +104,14 @@ def test_what_is_stored_is_before_the_filter(finished: Path) -> None:
         expected += len(entry["labels"])
     assert len(bank) == expected
     assert len(bank.configured(cfg.bank).vectors) < expected
-    assert len(list((queries.run(cfg) / "vectors").iterdir())) == 4
+    assert len(list((Queries.run(cfg) / "vectors").iterdir())) == 4
 
 
 def test_flips_add_the_vectors_of_mirror_images(finished: Path) -> None:
     default = compose(overrides(finished))
     cfg = compose(overrides(finished, "bank.flips=true"))
-    plain, flipped = (Bank.load(build_bank.run(c)) for c in (default, cfg))
-    work, masks = Workspace(cfg), pseudo_masks.run(cfg)
+    plain, flipped = (Bank.load(BuildBank.run(c)) for c in (default, cfg))
+    work, masks = Workspace(cfg), PseudoMasks.run(cfg)
     assert len(flipped) == 2 * len(plain)
     for index, image_id in enumerate(plain.image_ids):
         image = np.ascontiguousarray(work.dataset("train").load(image_id).image[:, ::-1])
@@ -119,7 +121,7 @@ def test_flips_add_the_vectors_of_mirror_images(finished: Path) -> None:
         torch.testing.assert_close(flipped.pooled[both], torch.cat((plain.pooled[own], mirrored["pooled"])))
         assert flipped.labels[both].tolist() == plain.labels[own].tolist() + mirrored["labels"].tolist()
     assert not torch.allclose(flipped.pooled[: len(plain)], plain.pooled)
-    assert infer.run(cfg) != infer.run(default)
+    assert Infer.run(cfg) != Infer.run(default)
 
 
 @pytest.mark.parametrize("option", ["retrieval.selection=margin", "retrieval.vote_balance=cap", "bank.prototypes=3"])
@@ -127,10 +129,10 @@ def test_the_api_follows_the_options(option: str, finished: Path, tmp_path: Path
     shutil.copytree(finished, tmp_path / "copy")
     arguments = overrides(tmp_path / "copy", "proposer=superpixels", option, "retrieval.top_k=4", world=finished)
     cfg = compose(arguments)
-    path = infer.run(cfg)
+    path = Infer.run(cfg)
     values = cfg.as_dict()
     segmenter = Segmenter.from_bank(
-        build_bank.run(cfg), device="cpu", overrides={n: values[n] for n in ("proposer", "bank", "retrieval")}
+        BuildBank.run(cfg), device="cpu", overrides={n: values[n] for n in ("proposer", "bank", "retrieval")}
     )
     prediction = segmenter.predict(finished / "world-12-4" / "JPEGImages" / "val_00002.png")
     assert np.array_equal(prediction.label_map, read_label_png(path / "labels" / "val_00002.png"))

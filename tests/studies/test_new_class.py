@@ -12,7 +12,7 @@ from moduseg.bank.store import Bank
 from moduseg.cli.options import parse
 from moduseg.config import compose
 from moduseg.errors import ConfigError, DataError
-from moduseg.stages import build_bank
+from moduseg.stages.build_bank import BuildBank
 from moduseg.studies import new_class
 from moduseg.tools import bank as bank_tool
 from tests.support.runs import overrides
@@ -23,7 +23,7 @@ def test_before_after_and_with_all(tmp_path: Path) -> None:
     """With every image that shows it added, the class is found as with the full bank, whatever the order of rows."""
     more = ("backbone=miniature", "bank.outliers.enabled=false")
     cfg = compose(overrides(tmp_path, *more, train=24, val=8))
-    stored = Bank.load(build_bank.run(cfg))
+    stored = Bank.load(BuildBank.run(cfg))
     name = max(stored.classes[1:], key=lambda n: stored.counts[n])
     options, _ = parse([f"class={name}", "images=2"], new_class.NewClassOptions, "new_class")
     path = new_class.run(options, cfg)
@@ -46,7 +46,7 @@ def test_what_is_withheld_is_what_was_never_there(tmp_path: Path) -> None:
     """Taking images out of a bank gives the bank that was built without them."""
     without, holders = holding(NEW, 4, yes=False), holding(NEW, 2)
     joint, own = write_folder(tmp_path / "joint", without + holders), write_folder(tmp_path / "own", without)
-    whole, alone = (build_bank.run(compose(settings(root, tmp_path / "o", *CLIP))) for root in (joint, own))
+    whole, alone = (BuildBank.run(compose(settings(root, tmp_path / "o", *CLIP))) for root in (joint, own))
     gone = Bank.load(whole).image_ids[4:]
     bank_tool.remove(bank_tool.RemoveOptions(str(whole), (NEW,), gone, out=str(tmp_path / "left")), [])
     bank_tool.remove(bank_tool.RemoveOptions(str(alone), (NEW,), out=str(tmp_path / "alone")), [])

@@ -9,7 +9,7 @@ import pytest
 
 from moduseg.config import compose
 from moduseg.proposers import sa1b
-from moduseg.stages import infer
+from moduseg.stages.infer import Infer
 from tests.support.runs import overrides
 
 
@@ -17,7 +17,7 @@ from tests.support.runs import overrides
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Outputs of a run with the default search, and its folder of results."""
     outputs = tmp_path_factory.mktemp("search")
-    return outputs, infer.run(compose(overrides(outputs)))
+    return outputs, Infer.run(compose(overrides(outputs)))
 
 
 def labels(folder: Path) -> dict[str, bytes]:
@@ -27,14 +27,14 @@ def labels(folder: Path) -> dict[str, bytes]:
 def test_faiss_gives_the_same_label_maps_in_a_folder_of_its_own(world: tuple[Path, Path]) -> None:
     pytest.importorskip("faiss", reason="faiss is an extra: pip install 'moduseg[faiss]'")
     outputs, folder = world
-    found = infer.run(compose(overrides(outputs, "retrieval.engine=faiss")))
+    found = Infer.run(compose(overrides(outputs, "retrieval.engine=faiss")))
     assert found != folder
     assert labels(found) == labels(folder)
 
 
 def test_half_precision_has_a_folder_of_its_own(world: tuple[Path, Path]) -> None:
     outputs, folder = world
-    found = infer.run(compose(overrides(outputs, "retrieval.storage=float16")))
+    found = Infer.run(compose(overrides(outputs, "retrieval.storage=float16")))
     assert found != folder
     assert labels(found).keys() == labels(folder).keys()
 
@@ -51,7 +51,7 @@ def test_disjoint_proposals_give_what_their_masks_give(
     assert all(proposals.id_map is None for proposals in without)
     for a, b in zip(with_maps, without, strict=True):
         np.testing.assert_array_equal(a.masks, b.masks)
-    found = infer.run(compose(overrides(tmp_path, world=outputs)))
+    found = Infer.run(compose(overrides(tmp_path, world=outputs)))
     assert labels(found) == labels(folder)
     vectors = {path.name: path.read_bytes() for path in outputs.rglob("vectors/*.safetensors")}
     assert vectors == {path.name: path.read_bytes() for path in tmp_path.rglob("vectors/*.safetensors")}

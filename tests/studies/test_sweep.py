@@ -16,7 +16,9 @@ from moduseg.config import compose
 from moduseg.errors import ConfigError
 from moduseg.proposers.superpixels import SuperpixelProposer
 from moduseg.retrieval.retriever import Retriever
-from moduseg.stages import build_bank, infer, queries
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.infer import Infer
+from moduseg.stages.queries import Queries
 from moduseg.studies import sweep
 from moduseg.studies.cached_split import CachedSplit
 from moduseg.studies.sweep import parse
@@ -50,8 +52,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with overlapping proposals of which some have no vector."""
     outputs = tmp_path_factory.mktemp("sweep")
     cfg = compose(arguments(outputs))
-    vectors = queries.run(cfg)
-    infer.run(cfg)
+    vectors = Queries.run(cfg)
+    Infer.run(cfg)
     assert vectors.is_dir()
     return outputs
 
@@ -62,7 +64,7 @@ def test_every_setting_gives_what_infer_gives(finished: Path) -> None:
     split = CachedSplit(settings[0], [s.retrieval for s in settings])
     matrices = [split.confusion(s.bank, s.retrieval) for s in settings]
     for cfg, matrix in zip(settings, matrices, strict=True):
-        results = json.loads((infer.run(cfg) / "results.json").read_text())
+        results = json.loads((Infer.run(cfg) / "results.json").read_text())
         assert matrix.tolist() == results["confusion"]
     assert len({m.tobytes() for m in matrices}) > len(SETTINGS) / 2
     again = [split.confusion(s.bank, s.retrieval) for s in reversed(settings)]
@@ -73,7 +75,7 @@ def test_a_grid_runs_no_model_and_leaves_table_csv_and_plot(finished: Path, monk
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model ran")
 
-    usual = json.loads((infer.run(compose(arguments(finished))) / "results.json").read_text())
+    usual = json.loads((Infer.run(compose(arguments(finished))) / "results.json").read_text())
     monkeypatch.setattr(TimmBackbone, "tokens", refuse)
     monkeypatch.setattr(TimmBackbone, "_model", property(refuse))
     monkeypatch.setattr(SuperpixelProposer, "propose", refuse)
@@ -136,7 +138,7 @@ def test_held_out_is_a_bank_without_the_image(more: list[str], finished: Path) -
         if cfg.retrieval.selection == "margin":
             certain = worth(retriever._margins(pooled, expected), split._quality[image.queries])
             assert worths[image.queries].tolist() == certain.tolist()
-    assert build_bank.run(cfg) == split.inputs["build_bank"]
+    assert BuildBank.run(cfg) == split.inputs["build_bank"]
     assert torch.is_tensor(split._pooled)
 
 

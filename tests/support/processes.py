@@ -12,7 +12,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-STAGES = ("propose", "scores", "pseudo_masks", "build_bank", "queries", "infer", "evaluate")
+STAGES = ("propose", "class_scores", "pseudo_masks", "build_bank", "queries", "infer", "evaluate")
 
 
 def context() -> ForkServerContext:
@@ -26,7 +26,7 @@ def start(stage: str, arguments: Sequence[str], log: Path, file_limit: int | Non
     """Run a stage as the command line does; what it says goes to `log`.
 
     Args:
-        stage: its module.
+        stage: the command that runs it.
         arguments: overrides.
         log: stdout and stderr.
         file_limit: largest file that the process may write, in bytes.

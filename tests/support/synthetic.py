@@ -122,7 +122,7 @@ def _artefacts(
     _complete(stages["queries"], {"propose": stages["propose"]})
     _complete(stages["pseudo_masks"], {})
     _complete(stages["build_bank"], {"pseudo_masks": stages["pseudo_masks"]})
-    score_label_maps(work, infer, Outcome(), work.dataset("val"), None, "prediction")
+    score_label_maps(work, infer, Outcome(), work.dataset("val"))
     _complete(infer, {name: stages[name] for name in ("build_bank", "queries")}, config=cfg.as_dict())
     return infer.path
 

@@ -23,7 +23,9 @@ from moduseg.datasets.image_files import find_images
 from moduseg.datasets.tagged_images import TaggedImages
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, ModusegError
 from moduseg.miniature.world.scenes import CLASSES
-from moduseg.stages import build_bank, evaluate, infer
+from moduseg.stages import evaluate
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.infer import Infer
 from moduseg.tools.bank import InfoOptions
 from tests.support.runs import overrides
 from tests.support.tagged_world import CLIP, NEW, ORACLE, holding, image_id, settings, write_folder
@@ -52,7 +54,7 @@ def test_adding_equals_rebuilding(tmp_path: Path, scenes: tuple[list[int], list[
         write_folder(more, holders, LONGER)
         write_folder(joint, without[:count] + holders, LONGER)
         outputs = tmp_path / name / "outputs"
-        first = build_bank.run(compose(settings(own, outputs, *source)))
+        first = BuildBank.run(compose(settings(own, outputs, *source)))
         before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
         code = run_verb(
             "add",
@@ -68,7 +70,7 @@ def test_adding_equals_rebuilding(tmp_path: Path, scenes: tuple[list[int], list[
         )
         assert code == 0
         added = Bank.load(tmp_path / name / "longer")
-        rebuilt = Bank.load(build_bank.run(compose(settings(joint, outputs, *source))))
+        rebuilt = Bank.load(BuildBank.run(compose(settings(joint, outputs, *source))))
         assert (added.image_ids, added.classes) == (rebuilt.image_ids, rebuilt.classes)
         for part in ("labels", "image_index", "areas"):
             assert torch.equal(getattr(added, part), getattr(rebuilt, part)), part
@@ -77,7 +79,7 @@ def test_adding_equals_rebuilding(tmp_path: Path, scenes: tuple[list[int], list[
         if name == "odd":
             assert torch.allclose(added.pooled, rebuilt.pooled, atol=1e-5)
         else:
-            whole = build_bank.run(compose(settings(joint, outputs, *source)))
+            whole = BuildBank.run(compose(settings(joint, outputs, *source)))
             assert (tmp_path / name / "longer" / "bank.safetensors").read_bytes() == (
                 whole / "bank.safetensors"
             ).read_bytes()
@@ -92,7 +94,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bank of a folder of twelve images with all classes, labelled by CLIP and superpixels."""
     root = tmp_path_factory.mktemp("bank")
     write_folder(root / "own", range(12), CLASSES)
-    return build_bank.run(compose(settings(root / "own", root / "outputs", *CLIP)))
+    return BuildBank.run(compose(settings(root / "own", root / "outputs", *CLIP)))
 
 
 def add(bank: Path, tmp_path: Path, *arguments: str) -> Bank:
@@ -138,8 +140,8 @@ def test_given_masks_take_the_place_of_pseudo_masks(bank: Path, tmp_path: Path) 
 def test_what_cannot_be_added_is_one_line(bank: Path, tmp_path: Path) -> None:
     more = write_folder(tmp_path / "more", [30, 31], masks=False)
     own = write_folder(tmp_path / "own", [30, 31])
-    cam = build_bank.run(compose(settings(own, tmp_path / "o", "pseudo_masks=cam", "proposer=superpixels")))
-    oracle = build_bank.run(compose(settings(own, tmp_path / "o", *ORACLE)))
+    cam = BuildBank.run(compose(settings(own, tmp_path / "o", "pseudo_masks=cam", "proposer=superpixels")))
+    oracle = BuildBank.run(compose(settings(own, tmp_path / "o", *ORACLE)))
     (tmp_path / "empty").mkdir()
     (tmp_path / "tags.csv").write_text("image,labels\nnobody.png,red disc\n")
     images = f"images={more / 'images'}"
@@ -178,7 +180,7 @@ def test_what_cannot_be_added_is_one_line(bank: Path, tmp_path: Path) -> None:
 
 def test_another_generator_may_label_what_is_added(tmp_path: Path) -> None:
     own, more = write_folder(tmp_path / "own", range(4)), write_folder(tmp_path / "more", [30], masks=False)
-    cam = build_bank.run(compose(settings(own, tmp_path / "o", "pseudo_masks=cam", "proposer=superpixels")))
+    cam = BuildBank.run(compose(settings(own, tmp_path / "o", "pseudo_masks=cam", "proposer=superpixels")))
     got = add(cam, tmp_path, f"images={more}", "pseudo_masks=clip_dense")
     assert got.image_ids[-1] == "scene030"
     assert got.info["config"]["pseudo_masks"]["generator"]["name"] == "cam"
@@ -275,12 +277,12 @@ def test_info_remove_merge_and_export_on_the_command_line(
 def test_infer_and_evaluate_use_the_bank_that_is_named(tmp_path: Path) -> None:
     """A bank with fewer classes, in another order, serves the data set; keys of the default are as they were."""
     base = overrides(tmp_path, train=8, val=4)
-    whole = infer.run(compose(base))
-    first = build_bank.run(compose(base))
+    whole = Infer.run(compose(base))
+    first = BuildBank.run(compose(base))
     stored = Bank.load(first)
     gone = next(name for name, count in stored.counts.items() if count and name != "background")
     run_verb("remove", [f"bank={first}", f"class={gone}", f"out={tmp_path / 'fewer'}"])
-    named = infer.run(compose([*base, f"bank.path={tmp_path / 'fewer'}"]))
+    named = Infer.run(compose([*base, f"bank.path={tmp_path / 'fewer'}"]))
     assert named != whole
     results = json.loads((named / "results.json").read_text())
     assert results["classes"] == list(CLASSES)
@@ -293,11 +295,11 @@ def test_infer_and_evaluate_use_the_bank_that_is_named(tmp_path: Path) -> None:
         "merge",
         [f"banks={tmp_path / 'fewer'};{_only(first, gone, tmp_path)}", f"out={tmp_path / 'again'}"],
     )
-    again = infer.run(compose([*base, f"bank.path={tmp_path / 'again'}", "bank.outliers.enabled=false"]))
-    plain = infer.run(compose([*base, "bank.outliers.enabled=false"]))
+    again = Infer.run(compose([*base, f"bank.path={tmp_path / 'again'}", "bank.outliers.enabled=false"]))
+    plain = Infer.run(compose([*base, "bank.outliers.enabled=false"]))
     for path in (plain / "labels").iterdir():
         assert np.array_equal(read_label_png(path), read_label_png(again / "labels" / path.name))
-    assert infer.run(compose(base)) == whole
+    assert Infer.run(compose(base)) == whole
     scored = evaluate.run(compose([*base, f"bank.path={tmp_path / 'fewer'}"]))
     record = json.loads((scored / "results.json").read_text())
     assert record["pseudo_masks"] is None
@@ -311,7 +313,7 @@ def test_infer_and_evaluate_use_the_bank_that_is_named(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(ArtefactError, match=message):
-            infer.run(compose([*base, f"bank.path={path}", *more]))
+            Infer.run(compose([*base, f"bank.path={path}", *more]))
 
 
 def _only(folder: Path, name: str, tmp_path: Path) -> Path:

@@ -18,6 +18,7 @@ from moduseg.datasets import build
 from moduseg.datasets.io import read_label_png, write_label_png
 from moduseg.errors import ConfigError, DataError, MissingError, StorageError
 from moduseg.stages import infer
+from moduseg.stages.infer import Infer
 from moduseg.tools import check_data, prepare_data
 from tests.support.skeletons import (
     VOC_LABELS,
@@ -92,7 +93,7 @@ def test_a_voc_devkit_from_end_to_end(
 def test_voc_test_is_labelled_without_truth(tmp_path: Path) -> None:
     root = write_voc(tmp_path / "VOC2012")
     options = _options("voc", root, tmp_path, "dataset.val_split=test", "proposer=superpixels", "dataset.labels=xml")
-    folder = infer.run(compose(options))
+    folder = Infer.run(compose(options))
     assert (folder / "labels" / "2008_000006.png").is_file()
     assert not (folder / "results.json").exists()
     assert _check("voc", root, tmp_path, "dataset.val_split=test")[0]["masks missing"][:2] == ["0", "-"]
@@ -113,7 +114,7 @@ def test_the_other_skeletons_from_end_to_end(tmp_path: Path, name: str) -> None:
     options = _options(name, root, tmp_path / "outputs")
     assert _run("prepare_data", options) == 0
     assert _run("check_data", options) == 0
-    folder = infer.run(compose([*options, "dataset.labels=image_labels", "dataset.list_dir=lists"]))
+    folder = Infer.run(compose([*options, "dataset.labels=image_labels", "dataset.list_dir=lists"]))
     results = json.loads((folder / "results.json").read_text())
     assert (results["dataset"], results["label_source"]) == (name, "masks")
     assert (results["images"], results["left_out"]) == (2 if name.startswith("coco") else 1, [])

@@ -18,7 +18,7 @@ from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, ModusegError
 from moduseg.masks.palette import voc_palette
 from moduseg.masks.polygons import iou, polygons_mask
-from moduseg.stages import build_bank
+from moduseg.stages.build_bank import BuildBank
 from moduseg.tools import predict
 from tests.support.tagged_world import CLIP, ORACLE, image_id, settings, write_folder
 
@@ -27,7 +27,7 @@ from tests.support.tagged_world import CLIP, ORACLE, image_id, settings, write_f
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bank")
     write_folder(root / "own", range(12))
-    return build_bank.run(compose(settings(root / "own", root / "outputs", *CLIP)))
+    return BuildBank.run(compose(settings(root / "own", root / "outputs", *CLIP)))
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_a_broken_image_is_left_out_and_tried_again(bank: Path, images: Path, tm
 
 def test_mistakes_are_one_line(bank: Path, images: Path, tmp_path: Path) -> None:
     own = write_folder(tmp_path / "own", [0, 1])
-    oracle = build_bank.run(compose(settings(own, tmp_path / "o", *ORACLE)))
+    oracle = BuildBank.run(compose(settings(own, tmp_path / "o", *ORACLE)))
     given = (f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}")
     for arguments, kind, message in (
         ((*given, "min_score=high"), ConfigError, r"min_score: got 'high'"),

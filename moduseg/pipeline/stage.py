@@ -1,0 +1,236 @@
+"""The base class of the stages that process a data set image by image."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal
+
+from moduseg.config import Config
+from moduseg.datasets.base import Dataset
+from moduseg.errors import DataError
+from moduseg.pipeline.artefacts import Artefact
+from moduseg.pipeline.batches import BatchJob, BatchRunner, Files, Item, Outcome
+from moduseg.pipeline.manifests import StageFolder, wall_seconds
+from moduseg.pipeline.records import file_sizes
+from moduseg.pipeline.workspace import Finished, Workspace
+
+log = logging.getLogger("moduseg")
+_MAX_LISTED_FAILURES = 5
+
+
+class Stage(ABC, Generic[Item]):
+    """One stage of the pipeline on one split of the data set.
+
+    A subclass says what the stage needs, what decides its result and what is done with images. `run` is written here
+    once, with everything around it: resume, failed images, shards, torchrun, Ray, the manifest. `process` needs neither
+    a run nor files, so it can be called with items made by hand.
+
+    Args:
+        work: the configuration and the objects that it names.
+        split: the split whose images are processed; the stage's own if omitted.
+    """
+
+    name: ClassVar[str]
+    """Name of the stage, and of the folder below the data set's that holds its results."""
+    uses: ClassVar[Literal["train", "eval"]]
+    """The split that the stage processes: the one that the bank is built from, or the one that is labelled."""
+
+    def __init__(self, work: Workspace, split: str | None = None) -> None:
+        self.work, self.cfg, self._requested_split = work, work.cfg, split
+        self.split = split or (work.train_split if self.uses == "train" else work.eval_split)
+
+    # What a subclass says.
+
+    def inputs(self) -> dict[str, StageFolder]:
+        """Run the stages that this one reads, which return at once when complete, and return their folders by name."""
+        return {}
+
+    @abstractmethod
+    def key(self) -> dict[str, Any]:
+        """Return everything that decides the bytes of the result, as JSON values."""
+
+    @abstractmethod
+    def folder_name(self) -> str:
+        """Return the readable part of the folder's name."""
+
+    @abstractmethod
+    def load(self, image_id: str) -> Item:
+        """Return what `process` needs of one image; called in several threads.
+
+        Raises:
+            DataError: the image cannot be used; the stage records that and goes on.
+        """
+
+    @abstractmethod
+    def process(self, items: list[Item]) -> list[Files]:
+        """Return the files of several loaded images, in their order; called in inference mode."""
+
+    @abstractmethod
+    def reads(self, image_id: str) -> list[Path]:
+        """Return the files that an image's result is made from; if their sizes change it is made again."""
+
+    def image_ids(self) -> Sequence[str]:
+        """Return the ids of the images to process, in the order of the data set."""
+        return self.dataset.ids
+
+    def skipped(self) -> dict[str, str]:
+        """Return the images that an earlier stage could not process, with the reason."""
+        return skipped_images(self.input_folders)
+
+    def merge(self, outcome: Outcome) -> dict[str, Any]:
+        """Make what needs all images, once they are processed, and return further fields of the manifest.
+
+        Called by one process of the run, on every run, so it has to see for itself whether there is anything to do.
+
+        Args:
+            outcome: what the images gave.
+        """
+        return {}
+
+    def report(self, outcome: Outcome) -> None:
+        """Write what reads the complete folder, such as pictures for people; nothing by default."""
+
+    def existing_folder(self) -> Path | None:
+        """Return a folder to use in place of running the stage; `None` to run it."""
+        return None
+
+    @property
+    def title(self) -> str:
+        """Text of the progress bar."""
+        return self.name.replace("_", " ")
+
+    @property
+    def cache_name(self) -> str:
+        """Name under which the workspace remembers the folder, beside the split."""
+        return self.name
+
+    # What is written once.
+
+    @classmethod
+    def run(cls, cfg: Config, work: Workspace | None = None, split: str | None = None) -> Path:
+        """Run the stage and those before it, as far as they are not complete.
+
+        Args:
+            cfg: the configuration.
+            work: of this configuration, to share its models with other stages.
+            split: see the class.
+
+        Returns:
+            The stage's folder, see the class.
+
+        Raises:
+            ModusegError: the stage cannot be completed, say because other shards have work left.
+        """
+        stage = cls(work if work is not None and work.cfg is cfg else Workspace(cfg), split)
+        finished, result = stage.work.finished_stages, (stage.cache_name, stage.split)
+        if result not in finished:
+            folder = stage.existing_folder()
+            if folder is None:
+                runner = stage.runner()
+                share = partial(runner.run_shard, stage._ray_batches())
+                task = f"{stage.name}-{stage.artefact.key}"
+                folder = Path(
+                    stage.work.peers.run_then_merge(task, share, lambda num: stage._complete(runner.collect(num)))
+                )
+            finished[result] = folder
+        return finished[result]
+
+    @property
+    def dataset(self) -> Dataset:
+        """The split whose images are processed."""
+        return self.work.dataset(self.split)
+
+    @cached_property
+    def input_folders(self) -> dict[str, StageFolder]:
+        """The folders of `inputs`, whose stages are run on first use."""
+        return self.inputs()
+
+    @cached_property
+    def artefact(self) -> Artefact:
+        """The folder that the stage writes."""
+        return self.work.artefact(self.name, self.folder_name(), self.key())
+
+    def runner(self) -> BatchRunner[Item]:
+        """Return what processes the images batch by batch; the stages before this one are run first."""
+        job = BatchJob(
+            self.image_ids(),
+            self.load,
+            self.process,
+            self.cfg.runtime.batch_size,
+            title=self.title,
+            skipped=self.skipped(),
+            input_sizes=lambda image_id: file_sizes(self.reads(image_id)),
+        )
+        return BatchRunner(self.artefact, job, self.work.shard)
+
+    def image_file(self, image_id: str) -> Path:
+        """Return the image's file; a path that does not exist if the data set has none, so that `load` says why."""
+        try:
+            return self.dataset.image_path(image_id)
+        except DataError:
+            return self.dataset.root / image_id
+
+    def _ray_batches(self) -> Callable[[list[int]], Iterator[tuple[int, int]]] | None:
+        """Return what processes batches on the workers of Ray; `None` if the configuration names another engine."""
+        runtime = self.cfg.runtime
+        if runtime.engine != "ray" or self.work.has_own_splits:
+            return None
+        from moduseg.pipeline.ray_engine import RayWorkers, worker_config
+
+        cfg, finished = worker_config(self.cfg, self.work.device), dict(self.work.finished_stages)
+        rebuild = partial(rebuild_runner, type(self), cfg, finished, self._requested_split)
+        return partial(RayWorkers(**vars(runtime.ray)).run, rebuild)
+
+    def _complete(self, outcome: Outcome) -> str:
+        """Merge, write the manifest, say what was done, and return the folder."""
+        fields, folder, total = self.merge(outcome), self.artefact.path, len(self.image_ids())
+        failures = len(outcome.failed) + sum(f.num_failures for f in self.input_folders.values())
+        stored = self.artefact.manifest
+        if outcome.changed or not self.artefact.is_intact() or stored.get("failures") != failures:
+            self.artefact.write_manifest(
+                status="complete",
+                images=total,
+                failed=len(outcome.failed),
+                failures=failures,
+                content=outcome.content_digest,
+                seconds={step: round(value, 3) for step, value in outcome.seconds.items()},
+                inputs={name: str(folder.path) for name, folder in self.input_folders.items()},
+                **fields,
+            )
+        log.info(
+            "%s: %d images (%d now, %d done before), %d failed, %.1f s of work -> %s",
+            self.name,
+            total,
+            outcome.processed_now,
+            total - outcome.processed_now - len(outcome.failed),
+            len(outcome.failed),
+            wall_seconds(outcome.seconds),
+            folder,
+        )
+        for image_id, error in list(outcome.failed.items())[:_MAX_LISTED_FAILURES]:
+            log.warning("  not processed: %s: %s", image_id, error)
+        if len(outcome.failed) > _MAX_LISTED_FAILURES:
+            more = len(outcome.failed) - _MAX_LISTED_FAILURES
+            log.warning("  and %d more, see %s", more, folder / "failures.jsonl")
+        self.report(outcome)
+        return str(folder)
+
+
+def skipped_images(folders: Mapping[str, StageFolder]) -> dict[str, str]:
+    """Return the images that one of the stages could not process, with its error.
+
+    Args:
+        folders: of the stages, by name; the last one to fail an image gives the error.
+    """
+    return {i: f"{name} failed: {e}" for name, folder in folders.items() for i, e in folder.failures.items()}
+
+
+def rebuild_runner(
+    stage: type[Stage[Any]], cfg: Config, finished_stages: Finished, split: str | None
+) -> BatchRunner[Any]:
+    """Return the runner of a stage in another process, where the stages before it are known to be complete."""
+    return stage(Workspace(cfg, finished_stages=finished_stages), split).runner()
