@@ -83,7 +83,7 @@ def run_command(command: Command, arguments: Sequence[str]) -> int:
 
 def run_with_config(command: Command, cfg: Config | DictConfig) -> int:
     """Run a command that reads the configuration alone, and return its exit code."""
-    return _exit_code(_load(command.function)(cfg))
+    return _exit_code(load(command.function)(cfg))
 
 
 def guard(job: Callable[[], int]) -> int:
@@ -102,7 +102,7 @@ def guard(job: Callable[[], int]) -> int:
 
 
 def _run_with_options(command: Command, arguments: Sequence[str]) -> int:
-    options_class = _load(command.options or "")
+    options_class = load(command.options or "")
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"{command.summary}\n\nmoduseg {command.name} [key=value ...]\n{describe_keys(options_class)}")
         return 0
@@ -114,7 +114,7 @@ def _run_with_options(command: Command, arguments: Sequence[str]) -> int:
         repeated=command.repeated,
         accepts=command.accepts,
     )
-    return _exit_code(_load(command.function)(options, overrides))
+    return _exit_code(load(command.function)(options, overrides))
 
 
 def _run_with_hydra(command: Command, arguments: Sequence[str]) -> int:
@@ -146,7 +146,7 @@ def _exit_code(result: int | Path) -> int:
     return 1 if failures else 0
 
 
-def _load(path: str) -> Any:
+def load(path: str) -> Any:
     """Return the function or class that `module:name` names; a method as `module:class.name`."""
     module, _, name = path.partition(":")
     return attrgetter(name)(importlib.import_module(module))

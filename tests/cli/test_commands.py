@@ -1,0 +1,84 @@
+"""The table of commands: each entry leads to a function of the shape that the table promises, and has a script."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from moduseg.cli import run_script
+from moduseg.cli.commands import COMMANDS, Command
+from moduseg.cli.main import find_command, load
+from moduseg.errors import ConfigError
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+DEVELOPMENT = {"benchmark"}
+"""Scripts that need the repository and are no command of the package."""
+WITH_OPTIONS = [command for command in COMMANDS.values() if command.options is not None]
+
+
+def test_every_command_has_a_script() -> None:
+    names = {name.split()[0] for name in COMMANDS}
+    assert {path.stem for path in SCRIPTS.glob("*.py")} - DEVELOPMENT == names
+
+
+@pytest.mark.parametrize("name", sorted({name.split()[0] for name in COMMANDS}))
+def test_scripts_have_the_same_lines(name: str) -> None:
+    _, docstring, code = (SCRIPTS / f"{name}.py").read_text(encoding="utf-8").split('"""')
+    assert docstring.strip()
+    expected = ["from moduseg.cli import run_script", 'if __name__ == "__main__":', f'    run_script("{name}")']
+    assert [line for line in code.splitlines() if line] == expected
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_functions_have_the_promised_shape(command: Command) -> None:
+    function = load(command.function)
+    parameters = list(inspect.signature(function).parameters.values())
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    if command.options is None:
+        assert required == ["cfg"]
+    else:
+        assert [parameter.name for parameter in parameters] == ["options", "overrides"]
+        assert get_type_hints(function)["options"] is load(command.options)
+
+
+@pytest.mark.parametrize("command", WITH_OPTIONS, ids=[command.name for command in WITH_OPTIONS])
+def test_help_names_every_key(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *verb = command.name.split()
+    monkeypatch.setattr("sys.argv", [first, *verb, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        run_script(first)
+    printed = capsys.readouterr().out
+    keys = {line.split("=")[0].strip() for line in printed.splitlines() if line.startswith("  ")}
+    assert (ended.value.code, command.summary in printed) == (0, True)
+    assert keys == {field.name.removesuffix("_") for field in dataclasses.fields(load(str(command.options)))}
+    # What a key means comes from the docstring of its class.
+    assert all(len(line.split("  ", 2)[2]) > 10 for line in printed.splitlines() if line.startswith("  "))
+
+
+@pytest.mark.parametrize(("name", "arguments", "found"), [
+    pytest.param("infer", ["a=1"], ("infer", ["a=1"]), id="one word"),
+    pytest.param("bank", ["merge", "a=1"], ("bank merge", ["a=1"]), id="a verb"),
+])  # fmt: skip
+def test_commands_are_found_by_name(name: str, arguments: list[str], found: tuple[str, list[str]]) -> None:
+    command, rest = find_command(name, arguments)
+    assert (command.name, rest) == found
+
+
+@pytest.mark.parametrize("arguments", [[], ["merg"]], ids=["no verb", "an unknown verb"])
+def test_unknown_verbs_name_the_others(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"bank: got '\w+', expected one of info, add, remove, merge, export; try"):
+        find_command("bank", arguments)
+
+
+def test_command_line_imports_no_torch() -> None:
+    """The table names functions without importing them."""
+    code = "import sys, moduseg.cli.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
