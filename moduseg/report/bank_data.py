@@ -60,7 +60,7 @@ def write_bank(work: Workspace, source: Source, page: Page, bank: Bank, retrieve
     pictured = _write_pictures(work, source, page, bank, labels, chosen)
     in_search = np.zeros(count, dtype=bool)
     in_search[searched.rows.cpu().numpy()] = True
-    page.script(
+    page.write_data(
         "bank",
         {
             "rows": count,
@@ -145,8 +145,10 @@ def _write_pictures(
         for row in rows:
             # The region is that of the label it was stored with, even where the control shuffles the labels.
             region = kept == int(bank.labels[row])
-            page.file(f"bank/{row:06d}.jpg", encode_jpeg(crop_region(image, region, int(labels[row]))))
-        page.file(f"bank/image-{image_index:06d}.jpg", encode_jpeg(draw_purification(image, pseudo, kept, _PICTURE)))
+            page.write_picture(f"bank/{row:06d}.jpg", encode_jpeg(crop_region(image, region, int(labels[row]))))
+        page.write_picture(
+            f"bank/image-{image_index:06d}.jpg", encode_jpeg(draw_purification(image, pseudo, kept, _PICTURE))
+        )
         return rows
 
     workers = work.cfg.evaluation.workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)

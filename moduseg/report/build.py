@@ -1,7 +1,7 @@
-"""A finished run as a folder that a browser opens from disk: `report/index.html` beside its results.
+"""Write the report of a finished run: a folder `report/` beside its results, whose page a browser opens from disk.
 
-`infer` and `evaluate` write it where `evaluation.report` is set; `scripts/report.py` writes it for any finished run,
-for PNGs of another tool, and for two runs side by side. Everything is read from what the stages stored: no model runs.
+`infer` and `evaluate` write it if `evaluation.report` is set; `scripts/report.py` writes it for any finished run, for
+PNGs of another tool, and for two runs side by side. Everything is read from what the stages stored: no model runs.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from moduseg.bank.edit import remap_classes
 from moduseg.bank.store import Bank
 from moduseg.config import Config
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
-from moduseg.evaluation.tables import versions
 from moduseg.files import digest_of, file_digest, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.bank_data import write_bank
-from moduseg.report.image_data import Entry, Reasons, write_images
-from moduseg.report.page import Page, cells_of, figures_of, program_digest, read_script, script, summary
+from moduseg.report.image_data import Reasons, write_images
+from moduseg.report.overview_data import list_changes, list_figures, make_image_list, make_overview
+from moduseg.report.page import Page, digest_program, make_script, read_script
 from moduseg.report.source import Source, open_source
 from moduseg.report.why import Answer
 
 FOLDER = "report"
-"""Where a run's report is, inside its folder."""
+"""Folder of the report inside that of its run."""
 
 
-def shown_ids(cfg: Config, ids: Sequence[str]) -> list[str]:
-    """The images that a report shows: all, or `evaluation.report_images` of them, evenly spaced."""
-    most = cfg.evaluation.report_images
-    return list(ids) if len(ids) <= most else [ids[int(i)] for i in np.linspace(0, len(ids) - 1, most).round()]
+def choose_ids(cfg: Config, ids: Sequence[str]) -> list[str]:
+    """Return the images that a report shows: all, or `evaluation.report_images` of them, evenly spaced."""
+    max_shown = cfg.evaluation.report_images
+    if len(ids) <= max_shown:
+        return list(ids)
+    return [ids[int(index)] for index in np.linspace(0, len(ids) - 1, max_shown).round()]
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,15 @@ def write_report_of_run(work: Workspace, path: Path, changed: bool, known: Mappi
 
 
 def add_figures(path: Path, record: Mapping[str, Any]) -> None:
-    """Add what stage `evaluate` found (pseudo masks, proposals) to the report of the run that it evaluated."""
+    """Add the figures of pseudo masks and proposals to the report of the run that stage `evaluate` evaluated."""
     file = path / FOLDER / "data" / "summary.js"
     if not (path / FOLDER / "index.html").is_file() or not file.is_file():
         return
     content = read_script(file)
-    rows = figures_of(record)
+    rows = list_figures(record)
     if content["figures"] != rows:
         content["figures"] = rows
-        write_atomic(file, script("summary", content))
+        write_atomic(file, make_script("summary", content))
 
 
 def write_report(
@@ -118,16 +120,16 @@ def write_report(
     if bank is not None and retriever is not None:
         write_bank(work, source, page, bank, retriever, written)
     # The scripts that the page loads at once: the list of images and the head.
-    page.script("images", _images(source, ids, written.entries, second))
-    head = _summary(work, source, len(ids))
-    head |= {"why": any(e.proposals is not None for e in written.entries), "bank": bank is not None}
+    page.write_data("images", make_image_list(source, ids, written.entries, second))
+    overview = make_overview(work, source, len(ids))
+    overview |= {"why": any(e.proposals is not None for e in written.entries), "bank": bank is not None}
     if comparison is not None:
-        head["compare"] = {**comparison.record, "changes": _changes(source, second)}
-    page.script("summary", head)
+        overview["compare"] = {**comparison.record, "changes": list_changes(source, comparison.second)}
+    page.write_data("summary", overview)
     # A report of two runs is written on demand alone, so it has no key to compare with.
     key = report_key(work.cfg, source.path) if comparison is None else ""
     write_json(folder / "report.json", {"stamp": key, "images": len(ids)})
-    index = page.finish()
+    index = page.write_index()
     log.info("report:  %s (%.1f s)", index, time.perf_counter() - start)
     return index
 
@@ -136,7 +138,7 @@ def _shared_ids(cfg: Config, source: Source, second: Source | None) -> list[str]
     """Return the images to show, those that both runs have."""
     labelled = set(source.ids if second is None else second.ids)
     shared = [image_id for image_id in source.ids if image_id in labelled]
-    shown = shown_ids(cfg, shared)
+    shown = choose_ids(cfg, shared)
     if len(shown) < len(shared):
         log.warning(
             "report: %d of %d images are shown, evenly spaced; set evaluation.report_images", len(shown), len(shared)
@@ -144,73 +146,12 @@ def _shared_ids(cfg: Config, source: Source, second: Source | None) -> list[str]
     return shown
 
 
-def _summary(work: Workspace, source: Source, shown: int) -> dict[str, Any]:
-    dataset, record = source.dataset, source.record
-    config = (record or {}).get("config") or work.cfg.as_dict()
-    return summary(
-        record,
-        dataset=dataset.name,
-        split=dataset.split,
-        what=source.what,
-        classes=dataset.classes,
-        has_background=dataset.has_background,
-        uncovered=source.rule,
-        label_source=str((record or {}).get("label_source") or work.dataset(work.train_split).label_source),
-        total=len(dataset.ids),
-        shown=shown,
-        config=config,
-        seconds=source.seconds,
-        versions=(record or {}).get("versions") or versions(),
-        run=source.path.name,
-    )
-
-
-def _changes(source: Source, second: Source | None) -> list[list[str]]:
-    """Keys that the two runs have other values of: `[key, first, second]`."""
-    one, other = (_flat((side.record if side else None) or {}) for side in (source, second))
-    keys = [key for key in {**one, **other} if one.get(key, "-") != other.get(key, "-")]
-    return [[key, one.get(key, "-"), other.get(key, "-")] for key in keys]
-
-
-def _flat(record: Mapping[str, Any]) -> dict[str, str]:
-    """Dotted keys of what decides a run, each with its value as text."""
-    found: dict[str, str] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                visit(f"{prefix}.{key}" if prefix else str(key), inner)
-        else:
-            found[prefix] = "null" if value is None else str(value)
-
-    config = record.get("config", {})
-    visit("", {key: config[key] for key in config if key not in ("runtime", "evaluation")})
-    return found
-
-
-def _images(source: Source, ids: Sequence[str], entries: Sequence[Entry], second: Source | None) -> dict[str, Any]:
-    """The list of images, a column each, in the order of the data set."""
-    columns: dict[str, Any] = {
-        "ids": list(ids),
-        "sizes": [list(entry.size) for entry in entries],
-        "photographs": [int(entry.photograph) for entry in entries],
-        "scores": [None if entry.score is None else round(entry.score, 4) for entry in entries],
-        "proposals": [entry.proposals for entry in entries],
-        "areas": [entry.areas for entry in entries],
-        "cells": None if source.counts is None else cells_of(source.counts, ids),
-        "second": None,
-    }
-    if second is not None and second.counts is not None:
-        columns["second"] = cells_of(second.counts, ids)
-    return columns
-
-
 def report_key(cfg: Config, path: Path) -> str:
     """Return a digest of all that a run's report depends on: the page's scripts, its settings and the results."""
     results = path / "results.json"
     settings = {key: value for key, value in cfg.as_dict()["evaluation"].items() if key.startswith("report")}
     scored = file_digest(results) if results.is_file() else None
-    return digest_of({"program": program_digest(), "settings": settings, "results": scored})
+    return digest_of({"program": digest_program(), "settings": settings, "results": scored})
 
 
 def _stored_key(folder: Path) -> str:

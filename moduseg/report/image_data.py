@@ -210,7 +210,7 @@ def _write_image(
     size = fit_size(full, work.cfg.evaluation.report_size)
     photograph = _usable(lambda: source.dataset.load(image_id, labels=False).image)
     if photograph is not None:
-        page.file(f"photos/{name}.jpg", encode_jpeg(resize_image(photograph, size)))
+        page.write_picture(f"photos/{name}.jpg", encode_jpeg(resize_image(photograph, size)))
     truth = _usable(lambda: source.dataset.semantic_of(image_id))
     maps = {"labels": labels, "truth": truth}
     if second is not None:
@@ -219,7 +219,7 @@ def _write_image(
         pseudo = source.inputs["pseudo_masks"] / safe_name(f"labels/{image_id}", ".png")
         maps["pseudo"] = read_label_png(pseudo) if pseudo.is_file() else None
     content = {key: _text(encode_label_png(array, size)) for key, array in maps.items() if array is not None}
-    page.script(f"labels/{name}", content)
+    page.write_data(f"labels/{name}", content)
     counts = np.bincount(labels.ravel(), minlength=256)
     pixels = [[int(label), int(counts[label])] for label in np.flatnonzero(counts) if label != IGNORE_INDEX]
     entry = Entry(full, photograph is not None, pixels)
@@ -237,7 +237,7 @@ def _write_image(
         except DataError as error:
             log.warning("report: nothing to say why: %s", error)
     masks = shrink_masks(proposals.masks.numpy(), size)
-    page.script(f"why/{name}", _why(masks, proposals, answer, work.cfg.retrieval.vote_temperature))
+    page.write_data(f"why/{name}", _why(masks, proposals, answer, work.cfg.retrieval.vote_temperature))
     if answer is None:
         return Entry(full, entry.photograph, pixels, None, len(proposals))
     shown = [i for i in answer.kept.tolist() if answer.labels[i] > 0]

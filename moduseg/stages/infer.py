@@ -160,4 +160,4 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     @cached_property
     def _shown_ids(self) -> frozenset[str]:
-        return frozenset(build.shown_ids(self.cfg, self.dataset.ids) if self.cfg.evaluation.report else ())
+        return frozenset(build.choose_ids(self.cfg, self.dataset.ids) if self.cfg.evaluation.report else ())

@@ -12,8 +12,8 @@ from PIL import Image
 
 from moduseg.evaluation.confusion import label_counts
 from moduseg.evaluation.counts import FILE, SplitCounts
-from moduseg.evaluation.measures import iou
-from moduseg.report.page import program
+from moduseg.evaluation.measures import iou, read_path
+from moduseg.report.page import read_program, read_script
 from tests.support.browser import Watched
 
 
@@ -80,18 +80,42 @@ def test_labels_and_errors_are_painted_to_the_pixel(opened: Any, index: Path, ru
 
 
 def test_the_program_names_no_address() -> None:
-    for name, content in program().items():
+    for name, content in read_program().items():
         assert not re.search(rb"https?:|//[a-z0-9-]+\.[a-z]|@import|XMLHttpRequest|WebSocket|\bfetch\(", content), name
 
 
 def test_the_page_loads_every_script_once() -> None:
     """`index.html` names each script of the program, and none that is not there."""
-    files = program()
+    files = read_program()
     loaded = re.findall(r'src="app/([^"]+)"', files["index.html"].decode())
     assert sorted(loaded) == sorted(name for name in files if name.endswith(".js"))
 
 
 def test_scripts_have_short_lines() -> None:
-    for name, content in program().items():
+    for name, content in read_program().items():
         if name.endswith(".js"):
             assert max(map(len, content.decode().splitlines())) <= 120, name
+
+
+def test_the_page_shows_every_measure_of_its_data(opened: Any, index: Path) -> None:
+    page = Watched(opened).open(index)
+    texts = page.evaluate(
+        """() => {
+            const summary = Report.get("summary");
+            const unknown = { name: "new.figure", title: "a new figure", unit: "px", decimals: 2 };
+            const each = { ...unknown, name: "new.each", title: "a new figure of classes", is_per_class: true };
+            const values = Object.fromEntries(summary.classes.map((name, label) => [name, label / 8]));
+            Report.receive("summary", { ...summary, measures: [...summary.measures, unknown, each],
+                record: { ...summary.record, new: { figure: 1.375, each: values } } });
+            return ["overview", "classes"].map((view) => Report.views[view].render(new URLSearchParams()).textContent);
+        }"""
+    )
+    summary = read_script(index.parent / "data" / "summary.js")
+    for measure in summary["measures"]:
+        value = read_path(summary["record"], measure["name"].split("."))
+        if value is not None and measure["name"] != "miou":
+            shown = measure["title"] if measure["is_per_class"] else f"{measure['title']}{value:.1f} %"
+            assert shown in texts[measure["is_per_class"]]
+    assert "a new figure1.38 px" in texts[0]
+    assert "a new figure of classes" in texts[1]
+    page.close()

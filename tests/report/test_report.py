@@ -21,7 +21,7 @@ from moduseg.bank.store import Bank
 from moduseg.cli import run_script
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError
-from moduseg.report.page import program, read_script
+from moduseg.report.page import read_program, read_script
 from moduseg.report.why import SIMILARITY_STEPS
 from moduseg.stages import evaluate
 from moduseg.stages.infer import Infer
@@ -73,7 +73,7 @@ def test_the_head_says_what_the_results_say(outputs: Path) -> None:
     assert {"propose (val)", "build_bank (train)", "queries (val)"} <= {name for name, _ in head["seconds"]}
     assert head["published"] == []
     assert head["colours"][1] == "#800000"
-    assert (run / "report" / "index.html").read_bytes() == program()["index.html"]
+    assert (run / "report" / "index.html").read_bytes() == read_program()["index.html"]
 
 
 def test_every_image_has_its_photograph_maps_and_counts(outputs: Path) -> None:

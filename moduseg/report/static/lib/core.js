@@ -95,6 +95,10 @@ window.Report = (() => {
     value === null || value === undefined
       ? "–"
       : `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(1)}`;
+  /** What results say of a measure: a value, or one for each class; undefined if the measure did not apply. */
+  const valueOf = (measure, record) => measure.name.split(".").reduce((value, key) => value?.[key], record);
+  /** A value of a measure as text. */
+  const formatted = (measure, value) => `${percent(value, measure.decimals)} ${measure.unit}`.trim();
   const integer = (value) => Math.round(value).toLocaleString("en");
   const numbered = (index) => String(index).padStart(6, "0");
   function duration(seconds) {
@@ -230,6 +234,8 @@ window.Report = (() => {
     icon,
     ICONS,
     percent,
+    valueOf,
+    formatted,
     signed,
     integer,
     numbered,

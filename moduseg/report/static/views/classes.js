@@ -2,13 +2,13 @@
 /* Classes: bars of IoU, what each is taken for, its best and worst images; beside them the confusion matrix. */
 
 Report.views.classes = (() => {
-  const { h, get, percent, swatch } = Report;
+  const { h, get, percent, swatch, valueOf, formatted } = Report;
   let order = "iou";
   let chosen = null;
 
   /** Labels of the report with their figures; those in neither truth nor prediction have IoU null. */
   function rows() {
-    const { classes, record, has_background: background } = get("summary");
+    const { classes, record, measures, has_background: background } = get("summary");
     const total = record.confusion.flat().reduce((a, b) => a + b, 0);
     return classes
       .map((name, label) => ({
@@ -17,6 +17,9 @@ Report.views.classes = (() => {
         iou: record.iou[name],
         precision: record.precision[name],
         recall: record.recall[name],
+        figures: measures
+          .filter((measure) => measure.is_per_class && valueOf(measure, record))
+          .map((measure) => [measure.title, formatted(measure, valueOf(measure, record)[name])]),
         share: (100 * record.confusion[label].reduce((a, b) => a + b, 0)) / total,
       }))
       .filter((row) => background || row.label > 0);
@@ -44,9 +47,9 @@ Report.views.classes = (() => {
                 role: "option",
                 "aria-selected": String(row.label === chosen),
                 "data-label": row.label,
-                title:
-                  `precision ${percent(row.precision)} %, recall ${percent(row.recall)} %, ` +
-                  `${percent(row.share)} % of the pixels`,
+                title: [...row.figures.map((figure) => figure.join(" ")), `${percent(row.share)} % of the pixels`].join(
+                  ", ",
+                ),
                 onclick: () => {
                   chosen = row.label;
                   mark();
@@ -173,12 +176,9 @@ Report.views.classes = (() => {
       h(
         "dl",
         { class: "facts inline" },
-        [
-          ["IoU", row.iou],
-          ["precision", row.precision],
-          ["recall", row.recall],
-          ["of the pixels", row.share],
-        ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, `${percent(value)} %`))),
+        [...row.figures, ["of the pixels", `${percent(row.share)} %`]].map(([name, value]) =>
+          h("div", {}, h("dt", {}, name), h("dd", {}, value)),
+        ),
       ),
       h(
         "div",

@@ -2,7 +2,7 @@
 /* The head of the report: what was measured, beside what is published, and with what it was made. */
 
 Report.views.overview = (() => {
-  const { h, get, percent, integer, duration } = Report;
+  const { h, get, percent, integer, duration, valueOf, formatted } = Report;
 
   function headline(summary) {
     const { record } = summary;
@@ -111,17 +111,12 @@ Report.views.overview = (() => {
       ["image-level labels", summary.label_source],
     ];
     if (record) {
-      rows.push(
-        ["pixel accuracy", `${percent(record.pixel_accuracy)} %`],
-        ["mIoU, classes in the truth", `${percent(record.miou_classes_in_truth)} %`],
-        ["frequency-weighted IoU", `${percent(record.frequency_weighted_iou)} %`],
-      );
-      if (record.boundary_iou) rows.push(["boundary mIoU", `${percent(record.boundary_iou.miou)} %`]);
-      if (record.uncovered)
-        rows.push(
-          ["mIoU, uncovered wrong", `${percent(record.uncovered.miou_wrong)} %`],
-          ["mIoU, uncovered ignored", `${percent(record.uncovered.miou_ignored)} %`],
-        );
+      for (const measure of summary.measures) {
+        const value = valueOf(measure, record);
+        // The mIoU is the headline above, and measures of each class are in the part "Classes".
+        if (measure.name !== "miou" && !measure.is_per_class && value !== undefined)
+          rows.push([measure.title, formatted(measure, value)]);
+      }
       if (record.left_out.length) rows.push(["left out", integer(record.left_out.length)]);
     }
     for (const [name, value, unit] of summary.figures) rows.push([name, `${percent(value)} ${unit}`]);

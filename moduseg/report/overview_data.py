@@ -1,0 +1,144 @@
+"""Collect what a report loads at once: the overview (`data/summary.js`) and the list of images (`data/images.js`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from moduseg.evaluation.counts import SplitCounts
+from moduseg.evaluation.measures import MEASURES, PROPOSAL_FIGURES
+from moduseg.evaluation.published import BENCHMARKS, PUBLISHED
+from moduseg.evaluation.tables import versions
+from moduseg.masks.palette import voc_palette
+from moduseg.pipeline.workspace import Workspace
+from moduseg.report.image_data import Entry
+from moduseg.report.page import FORMAT
+from moduseg.report.source import Source
+from moduseg.structures import IGNORE_INDEX
+
+NOT_MEASURES = ("miou_interval", "confusion", "images", "left_out")
+"""What an overview shows of results beside the measures."""
+
+_NO_CELLS: tuple[np.ndarray, np.ndarray] = (np.zeros(0, np.uint16), np.zeros(0, np.uint32))
+
+
+def make_overview(work: Workspace, source: Source, num_shown: int) -> dict[str, Any]:
+    """Return the overview of a run as JSON values.
+
+    Args:
+        work: of its configuration.
+        source: the run.
+        num_shown: images in the report.
+    """
+    dataset, record = source.dataset, source.record or {}
+    config = record.get("config") or work.cfg.as_dict()
+    colours = voc_palette()[[*range(len(dataset.classes)), IGNORE_INDEX]]
+    kept = dict.fromkeys((*(measure.path[0] for measure in MEASURES), *NOT_MEASURES))
+    return {
+        "format": FORMAT,
+        "run": source.path.name,
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "what": source.what,
+        "classes": list(dataset.classes),
+        "colours": [f"#{bytes(colour).hex()}" for colour in colours.tolist()],
+        "ignore": IGNORE_INDEX,
+        "has_background": dataset.has_background,
+        "ignore_uncovered": source.rule == "ignore",
+        "label_source": str(record.get("label_source") or work.dataset(work.train_split).label_source),
+        "total": len(dataset.ids),
+        "shown": num_shown,
+        "record": None if source.record is None else {key: record[key] for key in kept if key in record},
+        "measures": [measure.describe() for measure in MEASURES],
+        "published": _list_published(source),
+        "figures": [],
+        "config": OmegaConf.to_yaml(OmegaConf.create(dict(config))),
+        "retrieval": dict(config.get("retrieval") or {}),
+        "seconds": [[step, round(seconds, 2)] for step, seconds in source.seconds],
+        "versions": {name: version for name, version in (record.get("versions") or versions()).items() if version},
+        "why": False,
+        "bank": False,
+        "compare": None,
+    }
+
+
+def list_figures(results: Mapping[str, Any]) -> list[list[Any]]:
+    """Return what stage `evaluate` adds to an overview: `[title, value, unit]` rows."""
+    rows: list[list[Any]] = []
+    masks, proposals = results.get("pseudo_masks"), results.get("proposals")
+    if masks:
+        rows.append([f"mIoU of pseudo masks, {masks['split']}", masks["miou"], "%"])
+    if proposals:
+        rows += [[f.title.format_map(proposals), f.read(proposals), f.unit] for f in PROPOSAL_FIGURES]
+    return rows
+
+
+def list_changes(first: Source, second: Source) -> list[list[str]]:
+    """Return the configuration keys in which two runs differ: `[key, first value, second value]`, `-` if absent."""
+    configs = []
+    for source in (first, second):
+        config = (source.record or {}).get("config", {})
+        decisive = {key: config[key] for key in config if key not in ("runtime", "evaluation")}
+        configs.append(dict(_flatten("", decisive)))
+    values = [[key, *(config.get(key, "-") for config in configs)] for key in {**configs[0], **configs[1]}]
+    return [row for row in values if row[1] != row[2]]
+
+
+def make_image_list(
+    source: Source, ids: Sequence[str], entries: Sequence[Entry], second: Source | None
+) -> dict[str, Any]:
+    """Return the list of images as columns, in the order of `ids`.
+
+    Args:
+        source: the run.
+        ids: the images of the report.
+        entries: of each image.
+        second: a run that it is compared with.
+    """
+    return {
+        "ids": list(ids),
+        "sizes": [list(entry.size) for entry in entries],
+        "photographs": [int(entry.photograph) for entry in entries],
+        "scores": [None if entry.score is None else round(entry.score, 4) for entry in entries],
+        "proposals": [entry.proposals for entry in entries],
+        "areas": [entry.areas for entry in entries],
+        "cells": _collect_cells(source.counts, ids),
+        "second": None if second is None else _collect_cells(second.counts, ids),
+    }
+
+
+def _collect_cells(counts: SplitCounts | None, ids: Sequence[str]) -> list[list[list[int]]] | None:
+    """Return the non-zero cells of each image's confusion, `[cells, values]`, empty if the image was not scored."""
+    if counts is None:
+        return None
+    index_of = {image_id: index for index, image_id in enumerate(counts.ids)}
+    columns: list[list[list[int]]] = []
+    for image_id in ids:
+        cells, values = counts.cells(index_of[image_id]) if image_id in index_of else _NO_CELLS
+        columns.append([[int(cell) for cell in cells], [int(value) for value in values]])
+    return columns
+
+
+def _list_published(source: Source) -> list[dict[str, Any]]:
+    """Return the published rows for the data set of a prediction."""
+    benchmark = f"{source.dataset.name}/{source.dataset.split}"
+    return [
+        {"method": row.method, "value": row.value, "note": row.note, "source": row.source}
+        for row in PUBLISHED
+        if benchmark in BENCHMARKS
+        and row.benchmark == benchmark
+        and row.table == "main"
+        and source.what == "prediction"
+    ]
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield dotted keys of nested mappings, each with its value as text."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
+    else:
+        yield prefix, "null" if value is None else str(value)
