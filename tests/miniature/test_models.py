@@ -26,7 +26,8 @@ from moduseg.miniature.models.clip import (
 from moduseg.miniature.models.sam import SAM_GENERATOR, build_miniature_sam
 from moduseg.miniature.models.vit import build_miniature_vit
 from moduseg.miniature.models.weights import WEIGHTS, WEIGHTS_DIR, load_weights, save_weights, weights_path
-from moduseg.miniature.training.pool import ScenePool, Schedule, draw_side, make_pool, make_pools, mosaic, split_mosaic
+from moduseg.miniature.training.loop import Schedule
+from moduseg.miniature.training.pool import ScenePool, draw_side, make_pool, make_pools, mosaic, split_mosaic
 from moduseg.miniature.training.quality import (
     dense_text_accuracy,
     object_regions,

@@ -25,7 +25,7 @@ CLIP_SIZE = 128
 CLIP_PATCH = 8
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Normalisation of inputs in [0, 1]; OpenAI's, so that every CLIP is fed alike."""
+"""Normalisation of inputs in [0, 1], OpenAI's, as for every CLIP."""
 MAX_TOKENS = 48
 PROMPT_TEMPLATES: tuple[str, ...] = (
     "a {}",
@@ -49,7 +49,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def learn_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """Byte-pair encoding in which every given word ends as one token.
+    """Learn a byte-pair encoding in which every given word becomes one token.
 
     Merges are learnt as usual, the most frequent adjacent pair first (ties: alphabetical), until no pair is left; other
     words fall back to pieces and at worst to single bytes, so that nothing is unknown.
@@ -90,7 +90,7 @@ def learn_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
 
 
 def world_words() -> list[str]:
-    """Every word that captions and prompts of the world use, and a few more."""
+    """List every word of the world's captions and prompts, and a few more."""
     text = " ".join(
         [*CAPTION_TEMPLATES, *PROMPT_TEMPLATES, *HUES, *SHAPES, *PLURALS.values(), *NUMBERS, *STUFF, "some and a one"]
     )
@@ -117,7 +117,7 @@ def build_tokenizer(directory: Path) -> CLIPTokenizer:
 
 
 def build_miniature_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A miniature CLIP with random weights for the tokens of `tokenizer`."""
+    """Build a miniature CLIP with random weights for the tokens of `tokenizer`."""
     from transformers import CLIPConfig, CLIPModel
 
     width = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "hidden_act": "gelu"}
@@ -175,7 +175,7 @@ def save_clip(model: CLIPModel, directory: Path) -> None:
 
 
 def text_embeddings(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """L2-normalised text features, `[len(texts), D]` float32."""
+    """Return L2-normalised text features, `[len(texts), D]` float32."""
     batch = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     device = model.logit_scale.device
     pooled = model.text_model(
@@ -185,7 +185,7 @@ def text_embeddings(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[
 
 
 def last_block_input(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Hidden states `[B, 1 + h * w, C]` that enter the last block of the image encoder.
+    """Return the hidden states `[B, 1 + h * w, C]` that enter the last block of the image encoder.
 
     Args:
         model: a CLIP.
@@ -199,12 +199,12 @@ def last_block_input(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def project(model: CLIPModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Final norm and projection of tokens `[..., C]` to L2-normalised `[..., D]` float32."""
+    """Apply final norm and projection to tokens: `[..., C]` to L2-normalised `[..., D]` float32."""
     return F.normalize(model.visual_projection(model.vision_model.post_layernorm(hidden)).float(), dim=-1)
 
 
 def dense_features(model: CLIPModel, hidden: torch.Tensor, grid: tuple[int, int], mode: str = "plain") -> torch.Tensor:
-    """Patch features in the space of the texts, by one of the ways to run the last block.
+    """Return patch features in the space of the texts, by one of the ways to run the last block.
 
     Args:
         model: a CLIP.
@@ -254,7 +254,7 @@ def dense_features(model: CLIPModel, hidden: torch.Tensor, grid: tuple[int, int]
 
 
 def _gaussian(h: int, w: int, deviation: float) -> torch.Tensor:
-    """`[h * w, h * w]` weights that fall with the distance of two patches, 1 at distance 0."""
+    """Return `[h * w, h * w]` weights that fall with the distance of two patches, 1 at distance 0."""
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    place = torch.stack([y.flatten(), x.flatten()], dim=1).float()
-    return torch.exp(-torch.cdist(place, place).square() / (2.0 * deviation**2))
+    centres = torch.stack([y.flatten(), x.flatten()], dim=1).float()
+    return torch.exp(-torch.cdist(centres, centres).square() / (2.0 * deviation**2))

@@ -32,16 +32,17 @@ SAM_GENERATOR: dict[str, Any] = {
 
 
 def build_miniature_sam(checkpoint: Path | None = None) -> Sam:
-    """The miniature SAM, in evaluation mode, for `SamPredictor` and `SamAutomaticMaskGenerator` as they are.
+    """Build the miniature SAM, in evaluation mode, for `SamPredictor` and `SamAutomaticMaskGenerator` as they are.
 
     Images are resized so that their longest side is 128, normalised by SAM's own pixel mean and deviation, and padded
     to a square. It was trained on single foreground points: boxes and mask prompts are accepted but were not learnt.
 
     Args:
-        checkpoint: safetensors file; random weights where left out.
+        checkpoint: safetensors file; random weights if omitted.
 
     Raises:
-        MissingError, ArtefactError: see `load_weights`.
+        MissingError: no such file.
+        ArtefactError: names or shapes do not fit the model.
     """
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 

@@ -23,23 +23,24 @@ VIT_ARGS: dict[str, Any] = {
     "num_classes": 0,
     "dynamic_img_size": True,
 }
-"""What makes `timm.create_model(VIT_NAME, **VIT_ARGS)` the miniature."""
+"""Arguments of `timm.create_model(VIT_NAME, ...)` that make the miniature."""
 VIT_MEAN = VIT_STD = (0.5, 0.5, 0.5)
 """Normalisation of inputs in [0, 1]."""
 
 
 def build_miniature_vit(checkpoint: Path | None = None) -> Any:
-    """The miniature ViT, in evaluation mode.
+    """Build the miniature ViT, in evaluation mode.
 
     Args:
-        checkpoint: safetensors file; random weights where left out.
+        checkpoint: safetensors file; random weights if omitted.
 
     Returns:
         A timm model whose `forward_features` maps `[B, 3, H, W]` float32 (normalised by `VIT_MEAN`, `VIT_STD`; `H`
         and `W` multiples of 8) to `[B, 1 + H/8 * W/8, 128]` normalised tokens, the class token first.
 
     Raises:
-        MissingError, ArtefactError: see `load_weights`.
+        MissingError: no such file.
+        ArtefactError: names or shapes do not fit the model.
     """
     model = timm.create_model(VIT_NAME, pretrained=False, **VIT_ARGS)
     if checkpoint is not None:

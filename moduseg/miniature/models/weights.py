@@ -1,4 +1,4 @@
-"""Where the shipped weights are, and how they are written and read."""
+"""Find, write and read the weights of the miniature models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS: dict[str, str] = {"vit": "vit.safetensors", "sam": "sam.safetensors", "
 
 
 def weights_path(name: str) -> Path:
-    """Path of the shipped weights of a miniature model.
+    """Return the path of the shipped weights of a miniature model.
 
     Args:
         name: `"vit"`, `"sam"` (safetensors files) or `"clip"` (a directory that `from_pretrained` reads).

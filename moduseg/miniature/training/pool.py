@@ -1,30 +1,45 @@
-"""Scenes drawn once and kept in memory, and the little machinery that the three trainings share."""
+"""Scenes drawn once and kept in memory, and the batches that are drawn from them."""
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from tqdm import trange
 
 from moduseg.errors import ConfigError
+from moduseg.miniature.training.loop import TrainingSettings
 from moduseg.miniature.world.scenes import PRETRAIN_SEED, QUALITY_SEED, Scene, WorldConfig, render_scene
 
 MODEL_SIZE = 128
-"""Side of the square that the models are made for, and longest side of a scene."""
+"""Side of the square inputs of the models, and longest side of a scene."""
 CLOSE_UP = WorldConfig(
     size=64, detail=2.0, aspects=(1.0,), max_objects=1, radius=(0.14, 0.5), max_clutter=3, cluster=0.1
 )
 """Small pictures of one object, drawn at the scale of scenes of 128 pixels."""
 TILE = replace(CLOSE_UP, size=32, detail=4.0, radius=(0.22, 0.5), max_clutter=1, cluster=0.0)
-"""Smaller ones that the object nearly fills."""
+"""Smaller pictures, nearly filled by one object."""
+SceneFacts = tuple[tuple[int, ...], tuple[str, ...]]
+"""Of a scene: class of each object, and names of the background textures."""
+
+
+@dataclass
+class MosaicSettings(TrainingSettings):
+    """Settings of the trainings that mix tiles, close-ups and whole scenes.
+
+    Args:
+        tiles, close_ups: pictures drawn before the training, beside the `scenes`.
+        first_shares, last_shares: shares of steps on tiles, close-ups and scenes, at the start and at the end.
+        world_seed: seed of the pictures, as `make_pools` reads it.
+    """
+
+    tiles: int = 30_000
+    close_ups: int = 12_000
+    first_shares: tuple[float, float, float] = (0.6, 0.25, 0.15)
+    last_shares: tuple[float, float, float] = (0.3, 0.3, 0.4)
+    world_seed: int = PRETRAIN_SEED
 
 
 @dataclass
@@ -35,18 +50,18 @@ class PoolGroup:
         images: `[N, H, W, 3]` uint8.
         instances: `[N, H, W]` uint8.
         stuff_maps: `[N, H, W]` uint8.
-        scenes: the `N` scenes without their pixels: `(instance_classes, stuff)`.
+        scenes: the `N` scenes without their pixels.
     """
 
     images: np.ndarray
     instances: np.ndarray
     stuff_maps: np.ndarray
-    scenes: list[tuple[tuple[int, ...], tuple[str, ...]]]
+    scenes: list[SceneFacts]
 
 
 @dataclass
 class ScenePool:
-    """Training scenes by shape; a batch holds scenes of one shape, so that nothing is padded."""
+    """Training scenes grouped by shape; a batch holds scenes of one shape, so that nothing is padded."""
 
     groups: list[PoolGroup]
 
@@ -55,8 +70,8 @@ class ScenePool:
         """Number of scenes."""
         return sum(len(group.scenes) for group in self.groups)
 
-    def batch(self, rng: np.random.Generator, size: int) -> tuple[PoolGroup, np.ndarray]:
-        """A group, drawn in proportion to its scenes, and `[size]` indices into it."""
+    def draw_batch(self, rng: np.random.Generator, size: int) -> tuple[PoolGroup, np.ndarray]:
+        """Draw a group in proportion to its scenes, and `[size]` indices into it."""
         weights = np.array([len(group.scenes) for group in self.groups], np.float64)
         group = self.groups[int(rng.choice(len(self.groups), p=weights / weights.sum()))]
         return group, rng.integers(len(group.scenes), size=size)
@@ -101,7 +116,7 @@ def make_pool(seed: int, count: int, config: WorldConfig | None = None) -> Scene
 def augment(
     images: np.ndarray, maps: tuple[np.ndarray, ...], rng: np.random.Generator
 ) -> tuple[torch.Tensor, tuple[np.ndarray, ...]]:
-    """Random flips (one for the whole batch) and, per image, contrast, brightness and colour balance.
+    """Apply random flips (one for the whole batch) and, per image, contrast, brightness and colour balance.
 
     Args:
         images: `[B, H, W, 3]` uint8.
@@ -122,10 +137,10 @@ def augment(
 
 
 def make_pools(seed: int, tiles: int, close_ups: int, scenes: int) -> dict[int, ScenePool]:
-    """Pools of tiles, close-ups and whole scenes, by the side of their pictures: 32, 64 and 128.
+    """Draw pools of tiles, close-ups and whole scenes, by the side of their pictures: 32, 64 and 128.
 
     Args:
-        seed: of the scenes; close-ups use the next one, tiles the one after it. See `make_pool`.
+        seed: seed of the scenes, as `make_pool` takes it; close-ups use the next one, tiles the one after it.
         tiles, close_ups, scenes: number of pictures.
     """
     return {
@@ -136,7 +151,7 @@ def make_pools(seed: int, tiles: int, close_ups: int, scenes: int) -> dict[int, 
 
 
 def mosaic(images: torch.Tensor) -> torch.Tensor:
-    """Small square pictures side by side in inputs of `MODEL_SIZE` pixels.
+    """Put small square pictures side by side into inputs of `MODEL_SIZE` pixels.
 
     Args:
         images: `[B * n * n, 3, S, S]` with `S = MODEL_SIZE / n`.
@@ -151,7 +166,7 @@ def mosaic(images: torch.Tensor) -> torch.Tensor:
 
 
 def split_mosaic(tokens: torch.Tensor, side: int) -> torch.Tensor:
-    """Tokens of each picture of a `mosaic`.
+    """Return the tokens of each picture of a `mosaic`.
 
     Args:
         tokens: `[B, h * h, C]`, rows of patches in reading order.
@@ -167,10 +182,10 @@ def split_mosaic(tokens: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def draw_side(rng: np.random.Generator, first: Sequence[float], last: Sequence[float], progress: float) -> int:
-    """Side of the next batch's pictures: 32, 64 or 128.
+    """Draw the side of the next batch's pictures: 32, 64 or 128.
 
     Args:
-        rng: decides.
+        rng: random numbers.
         first, last: shares of the three sides at the start and at the end; linear in between.
         progress: in [0, 1].
     """
@@ -179,71 +194,36 @@ def draw_side(rng: np.random.Generator, first: Sequence[float], last: Sequence[f
 
 
 @dataclass
-class Schedule:
-    """Steps of a training: linear warm-up times a cosine that ends at one percent.
+class MosaicBatch:
+    """Inputs of one step, each a scene or a mosaic of smaller pictures.
 
-    Args:
-        steps: number of optimiser steps; the schedule follows them, so equal settings give equal weights.
-        minutes: stop after this long and let the schedule follow the clock instead (not reproducible).
-        warmup: steps of the linear rise.
-
-    Raises:
-        ConfigError: a number that is not positive.
+    Attributes:
+        pixels: `[B, 3, H, W]` float32 in about [0, 1].
+        scenes: what each picture shows, `B` times `per_input` of them.
+        side: side of the pictures in pixels: 32, 64 or 128.
     """
 
-    steps: int
-    minutes: float | None = None
-    warmup: int = 150
-    started: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or (self.minutes is not None and self.minutes <= 0):
-            raise ConfigError(
-                f"steps, minutes: got {self.steps}, {self.minutes}, expected positive numbers; try steps=1000"
-            )
+    pixels: torch.Tensor
+    scenes: list[SceneFacts]
+    side: int
 
     @property
-    def seconds(self) -> float:
-        """Seconds since the schedule was made (or restarted)."""
-        return time.perf_counter() - self.started
+    def per_input(self) -> int:
+        """Number of pictures in an input; 1 for whole scenes."""
+        return (MODEL_SIZE // self.side) ** 2
 
-    def __iter__(self) -> Iterator[tuple[int, float, float]]:
-        """Yields `(step, progress in [0, 1), learning-rate factor in (0, 1])`."""
-        self.started = time.perf_counter()
-        step = 0
-        while True:
-            progress = step / self.steps if self.minutes is None else self.seconds / (60.0 * self.minutes)
-            if progress >= 1.0:
-                return
-            ramp = min(1.0, (step + 1) / self.warmup)
-            yield step, progress, ramp * (0.5 * (1.0 + math.cos(math.pi * progress)) + 0.01)
-            step += 1
+    def split_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of each picture: `[B, N, C]` -> `[B * per_input, N / per_input, C]`."""
+        return tokens if self.per_input == 1 else split_mosaic(tokens, self.side)
 
 
-class TrainingLog:
-    """One JSON object a line, in a file and on the standard output."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
-
-    def write(self, **values: Any) -> None:
-        """Append one line; floats are rounded to four digits after the point."""
-        line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()})
-        self._file.write(line + "\n")
-        self._file.flush()
-        print(line, flush=True)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups: matrices decay, biases, norms and embeddings of positions do not."""
-    decayed: list[torch.nn.Parameter] = []
-    kept: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and "pos_embed" not in name and "cls_token" not in name
-        (decayed if is_matrix else kept).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+def draw_mosaics(
+    pools: dict[int, ScenePool], settings: MosaicSettings, progress: float, rng: np.random.Generator
+) -> MosaicBatch:
+    """Draw the inputs of one step from the pools of `make_pools`; `progress` in [0, 1] decides the shares."""
+    side = draw_side(rng, settings.first_shares, settings.last_shares, progress)
+    per_input = (MODEL_SIZE // side) ** 2
+    group, index = pools[side].draw_batch(rng, settings.batch * per_input)
+    images, _ = augment(group.images[index], (), rng)
+    scenes = [group.scenes[number] for number in index]
+    return MosaicBatch(images if per_input == 1 else mosaic(images), scenes, side)

@@ -1,4 +1,4 @@
-"""Quality of the miniature models on scenes that none of them was trained on."""
+"""Measure the quality of the miniature models on scenes that none of them was trained on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from moduseg.miniature.models.clip import (
     last_block_input,
     text_embeddings,
 )
+from moduseg.miniature.models.inputs import normalize_pixels, to_pixels
 from moduseg.miniature.models.sam import SAM_GENERATOR
 from moduseg.miniature.models.vit import VIT_MEAN, VIT_STD
 from moduseg.miniature.world.scenes import CLASSES, QUALITY_SEED, Scene, WorldConfig, render_scene
@@ -28,20 +29,20 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 MIN_REGION_AREA = 100
-"""Regions of this many visible pixels or fewer are left out of every figure."""
+"""Regions of at most this many visible pixels are skipped by every measure."""
 
 
 def quality_scenes(split: str, count: int, config: WorldConfig | None = None) -> list[Scene]:
-    """The first `count` scenes of a split of the quality seed."""
+    """Draw the first `count` scenes of a split of the quality seed."""
     return [render_scene(QUALITY_SEED, split, index, config) for index in range(count)]
 
 
 def object_regions(scene: Scene, min_area: int = MIN_REGION_AREA) -> tuple[np.ndarray, np.ndarray]:
-    """Ground-truth regions: the connected pieces of each object.
+    """Return the ground-truth regions: the connected pieces of each object.
 
     Args:
         scene: the scene.
-        min_area: pieces of this many pixels or fewer are left out.
+        min_area: pieces of at most this many pixels are skipped.
 
     Returns:
         masks `[N, H, W]` bool and class ids `[N]` int64.
@@ -59,7 +60,7 @@ def object_regions(scene: Scene, min_area: int = MIN_REGION_AREA) -> tuple[np.nd
 
 
 def pool_regions(tokens: torch.Tensor, masks: np.ndarray) -> torch.Tensor:
-    """Soft-mask pooling: tokens weighted by the fraction of their patch that a region covers.
+    """Pool tokens, weighted by the fraction of their patch that a region covers.
 
     Args:
         tokens: `[h, w, C]` float32.
@@ -76,13 +77,12 @@ def pool_regions(tokens: torch.Tensor, masks: np.ndarray) -> torch.Tensor:
 
 
 def vit_tokens(model: Any, device: str = "cpu") -> Callable[[np.ndarray], torch.Tensor]:
-    """A function from an image `[H, W, 3]` uint8 to the patch tokens `[h, w, C]` of a timm ViT's final norm."""
+    """Return a function from an image `[H, W, 3]` uint8 to the patch tokens `[h, w, C]` of a timm ViT's final norm."""
 
     @torch.inference_mode()
     def tokens(image: np.ndarray) -> torch.Tensor:
-        x = torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255.0
-        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (VIT_MEAN, VIT_STD))
-        features = model.forward_features((x - mean) / std)[0, model.num_prefix_tokens :]
+        pixels = normalize_pixels(to_pixels(image, device), VIT_MEAN, VIT_STD)
+        features = model.forward_features(pixels)[0, model.num_prefix_tokens :]
         h, w = (side // model.patch_embed.feat_ratio() for side in image.shape[:2])
         return features.float().reshape(h, w, -1)
 
@@ -92,7 +92,7 @@ def vit_tokens(model: Any, device: str = "cpu") -> Callable[[np.ndarray], torch.
 def region_knn_accuracy(
     tokens: Callable[[np.ndarray], torch.Tensor], bank: Sequence[Scene], queries: Sequence[Scene], k: int = 5
 ) -> float:
-    """Share of ground-truth object regions whose class is that of most of their nearest neighbours.
+    """Return the share of object regions whose class is that of most of their nearest neighbours.
 
     Args:
         tokens: image `[H, W, 3]` uint8 to patch tokens `[h, w, C]`.
@@ -103,16 +103,16 @@ def region_knn_accuracy(
     Returns:
         Accuracy in percent.
     """
-    vectors, labels = _describe(tokens, bank)
-    asked, truth = _describe(tokens, queries)
-    similarity, index = (asked @ vectors.T).topk(min(k, len(vectors)), dim=1)
+    vectors, labels = _pool_scenes(tokens, bank)
+    query_vectors, truth = _pool_scenes(tokens, queries)
+    similarity, index = (query_vectors @ vectors.T).topk(min(k, len(vectors)), dim=1)
     votes = F.one_hot(labels[index], len(CLASSES)).double()
     # Similarities lie in [-1, 1], so a thousandth of their sum decides ties and nothing else.
     score = votes.sum(1) + 1e-3 * (votes * (similarity.double()[..., None] + 1.0)).sum(1)
     return 100.0 * float((score.argmax(1) == truth).float().mean())
 
 
-def _describe(
+def _pool_scenes(
     tokens: Callable[[np.ndarray], torch.Tensor], scenes: Sequence[Scene]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     vectors, labels = [], []
@@ -124,7 +124,7 @@ def _describe(
 
 
 def sam_recall(sam: torch.nn.Module, scenes: Sequence[Scene], **options: Any) -> dict[str, float]:
-    """How well the automatic mask generator finds the objects.
+    """Measure how well the automatic mask generator finds the objects.
 
     Args:
         sam: a `segment_anything` model.
@@ -139,22 +139,22 @@ def sam_recall(sam: torch.nn.Module, scenes: Sequence[Scene], **options: Any) ->
     from segment_anything import SamAutomaticMaskGenerator
 
     generator = SamAutomaticMaskGenerator(sam, **{**SAM_GENERATOR, **options})
-    best: list[float] = []
+    objects: list[float] = []
     stuff: list[float] = []
     masks, seconds = 0, 0.0
     for scene in scenes:
         started = time.perf_counter()
-        found = [record["segmentation"] for record in generator.generate(scene.image)]
+        proposals = [record["segmentation"] for record in generator.generate(scene.image)]
         seconds += time.perf_counter() - started
-        masks += len(found)
-        stacked = np.stack(found) if found else np.zeros((1, *scene.semantic.shape), bool)
-        objects = (scene.instances == n for n in range(1, len(scene.instance_classes) + 1))
-        best += [_best_iou(stacked, m) for m in objects if m.sum() > MIN_REGION_AREA]
-        grounds = ((scene.instances == 0) & (scene.stuff_map == n) for n in range(len(scene.stuff)))
-        stuff += [_best_iou(stacked, m) for m in grounds if m.sum() > MIN_REGION_AREA]
+        masks += len(proposals)
+        stacked = np.stack(proposals) if proposals else np.zeros((1, *scene.semantic.shape), bool)
+        object_masks = (scene.instances == n for n in range(1, len(scene.instance_classes) + 1))
+        objects += [_best_iou(stacked, m) for m in object_masks if m.sum() > MIN_REGION_AREA]
+        stuff_masks = ((scene.instances == 0) & (scene.stuff_map == n) for n in range(len(scene.stuff)))
+        stuff += [_best_iou(stacked, m) for m in stuff_masks if m.sum() > MIN_REGION_AREA]
     return {
-        "found": 100.0 * float(np.mean(np.array(best) >= 0.5)),
-        "best_iou": float(np.mean(best)),
+        "found": 100.0 * float(np.mean(np.array(objects) >= 0.5)),
+        "best_iou": float(np.mean(objects)),
         "stuff_iou": float(np.mean(stuff)),
         "masks": masks / len(scenes),
         "image_seconds": seconds / len(scenes),
@@ -162,21 +162,21 @@ def sam_recall(sam: torch.nn.Module, scenes: Sequence[Scene], **options: Any) ->
 
 
 def _best_iou(masks: np.ndarray, truth: np.ndarray) -> float:
-    inside = (masks & truth).sum((1, 2))
-    return float((inside / (masks | truth).sum((1, 2))).max())
+    intersections = (masks & truth).sum((1, 2))
+    return float((intersections / (masks | truth).sum((1, 2))).max())
 
 
 @torch.inference_mode()
 def dense_text_accuracy(
     model: CLIPModel, tokenizer: CLIPTokenizer, scenes: Sequence[Scene], modes: Sequence[str] = DENSE_MODES
 ) -> dict[str, float]:
-    """Share of ground-truth object regions whose mask-pooled patch features are most similar to their class's name.
+    """Return the share of object regions whose pooled patch features are most similar to their class's name.
 
     Args:
         model: a CLIP.
         tokenizer: its tokenizer.
         scenes: scenes whose regions are classified among the twelve foreground classes.
-        modes: ways to run the last block, see `dense_features`.
+        modes: ways to run the last block, those of `dense_features`.
 
     Returns:
         Percent for each mode.
@@ -187,11 +187,9 @@ def dense_text_accuracy(
     )
     names = F.normalize(names.unflatten(0, (len(CLASSES) - 1, -1)).mean(1), dim=-1).cpu()
     right: dict[str, list[torch.Tensor]] = {mode: [] for mode in modes}
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     for scene in scenes:
         masks, classes = object_regions(scene)
-        x = torch.from_numpy(scene.image).to(device).permute(2, 0, 1)[None].float() / 255.0
-        hidden = last_block_input(model, (x - mean) / std)
+        hidden = last_block_input(model, normalize_pixels(to_pixels(scene.image, device), CLIP_MEAN, CLIP_STD))
         size = model.config.vision_config.patch_size
         grid = (scene.image.shape[0] // size, scene.image.shape[1] // size)
         for mode in modes:

@@ -1,4 +1,4 @@
-"""What `scripts/train_miniature.py` does: train one miniature, or print the quality of the shipped ones."""
+"""Train one miniature model, or print the quality of the shipped ones (`scripts/train_miniature.py`)."""
 
 from __future__ import annotations
 
@@ -60,34 +60,34 @@ def run(cfg: DictConfig) -> list[Path]:
     if cfg.threads:
         torch.set_num_threads(int(cfg.threads))
     measured = []
-    for each in TRAININGS if name == "all" else (name,):
+    for model in TRAININGS if name == "all" else (name,):
         if cfg.quality_only:
-            path = Path(cfg.weights) if cfg.weights else weights_path(each)
+            path = Path(cfg.weights) if cfg.weights else weights_path(model)
         else:
-            kind, train = TRAININGS[each]
-            schema = OmegaConf.structured(kind)
+            settings_class, train = TRAININGS[model]
+            schema = OmegaConf.structured(settings_class)
             values = {key: value for key, value in cfg.model.items() if key != "name"}
             settings = OmegaConf.to_object(OmegaConf.merge(schema, values, {"device": str(cfg.device)}))
-            path = train(settings, Path(cfg.output or Path("outputs/train_miniature") / WEIGHTS[each]))
-        figures = measure(each, path, int(cfg.quality_scenes), str(cfg.device))
-        rounded = {key: round(value, 3) for key, value in figures.items()}
-        print(json.dumps({"model": each, "weights": str(path), "scenes": int(cfg.quality_scenes), **rounded}))
+            path = train(settings, Path(cfg.output or Path("outputs/train_miniature") / WEIGHTS[model]))
+        quality = measure(model, path, int(cfg.quality_scenes), str(cfg.device))
+        rounded = {key: round(value, 3) for key, value in quality.items()}
+        print(json.dumps({"model": model, "weights": str(path), "scenes": int(cfg.quality_scenes), **rounded}))
         measured.append(path)
     return measured
 
 
 def measure(name: str, path: Path, scenes: int, device: str = "cpu") -> dict[str, float]:
-    """Quality of weights on scenes of `QUALITY_SEED`.
+    """Measure the quality of weights on scenes of `QUALITY_SEED`.
 
     Args:
         name: `"vit"`, `"sam"` or `"clip"`.
         path: the weights as shipped.
-        scenes: number of scenes (of each split, where two are used).
-        device: where the model runs.
+        scenes: number of scenes (of each split, if two are used).
+        device: device of the model.
 
     Returns:
         `vit`: `region_knn` and `region_knn_random` (the same architecture with random weights, mean of three), percent.
-        `sam`: see `sam_recall`. `clip`: percent for each way to run the last block, see `dense_text_accuracy`.
+        `sam`: the values of `sam_recall`. `clip`: percent for each way to run the last block.
     """
     queries = quality_scenes("val", scenes)
     if name == "sam":

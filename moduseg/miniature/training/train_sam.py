@@ -25,9 +25,10 @@ from torch import nn
 from moduseg.miniature.models.sam import SAM_PATCH, SAM_SIZE, SAM_WIDTH, build_miniature_sam
 from moduseg.miniature.models.vit import VIT_ARGS
 from moduseg.miniature.models.weights import save_weights
-from moduseg.miniature.training.pool import ScenePool, Schedule, TrainingLog, augment, make_pool, parameter_groups
+from moduseg.miniature.training.loop import TrainingLoop, parameter_groups
+from moduseg.miniature.training.pool import ScenePool, augment, make_pool
 from moduseg.miniature.training.quality import quality_scenes, sam_recall
-from moduseg.miniature.training.teacher import load_teacher, prediction_loss
+from moduseg.miniature.training.teacher import TeacherSettings, load_teacher, prediction_loss
 from moduseg.miniature.world.scenes import PRETRAIN_SEED
 
 if TYPE_CHECKING:
@@ -35,54 +36,34 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SamTraining:
-    """Settings of the training; the miniature README has those of the shipped weights.
+class SamTraining(TeacherSettings):
+    """Settings of the training of the SAM; `batch` counts scenes, and `seed` is that of the scenes too.
 
     Args:
-        steps, minutes: length, see `Schedule`.
-        batch: scenes in a step.
         points: points per scene, each a prompt of its own.
         background_points: share of points that ask for a background texture.
-        learning_rate, weight_decay: of AdamW.
-        scenes: scenes drawn before the training.
-        seed: of the scenes, the weights and the order.
-        device: where the training runs.
-        bfloat16: mixed precision.
-        check_every: steps between two measurements of quality, each followed by a save.
-        check_scenes: scenes in a measurement.
-        teacher: weights of the miniature ViT whose tokens are predicted: a file, `"vit"` for the shipped ones, or
-            nothing.
-        teacher_weight: weight of that prediction.
         quality_weight: weight of the IoU regression.
-        start: weights to start from; random ones where left out.
     """
 
     steps: int = 8_000
-    minutes: float | None = None
     batch: int = 8
-    points: int = 8
-    background_points: float = 0.3
-    learning_rate: float = 1e-3
     weight_decay: float = 0.02
     scenes: int = 14_000
     seed: int = PRETRAIN_SEED + 1
-    device: str = "cpu"
-    bfloat16: bool = True
     check_every: int = 1_000
     check_scenes: int = 24
-    teacher: str | None = None
-    teacher_weight: float = 1.0
+    points: int = 8
+    background_points: float = 0.3
     quality_weight: float = 1.0
-    start: str | None = None
 
 
 def train_sam(settings: SamTraining, output: Path, pool: ScenePool | None = None) -> Path:
     """Train the SAM and write its weights.
 
     Args:
-        settings: what to do.
-        output: safetensors file, written at every check and at the end; the log lies beside it (`.jsonl`).
-        pool: training scenes; drawn from the settings where left out.
+        settings: settings of the training.
+        output: safetensors file, written at every check and at the end; the log is beside it (`.jsonl`).
+        pool: training scenes; drawn from the settings if omitted.
 
     Returns:
         `output`.
@@ -98,34 +79,21 @@ def train_sam(settings: SamTraining, output: Path, pool: ScenePool | None = None
     hidden: list[torch.Tensor] = []
     if teacher is not None:
         sam.image_encoder.blocks[-1].register_forward_hook(lambda *call: hidden.append(call[-1]))
-    optimiser = torch.optim.AdamW(
+    loop = TrainingLoop(
+        settings,
+        sam,
         parameter_groups(nn.ModuleList([sam, predict]), settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(0.9, 0.99),
+        log_path=output.with_suffix(".jsonl"),
+        measure=lambda: sam_recall(sam, scenes),
+        save=lambda: save_weights(sam.state_dict(), output),
     )
-    log = TrainingLog(output.with_suffix(".jsonl"))
-
-    def check(step: int, loss: float) -> None:
-        sam.eval()
-        quality = sam_recall(sam, scenes)
-        log.write(step=step, loss=loss, **quality, seconds=schedule.seconds)
-        save_weights(sam.state_dict(), output)
-        sam.train()
-
-    schedule = Schedule(settings.steps, settings.minutes)
-    sam.train()
-    running = 0.0
-    for step, _, factor in schedule:
-        if step and step % settings.check_every == 0:
-            check(step, running)
-        group, index = pool.batch(rng, settings.batch)
+    for _ in loop:
+        group, index = pool.draw_batch(rng, settings.batch)
         images, (instances, stuff) = augment(
             group.images[index], (group.instances[index], group.stuff_maps[index]), rng
         )
         points, targets = draw_points(instances, stuff, settings.points, settings.background_points, rng)
-        for parameters in optimiser.param_groups:
-            parameters["lr"] = settings.learning_rate * factor
-        hidden.clear()  # of earlier steps and of the measurement
+        hidden.clear()  # drop the outputs of earlier steps and of the measurement
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             embeddings = sam.image_encoder(sam.preprocess(255.0 * images.to(device)))
             logits, quality = decode(sam, embeddings, points.to(device))
@@ -135,24 +103,17 @@ def train_sam(settings: SamTraining, output: Path, pool: ScenePool | None = None
                 h, w = (side // SAM_PATCH for side in images.shape[-2:])
                 predicted = predict(hidden[0][:, :h, :w]).flatten(1, 2)
                 teacher_loss = prediction_loss(predicted, teacher, images.to(device))
-        masks = sam_loss(
+        mask_loss = sam_loss(
             logits.float(), quality.float(), targets.to(device), images.shape[-2:], settings.quality_weight
         )
-        loss = masks + settings.teacher_weight * teacher_loss
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
-        optimiser.step()
-        running = float(masks.detach()) if step == 0 else 0.98 * running + 0.02 * float(masks.detach())
-    check(step + 1, running)
-    log.close()
+        loop.update(mask_loss + settings.teacher_weight * teacher_loss, {"loss": mask_loss})
     return output
 
 
 def draw_points(
     instances: np.ndarray, stuff: np.ndarray, count: int, background: float, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points and the masks they ask for.
+    """Draw points and the masks that they ask for.
 
     Args:
         instances: `[B, H, W]` uint8 object ids, `0` background.
@@ -183,7 +144,7 @@ def draw_points(
 
 
 def decode(sam: Sam, embeddings: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All outputs of the mask decoder for a batch of images with equally many points.
+    """Return all outputs of the mask decoder for a batch of images with equally many points.
 
     `MaskDecoder.forward` takes one image at a time; this runs the same modules on all of them at once.
 
@@ -202,9 +163,9 @@ def decode(sam: Sam, embeddings: torch.Tensor, points: torch.Tensor) -> tuple[to
     )
     source = embeddings.repeat_interleave(points.shape[1], dim=0) + dense
     count, channels, h, w = source.shape
-    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(count, -1, -1)
+    outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(count, -1, -1)
     position = sam.prompt_encoder.get_dense_pe().expand(count, -1, -1, -1)
-    tokens, source = decoder.transformer(source, position, torch.cat([own, sparse], dim=1))
+    tokens, source = decoder.transformer(source, position, torch.cat([outputs, sparse], dim=1))
     upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(count, channels, h, w))
     mask_tokens = tokens[:, 1 : 1 + decoder.num_mask_tokens]
     weights = [mlp(mask_tokens[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)]
@@ -219,7 +180,7 @@ def sam_loss(
     shape: Sequence[int],
     quality_weight: float = 1.0,
 ) -> torch.Tensor:
-    """Best-of-three mask loss, single-mask loss and IoU regression.
+    """Sum the best-of-three mask loss, the single-mask loss and the IoU regression.
 
     Args:
         logits: `[N, 4, h, w]` at the decoder's resolution, for the padded square.
@@ -241,8 +202,8 @@ def sam_loss(
     dice = 1.0 - (2.0 * overlap + 1.0) / (probability.sum((2, 3)) + truth.sum((2, 3)) + 1.0)
     cost = 2.0 * cross_entropy + dice
     with torch.no_grad():
-        inside, wanted = logits > 0, truth > 0.5
-        union = (inside | wanted).sum((2, 3)).clamp_min(1)
-        iou = (inside & wanted).sum((2, 3)) / union
+        predicted, expected = logits > 0, truth > 0.5
+        union = (predicted | expected).sum((2, 3)).clamp_min(1)
+        iou = (predicted & expected).sum((2, 3)) / union
     best = cost[:, 1:].min(dim=1).values
     return best.mean() + 0.3 * cost[:, 0].mean() + quality_weight * F.mse_loss(quality, iou)

@@ -36,12 +36,12 @@ from moduseg.miniature.world.drawing import (
 )
 
 WORLD_VERSION = 1
-"""Raised whenever the same arguments would draw other pixels."""
+"""Version of the drawing; raised whenever equal arguments draw other pixels."""
 
 DATASET_SEEDS = range(0, 1_000)
-"""Seeds meant for data sets (`write_voc`)."""
+"""Seeds of data sets (`write_voc`)."""
 PRETRAIN_SEED = 10_000
-"""First seed of the scenes on which the miniature models are trained; theirs are all up to the next constant."""
+"""First seed of the scenes that the miniature models are trained on; their seeds end below the next constant."""
 QUALITY_SEED = 20_000
 """Seed of the scenes on which the quality of the miniature models is measured."""
 
@@ -68,7 +68,7 @@ CAPTION_TEMPLATES: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Settings of the scenes.
+    """Settings of the scenes of a world.
 
     Args:
         size: longest side in pixels, 32 or more.
@@ -128,7 +128,7 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture with everything that is known about it.
+    """One picture with its masks, classes and textures.
 
     Attributes:
         image: `[H, W, 3]` uint8 RGB.
@@ -148,16 +148,16 @@ class Scene:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Ascending foreground class ids that own at least one pixel."""
+        """Ascending foreground class ids with at least one pixel."""
         return tuple(sorted(set(self.instance_classes)))
 
     def caption(self, rng: np.random.Generator) -> str:
-        """A sentence that names every object and the background, worded by `rng`."""
+        """Write a sentence that names every object and the background, worded by `rng`."""
         return describe(self.instance_classes, self.stuff, rng)
 
 
 def describe(instance_classes: Sequence[int], stuff: Sequence[str], rng: np.random.Generator) -> str:
-    """Caption of a set of objects on a background.
+    """Write a caption of objects on a background.
 
     Args:
         instance_classes: class id of each object, in any order; may be empty.
@@ -192,10 +192,10 @@ def render_scene(seed: int, split: str | int, index: int, config: WorldConfig | 
     """Draw one scene.
 
     Args:
-        seed: world seed, 0 or more; see `DATASET_SEEDS`, `PRETRAIN_SEED` and `QUALITY_SEED`.
+        seed: world seed, 0 or more, from `DATASET_SEEDS`, from `PRETRAIN_SEED` on, or `QUALITY_SEED`.
         split: `"train"`, `"val"`, `"test"` or a number of your own (0 or more).
         index: number of the scene, 0 or more.
-        config: settings; the defaults where left out.
+        config: settings; the defaults if omitted.
 
     Returns:
         The scene. Equal arguments give equal bytes.
@@ -220,7 +220,7 @@ def render_scene(seed: int, split: str | int, index: int, config: WorldConfig | 
     instances, classes = _objects(canvas, rng, config)
     image = _camera(canvas, rng, config)
 
-    # Objects can be covered completely by later ones only in theory (see _objects), but numbering stays dense anyway.
+    # `_objects` refuses to cover an object completely. Numbering would stay dense even if it did.
     visible = np.flatnonzero(np.bincount(instances.ravel(), minlength=len(classes) + 1)[1:])
     renumber = np.zeros(len(classes) + 1, np.uint16)
     renumber[visible + 1] = np.arange(1, len(visible) + 1)

@@ -28,7 +28,7 @@ def write_voc(root: Path, seed: int, train: int = 160, val: int = 80, config: Wo
         root: folder to write to, made if absent.
         seed: world seed; `DATASET_SEEDS` are free of scenes that the miniature models have seen.
         train, val: number of images of each split, 0 or more.
-        config: settings; the defaults where left out.
+        config: settings; the defaults if omitted.
 
     Returns:
         `root`.
@@ -83,14 +83,14 @@ def _check_settings(root: Path, settings: dict) -> None:
     if not path.is_file():
         return
     try:
-        found = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ArtefactError(
             f"{path}: got a file that is not JSON ({error}), expected the settings of a world; remove the folder"
         ) from error
-    if found != settings:
-        different = sorted(key for key in settings if found.get(key) != settings[key])
-        got = {key: found.get(key) for key in different}
+    if stored != settings:
+        different = sorted(key for key in settings if stored.get(key) != settings[key])
+        got = {key: stored.get(key) for key in different}
         raise ArtefactError(
             f"{root} holds another world: got {got}, expected { ({key: settings[key] for key in different}) }; "
             "try another folder, or remove this one"
