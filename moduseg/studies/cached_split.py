@@ -1,8 +1,8 @@
-"""A split in memory, as `infer` reads it: any setting of retrieval is scored on it without a model or a label map.
+"""A split kept in memory, on which any setting of retrieval is scored without running a model.
 
 Proposals are read once, as cells (`moduseg.masks.cells`), which know all overlaps and paint a label map in a few
-dozen steps; the bank is searched once for each way of reading it, to the depth of the largest K. The confusion matrices
-are those of `infer`, to the pixel.
+dozen steps. The bank is searched once for each configuration of it, to the depth of the largest K. The confusion
+matrices equal those of `infer`, to the pixel.
 """
 
 from __future__ import annotations
@@ -36,18 +36,65 @@ from moduseg.stages.propose import Propose
 from moduseg.stages.queries import Queries
 from moduseg.structures import IGNORE_INDEX
 
+STORED_KEYS = ("purify", "min_area", "aggregation", "flips", "path")
+"""Keys of `bank` that decide what is stored; the others decide how the stored bank is read."""
+
 
 @dataclass
-class _Image:
-    """One image: its cells, split by the truth, and which of the split's queries are its proposals.
+class SplitImage:
+    """One image of the split.
 
-    `known` holds counts by what decides them: settings that label an image alike are counted once.
+    Attributes:
+        id: its id.
+        cells: its proposals' cells, split by the truth.
+        queries: which of the split's queries are its proposals.
+        counts_by_rule: confusion counts by what decides them: settings that label an image alike are counted once.
     """
 
     id: str
     cells: Cells
     queries: slice
-    known: dict[tuple[bytes, ...], np.ndarray] = field(default_factory=dict)
+    counts_by_rule: dict[tuple[bytes, ...], np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SplitQueries:
+    """The proposals of all images of the split, one after the other.
+
+    Attributes:
+        pooled: `[Q, C]`, pooled vectors; zeros where a proposal has none.
+        has_vector: `[F]` int64, the proposals that have a vector, ascending.
+        predicted_iou: `[Q]` float32.
+        quality: `[Q]` float32.
+        areas: `[Q]` pixels.
+    """
+
+    pooled: Tensor
+    has_vector: Tensor
+    predicted_iou: np.ndarray
+    quality: Tensor
+    areas: np.ndarray
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What retrieval says of proposals under one setting.
+
+    Attributes:
+        is_kept: `[Q]` bool, whether a proposal is large and good enough.
+        labels: `[Q]` int64.
+        scores: `[Q]` float32.
+        worths: `[Q]` int64, what a selection maximises; zeros for rules that weigh nothing.
+    """
+
+    is_kept: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    worths: np.ndarray
+
+    def select(self, rows: slice) -> Answers:
+        """Return the answers for some of the proposals."""
+        return Answers(self.is_kept[rows], self.labels[rows], self.scores[rows], self.worths[rows])
 
 
 class CachedSplit:
@@ -56,14 +103,14 @@ class CachedSplit:
     Args:
         cfg: the run; stages that are not complete are run first.
         settings: what will be asked: the search goes as deep as the largest `top_k` needs, with `cfg`'s engine.
-        held_out: whether an image's neighbours may not come from the image itself: for the training split, whose
-            images the bank is made of. The mean and the outlier filter of the bank still know the image.
+        is_held_out: whether an image's neighbours may not come from the image itself: for the training split, whose
+            images the bank is made of. The mean and the outlier filter of the bank are still made with the image.
 
     Raises:
         DataError: no ground truth, or artefacts that do not fit each other.
     """
 
-    def __init__(self, cfg: Config, settings: Sequence[RetrievalConfig], held_out: bool = False) -> None:
+    def __init__(self, cfg: Config, settings: Sequence[RetrievalConfig], is_held_out: bool = False) -> None:
         work = Workspace(cfg)
         self.dataset = work.dataset(work.eval_split)
         if not self.dataset.has_truth:
@@ -76,61 +123,23 @@ class CachedSplit:
         self.bank = Bank.load(bank_path)
         if cfg.bank.path is not None:
             self.bank = align_classes(self.bank, cfg.bank.aggregation, self.dataset.classes)
-        self._device, self._held_out, self._rules = work.device.torch_device, held_out, cfg.retrieval
+        self._device, self._is_held_out, self._search_settings = work.device.torch_device, is_held_out, cfg.retrieval
         self._top_k = max(s.top_k for s in settings)
-        self._readings: dict[str, _Reading] = {}
-        self._labelled: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
-
-        proposals_folder, queries_folder = StageFolder(proposals), StageFolder(vectors)
-        failed = {*proposals_folder.failures, *queries_folder.failures}
-        self.images: list[_Image] = []
-        predicted: list[Tensor] = []
-        quality: list[Tensor] = []
-        pooled: list[Tensor] = []
-        count = 0
-        for image_id in tqdm(self.dataset.ids, desc=f"read {self.dataset.split}", unit="img", leave=False):
-            truth = None if image_id in failed else self._truth(image_id)
-            if truth is None:
-                continue
-            own = proposals_folder.proposals(image_id, (truth.shape[0], truth.shape[1]))
-            pooled.append(queries_folder.vectors(image_id)["pooled"])
-            if len(pooled[-1]) != len(own):
-                raise DataError(
-                    f"{image_id}: {len(pooled[-1])} query vectors for {len(own)} proposals; remove {vectors} and run "
-                    "again"
-                )
-            cells = Cells.of(own.masks, torch.from_numpy(truth))
-            self.images.append(_Image(image_id, cells, slice(count, count + len(own))))
-            predicted.append(own.predicted_iou)
-            quality.append(own.quality)
-            count += len(own)
-        if not self.images:
-            raise DataError(f"{self.dataset.name} {self.dataset.split}: got no image with ground truth and proposals")
-        self._pooled = torch.cat(pooled).to(self._device)
-        self._has_vector = (self._pooled != 0).any(1).nonzero()[:, 0]
-        self._predicted, self._quality = torch.cat(predicted).numpy(), torch.cat(quality)
-        self._areas = np.concatenate([image.cells.shared.diagonal() for image in self.images])
-        position = {image_id: i for i, image_id in enumerate(self.bank.image_ids)}
-        places = [position.get(image.id, -1) for image in self.images]
-        lengths = [image.queries.stop - image.queries.start for image in self.images]
-        self._image_of = torch.tensor(places).repeat_interleave(torch.tensor(lengths)).to(self._device)
+        self._views: dict[str, BankView] = {}
+        self._votes: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self.images, self.queries = self._read_images(StageFolder(proposals), StageFolder(vectors))
 
     def confusion(self, bank: BankConfig, settings: RetrievalConfig) -> np.ndarray:
-        """`[S, S]` int64, rows truth: the counts of the whole split that `infer` comes to.
+        """Return the confusion counts of the whole split that `infer` comes to, `[S, S]` int64, rows truth.
 
         Raises:
             ConfigError: prototypes where images are held out: a centre has vectors of many images.
         """
-        labels, scores = self._label(bank, settings)
-        worths = self._worth(bank, settings, labels, scores)
-        if settings.selection == "nms_quality":
-            scores = scores * self._quality.numpy()
-        keep = (self._areas >= settings.min_area) & (self._predicted >= settings.min_predicted_iou)
-        size = len(self.dataset.classes)
-        total = np.zeros((size, size), dtype=np.int64)
+        answers = self.answer(bank, settings)
+        num_labels = len(self.dataset.classes)
+        total = np.zeros((num_labels, num_labels), dtype=np.int64)
         for image in self.images:
-            own = image.queries
-            total += _count(image, keep[own], labels[own], scores[own], worths[own], settings, size)
+            total += _count_image(image, answers.select(image.queries), settings, num_labels)
         if not self.dataset.has_background and total[0].any():
             raise DataError(
                 f"{self.dataset.name} {self.dataset.split}: its truth has pixels of label 0, expected 1.. or 255 where "
@@ -138,56 +147,53 @@ class CachedSplit:
             )
         return total
 
-    def _label(self, bank: BankConfig, settings: RetrievalConfig) -> tuple[np.ndarray, np.ndarray]:
-        """`labels [Q]` int64 and `scores [Q]` float32 of all proposals of the split."""
-        reading = self._reading(bank)
-        vote_rules = (settings.top_k, settings.cap_top_k, settings.vote_balance, settings.vote_temperature)
-        key = (reading.name, *vote_rules)
-        if key not in self._labelled:
-            labels = torch.zeros(len(self._pooled), dtype=torch.int64, device=self._device)
-            scores = torch.zeros(len(self._pooled), device=self._device)
-            if len(self._has_vector) and len(reading.bank.vectors):
-                near, rows = reading.neighbours(settings)
-                own, found = vote(reading.bank.labels[rows], near, settings.vote_temperature)
-                labels[self._has_vector], scores[self._has_vector] = own, found
-            self._labelled[key] = labels.cpu().numpy(), scores.cpu().numpy()
-        return self._labelled[key]
+    def answer(self, bank: BankConfig, settings: RetrievalConfig) -> Answers:
+        """Label and score all proposals of the split; errors as `confusion`."""
+        labels, scores = self._vote(bank, settings)
+        worths = self._weigh(bank, settings, labels, scores)
+        if settings.selection == "nms_quality":
+            scores = scores * self.queries.quality.numpy()
+        is_large = self.queries.areas >= settings.min_area
+        is_kept = is_large & (self.queries.predicted_iou >= settings.min_predicted_iou)
+        return Answers(is_kept, labels, scores, worths)
 
-    def _worth(self, bank: BankConfig, settings: RetrievalConfig, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        if settings.selection in ("nms", "nms_quality", "majority"):
-            return np.zeros(len(labels), dtype=np.int64)
-        certainty = similarity_certainty(torch.from_numpy(scores))
-        if settings.selection == "margin":
-            certainty = torch.zeros(len(labels), dtype=torch.float64)
-            voted = torch.from_numpy(labels).to(self._device)[self._has_vector]
-            reading = self._reading(bank)
-            certainty[self._has_vector.cpu()] = margins(reading.candidates, voted, reading.allowed).cpu().double()
-        return worth(certainty, self._quality)
-
-    def _reading(self, bank: BankConfig) -> _Reading:
-        values = {
-            k: v for k, v in vars(bank).items() if k not in ("purify", "min_area", "aggregation", "flips", "path")
-        }
-        name = canonical_json(to_json_values({**values, "outliers": vars(bank.outliers)}))
-        if name not in self._readings:
-            if self._held_out and bank.prototypes is not None:
-                raise ConfigError(
-                    "select: got the training split with bank.prototypes, whose centres are made of the very images; "
-                    "choose on another split: select=<split>"
+    def _read_images(self, propose: StageFolder, queries: StageFolder) -> tuple[list[SplitImage], SplitQueries]:
+        """Read truth, proposals and vectors of every image that was processed and has a usable truth."""
+        failed = {*propose.failures, *queries.failures}
+        images: list[SplitImage] = []
+        pooled: list[Tensor] = []
+        predicted_iou: list[Tensor] = []
+        quality: list[Tensor] = []
+        start = 0
+        for image_id in tqdm(self.dataset.ids, desc=f"read {self.dataset.split}", unit="img", leave=False):
+            truth = None if image_id in failed else self._read_truth(image_id)
+            if truth is None:
+                continue
+            proposals = propose.proposals(image_id, (truth.shape[0], truth.shape[1]))
+            pooled.append(queries.vectors(image_id)["pooled"])
+            if len(pooled[-1]) != len(proposals):
+                raise DataError(
+                    f"{image_id}: {len(pooled[-1])} query vectors for {len(proposals)} proposals; remove "
+                    f"{queries.path} and run again"
                 )
-            found = self.bank.configured(bank).to(self._device)
-            queries = self._pooled[self._has_vector]
-            queries = queries if found.centre is None else queries - found.centre
-            image_of = None
-            if self._held_out:
-                places = self.bank.image_index.to(self._device)[found.rows]
-                image_of = (self._image_of[self._has_vector], places)
-            index = indices.build(found.vectors, self._rules.engine, self._rules.storage)
-            self._readings[name] = _Reading(name, found, index, queries, self._top_k, image_of)
-        return self._readings[name]
+            cells = Cells.of(proposals.masks, torch.from_numpy(truth))
+            images.append(SplitImage(image_id, cells, slice(start, start + len(proposals))))
+            predicted_iou.append(proposals.predicted_iou)
+            quality.append(proposals.quality)
+            start += len(proposals)
+        if not images:
+            raise DataError(f"{self.dataset.name} {self.dataset.split}: got no image with ground truth and proposals")
+        vectors = torch.cat(pooled).to(self._device)
+        return images, SplitQueries(
+            vectors,
+            (vectors != 0).any(1).nonzero()[:, 0],
+            torch.cat(predicted_iou).numpy(),
+            torch.cat(quality),
+            np.concatenate([image.cells.shared.diagonal() for image in images]),
+        )
 
-    def _truth(self, image_id: str) -> np.ndarray | None:
-        """As scoring reads it: images without a usable label map are left out and named."""
+    def _read_truth(self, image_id: str) -> np.ndarray | None:
+        """Read a label map as scoring does; `None`, with a warning, for one that is not usable."""
         try:
             truth = self.dataset.semantic_of(image_id)
         except DataError as error:
@@ -198,18 +204,75 @@ class CachedSplit:
             return None
         return truth
 
+    def _vote(self, bank: BankConfig, settings: RetrievalConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Return `labels [Q]` int64 and `scores [Q]` float32 of all proposals of the split."""
+        view = self._view(bank)
+        key = (view.name, settings.top_k, settings.cap_top_k, settings.vote_balance, settings.vote_temperature)
+        if key not in self._votes:
+            has_vector = self.queries.has_vector
+            labels = torch.zeros(len(self.queries.pooled), dtype=torch.int64, device=self._device)
+            scores = torch.zeros(len(self.queries.pooled), device=self._device)
+            if len(has_vector) and len(view.bank.vectors):
+                similarities, rows = view.find_neighbours(settings)
+                voted = vote(view.bank.labels[rows], similarities, settings.vote_temperature)
+                labels[has_vector], scores[has_vector] = voted
+            self._votes[key] = labels.cpu().numpy(), scores.cpu().numpy()
+        return self._votes[key]
+
+    def _weigh(self, bank: BankConfig, settings: RetrievalConfig, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Return what the rule of selection maximises, `[Q]` int64; zeros for rules that weigh nothing."""
+        if settings.selection in ("nms", "nms_quality", "majority"):
+            return np.zeros(len(labels), dtype=np.int64)
+        certainty = similarity_certainty(torch.from_numpy(scores))
+        if settings.selection == "margin":
+            has_vector, view = self.queries.has_vector, self._view(bank)
+            certainty = torch.zeros(len(labels), dtype=torch.float64)
+            voted = torch.from_numpy(labels).to(self._device)[has_vector]
+            certainty[has_vector.cpu()] = margins(view.candidates, voted, view.is_allowed).cpu().double()
+        return worth(certainty, self.queries.quality)
+
+    def _view(self, bank: BankConfig) -> BankView:
+        """Return the stored bank as `bank` reads it, with its cached neighbour lists."""
+        values = {key: value for key, value in vars(bank).items() if key not in STORED_KEYS}
+        name = canonical_json(to_json_values({**values, "outliers": vars(bank.outliers)}))
+        if name not in self._views:
+            if self._is_held_out and bank.prototypes is not None:
+                raise ConfigError(
+                    "select: got the training split with bank.prototypes, whose centres are made of the very images; "
+                    "choose on another split: select=<split>"
+                )
+            searched = self.bank.configured(bank).to(self._device)
+            vectors = self.queries.pooled[self.queries.has_vector]
+            vectors = vectors if searched.centre is None else vectors - searched.centre
+            index = indices.build(searched.vectors, self._search_settings.engine, self._search_settings.storage)
+            images = self._images_of(searched) if self._is_held_out else None
+            self._views[name] = BankView(name, searched, index, vectors, self._top_k, images)
+        return self._views[name]
+
+    def _images_of(self, searched: SearchBank) -> tuple[Tensor, Tensor]:
+        """Return the image of each query that has a vector and of each vector, as indices into the bank's images.
+
+        Images of the split that the bank does not hold are -1.
+        """
+        index_of = {image_id: i for i, image_id in enumerate(self.bank.image_ids)}
+        image_indices = torch.tensor([index_of.get(image.id, -1) for image in self.images])
+        num_queries = torch.tensor([image.queries.stop - image.queries.start for image in self.images])
+        query_images = image_indices.repeat_interleave(num_queries).to(self._device)
+        vector_images = self.bank.image_index.to(self._device)[searched.rows]
+        return query_images[self.queries.has_vector], vector_images
+
 
 @dataclass
-class _Reading:
-    """The bank read in one way, and how near its vectors are to the queries.
+class BankView:
+    """One configuration of the bank with its cached neighbour lists.
 
     Attributes:
-        name: of the way.
+        name: cache key.
         bank: what is searched.
-        index: its vectors, made ready.
+        index: its vectors, prepared for the search.
         queries: `[F, C]`, centred like the bank.
         top_k: how deep a search goes at most.
-        image_of: the image of each query and of each vector, where those of one image may not meet.
+        images: the image of each query and of each vector, if those of one image may not meet.
     """
 
     name: str
@@ -217,34 +280,34 @@ class _Reading:
     index: BankIndex
     queries: Tensor
     top_k: int
-    image_of: tuple[Tensor, Tensor] | None
+    images: tuple[Tensor, Tensor] | None
 
-    def neighbours(self, settings: RetrievalConfig) -> tuple[Tensor, Tensor]:
-        """`similarities [F, k]` and `rows [F, k]` of those that vote."""
+    def find_neighbours(self, settings: RetrievalConfig) -> tuple[Tensor, Tensor]:
+        """Return `similarities [F, k]` and `rows [F, k]` of the vectors that vote."""
         top_k = min(settings.top_k, smallest_class(self.bank.labels)) if settings.cap_top_k else settings.top_k
-        if settings.vote_balance == "none" and self.image_of is None:
-            near, rows = self._nearest
-            return near[:, :top_k], rows[:, :top_k]
-        return balanced(self.candidates, top_k, settings.vote_balance, self._spreads, self.allowed)
+        if settings.vote_balance == "none" and self.images is None:
+            similarities, rows = self._nearest
+            return similarities[:, :top_k], rows[:, :top_k]
+        return balanced(self.candidates, top_k, settings.vote_balance, self._spreads, self.is_allowed)
 
     @cached_property
     def candidates(self) -> Candidates:
-        """Of each class the nearest, and as many more as may be left out."""
-        spare = 0
-        if self.image_of is not None and len(self.bank.labels):
-            # Vectors of one class that come from one image.
-            size = int(self.bank.labels.max()) + 1
-            spare = int(torch.bincount(self.image_of[1] * size + self.bank.labels).max())
-        depth = max(self.top_k, NEAREST) + spare
+        """The nearest vectors of each class, and as many more as may have to be skipped."""
+        num_spare = 0
+        if self.images is not None and len(self.bank.labels):
+            # At most as many are skipped as vectors of one class come from one image.
+            num_labels = int(self.bank.labels.max()) + 1
+            num_spare = int(torch.bincount(self.images[1] * num_labels + self.bank.labels).max())
+        depth = max(self.top_k, NEAREST) + num_spare
         return class_candidates(self.queries, self.bank.vectors, self.bank.labels, depth)
 
     @cached_property
-    def allowed(self) -> Tensor | None:
-        """`[F, M]` bool, candidates that come from another image than the query; `None` where all may vote."""
-        if self.image_of is None:
+    def is_allowed(self) -> Tensor | None:
+        """`[F, M]` bool, candidates that come from another image than the query; `None` if all may vote."""
+        if self.images is None:
             return None
-        own, image = self.image_of
-        return image[self.candidates.indices] != own[:, None]
+        query_images, vector_images = self.images
+        return vector_images[self.candidates.indices] != query_images[:, None]
 
     @cached_property
     def _nearest(self) -> tuple[Tensor, Tensor]:
@@ -255,33 +318,28 @@ class _Reading:
         return class_spreads(self.bank.vectors, self.bank.labels)
 
 
-def _count(
-    image: _Image,
-    keep: np.ndarray,
-    labels: np.ndarray,
-    scores: np.ndarray,
-    worths: np.ndarray,
-    settings: RetrievalConfig,
-    size: int,
-) -> np.ndarray:
-    """`[S, S]` int64: one image under one setting."""
-    places = np.flatnonzero(keep)
-    order = places[np.argsort(-scores[places], kind="stable")]
-    suppressed, votes = settings.selection in ("nms", "nms_quality"), settings.selection == "majority"
-    rule = f"nms {settings.nms_iou}" if suppressed else "majority" if votes else "select"
-    decides = scores if votes else worths
-    key = (rule.encode(), order.tobytes(), labels.tobytes(), decides.tobytes())
-    if key not in image.known:
+def _count_image(image: SplitImage, answers: Answers, settings: RetrievalConfig, num_labels: int) -> np.ndarray:
+    """Return the confusion counts of one image under one setting, `[S, S]` int64."""
+    kept = np.flatnonzero(answers.is_kept)
+    order = kept[np.argsort(-answers.scores[kept], kind="stable")]
+    is_suppressed, is_majority = settings.selection in ("nms", "nms_quality"), settings.selection == "majority"
+    rule = f"nms {settings.nms_iou}" if is_suppressed else "majority" if is_majority else "select"
+    weights = answers.scores if is_majority else answers.worths
+    key = (rule.encode(), order.tobytes(), answers.labels.tobytes(), weights.tobytes())
+    if key not in image.counts_by_rule:
         cells = image.cells
-        if suppressed:
-            order = cells.suppress(order, labels, settings.nms_iou)
-        elif not votes:
-            kept = Cells(cells.cover[:, places], cells.sizes, cells.values)
-            chosen = places[select(kept, labels[places], worths[places])]
+        if is_suppressed:
+            order = cells.suppress(order, answers.labels, settings.nms_iou)
+        elif not is_majority:
+            kept_cells = Cells(cells.cover[:, kept], cells.sizes, cells.values)
+            chosen = kept[select(kept_cells, answers.labels[kept], answers.worths[kept])]
             order = order[np.isin(order, chosen)]
-        painted = majority_of_cells(cells, order, labels, scores) if votes else cells.paint(order, labels)
-        counted = cells.values != IGNORE_INDEX
-        codes = cells.values[counted] * size + painted[counted]
-        counts = np.bincount(codes, cells.sizes[counted], size * size)
-        image.known[key] = counts.astype(np.int64).reshape(size, size)
-    return image.known[key]
+        if is_majority:
+            painted = majority_of_cells(cells, order, answers.labels, answers.scores)
+        else:
+            painted = cells.paint(order, answers.labels)
+        is_counted = cells.values != IGNORE_INDEX
+        codes = cells.values[is_counted] * num_labels + painted[is_counted]
+        counts = np.bincount(codes, cells.sizes[is_counted], num_labels**2)
+        image.counts_by_rule[key] = counts.astype(np.int64).reshape(num_labels, num_labels)
+    return image.counts_by_rule[key]

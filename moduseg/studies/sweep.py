@@ -1,10 +1,10 @@
-"""Sweeps that run no model: a grid over what follows the caches, each setting scored on the whole split.
+"""Grid search over settings that need no model: each setting is scored on the whole split from cached results.
 
-Bank vectors are stored before the filter and the proposals' vectors are cached, so K, the filter, suppression, minimum
-area, class subsets, images per class and the rules of vote and selection cost a search and some counting each.
+Bank vectors are stored before the outlier filter and the proposals' vectors are cached. So K, the filter, suppression,
+minimum area, class subsets, images per class and the rules of vote and selection cost a search and some counting each.
 
-A threshold is never chosen on the split it is reported on: `select` names the split (or the other run) that chooses;
-without it the report says that its best figure is not a fair result.
+A threshold should not be chosen on the split it is reported on: `select` names the split (or another run) that
+chooses. If it is omitted, the report says that its best figure is not a fair result.
 """
 
 from __future__ import annotations
@@ -37,30 +37,29 @@ from moduseg.evaluation.measures import (
 )
 from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import to_json_values, write_atomic, write_json
+from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.curves import Curve, draw_curves
-from moduseg.studies.cached_split import CachedSplit
+from moduseg.studies.cached_split import STORED_KEYS, CachedSplit
 
-STORED = ("purify", "min_area", "aggregation", "flips", "path", "outliers")
-"""Keys of `bank` that decide what is stored; `outliers` is swept key by key."""
 KEYS = (
     *(f"retrieval.{f.name}" for f in fields(RetrievalConfig) if f.name not in ("engine", "storage")),
-    *(f"bank.{f.name}" for f in fields(BankConfig) if f.name not in STORED),
+    *(f"bank.{f.name}" for f in fields(BankConfig) if f.name not in (*STORED_KEYS, "outliers")),
     *(f"bank.outliers.{f.name}" for f in fields(OutliersConfig)),
 )
-"""What can be swept without a model."""
-BEST = 10
-"""Settings in the report's first table."""
+"""Keys that can be swept without a model; `bank.outliers` is swept key by key."""
+NUM_BEST = 10
+"""Number of settings in the report's first table."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a command line asks for.
+    """A grid of settings, as a command line describes it.
 
     Attributes:
         axes: key -> values; the grid is their product, the last key varying fastest.
         overrides: of the run that is swept.
-        select: a split, or overrides of another run, that chooses the best setting; empty where the reported one does.
+        select: a split, or overrides of another run, that chooses the best setting; empty if the reported split does.
     """
 
     axes: Mapping[str, list[Any]]
@@ -69,7 +68,7 @@ class Grid:
 
     @property
     def points(self) -> list[dict[str, Any]]:
-        """Every setting: key -> value."""
+        """All settings of the grid, each a mapping from key to value."""
         return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
 
 
@@ -92,7 +91,7 @@ def main(options: SweepOptions, overrides: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> Grid:
-    """`key=a,b,...` is an axis, `key=a` an override, `select=...` names what chooses.
+    """Read a command line: `key=a,b,...` is an axis, `key=a` an override, `select=...` names what chooses.
 
     Raises:
         ConfigError: no axis, one that would run a model, or an argument that is not `key=value`.
@@ -118,7 +117,7 @@ def parse(arguments: Sequence[str]) -> Grid:
         values = [
             OverridesParser.create().parse_override(f"{key}={v}").value() for v in override.sweep_string_iterator()
         ]
-        axes[key] = [_unquoted(v) for v in values]
+        axes[key] = [_unquote(v) for v in values]
     if not axes:
         raise ConfigError("sweep: got no key with several values, expected one or more; try retrieval.top_k=1,5,9,15")
     if any(not s for s in select) or (len(select) > 1 and not all("=" in s for s in select)):
@@ -139,25 +138,50 @@ def run(arguments: Sequence[str]) -> Path:
     grid = parse(arguments)
     base = compose(grid.overrides)
     points = grid.points
-    settings = [_changed(base, point) for point in points]
+    settings = [_change(base, point) for point in points]
     start = time.perf_counter()
     reported = CachedSplit(base, [s.retrieval for s in settings])
-    chooser, chosen_on = _chooser(base, grid, settings)
+    chooser, chosen_on = _open_chooser(base, grid, settings)
     ready = time.perf_counter()
     rows = [
-        {"setting": p, **_figures(reported, s, base)}
+        {"setting": p, **_measure(reported, s, base)}
         for p, s in zip(points, tqdm(settings, desc="sweep", unit="setting", leave=False), strict=True)
     ]
     if chooser is not None:
         for row, setting in zip(rows, settings, strict=True):
-            row["chosen by"] = _figures(chooser, setting, base)["mIoU"]
+            row["chosen by"] = _measure(chooser, setting, base)["mIoU"]
     seconds = {"read": ready - start, "sweep": time.perf_counter() - ready}
 
     key = "mIoU" if chooser is None else "chosen by"
     ranked = sorted(range(len(rows)), key=lambda i: -_or_nan(rows[i][key]))
-    where = f"{reported.dataset.name} {reported.dataset.split}, {len(reported.images)} images"
-    default = {name: _value_of(base, name) for name in grid.axes}
-    artefact = Workspace(base).artefact(
+    record = {
+        "where": f"{reported.dataset.name} {reported.dataset.split}, {len(reported.images)} images",
+        "chosen_on": chosen_on,
+        "fair": chooser is not None,
+        "axes": to_json_values(grid.axes),
+        "default": {name: _read_setting(base, name) for name in grid.axes},
+        "best": rows[ranked[0]],
+        "rows": rows,
+        "overrides": grid.overrides,
+        "label_source": reported.dataset.label_source,
+        "seconds": {step: round(value, 3) for step, value in seconds.items()},
+        "versions": versions(),
+        "config": base.as_dict(),
+    }
+    artefact = _open_artefact(base, grid, reported, chooser)
+    _write(artefact, record, ranked)
+    artefact.write_manifest(
+        status="complete",
+        images=len(reported.images),
+        failures=0,
+        inputs={stage: str(path) for stage, path in reported.inputs.items()},
+    )
+    return artefact.path
+
+
+def _open_artefact(base: Config, grid: Grid, reported: CachedSplit, chooser: CachedSplit | None) -> Artefact:
+    """Return the artefact of a sweep, whose key names everything that decides its figures."""
+    return Workspace(base).artefact(
         "sweep",
         f"{base.backbone['name']}-{reported.dataset.split}",
         {
@@ -169,38 +193,21 @@ def run(arguments: Sequence[str]) -> Path:
             "bank": to_json_values(base.as_dict()["bank"]),
         },
     )
-    record = {
-        "where": where,
-        "chosen_on": chosen_on,
-        "fair": chooser is not None,
-        "axes": to_json_values(grid.axes),
-        "default": to_json_values(default),
-        "best": rows[ranked[0]],
-        "rows": rows,
-        "overrides": grid.overrides,
-        "label_source": reported.dataset.label_source,
-        "seconds": {step: round(value, 3) for step, value in seconds.items()},
-        "versions": versions(),
-        "config": base.as_dict(),
-    }
-    text = _report(record, ranked)
+
+
+def _write(artefact: Artefact, record: Mapping[str, Any], ranked: Sequence[int]) -> None:
+    """Write the record of a sweep as JSON, CSV, Markdown and a picture, and log the Markdown."""
+    text = _make_report(record, ranked)
     write_json(artefact.path / "results.json", record)
-    write_atomic(artefact.path / "sweep.csv", _csv(grid, rows).encode())
+    write_atomic(artefact.path / "sweep.csv", _make_csv(record).encode())
     write_atomic(artefact.path / "sweep.md", text.encode())
-    title = f"{where}: {len(rows)} settings"
-    write_atomic(artefact.path / "sweep.png", draw_curves(_curves(record), title, "mIoU, percent"))
-    artefact.write_manifest(
-        status="complete",
-        images=len(reported.images),
-        failures=0,
-        inputs={stage: str(path) for stage, path in reported.inputs.items()},
-    )
+    title = f"{record['where']}: {len(record['rows'])} settings"
+    write_atomic(artefact.path / "sweep.png", draw_curves(_make_curves(record), title, "mIoU, percent"))
     log.info("%s\nsweep -> %s", text.rstrip(), artefact.path)
-    return artefact.path
 
 
-def _chooser(base: Config, grid: Grid, settings: Sequence[Config]) -> tuple[CachedSplit | None, str]:
-    """What the best setting is chosen on, and how to say so."""
+def _open_chooser(base: Config, grid: Grid, settings: Sequence[Config]) -> tuple[CachedSplit | None, str]:
+    """Return the split that the best setting is chosen on, `None` for the reported one, and its description."""
     if not grid.select:
         return None, f"{base.dataset.get('val_split', 'val')}, which is what is reported: not a fair result"
     retrieval = [s.retrieval for s in settings]
@@ -219,7 +226,7 @@ def _chooser(base: Config, grid: Grid, settings: Sequence[Config]) -> tuple[Cach
     return split, f"{name}, {len(split.images)} images{note}"
 
 
-def _changed(base: Config, point: Mapping[str, Any]) -> Config:
+def _change(base: Config, point: Mapping[str, Any]) -> Config:
     values = base.as_dict()
     for key, value in point.items():
         *groups, name = key.split(".")
@@ -230,14 +237,14 @@ def _changed(base: Config, point: Mapping[str, Any]) -> Config:
     return from_hydra(values)
 
 
-def _value_of(cfg: Config, key: str) -> Any:
+def _read_setting(cfg: Config, key: str) -> Any:
     value: Any = cfg
     for part in key.split("."):
         value = getattr(value, part)
     return to_json_values(value)
 
 
-def _figures(split: CachedSplit, setting: Config, base: Config) -> dict[str, Any]:
+def _measure(split: CachedSplit, setting: Config, base: Config) -> dict[str, Any]:
     """Return the measures of one setting by their columns."""
     dataset, confusion = split.dataset, split.confusion(setting.bank, setting.retrieval)
     counts = LabelMapCounts(confusion, None, dataset.has_background, base.evaluation.uncovered)
@@ -250,17 +257,18 @@ def _figures(split: CachedSplit, setting: Config, base: Config) -> dict[str, Any
     return figures
 
 
-def _csv(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> str:
+def _make_csv(record: Mapping[str, Any]) -> str:
+    rows = record["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row if name != "setting"))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow([*grid.axes, *names])
+    writer.writerow([*record["axes"], *names])
     for row in rows:
         writer.writerow([*(_text(v) for v in row["setting"].values()), *(row.get(name) for name in names)])
     return table.getvalue()
 
 
-def _report(record: Mapping[str, Any], ranked: Sequence[int]) -> str:
+def _make_report(record: Mapping[str, Any], ranked: Sequence[int]) -> str:
     rows, axes, default = record["rows"], record["axes"], record["default"]
     best = record["best"]
     shown = " ".join(f"{key}={_text(value)}" for key, value in best["setting"].items())
@@ -271,30 +279,23 @@ def _report(record: Mapping[str, Any], ranked: Sequence[int]) -> str:
         "",
         f"Best: `{shown}`, mIoU {format_value(best['mIoU'])}. Chosen on {record['chosen_on']}.",
     ]
-    same = [row for row in rows if row["setting"] == default]
-    if same:
-        lines.append(f"The configuration as it is: mIoU {format_value(same[0]['mIoU'])}.")
+    unchanged = [row for row in rows if row["setting"] == default]
+    if unchanged:
+        lines.append(f"The configuration as it is: mIoU {format_value(unchanged[0]['mIoU'])}.")
     figures = [name for name in rows[0] if name != "setting"]
     body = [
         [*(_text(v) for v in rows[i]["setting"].values()), *(format_value(rows[i].get(n)) for n in figures)]
-        for i in ranked[:BEST]
+        for i in ranked[:NUM_BEST]
     ]
     lines += ["", markdown_table([*axes, *figures], body)]
     for key, values in axes.items():
-        at = _at_default(record, key)
+        held = _at_default(record, key)
         body = []
         for value in values:
-            found = [_or_nan(row["mIoU"]) for row in rows if row["setting"][key] == value]
-            alone = [row["mIoU"] for row in rows if row["setting"] == {**at, key: value}]
-            body.append(
-                [
-                    _text(value),
-                    format_value(alone[0]),
-                    format_value(mean(found)),
-                    format_value(min(found)),
-                    format_value(max(found)),
-                ]
-            )
+            mious = [_or_nan(row["mIoU"]) for row in rows if row["setting"][key] == value]
+            at_held = next(row["mIoU"] for row in rows if row["setting"] == {**held, key: value})
+            numbers = (at_held, mean(mious), min(mious), max(mious))
+            body.append([_text(value), *(format_value(number) for number in numbers)])
         lines.append(markdown_table([key, "others as they are", "mean", "lowest", "highest"], body))
     fixed = _at_default(record, "")
     lines.append(f"Others as they are: {', '.join(f'{k}={_text(v)}' for k, v in fixed.items())}.")
@@ -302,7 +303,10 @@ def _report(record: Mapping[str, Any], ranked: Sequence[int]) -> str:
 
 
 def _at_default(record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The values that the other axes are held at: the configuration's, or the best setting's where it is not swept."""
+    """Return the values that the other axes are held at.
+
+    They are the configuration's, or the best setting's where the configuration's value is not on the axis.
+    """
     held = {}
     for name, values in record["axes"].items():
         value = record["default"][name]
@@ -311,14 +315,14 @@ def _at_default(record: Mapping[str, Any], key: str) -> dict[str, Any]:
     return held
 
 
-def _curves(record: Mapping[str, Any]) -> list[Curve]:
-    found = []
+def _make_curves(record: Mapping[str, Any]) -> list[Curve]:
+    lines = []
     for key, values in record["axes"].items():
         held = _at_default(record, key)
         groups = [[_or_nan(r["mIoU"]) for r in record["rows"] if r["setting"][key] == v] for v in values]
         line = [next(_or_nan(r["mIoU"]) for r in record["rows"] if r["setting"] == {**held, key: v}) for v in values]
         default = record["default"][key]
-        found.append(
+        lines.append(
             Curve(
                 key,
                 [_text(v) for v in values],
@@ -329,18 +333,18 @@ def _curves(record: Mapping[str, Any]) -> list[Curve]:
                 values.index(default) if default in values else None,
             )
         )
-    return found
+    return lines
 
 
-def _unquoted(value: Any) -> Any:
-    """Hydra's quoted strings as text, inside lists too."""
+def _unquote(value: Any) -> Any:
+    """Return Hydra's quoted strings as text, inside lists too."""
     if isinstance(value, list):
-        return [_unquoted(v) for v in value]
+        return [_unquote(v) for v in value]
     return getattr(value, "text", value)
 
 
 def _text(value: Any) -> str:
-    """A value as the command line has it."""
+    """Return a value as the command line has it."""
     if isinstance(value, list | tuple):
         return "[" + ",".join(_text(v) for v in value) + "]"
     if value is None or isinstance(value, bool):

@@ -121,25 +121,24 @@ def test_the_winner_is_chosen_elsewhere(finished: Path) -> None:
 @pytest.mark.parametrize("more", [[], ["retrieval.vote_balance=cap"], ["retrieval.selection=margin"]])
 def test_held_out_is_a_bank_without_the_image(more: list[str], finished: Path) -> None:
     cfg = compose(arguments(finished, "dataset.val_split=train", "retrieval.top_k=4", *more))
-    split = CachedSplit(cfg, [cfg.retrieval], held_out=True)
+    split = CachedSplit(cfg, [cfg.retrieval], is_held_out=True)
     split.confusion(cfg.bank, cfg.retrieval)
-    labels, scores = split._label(cfg.bank, cfg.retrieval)
-    worths = split._worth(cfg.bank, cfg.retrieval, labels, scores)
+    answers = split.answer(cfg.bank, cfg.retrieval)
     bank = split.bank.configured(cfg.bank)
     from moduseg.retrieval.selection import worth
 
     for image in split.images:
         keep = split.bank.image_index[bank.rows] != split.bank.image_ids.index(image.id)
         retriever = Retriever(bank.vectors[keep], bank.labels[keep], bank.centre, cfg.retrieval)
-        pooled = split._pooled[image.queries]
+        pooled = split.queries.pooled[image.queries]
         expected, expected_scores, _, _ = retriever.label(pooled)
-        assert labels[image.queries].tolist() == expected.tolist()
-        assert scores[image.queries].tolist() == expected_scores.tolist()
+        assert answers.labels[image.queries].tolist() == expected.tolist()
+        assert answers.scores[image.queries].tolist() == expected_scores.tolist()
         if cfg.retrieval.selection == "margin":
-            certain = worth(retriever._margins(pooled, expected), split._quality[image.queries])
-            assert worths[image.queries].tolist() == certain.tolist()
+            certain = worth(retriever._margins(pooled, expected), split.queries.quality[image.queries])
+            assert answers.worths[image.queries].tolist() == certain.tolist()
     assert BuildBank.run(cfg) == split.inputs["build_bank"]
-    assert torch.is_tensor(split._pooled)
+    assert torch.is_tensor(split.queries.pooled)
 
 
 def test_what_a_command_line_means() -> None:
