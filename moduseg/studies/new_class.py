@@ -1,9 +1,9 @@
-"""How well a class is learned from a few tagged images: it is withheld from a bank, then added.
+"""How well a class is learned from a few tagged images, after it was withheld from a bank.
 
-For each class, every training image that shows it is taken out of the full bank, and the class with it; what is left is
+For each class, every training image that shows it is taken out of the full bank, and the class with it. What is left is
 the bank that would have been built without these images. Then the first few of them are added with their tags, as
-`scripts/bank.py add` does it. IoU of the class on the evaluated split: before, after, and with all images; and the
-seconds that the addition took, loading the models included, by the clock and of all processors together.
+`scripts/bank.py add` does it. The table shows the IoU of the class on the evaluated split before, after, and with all
+images, and the time that the addition took, loading the models included: on the clock, and of all processors together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -22,6 +22,7 @@ from moduseg.bank.derived import write_derived
 from moduseg.bank.store import Bank
 from moduseg.config import Config, compose
 from moduseg.errors import ConfigError, DataError
+from moduseg.evaluation.measures import format_value
 from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, log
@@ -74,25 +75,35 @@ def run(options: NewClassOptions, cfg: Config) -> Path:
     if not work.dataset(work.eval_split).has_truth:
         raise DataError(f"{dataset.name} {work.eval_split}: got no ground truth, expected label maps to score against")
     source = BuildBank.run(cfg, work)
-    whole = read_json(Infer.run(cfg, work) / "results.json")
-    rows = [_withhold(name, options.images, cfg, work, source, whole) for name in names]
+    full_results = read_json(Infer.run(cfg, work) / "results.json")
+    rows = [_withhold(name, options.images, work, source, full_results) for name in names]
     folder = work.outputs / "tables"
     record = {"images": options.images, "rows": rows, "config": cfg.as_dict(), "versions": versions()}
     write_json(folder / f"{options.name}.json", record)
-    write_atomic(folder / f"{options.name}.md", _table(rows, whole).encode())
+    write_atomic(folder / f"{options.name}.md", _make_table(rows, full_results).encode())
     return folder / f"{options.name}.md"
 
 
 def _withhold(
-    name: str, count: int, cfg: Config, work: Workspace, source: Path, whole: dict[str, Any]
+    name: str, num_images: int, work: Workspace, source: Path, full_results: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Withhold one class, add it, and return its row of the table.
+
+    Args:
+        name: of the class.
+        num_images: how many of its images are added.
+        work: the run.
+        source: folder of the full bank.
+        full_results: results of the full bank.
+    """
+    cfg = work.cfg
     dataset = work.dataset(work.train_split)
     label = dataset.classes.index(name)
     bank = Bank.load(source)
     tags = {i: dataset.labels_of(i) or () for i in bank.image_ids}
     showing = [i for i in bank.image_ids if label in tags[i]]
     if not showing:
-        raise DataError(f"{name}: no training image shows it, expected {count} to add; pick another class")
+        raise DataError(f"{name}: no training image shows it, expected {num_images} to add; pick another class")
     base = edit.remove(bank, classes=[name], images=showing)
     without = write_derived(
         base,
@@ -102,9 +113,9 @@ def _withhold(
         folder=None,
         outputs=work.outputs,
     )
-    chosen = showing[:count]
+    chosen = showing[:num_images]
     masks = {i: file for i in chosen if (file := dataset.mask_path(i)) and work.generator.needs_truth}
-    # In a folder of its own, so that what an earlier run computed is not what is timed.
+    # An empty output folder, so that the time includes what an earlier run may have computed already.
     with tempfile.TemporaryDirectory() as scratch:
         runtime = dataclasses.replace(cfg.runtime, outputs=scratch)
         start, cpu = time.perf_counter(), time.process_time()
@@ -121,8 +132,8 @@ def _withhold(
             outputs=work.outputs,
         )
         cpu = time.process_time() - cpu
-    figures = {"before": _scores(name, cfg, without), "after": _scores(name, cfg, path)}
-    figures["all"] = {"iou": whole["iou"][name], "miou": whole["miou"]}
+    figures = {"before": _score_bank(name, cfg, without), "after": _score_bank(name, cfg, path)}
+    figures["all"] = {"iou": full_results["iou"][name], "miou": full_results["miou"]}
     log.info("new_class: %s: %s", name, figures)
     return {
         "class": name,
@@ -135,18 +146,18 @@ def _withhold(
     }
 
 
-def _scores(name: str, cfg: Config, bank: Path) -> dict[str, float | None]:
-    """IoU of the class and mIoU of the evaluated split with a bank, percent."""
-    named = dataclasses.replace(
+def _score_bank(name: str, cfg: Config, bank: Path) -> dict[str, float | None]:
+    """Return the IoU of the class and the mIoU of the evaluated split with a bank, in percent."""
+    with_bank = dataclasses.replace(
         cfg,
         bank=dataclasses.replace(cfg.bank, path=str(bank)),
-        evaluation=dataclasses.replace(cfg.evaluation, report=False),  # one of many runs, and nobody looks at it
+        evaluation=dataclasses.replace(cfg.evaluation, report=False),  # nobody looks at one of many runs
     )
-    results = read_json(Infer.run(named) / "results.json")
+    results = read_json(Infer.run(with_bank) / "results.json")
     return {"iou": results["iou"][name], "miou": results["miou"]}
 
 
-def _table(rows: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
+def _make_table(rows: Sequence[Mapping[str, Any]], full_results: Mapping[str, Any]) -> str:
     header = (
         "class withheld", "added", "of", "IoU before", "after", "all images", "mIoU before", "after", "all images",
         "seconds", "CPU seconds",
@@ -157,8 +168,8 @@ def _table(rows: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
             row["class"],
             row["added"],
             row["of"],
-            *(_cell(row[stage]["iou"]) for stage in stages),
-            *(_cell(row[stage]["miou"]) for stage in stages),
+            *(format_value(row[stage]["iou"]) for stage in stages),
+            *(format_value(row[stage]["miou"]) for stage in stages),
             f"{row['seconds']:.1f}",
             f"{row['cpu_seconds']:.1f}",
         ]
@@ -166,13 +177,11 @@ def _table(rows: Sequence[dict[str, Any]], whole: dict[str, Any]) -> str:
     ]
     if len(rows) > 1:
         means = [
-            _cell(mean(row[stage][figure] or 0.0 for row in rows)) for figure in ("iou", "miou") for stage in stages
+            format_value(mean(row[stage][figure] or 0.0 for row in rows))
+            for figure in ("iou", "miou")
+            for stage in stages
         ]
         times = [f"{mean(row[key] for row in rows):.1f}" for key in ("seconds", "cpu_seconds")]
         cells.append(["mean", "", "", *means, *times])
-    where = f"{whole['dataset']} {whole['split']}, {whole['images']} images, percent"
+    where = f"{full_results['dataset']} {full_results['split']}, {full_results['images']} images, percent"
     return f"A class withheld from the bank, then added from tagged images. {where}.\n\n{markdown_table(header, cells)}"
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

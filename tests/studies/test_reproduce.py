@@ -17,6 +17,7 @@ from moduseg.config import compose
 from moduseg.errors import ConfigError
 from moduseg.stages import evaluate
 from moduseg.studies import reproduce
+from moduseg.studies.reproduce import ReproduceOptions
 from tests.support.runs import overrides
 
 TABLE: dict[str, Any] = {
@@ -134,11 +135,11 @@ def test_a_table_of_rows_that_run_lack_something_and_fail(
 
 
 def test_complete_rows_are_not_run_again_and_artefacts_are_shared(small: list[str], tmp_path: Path) -> None:
-    one = reproduce.run("small", small, "miniature", "both")
-    assert one.failed == 0
+    one = reproduce.run(ReproduceOptions("small", "miniature", "both"), small)
+    assert one.num_failed == 0
     assert one.paths == [tmp_path / "out" / "tables" / "small-miniature-both.md"]
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "miniature").rglob("*") if p.is_file()}
-    every = reproduce.run("small", small, "miniature")
+    every = reproduce.run(ReproduceOptions("small", "miniature"), small)
     assert {p: p.stat().st_mtime_ns for p in made} == made
     assert len(list((tmp_path / "out" / "miniature" / "propose").iterdir())) == 1  # one for all rows
     first = record_of(one.paths[0])["rows"][0]
@@ -147,7 +148,7 @@ def test_complete_rows_are_not_run_again_and_artefacts_are_shared(small: list[st
 
 
 def test_another_split_is_not_compared(small: list[str]) -> None:
-    path = reproduce.run("small", [*small, "dataset.val_split=train"], "miniature", "both").paths[0]
+    path = reproduce.run(ReproduceOptions("small", "miniature", "both"), [*small, "dataset.val_split=train"]).paths[0]
     row = record_of(path)["rows"][0]
     assert (row["split"], row["images"], row["difference"]) == ("train", 4, None)
     assert "mIoU on train, percent" in path.read_text(encoding="utf-8")
@@ -156,7 +157,7 @@ def test_another_split_is_not_compared(small: list[str]) -> None:
 def test_seeds_are_averaged(small: list[str], tmp_path: Path) -> None:
     """Two worlds; changes are those of each world."""
     own = [o for o in small if not o.startswith("dataset.root")]
-    path = reproduce.run("small", own, "miniature", seeds=2).paths[0]
+    path = reproduce.run(ReproduceOptions("small", "miniature", seeds=2), own).paths[0]
     rows = {row["row"]: row for row in record_of(path)["rows"]}
     baseline, both = rows["baseline"], rows["both"]
     assert [run[-1] for run in both["runs"]] == ["dataset.seed=0", "dataset.seed=1"]
@@ -196,7 +197,7 @@ def test_without_data_every_row_says_what_is_missing(
 def test_images_left_out_are_counted_and_end_with_one(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert reproduce.run("small", small, "miniature", "both").failed == 0
+    assert reproduce.run(ReproduceOptions("small", "miniature", "both"), small).num_failed == 0
     photograph = tmp_path / "world-4-2" / "JPEGImages" / "val_00001.png"
     photograph.write_bytes(photograph.read_bytes()[:200])
     assert command(monkeypatch, "table=small", "dataset=miniature", "row=both", *small) == 1
@@ -219,11 +220,11 @@ def test_a_bug_in_one_row_does_not_end_the_night(
         return whole(cfg, work)
 
     monkeypatch.setattr(evaluate, "run", sometimes)
-    made = reproduce.run("small", small, "miniature")
+    made = reproduce.run(ReproduceOptions("small", "miniature"), small)
     rows = {row["row"]: row for row in record_of(made.paths[0])["rows"]}
     assert rows["baseline"]["errors"] == ["RuntimeError: out of memory"]
     assert rows["both"]["status"] == "done"
-    assert made.failed == 2
+    assert made.num_failed == 2
     assert "Traceback" in caplog.text
 
 
@@ -264,11 +265,11 @@ def test_mistakes_are_one_line_before_anything_runs(
 
 
 def test_the_other_training_set_by_its_name(tables: Path) -> None:
-    path = reproduce.run("small", ["runtime.device=cpu"], "voc_aug", "both").paths[0]
+    path = reproduce.run(ReproduceOptions("small", "voc_aug", "both"), ["runtime.device=cpu"]).paths[0]
     assert path.name == "small-voc_aug-both.md"
     assert record_of(path)["rows"][0]["runs"] == [["experiment=voc", "dataset=voc_aug", "runtime.device=cpu"]]
     with pytest.raises(ConfigError, match="dataset"):
-        reproduce.run("small", [], "voc_train")
+        reproduce.run(ReproduceOptions("small", "voc_train"))
 
 
 def test_show_prints_every_rows_command(
