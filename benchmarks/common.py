@@ -1,4 +1,4 @@
-"""What all figures share: interleaved repeats, rows with their target, the tables."""
+"""Shared by all figures: interleaved repeats, rows with their targets, tables."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Setting:
     """How figures are measured.
 
     Attributes:
-        device: where our side runs; the plain side is numpy and OpenCV on the CPU.
-        repeats: rounds, in each of which every way has its turn.
-        small: hand-sized inputs, to see that both sides agree; the times then say nothing.
+        device: where this package runs; the reference is numpy and OpenCV on the CPU.
+        repeats: number of rounds; every way runs once in each.
+        is_small: tiny inputs, to check that both sides agree; the times then mean nothing.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     repeats: int = 7
-    small: bool = False
+    is_small: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ class Row:
 
     Attributes:
         figure: what was measured.
-        target: what was asked for, in words.
-        found: what was found, in words; `not measured` and why where it was not.
-        reached: whether the target is reached; `None` where it was not measured.
+        target: what is required, in words.
+        result: what was measured, in words; `not measured` and the reason if it was not.
+        is_reached: whether the target is reached; `None` if it was not measured.
         details: times and sizes, for the JSON file.
     """
 
     figure: str
     target: str
-    found: str
-    reached: bool | None = None
+    result: str
+    is_reached: bool | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def not_measured(figure: str, target: str, why: str) -> Row:
-    """A row that this machine cannot fill."""
-    return Row(figure, target, f"not measured: {why}")
+def make_unmeasured_row(figure: str, target: str, reason: str) -> Row:
+    """Return a row for a figure that this machine cannot measure."""
+    return Row(figure, target, f"not measured: {reason}")
 
 
 @dataclass(frozen=True)
@@ -64,35 +64,35 @@ class Times:
 
     Attributes:
         wall: on the clock; on CUDA between two events.
-        cpu: that the process spent computing, all threads together: what other programs on the machine leave alone.
+        cpu: CPU time of all threads together, which other programs on the machine disturb less.
     """
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """Median, least and most of both."""
-        return {"wall": summary(self.wall), "cpu": summary(self.cpu)}
+        """Return median, minimum and maximum of both."""
+        return {"wall": summarise(self.wall), "cpu": summarise(self.cpu)}
 
 
 def interleave(
     ways: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: bool = True
 ) -> dict[str, Times]:
-    """The times of every way in every round, after one round that is not counted.
+    """Time every way in every round, after one round that is not counted.
 
-    The order is turned around from round to round, so that no way always follows the same one.
+    The order is reversed from round to round, so that no way always follows the same one.
     """
     times = {name: Times() for name in ways}
     for round_ in range(0 if warm_up else 1, repeats + 1):
         for name in list(ways)[:: 1 if round_ % 2 else -1]:
-            wall, cpu = _timed(ways[name], device)
+            wall, cpu = _time_once(ways[name], device)
             if round_:
                 times[name].wall.append(wall)
                 times[name].cpu.append(cpu)
     return times
 
 
-def _timed(way: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def _time_once(way: Callable[[], object], device: torch.device) -> tuple[float, float]:
     start, cpu = time.perf_counter(), time.process_time()
     if device.type != "cuda":
         way()
@@ -108,28 +108,28 @@ def _timed(way: Callable[[], object], device: torch.device) -> tuple[float, floa
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """One number: by how many bytes the most that was held inside exceeds what was held at the beginning.
+    """Measure by how many bytes memory grew at its peak inside the block; the list gets one number at its end.
 
-    On the CPU it is the process's resident memory, whose mark Linux lets one set back; elsewhere what the process held
-    at its worst before hides that much.
+    On the CPU it is the process's resident memory, whose peak can be reset on Linux. Elsewhere an earlier, higher peak
+    of the process hides growth below it.
     """
-    found: list[int] = []
+    growth: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield found
-        found.append(int(torch.cuda.max_memory_allocated(device)) - before)
+        yield growth
+        growth.append(int(torch.cuda.max_memory_allocated(device)) - before)
         return
-    mark = Path("/proc/self/clear_refs")
-    if mark.exists():
-        mark.write_text("5", encoding="ascii")
-    before = _resident()
-    yield found
-    found.append(_resident() - before)
+    reset_file = Path("/proc/self/clear_refs")
+    if reset_file.exists():
+        reset_file.write_text("5", encoding="ascii")
+    before = _read_peak()
+    yield growth
+    growth.append(_read_peak() - before)
 
 
-def _resident() -> int:
-    """Most bytes that the process held since the mark was set back."""
+def _read_peak() -> int:
+    """Return the peak of the process's resident memory since it was reset, in bytes."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -137,39 +137,43 @@ def _resident() -> int:
     return int(line.split()[1]) * 1024
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+def summarise(values: Sequence[float]) -> dict[str, float]:
+    """Return median, minimum and maximum."""
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def faster(figure: str, least: float, times: Mapping[str, Times], slow: str, fast: str, **details: Any) -> Row:
-    """A row that asks for `fast` to be at least `least` times as fast as `slow`: the median over rounds counts."""
-    ratio, text = _compared(times, slow, fast)
+def require_faster(
+    figure: str, min_ratio: float, times: Mapping[str, Times], slow: str, fast: str, **details: Any
+) -> Row:
+    """Return a row that requires `fast` to be at least `min_ratio` times as fast as `slow`, by the median of rounds."""
+    ratio, text = _compare(times, slow, fast)
     details = {"ratio": ratio, "seconds": {name: value.as_dict() for name, value in times.items()}, **details}
-    return Row(figure, f"at least {least:g}x {slow}", text, ratio["median"] >= least, details)
+    return Row(figure, f"at least {min_ratio:g}x {slow}", text, ratio["median"] >= min_ratio, details)
 
 
-def within(figure: str, most: float, times: Mapping[str, Times], base: str, ours: str, **details: Any) -> Row:
-    """A row that asks for `ours` to take at most `most` times what `base` takes."""
-    ratio, text = _compared(times, ours, base)
+def require_within(
+    figure: str, max_ratio: float, times: Mapping[str, Times], base: str, ours: str, **details: Any
+) -> Row:
+    """Return a row that requires `ours` to take at most `max_ratio` times as long as `base`."""
+    ratio, text = _compare(times, ours, base)
     details = {"ratio": ratio, "seconds": {name: value.as_dict() for name, value in times.items()}, **details}
-    return Row(figure, f"within {most:g}x {base}", text, ratio["median"] <= most, details)
+    return Row(figure, f"within {max_ratio:g}x {base}", text, ratio["median"] <= max_ratio, details)
 
 
-def _compared(times: Mapping[str, Times], above: str, below: str) -> tuple[dict[str, float], str]:
-    """The ratio of two ways, and what a table says of it."""
-    ratio = summary([a / b for a, b in zip(times[above].wall, times[below].wall, strict=True)])
+def _compare(times: Mapping[str, Times], above: str, below: str) -> tuple[dict[str, float], str]:
+    """Return the ratio of two ways, and its text for the table."""
+    ratio = summarise([a / b for a, b in zip(times[above].wall, times[below].wall, strict=True)])
     cpu = median(times[above].cpu) / max(median(times[below].cpu), 1e-9)
-    each = ", ".join(f"{name} {_short(median(times[name].wall))}" for name in (above, below))
+    each = ", ".join(f"{name} {_format_seconds(median(times[name].wall))}" for name in (above, below))
     return ratio, f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f}; CPU time {cpu:.2f}x); {each}"
 
 
-def _short(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the times depend on."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return what the times depend on."""
     load = [round(value, 2) for value in os.getloadavg()]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -183,25 +187,25 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-    """The table for people."""
+def make_markdown(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
+    """Return the rows as a table for people."""
     lines = ["| figure | target | found | reached |", "|---|---|---|---|"]
     words = {True: "yes", False: "no", None: ""}
-    lines += [f"| {row.figure} | {row.target} | {row.found} | {words[row.reached]} |" for row in rows]
+    lines += [f"| {row.figure} | {row.target} | {row.result} | {words[row.is_reached]} |" for row in rows]
     facts = ", ".join(f"{key} {value}" for key, value in about.items())
     return "\n".join([*lines, "", f"Ratios are medians over rounds (least to most). Measured with {facts}.", ""])
 
 
 def as_json(rows: Sequence[Row], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for programs."""
+    """Return the rows as JSON values."""
     return {
         "machine": dict(about),
         "rows": [
             {
                 "figure": row.figure,
                 "target": row.target,
-                "found": row.found,
-                "reached": row.reached,
+                "found": row.result,
+                "reached": row.is_reached,
                 "details": dict(row.details),
             }
             for row in rows

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Row, Setting, not_measured, summary
+from benchmarks.common import Row, Setting, make_unmeasured_row, summarise
 from moduseg.clock import measure, model_cpu_seconds, model_seconds
 from moduseg.config import compose
 from moduseg.pipeline.manifests import steps_by_folder
@@ -38,10 +38,10 @@ def outside_models(setting: Setting) -> list[Row]:
     `build_bank` and `infer` as the demo runs them, with a quarter of its images and of its pictures; merging, scoring
     and drawing count, starting Python and loading weights do not.
     """
-    train, val = (8, 4) if setting.small else (40, 20)
+    train, val = (8, 4) if setting.is_small else (40, 20)
     found: list[dict[str, float]] = []
     steps: dict[str, Any] = {}
-    for _ in range(1 if setting.small else min(setting.repeats, 3)):
+    for _ in range(1 if setting.is_small else min(setting.repeats, 3)):
         with _scratch() as folder:
             cfg = compose(
                 [
@@ -63,7 +63,7 @@ def outside_models(setting: Setting) -> list[Row]:
             steps = steps_by_folder(path)
         each = 1000 / (train + val)
         found.append({"outside": each * (wall - model), "cpu": each * (cpu - cpu_model), "share": model / wall})
-    outside, cpu_outside, share = (summary([run[key] for run in found]) for key in ("outside", "cpu", "share"))
+    outside, cpu_outside, share = (summarise([run[key] for run in found]) for key in ("outside", "cpu", "share"))
     text = (
         f"{outside['median']:.1f} ms ({outside['min']:.1f} to {outside['max']:.1f}; CPU time of all threads "
         f"{cpu_outside['median']:.1f} ms); forward passes take {100 * share['median']:.0f} % of the time"
@@ -81,10 +81,10 @@ def outside_models(setting: Setting) -> list[Row]:
 
 def memory(setting: Setting) -> list[Row]:
     """Peak memory of `infer` on many images over that on a tenth of them; each in a process of its own."""
-    few, many = (4, 40) if setting.small else (400, 4000)
+    few, many = (4, 40) if setting.is_small else (400, 4000)
     figure, target = f"peak memory of infer, {many} images over {few}", f"at most +{MEMORY_MB:g} MB"
     if not sys.platform.startswith("linux"):
-        return [not_measured(figure, target, "the mark of a process's memory is read as Linux writes it")]
+        return [make_unmeasured_row(figure, target, "the mark of a process's memory is read as Linux writes it")]
     with _scratch() as folder:
         peaks = [_peak(folder / str(images), images) for images in (few, many)]
     more = peaks[1] - peaks[0]
@@ -97,23 +97,23 @@ def shards(setting: Setting) -> list[Row]:
     figure, target = "two shards over one process, a core each", f"at most {SHARE:g} of the time"
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) < 2:
-        return [not_measured(figure, target, "fewer than two cores to put processes on")]
-    images = 8 if setting.small else 64
+        return [make_unmeasured_row(figure, target, "fewer than two cores to put processes on")]
+    images = 8 if setting.is_small else 64
     times: dict[int, list[float]] = {1: [], 2: []}
     computed: dict[int, list[float]] = {1: [], 2: []}
     with _scratch() as folder:
-        for round_ in range(1 if setting.small else min(setting.repeats, 3)):
+        for round_ in range(1 if setting.is_small else min(setting.repeats, 3)):
             for count in (1, 2) if round_ % 2 else (2, 1):
                 shutil.rmtree(folder / "miniature" / "propose", ignore_errors=True)
                 wall, cpu = _together(folder, images, cores[:count])
                 times[count].append(wall)
                 computed[count].append(cpu)
-    ratios, cpus = (summary([two / one for one, two in zip(t[1], t[2], strict=True)]) for t in (times, computed))
+    ratios, cpus = (summarise([two / one for one, two in zip(t[1], t[2], strict=True)]) for t in (times, computed))
     text = (
         f"{ratios['median']:.2f} ({ratios['min']:.2f} to {ratios['max']:.2f}; CPU time of the slower shard "
-        f"{cpus['median']:.2f}); one {summary(times[1])['median']:.1f} s"
+        f"{cpus['median']:.2f}); one {summarise(times[1])['median']:.1f} s"
     )
-    seconds = {str(count): summary(values) for count, values in times.items()}
+    seconds = {str(count): summarise(values) for count, values in times.items()}
     details = {"ratio": ratios, "cpu_ratio": cpus, "seconds": seconds}
     return [Row(figure, target, text, ratios["median"] <= SHARE, details)]
 

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.common import Row, Setting, faster, interleave, summary
+from benchmarks.common import Row, Setting, interleave, require_faster, summarise
 from moduseg.datasets.io import read_label_png, write_label_png
 from moduseg.evaluation.counts import SplitCounts
 from moduseg.evaluation.pairs import count_pairs
@@ -82,7 +82,7 @@ def ways(pairs: list[tuple[Path, Path]]) -> dict[str, Callable[[], np.ndarray]]:
 
 def evaluation(setting: Setting) -> list[Row]:
     """A thousand pairs of 500 x 375."""
-    count, height, width = (10, 60, 80) if setting.small else (1000, 375, 500)
+    count, height, width = (10, 60, 80) if setting.is_small else (1000, 375, 500)
     with tempfile.TemporaryDirectory() as folder:
         pairs = write_pairs(Path(folder), count, height, width)
         each = ways(pairs)
@@ -92,10 +92,10 @@ def evaluation(setting: Setting) -> list[Row]:
                 np.testing.assert_array_equal(way(), expected, err_msg=name)
         times = interleave(each, setting.repeats, torch.device("cpu"))
     title = f"evaluation of {count} pairs of {width}x{height} PNGs"
-    share = summary([a / b for a, b in zip(times["decoding alone"].cpu, times["one worker"].cpu, strict=True)])[
+    share = summarise([a / b for a, b in zip(times["decoding alone"].cpu, times["one worker"].cpu, strict=True)])[
         "median"
     ]
     return [
-        faster(f"{title}, one process", 1.6, times, "plain", "one worker", share_of_decoding=share),
-        faster(f"{title}, two workers", 3, times, "plain", "two workers"),
+        require_faster(f"{title}, one process", 1.6, times, "plain", "one worker", share_of_decoding=share),
+        require_faster(f"{title}, two workers", 3, times, "plain", "two workers"),
     ]

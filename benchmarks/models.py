@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import Row, Setting, Times, faster, interleave, not_measured, summary
+from benchmarks.common import Row, Setting, Times, interleave, make_unmeasured_row, require_faster, summarise
 from moduseg import backbones, datasets
 from moduseg.bank.aggregation import aggregate, coverage
 from moduseg.config import compose
@@ -34,11 +34,11 @@ def matched(ours: Proposals, theirs: Proposals) -> tuple[float, float]:
 
 def sam_miniature(setting: Setting) -> list[Row]:
     """The shipped weights, settings and scenes, on one grid."""
-    count = 1 if setting.small else 8
+    count = 1 if setting.is_small else 8
     dataset = datasets.build(compose([f"dataset.val={count}", "dataset.train=1"]).dataset, "val")
     scenes = [dataset.load(image_id) for image_id in dataset.ids]
     options = {key: value for key, value in compose(["proposer=sam_miniature"]).proposer.items() if key != "name"}
-    if setting.small:
+    if setting.is_small:
         options["points_per_side"] = 4
     where = Device(setting.device)
     packaged, grid = (
@@ -55,21 +55,21 @@ def sam_miniature(setting: Setting) -> list[Row]:
         setting.device,
     )
     title = f"SAM proposals, miniature, same grid, {count} scenes"
-    row = faster(title, 2, times, BASE, "ours", matched=found, extra=extra)
-    text = f"{row.found}; {100 * found:.1f} % matched, {100 * extra:.1f} % extra"
-    reached = bool(row.reached) and found >= 0.98 and extra <= 0.02
+    row = require_faster(title, 2, times, BASE, "ours", matched=found, extra=extra)
+    text = f"{row.result}; {100 * found:.1f} % matched, {100 * extra:.1f} % extra"
+    reached = bool(row.is_reached) and found >= 0.98 and extra <= 0.02
     return [Row(title, f"{row.target}, 98 % matched", text, reached, row.details)]
 
 
 def sam_vit_h(setting: Setting) -> list[Row]:
     """ViT-H with random weights, a grid of 32 x 32, about a hundred masks: agreement in float32, speed in bfloat16."""
     title, target = "SAM ViT-H proposals, 32x32 grid, bfloat16", f"at least 3x {BASE}, 98 % matched"
-    if setting.device.type != "cuda" and not setting.small:
-        return [not_measured(title, target, "no CUDA device")]
+    if setting.device.type != "cuda" and not setting.is_small:
+        return [make_unmeasured_row(title, target, "no CUDA device")]
     options: dict[str, Any] = {
-        "model": "miniature" if setting.small else "vit_h",
+        "model": "miniature" if setting.is_small else "vit_h",
         "checkpoint": "random",
-        "points_per_side": 4 if setting.small else 32,
+        "points_per_side": 4 if setting.is_small else 32,
         "points_per_batch": 256,
         "pred_iou_thresh": 0.0,
         "stability_score_thresh": 0.0,
@@ -92,9 +92,9 @@ def sam_vit_h(setting: Setting) -> list[Row]:
     times = interleave(
         {BASE: lambda: packaged.propose(sample), "ours": lambda: grid.propose(sample)}, setting.repeats, setting.device
     )
-    row = faster(title, 3, times, BASE, "ours", matched=found, extra=extra, masks=len(theirs))
-    text = f"{row.found}; {len(theirs)} masks, {100 * found:.1f} % matched, {100 * extra:.1f} % extra in float32"
-    return [Row(title, target, text, bool(row.reached) and found >= 0.98 and extra <= 0.02, row.details)]
+    row = require_faster(title, 3, times, BASE, "ours", matched=found, extra=extra, masks=len(theirs))
+    text = f"{row.result}; {len(theirs)} masks, {100 * found:.1f} % matched, {100 * extra:.1f} % extra in float32"
+    return [Row(title, target, text, bool(row.is_reached) and found >= 0.98 and extra <= 0.02, row.details)]
 
 
 class _without_tf32:
@@ -112,13 +112,13 @@ class _without_tf32:
 def inference(setting: Setting) -> list[Row]:
     """Everything behind the proposer: DINOv2-B with random weights, 60 proposals an image, a bank of 20,000 vectors."""
     title, target = "inference without the proposer, DINOv2-B at 500x375", "backbone at least 50 % of the time"
-    if setting.device.type != "cuda" and not setting.small:
-        return [not_measured(title, target, "no CUDA device")]
-    name, bank_size = ("miniature_random", 300) if setting.small else ("dinov2_vitb14", 20_000)
+    if setting.device.type != "cuda" and not setting.is_small:
+        return [make_unmeasured_row(title, target, "no CUDA device")]
+    name, bank_size = ("miniature_random", 300) if setting.is_small else ("dinov2_vitb14", 20_000)
     cfg = compose([f"backbone={name}", "backbone.weights=random"])
-    backbone = backbones.build(cfg.backbone, Device(setting.device, "float32" if setting.small else "bfloat16"))
+    backbone = backbones.build(cfg.backbone, Device(setting.device, "float32" if setting.is_small else "bfloat16"))
     rng = np.random.default_rng(0)
-    batch, size = cfg.runtime.batch_size, (48, 64) if setting.small else (375, 500)
+    batch, size = cfg.runtime.batch_size, (48, 64) if setting.is_small else (375, 500)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(batch)]
     masks = torch.from_numpy(reference.random_masks(rng, 60, *size)).to(setting.device)
     index = ExactIndex(torch.randn(bank_size, backbone.dim, device=setting.device))
@@ -139,7 +139,7 @@ def inference(setting: Setting) -> list[Row]:
     shares = [a / b for a, b in zip(times["backbone"].wall, times["all"].wall, strict=True)]
     rate = batch / median(times["all"].wall)
     text = f"{rate:.1f} images a second in batches of {batch}, backbone {100 * median(shares):.0f} % of the time"
-    details = {"images_per_second": rate, "share_of_backbone": summary(shares), "batch": batch}
+    details = {"images_per_second": rate, "share_of_backbone": summarise(shares), "batch": batch}
     return [Row(title, target, text, median(shares) >= 0.5, details)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.common import Row, Setting, faster, interleave
+from benchmarks.common import Row, Setting, interleave, require_faster
 from moduseg.bank.purification import purify
 from tests import reference
 
@@ -25,7 +25,7 @@ def label_map(classes: int, height: int, width: int, seed: int = 0) -> np.ndarra
 
 def purification(setting: Setting) -> list[Row]:
     """Twenty classes, and the four that a photograph may have."""
-    height, width = (40, 60) if setting.small else (375, 500)
+    height, width = (40, 60) if setting.is_small else (375, 500)
     rows = []
     for classes, least in ((20, 5.0), (4, 1.0)):
         labels = label_map(classes, height, width)
@@ -42,5 +42,5 @@ def purification(setting: Setting) -> list[Row]:
             setting.device,
         )
         title = f"purification, {classes} classes, {height}x{width}"
-        rows.append(faster(title, least, times, "cv2.erode per class", "ours"))
+        rows.append(require_faster(title, least, times, "cv2.erode per class", "ours"))
     return rows

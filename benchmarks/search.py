@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.common import Row, Setting, interleave, peak_memory, within
+from benchmarks.common import Row, Setting, interleave, peak_memory, require_within
 from moduseg.retrieval import search as module
 from moduseg.retrieval.search import ExactIndex
 
@@ -33,7 +33,7 @@ def bare(queries: Tensor, bank: Tensor, top_k: int, chunk: int = module.BANK_CHU
 
 def search(setting: Setting) -> list[Row]:
     """One image's queries in the bank of VOC, a thousand queries in a bank of a million."""
-    sizes = [(6, 200, 16), (10, 3000, 8)] if setting.small else [(60, 20_000, 768), (1000, 1_000_000, 384)]
+    sizes = [(6, 200, 16), (10, 3000, 8)] if setting.is_small else [(60, 20_000, 768), (1000, 1_000_000, 384)]
     return [_row(*size, setting) for size in sizes]
 
 
@@ -59,6 +59,6 @@ def _row(count: int, bank_size: int, dim: int, setting: Setting) -> Row:
     times = interleave(ways, repeats, setting.device, warm_up=bank_size < 10**6)
     title = f"search: {count} queries, bank {bank_size:,} x {dim}, top {TOP_K}"
     sizes = {"bank_bytes": bank.nbytes, "bytes_beside_the_bank": more, "same_places": same}
-    row = within(title, MOST, times, "bare", "ours", **sizes)
-    text = f"{row.found}; {more / 1e6:.0f} MB beside the bank"
-    return Row(title, f"{row.target}, under bank + 1 GB", text, bool(row.reached) and more < GIGABYTE, row.details)
+    row = require_within(title, MOST, times, "bare", "ours", **sizes)
+    text = f"{row.result}; {more / 1e6:.0f} MB beside the bank"
+    return Row(title, f"{row.target}, under bank + 1 GB", text, bool(row.is_reached) and more < GIGABYTE, row.details)

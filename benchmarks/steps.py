@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import Row, Setting, faster, interleave
+from benchmarks.common import Row, Setting, interleave, require_faster
 from moduseg.bank.aggregation import aggregate, id_map_coverage, patch_coverage
 from moduseg.retrieval.pipeline import assemble, assemble_id_map
 from moduseg.retrieval.vote import vote
@@ -75,11 +75,11 @@ def measure(title: str, least: float, case: Case, ours: Callable[[], tuple[Any, 
     np.testing.assert_array_equal(label_map.cpu().numpy(), expected[1])
     ways = {"plain": lambda: run_plain(case), "ours": ours}
     times = interleave(ways, setting.repeats, setting.device)
-    return faster(title, least, times, "plain", "ours", masks=list(case.masks.shape), dim=case.tokens.shape[2])
+    return require_faster(title, least, times, "plain", "ours", masks=list(case.masks.shape), dim=case.tokens.shape[2])
 
 
 def _size(setting: Setting) -> tuple[int, int, int]:
-    return (40, 60, 8) if setting.small else (375, 500, 768)
+    return (40, 60, 8) if setting.is_small else (375, 500, 768)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the plain implementation is the tests'
 
 from benchmarks import FIGURES, measure
-from benchmarks.common import Setting, as_json, machine, markdown
+from benchmarks.common import Setting, as_json, describe_machine, make_markdown
 from moduseg.cli.main import guard
 from moduseg.devices import resolve_device
 from moduseg.errors import ConfigError
@@ -44,12 +44,12 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
         cv2.setNumThreads(arguments.threads)
         device = resolve_device(arguments.device).torch_device
-        setting, about = Setting(device, arguments.repeats, arguments.small), machine(device)
+        setting, about = Setting(device, arguments.repeats, arguments.small), describe_machine(device)
         rows = [row for name in names for row in measure(name, setting)]
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "benchmark.json").write_text(json.dumps(as_json(rows, about), indent=1), encoding="utf-8")
-        (arguments.out / "benchmark.md").write_text(markdown(rows, about), encoding="utf-8")
-        print(markdown(rows, about))
+        (arguments.out / "benchmark.md").write_text(make_markdown(rows, about), encoding="utf-8")
+        print(make_markdown(rows, about))
         return 0
 
     return guard(job)

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from benchmarks import FIGURES, measure
-from benchmarks.common import Row, Setting, Times, as_json, faster, interleave, machine, markdown, within
+from benchmarks.common import (
+    Row,
+    Setting,
+    Times,
+    as_json,
+    describe_machine,
+    interleave,
+    make_markdown,
+    require_faster,
+    require_within,
+)
 
 CPU = torch.device("cpu")
 
@@ -24,23 +34,23 @@ PROCESSES = ("outside_models", "memory", "shards")
     "name", [pytest.param(name, marks=pytest.mark.slow if name in PROCESSES else ()) for name in FIGURES]
 )
 def test_figure(name: str) -> None:
-    rows = measure(name, Setting(CPU, repeats=1, small=True))
+    rows = measure(name, Setting(CPU, repeats=1, is_small=True))
     assert rows
     for row in rows:
-        assert (row.reached is None) == row.found.startswith("not measured: ")
+        assert (row.is_reached is None) == row.result.startswith("not measured: ")
         assert row.target
 
 
 def test_the_median_decides() -> None:
     times = {"slow": Times([4.0, 6.0, 90.0], [1.0] * 3), "fast": Times([2.0, 2.0, 2.0], [0.5] * 3)}
-    row = faster("it", 3, times, "slow", "fast", size=7)
-    assert row.reached is True
+    row = require_faster("it", 3, times, "slow", "fast", size=7)
+    assert row.is_reached is True
     assert row.target == "at least 3x slow"
-    assert row.found == "3.00x (2.00 to 45.00; CPU time 2.00x); slow 6.00 s, fast 2.00 s"
+    assert row.result == "3.00x (2.00 to 45.00; CPU time 2.00x); slow 6.00 s, fast 2.00 s"
     assert row.details["size"] == 7
-    assert faster("it", 3.1, times, "slow", "fast").reached is False
-    assert within("it", 3, times, "fast", "slow").reached is True
-    assert within("it", 2.9, times, "fast", "slow").reached is False
+    assert require_faster("it", 3.1, times, "slow", "fast").is_reached is False
+    assert require_within("it", 3, times, "fast", "slow").is_reached is True
+    assert require_within("it", 2.9, times, "fast", "slow").is_reached is False
 
 
 def test_ways_are_interleaved_after_a_round_to_warm_up() -> None:
@@ -56,10 +66,10 @@ def test_memory_is_what_was_held_at_the_worst() -> None:
         import numpy as np, torch
         from benchmarks.common import peak_memory
         for size in (40_000_000, 0):
-            with peak_memory(torch.device("cpu")) as found:
+            with peak_memory(torch.device("cpu")) as growth:
                 block = np.ones(size, np.uint8)
                 del block
-            print(found[0])
+            print(growth[0])
     """
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
@@ -70,8 +80,8 @@ def test_memory_is_what_was_held_at_the_worst() -> None:
 
 def test_tables() -> None:
     rows = [Row("one", "5x", "6x", True, {"a": 1}), Row("two", "5x", "not measured: no CUDA device")]
-    about = machine(CPU)
-    text = markdown(rows, about)
+    about = describe_machine(CPU)
+    text = make_markdown(rows, about)
     assert "| one | 5x | 6x | yes |" in text
     assert "| two | 5x | not measured: no CUDA device |  |" in text
     assert json.loads(json.dumps(as_json(rows, about)))["rows"][0]["details"] == {"a": 1}
