@@ -1,9 +1,9 @@
-"""Automatic mask generation: a grid of points is put over an image, and what a promptable model gives is filtered.
+"""Automatic mask generation: a grid of points is put over an image, and the masks of a promptable model are filtered.
 
 The masks are those of `segment_anything.SamAutomaticMaskGenerator` (Kirillov et al., Segment Anything, ICCV 2023,
 appendix B), with less work: predicted IoU filters before a mask is decoded, stability roughly before it is enlarged,
-enlarging is one matrix product a side, of a mask at full size no more than a box is kept until NMS has chosen, and
-only what it chooses is measured exactly.
+enlarging is one matrix product a side, no more than a box of a full-size mask is kept until NMS has chosen, and only
+the chosen masks are measured exactly.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ from moduseg.proposers.mask_upsampling import Embedded
 from moduseg.structures import Proposals, Sample
 
 EDGE = 20.0
-"""A mask whose box comes this near to the border of a crop, in pixels, is cut off by it and goes."""
+"""A mask whose box is at most this far from the border of its crop, in pixels, is cut off by it and dropped."""
 Result = TypeVar("Result")
-_CALLS_WAITING = 3
-"""Calls that follow the model and may be under way while it goes on."""
-MOST_UNSTABLE_ROUNDS = 10
-"""So often what NMS keeps may turn out unstable before all that is left is measured at once."""
+Box = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels."""
+_MAX_CALLS_WAITING = 3
+"""Calls to the filters that may be waiting while the model goes on."""
+MAX_UNSTABLE_ROUNDS = 10
+"""After so many rounds in which NMS kept an unstable mask, all masks that are left are measured at once."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Masks that points gave, those of low predicted IoU left out.
+    """Masks that points gave, without those of low predicted IoU.
 
     Attributes:
         logits: `[N, h, w]` float32 at the decoder's resolution, above `Promptable.threshold` inside the mask.
-        scores: `[N]` float32, predicted IoU.
+        predicted_iou: `[N]` float32.
     """
 
     logits: Tensor
-    scores: Tensor
+    predicted_iou: Tensor
 
 
 class Promptable(ABC):
@@ -55,65 +57,73 @@ class Promptable(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
 
     @abstractmethod
     def embed(self, image: np.ndarray) -> Embedded:
-        """The embedding of an image, `[H, W, 3]` uint8 RGB."""
+        """Return the embedding of an image, `[H, W, 3]` uint8 RGB."""
 
     def embed_batch(self, images: Sequence[np.ndarray]) -> list[Embedded]:
-        """The embeddings of several images, which may differ in size; models that batch override it."""
+        """Return the embeddings of several images, which may differ in size; models that batch override this."""
         return [self.embed(image) for image in images]
 
     @abstractmethod
-    def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
-        """The masks that foreground points give, in the order of the points, several a point.
+    def decode(self, embedded: Embedded, points: Tensor, min_iou: float) -> Decoded:
+        """Return the masks that foreground points give, in the order of the points, several a point.
 
         Args:
             embedded: the image.
             points: `[P, 2]` float32, x and y in pixels of the model's input.
-            least: only masks whose predicted IoU is greater are returned; all of them where 0.
+            min_iou: only masks whose predicted IoU is greater are returned; all of them if 0.
         """
 
 
 @dataclass(frozen=True)
-class _Candidates:
-    """Masks that passed the filters of one crop, one row each.
+class _Masks:
+    """Masks of one crop that passed its first filters.
 
     Attributes:
         logits: `[N, h, w]` float32, at the decoder's resolution.
-        scores, stability: `[N]` float32.
+        predicted_iou: `[N]` float32.
         boxes: `[N, 4]` float32, x0, y0, x1, y1 of the outermost pixels, in the crop's frame.
+        stability_score: `[N]` float32, NaN if not measured.
     """
 
     logits: Tensor
-    scores: Tensor
-    stability: Tensor
+    predicted_iou: Tensor
     boxes: Tensor
+    stability_score: Tensor
 
-    def select(self, keep: Tensor) -> _Candidates:
-        """The rows that `keep` (`[N]` bool or indices) names."""
-        return _Candidates(self.logits[keep], self.scores[keep], self.stability[keep], self.boxes[keep])
+    def select(self, keep: Tensor) -> _Masks:
+        """Return the rows that `keep` (`[N]` bool or indices) names."""
+        return _Masks(self.logits[keep], self.predicted_iou[keep], self.boxes[keep], self.stability_score[keep])
 
 
 @dataclass(frozen=True)
 class _Crop:
-    """A crop `x0, y0, x1, y1`, its sizes (the features are let go) and the masks found in it."""
+    """A part of an image that the model looks at; the image itself is the first.
 
-    box: tuple[int, int, int, int]
+    Attributes:
+        box: the part, in the image.
+        image_size: `(height, width)` of the image.
+        embedded: its sizes, without features.
+    """
+
+    box: Box
+    image_size: tuple[int, int]
     embedded: Embedded
-    found: _Candidates
 
     @property
     def area(self) -> int:
+        """Pixels of the crop."""
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 
 def check_thickness(sample: Sample, side: int) -> None:
-    """Nothing, for an image of which something is left once its longest side has `side` pixels.
+    """Check that an image has at least one pixel a side once its longest side has `side` pixels.
 
     Raises:
-        DataError: nothing is left of it.
+        DataError: the image is too thin.
     """
     height, width = sample.size
     if min(height, width) * side / max(height, width) < 0.5:
@@ -124,7 +134,7 @@ def check_thickness(sample: Sample, side: int) -> None:
 
 
 def generate(model: Promptable, image: np.ndarray, options: GridOptions) -> Proposals:
-    """All masks of an image: `generate_batch` of one, its crops one after the other."""
+    """Return all masks of an image, embedding its crops one by one; see `generate_batch`."""
     return generate_batch(model, [image], options)[0]
 
 
@@ -132,7 +142,7 @@ def generate(model: Promptable, image: np.ndarray, options: GridOptions) -> Prop
 def generate_batch(
     model: Promptable, images: Sequence[np.ndarray], options: GridOptions, images_per_batch: int = 1
 ) -> list[Proposals]:
-    """All masks of several images.
+    """Return all masks of several images.
 
     Args:
         model: the promptable model.
@@ -148,34 +158,44 @@ def generate_batch(
     grids = build_all_layer_point_grids(
         options.points_per_side, options.crop_n_layers, options.crop_n_points_downscale_factor
     )
-    todo = [
+    # Every crop of every image, in order of the images.
+    crops = [
         (index, (x0, y0, x1, y1), layer)
         for index, image in enumerate(images)
         for (x0, y0, x1, y1), layer in zip(
             *generate_crop_boxes(image.shape[:2], options.crop_n_layers, options.crop_overlap_ratio), strict=True
         )
     ]
-    crops: list[Future[_Crop]] = []
-    results: list[Future[Proposals]] = []
-    with _Behind(model.device) as behind:
-        for start in range(0, len(todo), images_per_batch):
-            part = todo[start : start + images_per_batch]
-            views = [np.ascontiguousarray(images[index][y0:y1, x0:x1]) for index, (x0, y0, x1, y1), _ in part]
-            for (index, box, layer), embedded in zip(part, model.embed_batch(views), strict=True):
-                if index > len(results):
-                    results.append(behind.do(_assembled, model, images[index - 1].shape[:2], crops, options))
-                    crops = []
-                crops.append(_crop(model, embedded, grids[layer], box, images[index].shape[:2], options, behind))
+    filters = _Filters(model.threshold, options)
+    masks: list[list[Future[tuple[_Crop, _Masks]]]] = [[] for _ in images]
+    proposals: list[Future[Proposals]] = []
+    with _FilterThread(model.device) as thread:
+        for start in range(0, len(crops), images_per_batch):
+            batch = crops[start : start + images_per_batch]
+            views = [np.ascontiguousarray(images[index][y0:y1, x0:x1]) for index, (x0, y0, x1, y1), _ in batch]
+            for (index, box, layer), embedded in zip(batch, model.embed_batch(views), strict=True):
+                # The first crop of an image follows the last one of the image before.
+                if index > len(proposals):
+                    proposals.append(thread.submit(filters.assemble, masks[index - 1]))
+                    masks[index - 1] = []
+                crop = _Crop(box, (images[index].shape[0], images[index].shape[1]), replace(embedded, features=None))
+                scale = np.array([embedded.input_size[1], embedded.input_size[0]])
+                points = torch.from_numpy((grids[layer] * scale).astype(np.float32)).to(model.device)
+                passed = [
+                    thread.submit(filters.prefilter, model.decode(embedded, some, options.pred_iou_thresh), crop)
+                    for some in points.split(options.points_per_batch)
+                ]
+                masks[index].append(thread.submit(filters.choose, passed, crop))
         if images:
-            results.append(behind.do(_assembled, model, images[-1].shape[:2], crops, options))
-        return [result.result() for result in results]
+            proposals.append(thread.submit(filters.assemble, masks[-1]))
+        return [future.result() for future in proposals]
 
 
-class _Behind:
-    """What follows the model: on the CPU in a thread of its own, while the model is at the next points.
+class _FilterThread:
+    """Runs the filters on the CPU in a thread of their own, while the model is at the next points.
 
-    Calls are made one after the other in the order in which they were asked for, so that a call may wait for the
-    results of earlier ones. On other devices, which work behind the program anyway, they are made at once.
+    Calls are made one after the other in the order in which they were submitted, so that a call may wait for the
+    results of earlier ones. Other devices work asynchronously anyway, so there a call is made at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -183,174 +203,146 @@ class _Behind:
         self._inference = torch.is_inference_mode_enabled()
         self._waiting: deque[Future[Any]] = deque()
 
-    def __enter__(self) -> _Behind:
+    def __enter__(self) -> _FilterThread:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def do(self, call: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """The result of a call, to be waited for; a few may be under way, so that memory is bounded."""
+    def submit(self, call: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Return the future result of a call; waits while too many are under way, so that memory is bounded."""
         if self._thread is None:
             done: Future[Result] = Future()
             done.set_result(call(*arguments))
             return done
-        while len(self._waiting) >= _CALLS_WAITING:
+        while len(self._waiting) >= _MAX_CALLS_WAITING:
             self._waiting.popleft().result()
-        future = self._thread.submit(self._called, call, arguments)
+        future = self._thread.submit(self._call, call, arguments)
         self._waiting.append(future)
         return future
 
-    def _called(self, call: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+    def _call(self, call: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
         # Gradient and inference mode belong to a thread.
         with torch.inference_mode(self._inference), torch.no_grad():
             return call(*arguments)
 
 
-def _assembled(model: Promptable, size: tuple[int, int], parts: list[Future[_Crop]], options: GridOptions) -> Proposals:
-    """The masks of one image, given those of its crops."""
-    height, width = size
-    crops = _between_crops([part.result() for part in parts], options.crop_nms_thresh)
-    scores = torch.cat([crop.found.scores for crop in crops])
-    stability = torch.cat([crop.found.stability for crop in crops])
-    masks = torch.zeros(len(scores), height, width, dtype=torch.bool, device=model.device)
-    row = 0
-    for crop in crops:
-        x0, y0, x1, y1 = crop.box
-        for logits in mask_upsampling.enlarge(crop.found.logits, crop.embedded):
-            masks[row : row + len(logits), y0:y1, x0:x1] = logits > model.threshold
-            row += len(logits)
-    proposals = Proposals(masks, scores, stability).to(torch.device("cpu"))
-    if options.min_mask_region_area > 0 and len(proposals):
-        proposals = _without_small_regions(
-            proposals, options.min_mask_region_area, max(options.box_nms_thresh, options.crop_nms_thresh)
-        )
-    return proposals.select(torch.argsort(proposals.predicted_iou, descending=True, stable=True))
+@dataclass(frozen=True)
+class _Filters:
+    """The filters between the model's masks and the proposals of an image.
 
-
-def _crop(
-    model: Promptable,
-    embedded: Embedded,
-    grid: np.ndarray,
-    box: tuple[int, int, int, int],
-    image_size: tuple[int, int],
-    options: GridOptions,
-    behind: _Behind,
-) -> Future[_Crop]:
-    """The masks of one crop that pass its filters and NMS, best predicted IoU first."""
-    scale = np.array([embedded.input_size[1], embedded.input_size[0]])
-    points = torch.from_numpy((grid * scale).astype(np.float32)).to(model.device)
-    frame = replace(embedded, features=None)
-    passed = [
-        behind.do(
-            _passed,
-            model.decode(embedded, batch, options.pred_iou_thresh),
-            frame,
-            model.threshold,
-            box,
-            image_size,
-            options,
-        )
-        for batch in points.split(options.points_per_batch)
-    ]
-    return behind.do(_chosen, passed, frame, model.threshold, box, options)
-
-
-def _passed(
-    decoded: Decoded,
-    embedded: Embedded,
-    threshold: float,
-    crop: tuple[int, int, int, int],
-    image_size: tuple[int, int],
-    options: GridOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, scores and boxes of those masks that may be stable and are not cut off by the crop."""
-    rows = mask_upsampling.hopeful(decoded.logits, embedded, threshold, options)
-    corners, filled = mask_upsampling.boxes(decoded.logits, rows, embedded, threshold)
-    keep = filled & ~_cut_off(corners, crop, image_size)
-    rows = rows[keep]
-    return decoded.logits[rows], decoded.scores[rows], corners[keep]
-
-
-def _chosen(
-    passed: list[Future[tuple[Tensor, Tensor, Tensor]]],
-    embedded: Embedded,
-    threshold: float,
-    crop: tuple[int, int, int, int],
-    options: GridOptions,
-) -> _Crop:
-    logits, scores, boxes = (_joined(list(parts)) for parts in zip(*(p.result() for p in passed), strict=True))
-    return _Crop(crop, embedded, _best_stable(logits, scores, boxes, embedded, threshold, options))
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """One after the other; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _best_stable(
-    logits: Tensor, scores: Tensor, boxes: Tensor, embedded: Embedded, threshold: float, options: GridOptions
-) -> _Candidates:
-    """NMS between the stable ones of the masks, best predicted IoU first.
-
-    Of many masks one is kept, and whether the others were stable makes no difference. So NMS goes first and what it
-    keeps is measured; where some of that is unstable and goes, NMS is done again without it.
+    Attributes:
+        threshold: logits above it are inside a mask.
+        options: limits of the filters.
     """
-    from torchvision.ops import nms
 
-    stability = scores.new_full((len(scores),), torch.nan)
-    left = torch.arange(len(scores), device=scores.device)
-    unstable_rounds = 0
-    while True:
-        keep = left[nms(boxes[left], scores[left], options.box_nms_thresh)]
-        wanted = left if unstable_rounds == MOST_UNSTABLE_ROUNDS else keep
-        wanted = wanted[stability[wanted].isnan()]
-        stability[wanted] = mask_upsampling.stability(logits[wanted], embedded, threshold, options)
-        gone = stability < options.stability_score_thresh  # false where not measured
-        if options.stability_score_thresh <= 0 or not gone[keep].any():
-            return _Candidates(logits[keep], scores[keep], stability[keep], boxes[keep])
-        left = left[~gone[left]]
-        unstable_rounds += 1
+    threshold: float
+    options: GridOptions
+
+    def prefilter(self, decoded: Decoded, crop: _Crop) -> _Masks:
+        """Return those masks that may be stable, have pixels and are not cut off by the crop."""
+        rows = mask_upsampling.find_possibly_stable(decoded.logits, crop.embedded, self.threshold, self.options)
+        boxes, has_pixels = mask_upsampling.measure_boxes(decoded.logits, rows, crop.embedded, self.threshold)
+        keep = has_pixels & ~_are_cut_off(boxes, crop)
+        rows = rows[keep]
+        predicted_iou = decoded.predicted_iou[rows]
+        return _Masks(decoded.logits[rows], predicted_iou, boxes[keep], torch.full_like(predicted_iou, torch.nan))
+
+    def choose(self, passed: list[Future[_Masks]], crop: _Crop) -> tuple[_Crop, _Masks]:
+        """Return the masks of one crop that pass all of its filters, best predicted IoU first."""
+        parts = [future.result() for future in passed]
+        if len(parts) == 1:
+            return crop, self.choose_stable(parts[0], crop.embedded)
+        masks = _Masks(
+            torch.cat([part.logits for part in parts]),
+            torch.cat([part.predicted_iou for part in parts]),
+            torch.cat([part.boxes for part in parts]),
+            torch.cat([part.stability_score for part in parts]),
+        )
+        return crop, self.choose_stable(masks, crop.embedded)
+
+    def choose_stable(self, masks: _Masks, embedded: Embedded) -> _Masks:
+        """Apply NMS to the stable ones of the masks, best predicted IoU first.
+
+        NMS keeps few of many masks, and whether the others were stable makes no difference. So NMS goes first and the
+        masks that it keeps are measured; if some of them are unstable, NMS is done again without these.
+        """
+        from torchvision.ops import nms
+
+        options = self.options
+        stability = masks.stability_score.clone()
+        left = torch.arange(len(stability), device=stability.device)
+        unstable_rounds = 0
+        while True:
+            keep = left[nms(masks.boxes[left], masks.predicted_iou[left], options.box_nms_thresh)]
+            rows = left if unstable_rounds == MAX_UNSTABLE_ROUNDS else keep
+            rows = rows[stability[rows].isnan()]
+            stability[rows] = mask_upsampling.measure_stability(masks.logits[rows], embedded, self.threshold, options)
+            is_unstable = stability < options.stability_score_thresh  # false if not measured
+            if options.stability_score_thresh <= 0 or not is_unstable[keep].any():
+                return replace(masks, stability_score=stability).select(keep)
+            left = left[~is_unstable[left]]
+            unstable_rounds += 1
+
+    def assemble(self, parts: list[Future[tuple[_Crop, _Masks]]]) -> Proposals:
+        """Return the proposals of one image, given the masks of its crops."""
+        options = self.options
+        crops = _suppress_between_crops([part.result() for part in parts], options.crop_nms_thresh)
+        height, width = crops[0][0].image_size
+        predicted_iou = torch.cat([masks.predicted_iou for _, masks in crops])
+        stability_score = torch.cat([masks.stability_score for _, masks in crops])
+        full_size = torch.zeros(len(predicted_iou), height, width, dtype=torch.bool, device=predicted_iou.device)
+        row = 0
+        for crop, masks in crops:
+            x0, y0, x1, y1 = crop.box
+            for logits in mask_upsampling.enlarge(masks.logits, crop.embedded):
+                full_size[row : row + len(logits), y0:y1, x0:x1] = logits > self.threshold
+                row += len(logits)
+        proposals = Proposals(full_size, predicted_iou, stability_score).to(torch.device("cpu"))
+        if options.min_mask_region_area > 0 and len(proposals):
+            proposals = _remove_small_regions(
+                proposals, options.min_mask_region_area, max(options.box_nms_thresh, options.crop_nms_thresh)
+            )
+        return proposals.select(torch.argsort(proposals.predicted_iou, descending=True, stable=True))
 
 
-def _cut_off(boxes: Tensor, crop: tuple[int, int, int, int], image_size: tuple[int, int]) -> Tensor:
-    """`[N]` bool, whether a box touches a border of the crop that is no border of the image."""
-    height, width = image_size
-    x0, y0, _, _ = crop
-    frame = boxes + boxes.new_tensor([x0, y0, x0, y0])
-    near_crop = (frame - boxes.new_tensor(crop)).abs() <= EDGE
-    near_image = (frame - boxes.new_tensor([0, 0, width, height])).abs() <= EDGE
-    return (near_crop & ~near_image).any(1)
+def _are_cut_off(boxes: Tensor, crop: _Crop) -> Tensor:
+    """Return which boxes touch a border of the crop that is no border of the image, `[N]` bool."""
+    height, width = crop.image_size
+    x0, y0, _, _ = crop.box
+    boxes_in_image = boxes + boxes.new_tensor([x0, y0, x0, y0])
+    is_near_crop = (boxes_in_image - boxes.new_tensor(crop.box)).abs() <= EDGE
+    is_near_image = (boxes_in_image - boxes.new_tensor([0, 0, width, height])).abs() <= EDGE
+    return (is_near_crop & ~is_near_image).any(1)
 
 
-def _between_crops(crops: list[_Crop], threshold: float) -> list[_Crop]:
-    """NMS over the masks of all crops, those of smaller crops winning; the smallest crop comes first."""
+def _suppress_between_crops(crops: list[tuple[_Crop, _Masks]], threshold: float) -> list[tuple[_Crop, _Masks]]:
+    """Apply NMS to the masks of all crops, those of smaller crops winning; the smallest crop comes first."""
     from torchvision.ops import nms
 
     if len(crops) == 1:
         return crops
-    crops = sorted(crops, key=lambda crop: crop.area)
-    offsets = [crop.found.boxes.new_tensor([*crop.box[:2], *crop.box[:2]]) for crop in crops]
-    boxes = torch.cat([crop.found.boxes + offset for crop, offset in zip(crops, offsets, strict=True)])
-    priority = torch.cat([crop.found.scores.new_full((len(crop.found.scores),), 1 / crop.area) for crop in crops])
+    crops = sorted(crops, key=lambda pair: pair[0].area)
+    boxes = torch.cat([masks.boxes + masks.boxes.new_tensor([*crop.box[:2], *crop.box[:2]]) for crop, masks in crops])
+    priority = torch.cat([torch.full_like(masks.predicted_iou, 1 / crop.area) for crop, masks in crops])
     keep = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     keep[nms(boxes, priority, threshold)] = True
-    chosen = keep.split([len(crop.found.scores) for crop in crops])
-    return [_Crop(crop.box, crop.embedded, crop.found.select(kept)) for crop, kept in zip(crops, chosen, strict=True)]
+    kept = keep.split([len(masks.predicted_iou) for _, masks in crops])
+    return [(crop, masks.select(rows)) for (crop, masks), rows in zip(crops, kept, strict=True)]
 
 
-def _without_small_regions(proposals: Proposals, least: int, threshold: float) -> Proposals:
-    """Holes and islands under `least` pixels removed, then NMS in which masks that needed no mending win."""
+def _remove_small_regions(proposals: Proposals, min_area: int, threshold: float) -> Proposals:
+    """Remove holes and islands under `min_area` pixels, then apply NMS in which masks that had none win."""
     from segment_anything.utils.amg import batched_mask_to_box, remove_small_regions
     from torchvision.ops import nms
 
-    masks, untouched = [], []
+    masks, is_unchanged = [], []
     for mask in proposals.masks.numpy():
-        filled, holes = remove_small_regions(mask, least, mode="holes")
-        whole, islands = remove_small_regions(filled, least, mode="islands")
-        masks.append(torch.from_numpy(whole))
-        untouched.append(float(not (holes or islands)))
-    mended = torch.stack(masks)
-    keep = nms(batched_mask_to_box(mended).float(), torch.tensor(untouched), threshold)
-    return Proposals(mended[keep], proposals.predicted_iou[keep], proposals.stability_score[keep])
+        filled, had_holes = remove_small_regions(mask, min_area, mode="holes")
+        cleaned, had_islands = remove_small_regions(filled, min_area, mode="islands")
+        masks.append(torch.from_numpy(cleaned))
+        is_unchanged.append(float(not (had_holes or had_islands)))
+    cleaned_masks = torch.stack(masks)
+    keep = nms(batched_mask_to_box(cleaned_masks).float(), torch.tensor(is_unchanged), threshold)
+    return Proposals(cleaned_masks[keep], proposals.predicted_iou[keep], proposals.stability_score[keep])

@@ -149,7 +149,7 @@ class SamProposer(Proposer):
             MissingError, ArtefactError: as `propose` does.
         """
         sam = self.build_model().to(self._device.torch_device).requires_grad_(False)
-        return PackagedSam(sam, self._device, self._options.compile)
+        return PackagedSam(sam, self._device, compiled=self._options.compile)
 
     @cached_property
     def generator(self) -> SamAutomaticMaskGenerator:

@@ -1,4 +1,4 @@
-"""`segment_anything`'s SAM as a promptable model: its modules and weights, run with less work.
+"""`segment_anything`'s SAM as a promptable model: its modules and weights, with less computation.
 
 The mask decoder is run step by step: until the first image update every point attends to the same image, whose keys,
 values and queries are projected once; masks are decoded only of points one of whose predicted IoUs passes.
@@ -33,7 +33,7 @@ class PackagedSam(Promptable):
         compiled: have `torch.compile` translate the image encoder, at its first pass.
     """
 
-    def __init__(self, sam: Sam, device: Device, compiled: bool = False) -> None:
+    def __init__(self, sam: Sam, device: Device, *, compiled: bool = False) -> None:
         self._sam, self._device = sam, device
         for block in sam.image_encoder.blocks:
             block.attn = _Attention(block.attn)
@@ -54,7 +54,7 @@ class PackagedSam(Promptable):
         return self.embed_batch([image])[0]
 
     def embed_batch(self, images: Sequence[np.ndarray]) -> list[Embedded]:
-        """One pass of the image encoder: whatever their sizes, images are padded to one square."""
+        """Return the embeddings of several images in one pass: all are padded to one square, whatever their sizes."""
         from segment_anything.utils.transforms import ResizeLongestSide
 
         resize = ResizeLongestSide(self.side).apply_image
@@ -72,21 +72,21 @@ class PackagedSam(Promptable):
             for row, (image, small) in enumerate(zip(images, resized, strict=True))
         ]
 
-    def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
+    def decode(self, embedded: Embedded, points: Tensor, min_iou: float) -> Decoded:
         with model_pass(self.device):
-            return self._decode(embedded, points, least)
+            return self._decode(embedded, points, min_iou)
 
-    def _decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
-        """One pass of the prompt encoder and of the mask decoder."""
+    def _decode(self, embedded: Embedded, points: Tensor, min_iou: float) -> Decoded:
+        """Run the prompt encoder and the mask decoder once."""
         prompts, decoder = self._sam.prompt_encoder, self._sam.mask_decoder
         labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
         sparse, dense = prompts(points=(points[:, None], labels), boxes=None, masks=None)
         outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([outputs.expand(len(points), -1, -1), sparse], dim=1)
-        queries, keys = _two_way(decoder.transformer, embedded.features + dense[:1], prompts.get_dense_pe(), tokens)
+        queries, keys = _run_two_way(decoder.transformer, embedded.features + dense[:1], prompts.get_dense_pe(), tokens)
         # The first mask token is for several prompts at once; a single point has the others.
-        scores = decoder.iou_prediction_head(queries[:, 0])[:, 1:]
-        passed = scores > least if least > 0 else torch.ones_like(scores, dtype=torch.bool)
+        predicted_iou = decoder.iou_prediction_head(queries[:, 0])[:, 1:]
+        passed = predicted_iou > min_iou if min_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
         (rows,) = passed.any(1).nonzero(as_tuple=True)
         grid = embedded.features.shape[-2:]
         upscaled = decoder.output_upscaling(keys[rows].transpose(1, 2).unflatten(2, grid))
@@ -95,11 +95,11 @@ class PackagedSam(Promptable):
             dim=1,
         )
         logits = (hyper @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
-        return Decoded(logits[passed[rows]], scores[passed])
+        return Decoded(logits[passed[rows]], predicted_iou[passed])
 
 
-def _two_way(transformer: Any, image: Tensor, image_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`TwoWayTransformer` for many prompts on one image.
+def _run_two_way(transformer: Any, image: Tensor, image_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `TwoWayTransformer` for many prompts on one image.
 
     Args:
         transformer: `segment_anything.modeling.TwoWayTransformer`.
@@ -128,7 +128,7 @@ def _two_way(transformer: Any, image: Tensor, image_pe: Tensor, tokens: Tensor) 
 
 
 def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """`segment_anything`'s attention, where one row of queries, or of keys and values, may serve all prompts."""
+    """Run `segment_anything`'s attention; one row of queries, or of keys and values, may serve all prompts."""
     heads = attention.num_heads
     q = attention.q_proj(query).unflatten(2, (heads, -1)).transpose(1, 2)
     k = attention.k_proj(key).unflatten(2, (heads, -1)).transpose(1, 2)

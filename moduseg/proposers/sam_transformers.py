@@ -140,7 +140,7 @@ class HubSam(Promptable):
         return self.embed_batch([image])[0]
 
     def embed_batch(self, images: Sequence[np.ndarray]) -> list[Embedded]:
-        """One pass of the image encoder: whatever their sizes, images are squashed or padded to one square."""
+        """Return the embeddings of several images in one pass: all are squashed or padded to one square."""
         square = (self.side, self.side)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         inputs = [square if self.squash else fit_longest_side(size, self.side) for size in sizes]
@@ -155,15 +155,15 @@ class HubSam(Promptable):
             for row, (size, input_size) in enumerate(zip(sizes, inputs, strict=True))
         ]
 
-    def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
+    def decode(self, embedded: Embedded, points: Tensor, min_iou: float) -> Decoded:
         features: dict[str, Any] = {"image_embeddings": embedded.features}
         if self._name == "SamHQModel":
             features = dict(zip(("image_embeddings", "intermediate_embeddings"), embedded.features, strict=True))
         labels = torch.ones(1, len(points), 1, dtype=torch.int, device=points.device)
         output = self._model(input_points=points[None, :, None], input_labels=labels, multimask_output=True, **features)
-        scores, logits = output.iou_scores[0], output.pred_masks[0]
-        passed = scores > least if least > 0 else torch.ones_like(scores, dtype=torch.bool)
-        return Decoded(logits[passed], scores[passed])
+        predicted_iou, logits = output.iou_scores[0], output.pred_masks[0]
+        passed = predicted_iou > min_iou if min_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
+        return Decoded(logits[passed], predicted_iou[passed])
 
 
 def _to_float(value: Any) -> Any:

@@ -135,7 +135,7 @@ def test_filters_run_while_the_model_goes_on(monkeypatch: pytest.MonkeyPatch) ->
     options = {**MINIATURE, "points_per_batch": 49}
     expected = SamProposer(SamOptions(**options), CPU).propose(picture)
     filtered, decoded = Event(), 0
-    plain, model = mask_generation._passed, PackagedSam.decode
+    plain, model = mask_generation._Filters.prefilter, PackagedSam.decode
 
     def slow(*arguments: Any) -> Any:
         assert filtered.wait(60)
@@ -148,7 +148,7 @@ def test_filters_run_while_the_model_goes_on(monkeypatch: pytest.MonkeyPatch) ->
             filtered.set()  # had the filter been waited for, this would never be reached
         return model(*arguments)
 
-    monkeypatch.setattr(mask_generation, "_passed", slow)
+    monkeypatch.setattr(mask_generation._Filters, "prefilter", slow)
     monkeypatch.setattr(PackagedSam, "decode", counted)
     found = SamProposer(SamOptions(**options), CPU).propose(picture)
     assert decoded == 4
@@ -162,7 +162,7 @@ def test_an_error_of_a_filter_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: Any) -> None:
         raise RuntimeError("no memory for boxes")
 
-    monkeypatch.setattr(mask_upsampling, "boxes", broken)
+    monkeypatch.setattr(mask_upsampling, "measure_boxes", broken)
     for count in (1, 3):
         with pytest.raises(RuntimeError, match="no memory for boxes"):
             SamProposer(SamOptions(**MINIATURE), CPU).propose_batch(scenes(count))
@@ -268,7 +268,7 @@ def test_model_and_enlarging(device: torch.device, size: tuple[int, int]) -> Non
         decoded = model.decode(embedded, coordinates, 0.0)
         enlarged = torch.cat(list(mask_upsampling.enlarge(decoded.logits, embedded)))
     assert relative(embedded.features, predictor.features) < 1e-5
-    assert relative(decoded.scores, scores.flatten()) < 1e-5
+    assert relative(decoded.predicted_iou, scores.flatten()) < 1e-5
     assert relative(enlarged, masks.flatten(0, 1)) < 1e-4
 
 
@@ -286,7 +286,7 @@ def test_one_matrix_is_both_steps(padded: int | None, inner: int, target: int, d
     if padded is not None:
         large = F.interpolate(large, (padded, padded), mode="bilinear", align_corners=False)[..., :inner, :inner]
     expected = F.interpolate(large, (target, target), mode="bilinear", align_corners=False)[0]
-    matrix = mask_upsampling.resize_matrix(64, padded, inner, target, device)
+    matrix = mask_upsampling.make_resize_matrix(64, padded, inner, target, device)
     torch.testing.assert_close(matrix @ logits @ matrix.T, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -324,8 +324,8 @@ def test_prefilter_loses_no_mask(embedded: Embedded) -> None:
     logits = blobs(400, torch.device("cpu"))
     for threshold in (0.6, 0.9, 0.95):
         options = GridOptions(stability_score_thresh=threshold)
-        exact = mask_upsampling.stability(logits, embedded, 0.0, options) >= threshold
-        hopeful = mask_upsampling.hopeful(logits, embedded, 0.0, options)
+        exact = mask_upsampling.measure_stability(logits, embedded, 0.0, options) >= threshold
+        hopeful = mask_upsampling.find_possibly_stable(logits, embedded, 0.0, options)
         assert set(exact.nonzero()[:, 0].tolist()) <= set(hopeful.tolist())
         assert 0 < exact.sum() < len(hopeful) < 400
 
@@ -335,7 +335,7 @@ def test_boxes_are_those_of_the_enlarged_masks(embedded: Embedded, device: torch
     logits = blobs(60, device)
     logits[7] = -1.0
     chosen = torch.arange(0, 60, 2, device=device) + 1
-    boxes, filled = mask_upsampling.boxes(logits, chosen, embedded, 0.0)
+    boxes, filled = mask_upsampling.measure_boxes(logits, chosen, embedded, 0.0)
     masks = torch.cat(list(mask_upsampling.enlarge(logits[chosen], embedded))).cpu() > 0
     assert masks.shape == (30, 90, 128)
     assert torch.equal(filled.cpu(), masks.any(2).any(1))
@@ -343,7 +343,7 @@ def test_boxes_are_those_of_the_enlarged_masks(embedded: Embedded, device: torch
     for mask, box in zip(masks[filled.cpu()], boxes[filled], strict=True):
         rows, columns = mask.nonzero(as_tuple=True)
         assert box.tolist() == [columns.min(), rows.min(), columns.max(), rows.max()]
-    assert mask_upsampling.boxes(logits, chosen[:0], embedded, 0.0)[0].shape == (0, 4)
+    assert mask_upsampling.measure_boxes(logits, chosen[:0], embedded, 0.0)[0].shape == (0, 4)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.8, 0.9, 0.95, 1.0])
@@ -355,20 +355,21 @@ def test_stability_measured_late_chooses_the_same(
     """As if every mask had been measured before NMS: with most stable, few, none; with and without the last resort."""
     from torchvision.ops import nms
 
-    monkeypatch.setattr(mask_generation, "MOST_UNSTABLE_ROUNDS", rounds)
+    monkeypatch.setattr(mask_generation, "MAX_UNSTABLE_ROUNDS", rounds)
     embedded = SHAPES["padded"]
     logits = blobs(300, device)
-    boxes, filled = mask_upsampling.boxes(logits, torch.arange(300, device=device), embedded, 0.0)
+    boxes, filled = mask_upsampling.measure_boxes(logits, torch.arange(300, device=device), embedded, 0.0)
     logits, boxes = logits[filled], boxes[filled]
     scores = torch.rand(len(logits), generator=torch.Generator().manual_seed(0)).mul(20).round().to(device)  # ties
     options = GridOptions(stability_score_thresh=threshold, box_nms_thresh=overlap)
-    stability = mask_upsampling.stability(logits, embedded, 0.0, options)
+    stability = mask_upsampling.measure_stability(logits, embedded, 0.0, options)
     (stable,) = (stability >= threshold).nonzero(as_tuple=True)
     expected = stable[nms(boxes[stable], scores[stable], overlap)]
-    found = mask_generation._best_stable(logits, scores, boxes, embedded, 0.0, options)
+    masks = mask_generation._Masks(logits, scores, boxes, torch.full_like(scores, torch.nan))
+    found = mask_generation._Filters(0.0, options).choose_stable(masks, embedded)
     assert torch.equal(found.boxes, boxes[expected])
     assert torch.equal(found.logits, logits[expected])
-    torch.testing.assert_close(found.stability, stability[expected])
+    torch.testing.assert_close(found.stability_score, stability[expected])
     assert (len(expected) == 0) == (threshold == 1)
 
 
@@ -384,7 +385,7 @@ class Squares(Promptable):
     def embed(self, image: np.ndarray) -> Embedded:
         return Embedded(None, (image.shape[0], image.shape[1]), (image.shape[0], image.shape[1]), None)
 
-    def decode(self, embedded: Embedded, points: Tensor, least: float) -> Decoded:
+    def decode(self, embedded: Embedded, points: Tensor, min_iou: float) -> Decoded:
         y, x = torch.meshgrid(*(torch.arange(float(side)) + 0.5 for side in embedded.size), indexing="ij")
         inside = ((x - points[:, 0, None, None]).abs() < 3) & ((y - points[:, 1, None, None]).abs() < 3)
         logits = torch.where(inside, 10.0, -10.0)

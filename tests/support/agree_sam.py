@@ -82,14 +82,14 @@ def compare_sam_hq(folder: Path) -> list[Row]:
             expected = plain.decode(reference, points, 0.0)
             embedded = ours.embed(image)
             decoded = ours.decode(embedded, points, 0.0)
-        scores, order = expected.scores.view(-1, 4)[:, :3].sort(1, descending=True)
+        scores, order = expected.predicted_iou.view(-1, 4)[:, :3].sort(1, descending=True)
         logits = expected.logits.unflatten(0, (-1, 4))[torch.arange(len(points))[:, None], order]
         size = f"{height} x {width}"
         rows += [
             Row("SAM-HQ", LIBRARIES, output, size, relative_error(a, b))
             for output, a, b in (
                 ("image embedding", embedded.features[0], reference.features),
-                ("predicted IoU", decoded.scores, scores.flatten()),
+                ("predicted IoU", decoded.predicted_iou, scores.flatten()),
                 ("masks", decoded.logits, logits.flatten(0, 1)),
             )
         ]
@@ -120,7 +120,7 @@ def _beside_predictor(title: str, implementations: str, ours: Promptable, sam: A
         enlarged = torch.cat(list(enlarge(decoded.logits, embedded)))
         pairs = (
             ("image embedding", embedded.features, predictor.features),
-            ("predicted IoU", decoded.scores, scores.flatten()),
+            ("predicted IoU", decoded.predicted_iou, scores.flatten()),
             ("masks", enlarged, masks.flatten(0, 1)),
         )
         size = f"{height} x {width}"
