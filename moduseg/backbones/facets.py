@@ -1,4 +1,4 @@
-"""What a timm attention holds besides its output: queries and keys, of which affinities are made."""
+"""Queries and keys of a timm attention, from which affinities are computed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from moduseg.errors import ConfigError
 
 
-def attention_width(block: Any) -> int | None:
-    """Channels of the queries of a block, all heads together; `None` where queries and keys cannot be added up.
+def get_attention_width(block: Any) -> int | None:
+    """Return the channels of a block's queries, all heads together; `None` if queries and keys cannot be added up.
 
-    Known are timm's attentions with one fused `qkv` or with `q_proj` and `k_proj`, rotary or not, that have one key
+    Supported are timm's attentions with one fused `qkv` or with `q_proj` and `k_proj`, rotary or not, that have one key
     for each query head. Attention fused with the MLP, grouped queries and convolutional attention are not.
     """
     attention = getattr(block, "attn", None)
@@ -30,13 +30,20 @@ def attention_width(block: Any) -> int | None:
 
 
 def check_facet(model: Any, layers: tuple[int, ...], name: str) -> None:
-    """Whether the blocks `layers` of a model (counted from 0; none of a CNN) have queries and keys to add up.
+    """Raise an error unless all blocks that are taken have queries and keys that can be added up.
+
+    Args:
+        model: a timm model.
+        layers: blocks counted from 0; empty for a CNN.
+        name: of the model, for messages.
 
     Raises:
-        ConfigError: they have not.
+        ConfigError: a block without them, or a CNN.
     """
     without = [
-        type(getattr(model.blocks[i], "attn", None)).__name__ for i in layers if not attention_width(model.blocks[i])
+        type(getattr(model.blocks[i], "attn", None)).__name__
+        for i in layers
+        if not get_attention_width(model.blocks[i])
     ]
     if without or not layers:
         raise ConfigError(
@@ -46,15 +53,15 @@ def check_facet(model: Any, layers: tuple[int, ...], name: str) -> None:
         )
 
 
-def query_plus_key(attention: Any, tokens: Tensor) -> Tensor:
-    """Sum of each token's query and key, the heads side by side.
+def sum_query_and_key(attention: Any, tokens: Tensor) -> Tensor:
+    """Return the sum of each token's query and key, the heads concatenated.
 
-    Where the model normalises queries and keys, that is done before. Rotary positions are left out: rotated vectors
-    say where a token is, an affinity asks what it is.
+    If the model normalises queries and keys, the sum is taken after that. Rotary positions are not applied: rotated
+    vectors say where a token is, an affinity asks what it is.
 
     Args:
-        attention: a timm attention that `attention_width` knows.
-        tokens: `[B, N, C]`, what enters it (the block's first norm applied).
+        attention: a timm attention that `get_attention_width` supports.
+        tokens: `[B, N, C]`, its input (the block's first norm applied).
 
     Returns:
         `[B, N, D]`, not normalised.

@@ -1,4 +1,4 @@
-"""How a ViT's learned positions are brought to another grid than the trained one.
+"""How a ViT's learned positions are resampled to another grid than the trained one.
 
 timm always antialiases, as DINOv2 with registers was published; DINO and DINOv2 without registers were published
 without. The two differ on every grid but the trained one, larger grids included: PyTorch's bicubic kernel has a = -0.5
@@ -20,10 +20,14 @@ from moduseg.errors import ConfigError
 
 
 def check_positions(model: Any, name: str) -> None:
-    """Whether a model has learned positions that `resample_positions` can change.
+    """Raise an error unless a model has learned positions that `resample_positions` can change.
+
+    Args:
+        model: a timm model.
+        name: of the model, for messages.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it has none.
     """
     learned = isinstance(getattr(model, "pos_embed", None), nn.Parameter)
     if not (learned and hasattr(model, "no_embed_class") and hasattr(getattr(model, "patch_embed", None), "grid_size")):
@@ -35,23 +39,23 @@ def check_positions(model: Any, name: str) -> None:
 
 @contextmanager
 def resample_positions(model: Any, grid: tuple[int, int], antialias: bool) -> Iterator[None]:
-    """Give a timm ViT the positions of another grid, bicubic, for as long as the context lasts.
+    """Give a timm ViT bicubically resampled positions for another grid while the context lasts.
 
     Args:
         model: one that `check_positions` accepts.
         grid: rows and columns of patches of the images to come.
-        antialias: see the module.
+        antialias: whether the kernel is widened where the grid shrinks; the module's docstring says who does it.
     """
     table, trained = model.pos_embed, tuple(model.patch_embed.grid_size)
     if grid == trained:
         yield
         return
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    places = table[:, prefix:].float().unflatten(1, trained).permute(0, 3, 1, 2)
-    places = F.interpolate(places, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
-    moved = torch.cat([table[:, :prefix], places.flatten(2).mT.to(table.dtype)], dim=1)
-    # timm leaves positions alone that are on the grid of the images.
-    model.pos_embed, model.patch_embed.grid_size = nn.Parameter(moved, requires_grad=False), grid
+    positions = table[:, prefix:].float().unflatten(1, trained).permute(0, 3, 1, 2)
+    positions = F.interpolate(positions, size=grid, mode="bicubic", align_corners=False, antialias=antialias)
+    resampled = torch.cat([table[:, :prefix], positions.flatten(2).mT.to(table.dtype)], dim=1)
+    # timm does not resample positions that are on the grid of the images.
+    model.pos_embed, model.patch_embed.grid_size = nn.Parameter(resampled, requires_grad=False), grid
     try:
         yield
     finally:

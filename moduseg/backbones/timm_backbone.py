@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moduseg.backbones.base import Backbone
-from moduseg.backbones.facets import attention_width, check_facet, query_plus_key
+from moduseg.backbones.facets import check_facet, get_attention_width, sum_query_and_key
 from moduseg.backbones.inputs import batch_equal, pad_and_stack, round_up, to_input
 from moduseg.backbones.positions import check_positions, resample_positions
 from moduseg.backbones.timm_model import (
     build_model,
     check_layers,
+    get_patch_side,
     is_transformer,
     load_weights,
     measure_grid,
-    patch_side,
     resample_to_patches,
     run_cnn,
 )
@@ -145,7 +145,9 @@ class TimmBackbone(Backbone):
         model = self._model
         if not is_transformer(model) and self._blocks:
             return int(model.feature_info[self._blocks[0]]["num_chs"])
-        width = attention_width(model.blocks[self._blocks[0]]) if self._options.facet == "qk" else model.num_features
+        width = (
+            get_attention_width(model.blocks[self._blocks[0]]) if self._options.facet == "qk" else model.num_features
+        )
         return int(width or 0) * len(self._layers)
 
     @property
@@ -207,7 +209,7 @@ class TimmBackbone(Backbone):
     def _grid(self) -> tuple[int, float]:
         """Stride in pixels, and where the first cell's centre lies (a patch's: `stride / 2`)."""
         if is_transformer(self._model):
-            stride = patch_side(self._model)
+            stride = get_patch_side(self._model)
             return stride, stride / 2
         return measure_grid(self._model, self._options.model, self._blocks)
 
@@ -306,7 +308,7 @@ class TimmBackbone(Backbone):
             for hook in hooks:
                 hook.remove()
         sums = [
-            query_plus_key(model.blocks[block].attn, inputs_by_block[block])[:, model.num_prefix_tokens :]
+            sum_query_and_key(model.blocks[block].attn, inputs_by_block[block])[:, model.num_prefix_tokens :]
             for block in self._blocks
         ]
         return torch.cat(sums, dim=-1).unflatten(1, (batch.shape[2] // self.stride, batch.shape[3] // self.stride))

@@ -19,8 +19,8 @@ HEAD_PREFIXES = ("head.", "head_dist.", "classifier.", "fc.", "fc_norm.", "attn_
 _PROBE_CELLS = 64
 
 
-def pretrained_id(name: str) -> str:
-    """The hub id under which timm's weights of a model are published.
+def find_pretrained_id(name: str) -> str:
+    """Return the hub id under which timm publishes the weights of a model.
 
     Raises:
         ConfigError: timm has no such model, or publishes no weights for it.
@@ -37,19 +37,19 @@ def pretrained_id(name: str) -> str:
             f"backbone.weights: got 'hub', but timm publishes no weights for {name!r}; "
             "give a path: backbone.weights=<path>"
         )
-    # timm fills in the id of its own models as `timm/` and expects `<architecture>.<tag>` behind it.
+    # timm fills in the id of its own models as `timm/` and expects `<architecture>.<tag>` after it.
     hub_id = str(published.hf_hub_id)
     return hub_id + f"{published.architecture}.{published.tag}" if hub_id.endswith("/") else hub_id
 
 
 def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None, seed: int) -> Any:
-    """A timm model without classifier, on the CPU: a ViT that takes any size, or a CNN.
+    """Build a timm model without classifier, on the CPU: a ViT that takes any size, or a CNN.
 
     Args:
         name: timm's name, with or without `.tag`.
         kwargs: more arguments for `timm.create_model`.
         output_stride: of a CNN, in pixels; `None` is the model's own.
-        seed: of the random weights; the caller's random state is left as it was.
+        seed: of the random weights; the caller's random state does not change.
 
     Raises:
         ConfigError: unknown model or argument, or a model that is neither a plain ViT nor a CNN.
@@ -99,12 +99,12 @@ def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None,
 
 
 def is_transformer(model: nn.Module) -> bool:
-    """Whether the model has patch tokens (a ViT in timm's sense)."""
+    """Return whether the model has patch tokens (a ViT in timm's sense)."""
     return all(hasattr(model, name) for name in ("blocks", "num_prefix_tokens", "forward_intermediates"))
 
 
-def patch_side(model: Any) -> int:
-    """Side of a ViT's patch, in pixels."""
+def get_patch_side(model: Any) -> int:
+    """Return the side of a ViT's patch, in pixels."""
     if hasattr(model, "patch_embed"):
         return int(model.patch_embed.feat_ratio())
     side = model.embeds.patch_size  # NaFlex models keep their patches in a module of this name
@@ -121,10 +121,18 @@ def _is_cnn(model: nn.Module) -> bool:
 
 
 def check_layers(model: Any, layers: Sequence[int], name: str) -> tuple[int, ...]:
-    """The blocks `layers` of a model, counted from 0, in the order given; of a CNN, the stage, or none for `[-1]`.
+    """Return the indices, counted from 0, of the blocks or of the stage that are taken.
+
+    Args:
+        model: a timm model.
+        layers: blocks of a ViT, counted from 0 or, negative, from the end; of a CNN one stage, or -1 for the last map.
+        name: of the model, for messages.
+
+    Returns:
+        The blocks in the order of `layers`; of a CNN its stage, or nothing for the last map.
 
     Raises:
-        ConfigError: a block or stage that the model has not, one named twice, or several stages of a CNN.
+        ConfigError: a block or stage that the model has not, a block named twice, or several stages of a CNN.
     """
     if not is_transformer(model):
         if list(layers) == [-1]:
@@ -153,10 +161,10 @@ def check_layers(model: Any, layers: Sequence[int], name: str) -> tuple[int, ...
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a weight file, every tensor of the model accounted for; half precision becomes float32.
+    """Load a weight file, accounting for every tensor of the model; half precision becomes float32.
 
-    timm's own filter of the architecture runs first, where there is one: it knows the names of other publishers and
-    resizes positional embeddings. Classifier tensors that the model has no place for are left out.
+    timm's own filter of the architecture runs first, if there is one: it translates the names of other publishers and
+    resizes positional embeddings. Classifier tensors that the model does not have are dropped.
 
     Raises:
         ArtefactError: a tensor is missing, left over or of another shape, or the file is damaged.
@@ -194,19 +202,23 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def run_cnn(model: Any, batch: Tensor, stages: Sequence[int]) -> Tensor:
-    """`[B, C, h, w]`, a CNN's last map, or that of the stage which `check_layers` returned."""
+    """Return a CNN's last map, or that of the stage which `check_layers` returned, `[B, C, h, w]`."""
     if not stages:
         return model.forward_features(batch)
-    found = model.forward_intermediates(batch, indices=list(stages), intermediates_only=True, stop_early=True)
-    return found[0]
+    return model.forward_intermediates(batch, indices=list(stages), intermediates_only=True, stop_early=True)[0]
 
 
 @torch.no_grad()
 def measure_grid(model: Any, name: str, stages: Sequence[int] = ()) -> tuple[int, float]:
-    """Stride of a CNN's feature map and the centre of its first cell, both in pixels (pixel 0 spans [0, 1]).
+    """Return a CNN's stride and the centre of its first cell, both in pixels (pixel 0 spans [0, 1]).
 
-    A copy of the model is made linear (averaging convolutions; no norms, activations or gates) and is shown the
-    pixels' own coordinates: what a cell then holds is the mean coordinate of what it sees. Weights have no say.
+    A copy of the model is made linear (averaging convolutions; no norms, activations or gates) and gets the pixels'
+    coordinates as input: a cell then holds the mean coordinate of its receptive field. Weights do not matter.
+
+    Args:
+        model: a timm CNN.
+        name: of the model, for messages.
+        stages: the stage whose map is taken; the last map if empty.
 
     Raises:
         ConfigError: the cells do not lie on a regular grid.
@@ -218,9 +230,9 @@ def measure_grid(model: Any, name: str, stages: Sequence[int] = ()) -> tuple[int
     width = _PROBE_CELLS * stride
     coordinates = torch.arange(width, device=device).float() + 0.5
     inputs = torch.stack([torch.ones_like(coordinates), coordinates]).view(2, 1, 1, width).expand(2, 3, stride, width)
-    seen = run_cnn(probe, inputs.contiguous(), stages)
+    responses = run_cnn(probe, inputs.contiguous(), stages)
     middle = _PROBE_CELLS // 2
-    centres = (seen[1].mean(0)[0] / seen[0].mean(0)[0])[middle - 2 : middle + 3]
+    centres = (responses[1].mean(0)[0] / responses[0].mean(0)[0])[middle - 2 : middle + 3]
     indices = torch.arange(middle - 2, middle + 3, device=device)
     # Convolutions move the centre by half pixels; rounding makes it the same on every device.
     offset = round(2 * float((centres - stride * indices).mean())) / 2
@@ -255,7 +267,7 @@ def _linearise(model: nn.Module) -> Any:
 
 
 def resample_to_patches(features: Tensor, stride: int, offset: float) -> Tensor:
-    """Bilinear values of a CNN's map at the centres of regular patches.
+    """Return bilinear values of a CNN's map at the centres of regular patches.
 
     Args:
         features: `[B, C, h, w]` float; cell `i` is centred at pixel `offset + i * stride`.

@@ -9,14 +9,14 @@ from moduseg.structures import TokenMap
 
 
 def upsample(maps: Tensor, token_map: TokenMap) -> Tensor:
-    """Bilinear values of patch maps at every pixel centre of the image, padding and resizing undone.
+    """Return bilinear values of patch maps at every pixel centre of the image; padding and resizing are undone.
 
     Patch `(i, j)` is centred at `((i + 0.5) * stride, (j + 0.5) * stride)` of the input. Beyond the outermost centres
     the border is repeated.
 
     Args:
         maps: `[R, h, w]` float on the grid of `token_map`.
-        token_map: the grid, the size of the image and the size it had as input; its tokens are not read.
+        token_map: the grid, the size of the image and its size as input; its tokens are not read.
 
     Returns:
         `[R, H, W]` float of the same type, on the same device.
@@ -29,7 +29,7 @@ def upsample(maps: Tensor, token_map: TokenMap) -> Tensor:
             f"maps: got {tuple(maps.shape)}, expected [R, h, w] on the grid {tuple(token_map.tokens.shape[:2])}"
         )
     rows, columns = (
-        _interpolation(_centres(pixels, maps) / pixels * source, cells, token_map.stride)
+        _make_interpolation(_make_centres(pixels, maps) / pixels * source, cells, token_map.stride)
         for pixels, source, cells in zip(token_map.image_size, token_map.input_size, maps.shape[1:], strict=True)
     )
     # Two small matrix products, which are exact and repeatable on every device.
@@ -37,9 +37,9 @@ def upsample(maps: Tensor, token_map: TokenMap) -> Tensor:
 
 
 def regrid(token_map: TokenMap, target: TokenMap) -> Tensor:
-    """Bilinear values of one map's tokens at the patch centres of another map of the same image.
+    """Return bilinear values of one map's tokens at the patch centres of another map of the same image.
 
-    The two may have other strides and input sizes; what lies at one place of the image stays there. Beyond the
+    The two may have different strides and input sizes; tokens keep their position in the image. Beyond the
     outermost centres the border is repeated.
 
     Args:
@@ -56,8 +56,10 @@ def regrid(token_map: TokenMap, target: TokenMap) -> Tensor:
         raise ValueError(f"token maps: got images of {token_map.image_size} and {target.image_size}, expected one size")
     tokens = token_map.tokens
     rows, columns = (
-        _interpolation(_centres(cells, tokens) * (target.stride / theirs * ours), tokens.shape[axis], token_map.stride)
-        for axis, (cells, theirs, ours) in enumerate(
+        _make_interpolation(
+            _make_centres(cells, tokens) * (target.stride / target_side * side), tokens.shape[axis], token_map.stride
+        )
+        for axis, (cells, target_side, side) in enumerate(
             zip(target.tokens.shape[:2], target.input_size, token_map.input_size, strict=True)
         )
     )
@@ -65,12 +67,12 @@ def regrid(token_map: TokenMap, target: TokenMap) -> Tensor:
     return columns @ down
 
 
-def _centres(count: int, like: Tensor) -> Tensor:
+def _make_centres(count: int, like: Tensor) -> Tensor:
     return torch.arange(count, device=like.device, dtype=like.dtype) + 0.5
 
 
-def _interpolation(centres: Tensor, cells: int, stride: int) -> Tensor:
-    """`[n, cells]` weights of each cell at `n` places of the input along one axis, given in its pixels."""
+def _make_interpolation(centres: Tensor, cells: int, stride: int) -> Tensor:
+    """Return `[n, cells]` weights of each cell at `n` positions along one axis of the input, in its pixels."""
     position = (centres / stride - 0.5).clamp(0, cells - 1)
-    distance = (position[:, None] - (_centres(cells, centres) - 0.5)).abs()
+    distance = (position[:, None] - (_make_centres(cells, centres) - 0.5)).abs()
     return (1 - distance).clamp(min=0)

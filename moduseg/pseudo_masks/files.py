@@ -1,4 +1,4 @@
-"""Pseudo masks that somebody made already: one label PNG for each image."""
+"""Pseudo masks that exist already: one label PNG for each image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEY = "pseudo_masks.generator.folder"
 
 
 class FilePseudoMasks(PseudoMaskGenerator):
-    """Label maps from a folder or a zip archive, as one-hot scores with the background given.
+    """Label maps from a folder or a zip archive, as one-hot scores with a background.
 
     Args:
         folder: where the files are: a folder (`~` allowed), a `.zip`, or the address of a `.zip` as
@@ -34,7 +34,7 @@ class FilePseudoMasks(PseudoMaskGenerator):
         device: where the scores are put.
         classes: class names, background first; ids beyond them are an error.
         pattern: name of an image's file inside `folder`; `{id}` is the image's id.
-        filter_labels: pixels of classes outside the image-level labels become background (METHOD, stage 1, step 1).
+        filter_labels: pixels of classes outside the image-level labels become background (docs/method.md, step 1).
 
     Raises:
         ValueError: a pattern without `{id}`.
@@ -50,7 +50,7 @@ class FilePseudoMasks(PseudoMaskGenerator):
     ) -> None:
         if "{id}" not in pattern:
             raise ValueError(f"pattern: got {pattern!r}, expected a file name with {{id}}; try {{id}}.png")
-        self._given, self._device, self._classes = folder, device, tuple(classes)
+        self._folder, self._device, self._classes = folder, device, tuple(classes)
         self._pattern, self._filter = pattern, filter_labels
 
     @property
@@ -60,19 +60,19 @@ class FilePseudoMasks(PseudoMaskGenerator):
         Raises:
             MissingError: there is no such folder or archive.
         """
-        if self._place.is_file():
-            return file_digest(self._place)
+        if self._root.is_file():
+            return file_digest(self._root)
         total = hashlib.sha256()
-        for path in sorted(self._place.rglob("*" + Path(self._pattern).suffix)):
+        for path in sorted(self._root.rglob("*" + Path(self._pattern).suffix)):
             if path.is_file():
-                total.update(f"{path.relative_to(self._place).as_posix()}:{file_digest(path)}\n".encode())
+                total.update(f"{path.relative_to(self._root).as_posix()}:{file_digest(path)}\n".encode())
         return total.hexdigest()
 
     def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None = None) -> ScoreMaps:
-        """One-hot scores of the image's file.
+        """Return one-hot scores of the image's file.
 
         Returns:
-            Maps of the classes in `labels`; with `filter_labels=false`, of those that the file holds.
+            Maps of the classes in `labels`; with `filter_labels=false`, of those in the file.
 
         Raises:
             MissingError: there is no such folder or archive.
@@ -81,36 +81,37 @@ class FilePseudoMasks(PseudoMaskGenerator):
             ArtefactError: the archive is damaged.
         """
         name = self._pattern.replace("{id}", sample.id)
-        where = self._place / name
-        array = read_label_map(self._content(name), str(where), len(self._classes) - 1)
+        where = self._root / name
+        array = read_label_map(self._read(name), str(where), len(self._classes) - 1)
         if array.shape != sample.size:
             raise DataError(f"{where}: got {array.shape} pixels, expected the image's {sample.size}; make it again")
         return to_one_hot(array, labels if self._filter else None, self._device)
 
     @cached_property
-    def _place(self) -> Path:
+    def _root(self) -> Path:
         """The folder or the archive."""
-        address = self._given.startswith(ADDRESSES)
-        place = find_weights(self._given, KEY) if address else Path(self._given).expanduser()
-        if not place.is_dir() and not (place.suffix == ".zip" and place.is_file()):
+        address = self._folder.startswith(ADDRESSES)
+        root = find_weights(self._folder, KEY) if address else Path(self._folder).expanduser()
+        if not root.is_dir() and not (root.suffix == ".zip" and root.is_file()):
             raise MissingError(
-                f"{KEY}: got {self._given!r}, no such folder or .zip; set {KEY}=<folder or .zip of label PNGs>"
+                f"{KEY}: got {self._folder!r}, no such folder or .zip; set {KEY}=<folder or .zip of label PNGs>"
             )
-        return place
+        return root
 
     @cached_property
     def _archive(self) -> ZipFile | None:
-        if not self._place.is_file():
+        if not self._root.is_file():
             return None
         try:
-            return ZipFile(self._place)
+            return ZipFile(self._root)
         except (BadZipFile, OSError) as error:
             raise ArtefactError(
-                f"{self._place}: not readable as a zip archive ({error}); remove it and fetch it again"
+                f"{self._root}: not readable as a zip archive ({error}); remove it and fetch it again"
             ) from error
 
-    def _content(self, name: str) -> bytes:
-        where = self._place / name
+    def _read(self, name: str) -> bytes:
+        """Return the content of a file of the folder or archive."""
+        where = self._root / name
         try:
             return where.read_bytes() if self._archive is None else self._archive.read(name)
         except (FileNotFoundError, KeyError) as error:
@@ -123,7 +124,7 @@ class FilePseudoMasks(PseudoMaskGenerator):
 
 
 def read_label_map(content: bytes, name: str, num_classes: int) -> np.ndarray:
-    """`[H, W]` uint8 class ids of an indexed or 8-bit grey picture.
+    """Return the `[H, W]` uint8 class ids of an indexed or 8-bit grey picture.
 
     Args:
         content: of the file.
@@ -150,11 +151,11 @@ def read_label_map(content: bytes, name: str, num_classes: int) -> np.ndarray:
 
 
 def to_one_hot(array: np.ndarray, labels: tuple[int, ...] | None, device: Device) -> ScoreMaps:
-    """Scores 0 and 1 of an `[H, W]` uint8 label map, background given, 255 ignored.
+    """Return scores 0 and 1 of an `[H, W]` uint8 label map, with a background; 255 is ignored.
 
     Args:
         array: class ids.
-        labels: ascending ids to keep, the others become background; `None` keeps all that occur.
+        labels: ascending ids to keep, the others become background; `None` keeps all ids of the map.
         device: where the scores are put.
     """
     label_map = torch.from_numpy(np.array(array, order="C")).to(device.torch_device)

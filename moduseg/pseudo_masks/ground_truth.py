@@ -10,7 +10,7 @@ from moduseg.structures import Proposals, Sample, ScoreMaps
 
 
 class GroundTruthPseudoMasks(PseudoMaskGenerator):
-    """The annotated masks, as one-hot scores with the background given (the paper's upper-bound row).
+    """The annotated masks, as one-hot scores with a background (the paper's upper-bound row).
 
     Args:
         device: where the scores are put.
@@ -23,7 +23,7 @@ class GroundTruthPseudoMasks(PseudoMaskGenerator):
         self._device, self._filter = device, filter_labels
 
     def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None = None) -> ScoreMaps:
-        """One-hot scores of `sample.semantic`, 255 ignored.
+        """Return one-hot scores of `sample.semantic`; 255 is ignored.
 
         Raises:
             DataError: the image has no ground truth.

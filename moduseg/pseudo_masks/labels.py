@@ -25,17 +25,17 @@ def make_label_map(
     low: float | None = None,
     refine: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Every pixel's best class, background included.
+    """Return every pixel's best class, background included.
 
     Args:
         score_maps: scores of the present classes, in [0, 1].
-        rule: how the background competes. `constant`, `power`, `given`, `words`: see `add_background`. `threshold`:
+        rule: how the background competes. `constant`, `power`, `given`, `words`: as in `add_background`. `threshold`:
             classes win where they beat a background of `value`, the background wins where it beats them with `low`,
             pixels between the two are ignored (255), as AFA (Ru et al., 2022) makes its pseudo labels. `probability`:
-            as `given`, where the generator supplies a background; besides, a pixel whose best score is below `value`
+            as `given`, if the generator supplies a background; besides, a pixel whose best score is below `value`
             is background (CorrCLIP's threshold).
         value: in [0, 1], but above 0 for `power`; unused for `given` and `words`.
-        low: of `threshold`, at most `value`; `value` where left out, which makes it `constant`.
+        low: of `threshold`, at most `value`; `value` if omitted, which makes it `constant`.
         refine: changes the scores `[1 + R, H, W]`, background first, before they are compared.
 
     Returns:
@@ -43,7 +43,7 @@ def make_label_map(
         to the background, then to the smaller id.
 
     Raises:
-        ConfigError: an unknown rule, a value out of range, or `given` where the generator gives no background.
+        ConfigError: an unknown rule, a value out of range, or `given` although the generator supplies no background.
     """
     if rule == "threshold":
         floor = value if low is None else low
@@ -52,8 +52,8 @@ def make_label_map(
                 f"pseudo_masks.background.low: got {floor} with value {value}, expected 0 <= low <= value <= 1; "
                 "try low 0.35 and value 0.55"
             )
-        sure, bare = (make_label_map(score_maps, "constant", v, refine=refine) for v in (value, floor))
-        return torch.where((sure == 0) & (bare != 0), IGNORE_INDEX, sure)
+        strict, loose = (make_label_map(score_maps, "constant", v, refine=refine) for v in (value, floor))
+        return torch.where((strict == 0) & (loose != 0), IGNORE_INDEX, strict)
     stacked = add_background(score_maps, rule, value)
     if refine is not None:
         stacked = refine(stacked)
@@ -69,17 +69,17 @@ def make_label_map(
 
 
 def add_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: float = 0.5) -> Tensor:
-    """Scores of the background and of the classes, `[1 + R, H, W]`.
+    """Return the scores of the background and of the classes, `[1 + R, H, W]`.
 
     Args:
         score_maps: scores of the present classes, in [0, 1].
         rule: the background's score. `constant`: `value` everywhere. `power`: `(1 - m) ** value`, `m` the pixel's
-            largest class score (IRN's and AFA's family of rules). `given`: what the generator supplies; `words`: the
-            same, of a generator that has words for the background. `probability`: the same, or 0 where there is none.
-        value: see `label_map`.
+            largest class score (IRN's and AFA's family of rules). `given`: what the generator supplies; `words`:
+            what a generator supplies that has words for the background. `probability`: what it supplies, else 0.
+        value: in [0, 1], but above 0 for `power`; unused for `given` and `words`.
 
     Raises:
-        ConfigError: see `label_map`; `threshold` is two backgrounds, and made there.
+        ConfigError: as `make_label_map` does, and for `threshold`, which compares two backgrounds.
     """
     scores = score_maps.scores
     if rule == "constant" and 0 <= value <= 1:
@@ -95,8 +95,8 @@ def add_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: flo
             )
         background = score_maps.background.to(scores.dtype)
     elif rule == "probability" and 0 <= value <= 1:
-        given = score_maps.background
-        background = scores.new_zeros(scores.shape[1:]) if given is None else given.to(scores.dtype)
+        supplied = score_maps.background
+        background = scores.new_zeros(scores.shape[1:]) if supplied is None else supplied.to(scores.dtype)
     elif rule in ("constant", "power", "probability"):
         allowed = "a number above 0" if rule == "power" else "a number in [0, 1]"
         raise ConfigError(f"pseudo_masks.background.value: got {value}, expected {allowed} for {rule!r}; try 0.5")
@@ -108,9 +108,9 @@ def add_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: flo
 def region_vote(labels: Tensor, proposals: Proposals, purity: float = 0.0) -> Tensor:
     """Give every proposal's region the label that most of its pixels have (the paper's refinement of pseudo masks).
 
-    Disjoint proposals need no choice. Where several hold a pixel, it follows the smallest one whose purity, the share
-    of its pixels that have the winning label, is at least `purity`; where none is that pure, the smallest one of all.
-    Equal areas: the one listed first. So nested masks refine each other from coarse to fine.
+    Disjoint proposals need no choice. If several hold a pixel, it follows the smallest one whose purity, the share of
+    its pixels that have the winning label, is at least `purity`; if none is that pure, the smallest one of all. Equal
+    areas: the first in the list. So nested masks refine each other from coarse to fine.
 
     Args:
         labels: `[H, W]` uint8; ignored pixels (255) neither vote nor change.
@@ -142,14 +142,14 @@ def region_vote(labels: Tensor, proposals: Proposals, purity: float = 0.0) -> Te
     votes = torch.cat([block.flatten(1).float() @ one_hot for block in masks.split(step)])
     best, winner = votes.max(1).values, votes.argmax(1)
     areas = proposals.areas
-    pure = best >= purity * votes.sum(1).clamp(min=1)
-    # Painted from the least to the most decisive: impure before pure, large before small, late before early.
+    is_pure = best >= purity * votes.sum(1).clamp(min=1)
+    # The last to paint a pixel decides it: impure before pure, large before small, late before early.
     order = torch.arange(len(masks), device=masks.device).flip(0)
     order = order[areas[order].argsort(descending=True, stable=True)]
-    order = order[pure[order].int().argsort(stable=True)]
+    order = order[is_pure[order].int().argsort(stable=True)]
     order = order[best[order] > 0]
     if masks.device.type in PACKED:
-        # What paints first stays; numbered from 1, so that 0 is what nothing paints.
+        # PackedMasks keeps what was painted first; labels count from 1, so that 0 is an unpainted pixel.
         order = order.flip(0)
         numbers = (winner[order] + 1).to(torch.uint8).numpy()
         painted = torch.from_numpy(PackedMasks.of(masks).select(order.numpy()).paint(numbers)).flatten()

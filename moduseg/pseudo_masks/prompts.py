@@ -1,4 +1,4 @@
-"""What a CLIP is asked about: prompt templates, class words, background words (METHOD, CorrCLIP)."""
+"""Texts that CLIP compares with patches: prompt templates, class words, background words (docs/method.md, CorrCLIP)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BACKGROUND_WORDS: dict[str, tuple[str, ...]] = {
     "miniature": STUFF,
     "none": (),
 }  # fmt: skip
-"""What a background may be made of, by data set; `none` is for ADE20K and Cityscapes, which have no background."""
+"""Words for what a background shows, by data set; `none` is for ADE20K and Cityscapes, which have no background."""
 
 CLASS_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "names": {},
@@ -69,24 +69,24 @@ paper's; those of ADE20K (plainer names of the same thing) and Cityscapes (what 
 
 
 def resolve_templates(value: str | Sequence[str]) -> tuple[str, ...]:
-    """A preset's templates, or the ones given.
+    """Return a preset's templates, or the caller's own.
 
     Raises:
         ValueError: an unknown preset, no template, or one without `{}`.
     """
-    chosen = _preset("templates", value, TEMPLATES)
+    chosen = _resolve_preset("templates", value, TEMPLATES)
     if not chosen or any(template.count("{}") != 1 for template in chosen):
         raise ValueError(f"templates: got {list(chosen)}, expected sentences with one {{}} each; try imagenet")
     return chosen
 
 
 def resolve_background_words(value: str | Sequence[str]) -> tuple[str, ...]:
-    """A preset's background words, or the ones given; there may be none.
+    """Return a preset's background words, or the caller's own; there may be none.
 
     Raises:
         ValueError: an unknown preset, or an empty word.
     """
-    chosen = _preset("background_words", value, BACKGROUND_WORDS)
+    chosen = _resolve_preset("background_words", value, BACKGROUND_WORDS)
     if not all(chosen):
         raise ValueError(f"background_words: got {list(chosen)}, expected words; remove the empty ones")
     return chosen
@@ -95,7 +95,7 @@ def resolve_background_words(value: str | Sequence[str]) -> tuple[str, ...]:
 def resolve_class_words(
     value: str | Mapping[str, str | Sequence[str]] | None, classes: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """The words of each foreground class, in the order of ids.
+    """Return the words of each foreground class, in the order of ids.
 
     Args:
         value: a preset, or a mapping from class names to a word or several; a class that is not in it goes by its name,
@@ -107,16 +107,18 @@ def resolve_class_words(
     """
     if isinstance(value, str) or value is None:
         # A preset lists what differs; it serves data sets with some of its classes as well.
-        given: Mapping[str, str | Sequence[str]] = CLASS_WORDS[_known("class_words", value or "names", CLASS_WORDS)]
+        words_by_class: Mapping[str, str | Sequence[str]] = CLASS_WORDS[
+            _check_preset("class_words", value or "names", CLASS_WORDS)
+        ]
     else:
-        given = value
-        if unknown := [name for name in given if name not in classes[1:]]:
+        words_by_class = value
+        if unknown := [name for name in words_by_class if name not in classes[1:]]:
             raise ValueError(
                 f"class_words: got {unknown[0]!r}, which is no class; expected some of {', '.join(classes[1:])}"
             )
     words = []
     for name in classes[1:]:
-        chosen = given.get(name, name.replace("_", " "))
+        chosen = words_by_class.get(name, name.replace("_", " "))
         chosen = (chosen,) if isinstance(chosen, str) else tuple(chosen)
         if not chosen or not all(isinstance(word, str) and word for word in chosen):
             raise ValueError(f"class_words: got {list(chosen)} for {name!r}, expected one word or more")
@@ -124,11 +126,13 @@ def resolve_class_words(
     return tuple(words)
 
 
-def _preset(name: str, value: str | Sequence[str], presets: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    return presets[_known(name, value, presets)] if isinstance(value, str) else tuple(value)
+def _resolve_preset(name: str, value: str | Sequence[str], presets: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the preset that `value` names, or `value` itself."""
+    return presets[_check_preset(name, value, presets)] if isinstance(value, str) else tuple(value)
 
 
-def _known(name: str, value: str, presets: Mapping[str, object]) -> str:
+def _check_preset(name: str, value: str, presets: Mapping[str, object]) -> str:
+    """Return the name of a preset, which has to exist; `name` is that of the setting, for messages."""
     if value not in presets:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(presets)}, or your own")
     return value

@@ -1,4 +1,4 @@
-"""Class scores as bytes: half precision, compressed, nothing that could run when it is read."""
+"""Class scores as bytes: half precision, compressed, without code that reading could execute."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moduseg.errors import DataError
 from moduseg.structures import ScoreMaps
 
 SUFFIX = ".safetensors.z"
-"""Of a stored file: a zlib stream of a safetensors file with `class_ids`, `scores` and, where there are any,
+"""Suffix of a stored file: a zlib stream of a safetensors file with `class_ids`, `scores` and, where there are any,
 `background` and `ignore`."""
 
 
 def pack(maps: ScoreMaps) -> bytes:
-    """Scores as float16, whose step is 0.0005 near 1 and finer below."""
+    """Return scores as bytes, in float16, whose step is 0.0005 near 1 and finer below."""
     tensors = {
         "class_ids": torch.tensor(maps.class_ids, dtype=torch.int32),
         "scores": maps.scores.half().cpu().contiguous(),
@@ -30,7 +30,12 @@ def pack(maps: ScoreMaps) -> bytes:
 
 
 def unpack(data: bytes, device: torch.device | None = None, name: str = "scores") -> ScoreMaps:
-    """What `pack` was given, as float32 on the device.
+    """Return the scores that `pack` wrote, as float32.
+
+    Args:
+        data: of a stored file.
+        device: where the scores are put; the CPU if omitted.
+        name: of the file, for messages.
 
     Raises:
         DataError: not a stored score file, or a damaged one.

@@ -92,8 +92,8 @@ def test_resampled_positions_stay_in_place() -> None:
     """A table that holds its own coordinates holds those of the new patches' centres."""
     model = TimmBackbone(TimmOptions("vit_small_patch14_dinov2", model_kwargs=KWARGS), CPU)._model
     table = torch.zeros(1, 37, WIDTH)
-    places = (torch.arange(6.0) + 0.5) / 6
-    table[0, 1:, 0], table[0, 1:, 1] = places.repeat_interleave(6), places.repeat(6)
+    centres = (torch.arange(6.0) + 0.5) / 6
+    table[0, 1:, 0], table[0, 1:, 1] = centres.repeat_interleave(6), centres.repeat(6)
     model.pos_embed.copy_(table)
     with resample_positions(model, (9, 12), False):
         moved = model.pos_embed[0, 1:, :2].unflatten(0, (9, 12))

@@ -106,14 +106,14 @@ def test_attention_by_plain_loops(clip: Any, pixels: torch.Tensor) -> None:
     query, key = (proj(normed)[:, 8:16] for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj))
     row = 12
     qq, kk = (torch.stack([(x[row] * other).sum() for other in x]) * 8**-0.5 for x in (query, key))
-    near = torch.zeros(36, device=hidden.device)
+    kernel = torch.zeros(36, device=hidden.device)
     for other in range(35):
         down, across = other // 7 - (row - 1) // 7, other % 7 - (row - 1) % 7
-        near[other + 1] = torch.exp(torch.tensor(-(down**2 + across**2) / (2 * 3.0**2)))
+        kernel[other + 1] = torch.exp(torch.tensor(-(down**2 + across**2) / (2 * 3.0**2)))
     for variant, expected in (
         ("clearclip", qq.softmax(0)),
         ("sclip", qq.softmax(0) + kk.softmax(0)),
-        ("naclip", (kk + near).softmax(0)),
+        ("naclip", (kk + kernel).softmax(0)),
     ):
         ours = compute_attention(layer, hidden, GRID, variant, gaussian_std=3.0)[0, 1, row]
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)

@@ -69,12 +69,12 @@ def test_places_stay(image: tuple[int, int], stride: int, side: float, device: t
     coordinates = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), 2)
     target_grid = [-(-s // 8) for s in image]
     target = TokenMap(torch.zeros(*target_grid, 1, device=device), 8, image, image)
-    found = regrid(TokenMap(coordinates, stride, image, source), target)
-    wanted = torch.stack(
+    regridded = regrid(TokenMap(coordinates, stride, image, source), target)
+    expected = torch.stack(
         torch.meshgrid(*((torch.arange(n, device=device) + 0.5) * 8 for n in target_grid), indexing="ij"), 2
     )
     low, high = coordinates.flatten(0, 1).amin(0), coordinates.flatten(0, 1).amax(0)
-    torch.testing.assert_close(found, torch.minimum(torch.maximum(wanted, low), high), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(regridded, torch.minimum(torch.maximum(expected, low), high), atol=1e-3, rtol=1e-5)
 
 
 def test_regrid_wants_one_image() -> None:

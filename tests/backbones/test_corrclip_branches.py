@@ -61,25 +61,25 @@ def affinity(device: torch.device, regions: torch.Tensor | None = None, **branch
 
 
 def test_attention_stays_inside_regions(device: torch.device) -> None:
-    given = affinity(device)
-    weights, regions = compute_scope_attention(given), blocks(device)
+    scope = affinity(device)
+    weights, regions = compute_scope_attention(scope), blocks(device)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, COUNT, device=device))
     here, there = regions[0, :, None], regions[0, None]
     assert (weights[0][(here >= 0) & (there >= 0) & (here != there)] == 0).all()
     assert (weights[0][(here >= 0) & (here == there)] > 0).all()
     alone = int((regions[0] == 3).nonzero())
-    near = given.similarity[0] > given.similarity[0].mean()
-    loose = (here < 0) | (there < 0)
-    loose &= ~torch.eye(COUNT, dtype=torch.bool, device=device)
-    assert torch.equal((weights[0] > 0)[loose], near[loose])
+    is_similar = scope.similarity[0] > scope.similarity[0].mean()
+    has_free_patch = (here < 0) | (there < 0)
+    has_free_patch &= ~torch.eye(COUNT, dtype=torch.bool, device=device)
+    assert torch.equal((weights[0] > 0)[has_free_patch], is_similar[has_free_patch])
     assert weights[0, alone, alone] > 0
 
 
 def test_attention_by_a_plain_loop(device: torch.device) -> None:
-    given = affinity(device, temperature=2.5)
-    weights, regions = compute_scope_attention(given), blocks(device)
+    scope = affinity(device, temperature=2.5)
+    weights, regions = compute_scope_attention(scope), blocks(device)
     for image in range(2):
-        similarity, ids = given.similarity[image], regions[image].tolist()
+        similarity, ids = scope.similarity[image], regions[image].tolist()
         mean = similarity.mean()
         for row in range(0, COUNT, 4):
             values = []
@@ -94,8 +94,8 @@ def test_attention_by_a_plain_loop(device: torch.device) -> None:
 
 
 def test_one_region_is_plain_softmax(device: torch.device) -> None:
-    given = affinity(device, torch.zeros(2, COUNT, dtype=torch.int64, device=device))
-    torch.testing.assert_close(compute_scope_attention(given), (4 * given.similarity).softmax(-1))
+    scope = affinity(device, torch.zeros(2, COUNT, dtype=torch.int64, device=device))
+    torch.testing.assert_close(compute_scope_attention(scope), (4 * scope.similarity).softmax(-1))
 
 
 def test_a_patch_like_no_other_sees_itself(device: torch.device) -> None:
@@ -124,13 +124,13 @@ def test_permuted_ids_change_nothing(clip: Clip, pixels: torch.Tensor, device: t
 def test_main_branch_is_the_last_block_under_that_attention(
     clip: Clip, pixels: torch.Tensor, device: torch.device
 ) -> None:
-    given = affinity(device, spatial=0.0, semantic=0.0)
+    scope = affinity(device, spatial=0.0, semantic=0.0)
     hidden = run_blocks(clip, pixels)[-1]
     layer = clip.vision_model.encoder.layers[-1]
-    main = mix_values(layer, hidden, GRID, compute_scope_attention(given))
-    torch.testing.assert_close(run_last_block(clip, hidden, GRID, "corrclip", given), main)
+    main = mix_values(layer, hidden, GRID, compute_scope_attention(scope))
+    torch.testing.assert_close(run_last_block(clip, hidden, GRID, "corrclip", scope), main)
     torch.testing.assert_close(
-        encode_patches(clip, pixels, "corrclip", given), clip.visual_projection(clip.vision_model.post_layernorm(main))
+        encode_patches(clip, pixels, "corrclip", scope), clip.visual_projection(clip.vision_model.post_layernorm(main))
     )
 
 
@@ -178,8 +178,10 @@ def test_a_region_of_everything_is_the_class_token_itself(
     clip: Clip, pixels: torch.Tensor, device: torch.device
 ) -> None:
     members = torch.ones(2, 1, COUNT, dtype=torch.bool, device=device)
-    own = clip.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state[:, :1]
-    torch.testing.assert_close(encode_regions(clip, run_blocks(clip, pixels), members), own, atol=1e-5, rtol=1e-4)
+    class_token = clip.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state[:, :1]
+    torch.testing.assert_close(
+        encode_regions(clip, run_blocks(clip, pixels), members), class_token, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["none", "whole", "one patch each", "as given"])
@@ -190,9 +192,9 @@ def test_regions_of_every_kind(kind: str, clip: Clip, pixels: torch.Tensor, devi
         "one patch each": torch.arange(COUNT, device=device).expand(2, -1),
         "as given": blocks(device),
     }[kind]
-    found = encode_patches(clip, pixels, "corrclip", affinity(device, regions))
-    assert found.shape == (2, *GRID, 24)
-    assert found.isfinite().all()
+    features = encode_patches(clip, pixels, "corrclip", affinity(device, regions))
+    assert features.shape == (2, *GRID, 24)
+    assert features.isfinite().all()
 
 
 def test_members_on_another_grid(device: torch.device) -> None:
@@ -201,8 +203,8 @@ def test_members_on_another_grid(device: torch.device) -> None:
     fine = torch.zeros(1, 4, 6, dtype=torch.int64, device=device)
     fine[0, :, 4:], fine[0, 3, 1], fine[0, 0, 0] = 1, 2, -1
     coarse = torch.tensor([[0, 0, 1, 0, 0, 1]], device=device)
-    given = Affinity(torch.ones(1, 24, 24), rows, columns, regions=fine.flatten(1), patch_regions=coarse)
-    slots, members = find_region_members(given, (2, 3))
+    scope = Affinity(torch.ones(1, 24, 24), rows, columns, regions=fine.flatten(1), patch_regions=coarse)
+    slots, members = find_region_members(scope, (2, 3))
     assert torch.equal(slots, fine.flatten(1) + 1)
     expected = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 0]]
     assert members[0].int().tolist() == expected

@@ -68,10 +68,10 @@ def test_names_and_shapes_are_the_published_ones(name: str) -> None:
 def test_tokens_at_full_size(name: str) -> None:
     """The whole way of an image of 75 x 100 pixels, on the meta device: shapes without numbers."""
     backbone = on_meta(name)
-    (found,) = backbone.tokens([np.zeros((75, 100, 3), np.uint8)])
-    stride = found.stride
+    (token_map,) = backbone.tokens([np.zeros((75, 100, 3), np.uint8)])
+    stride = token_map.stride
     assert stride == {"8": 8, "4": 14, "6": 16, "2": 32, "m": 16}[name.removesuffix("_reg4")[-1]]
-    assert found.tokens.shape == (-(-75 // stride), -(-100 // stride), CHANNELS[name])
+    assert token_map.tokens.shape == (-(-75 // stride), -(-100 // stride), CHANNELS[name])
     assert backbone.dim == CHANNELS[name]
 
 
@@ -119,7 +119,7 @@ def test_another_library_has_the_same_names_and_shapes(name: str) -> None:
     convert = sys.modules[type(model).__module__].checkpoint_filter_fn
     with META.torch_device:
         theirs = shapes_of(convert(transformers_state(name), model))
-    # The attention pool of SigLIP is left out on that side.
+    # transformers has no attention pool of SigLIP here.
     assert theirs == {key: shape for key, shape in read(name).items() if not key.startswith("attn_pool.")}
 
 

@@ -32,10 +32,10 @@ def run(name: str, device: torch.device, capsys: pytest.CaptureFixture[str]) -> 
     backbone = build(cfg, Device(device))
     channels = backbone.dim
     built = time.perf_counter()
-    (found,) = backbone.tokens([np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)])
-    assert found.tokens.shape == (-(-150 // found.stride), -(-200 // found.stride), channels)
-    assert found.tokens.isfinite().all()
-    assert float(found.tokens.std()) > 0
+    (token_map,) = backbone.tokens([np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)])
+    assert token_map.tokens.shape == (-(-150 // token_map.stride), -(-200 // token_map.stride), channels)
+    assert token_map.tokens.isfinite().all()
+    assert float(token_map.tokens.std()) > 0
     seconds = time.perf_counter() - built
     memory = (
         torch.cuda.max_memory_allocated(device) / 1e9
@@ -44,7 +44,7 @@ def run(name: str, device: torch.device, capsys: pytest.CaptureFixture[str]) -> 
     )
     with capsys.disabled():
         print(
-            f"\n{name}, {device}: tokens {tuple(found.tokens.shape)}, built in {built - started:.1f} s, "
+            f"\n{name}, {device}: tokens {tuple(token_map.tokens.shape)}, built in {built - started:.1f} s, "
             f"150 x 200 pixels in {seconds:.1f} s, {memory:.2f} GB at most"
         )
 

@@ -16,8 +16,8 @@ from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.backbones.timm_model import (
     _linearise,
     build_model,
+    find_pretrained_id,
     measure_grid,
-    pretrained_id,
     resample_to_patches,
 )
 from moduseg.devices import Device
@@ -95,7 +95,7 @@ def test_vit_tokens_are_the_final_patch_tokens() -> None:
     torch.testing.assert_close(backbone.tokens([image])[0].tokens, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_final_norm_behind_the_pooling_is_applied() -> None:
+def test_final_norm_after_the_pooling_is_applied() -> None:
     tokens = vit(model_kwargs={"class_token": False, "global_pool": "avg"}).tokens([picture(32, 32)])[0].tokens
     # A fresh LayerNorm leaves mean 0 and variance 1.
     torch.testing.assert_close(tokens.mean(-1), torch.zeros(4, 4), atol=1e-5, rtol=0)
@@ -357,7 +357,7 @@ def test_errors_while_building(arguments: dict[str, Any], message: str) -> None:
 )
 def test_published_weights_have_an_id(model: str, hub_id: str) -> None:
     """That they are found, fetched and named by their digest: tests/runtime/test_hub.py."""
-    assert pretrained_id(model) == hub_id
+    assert find_pretrained_id(model) == hub_id
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Identity
 
 from moduseg.backbones import build
-from moduseg.backbones.facets import query_plus_key
+from moduseg.backbones.facets import sum_query_and_key
 from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.backbones.timm_model import build_model
 from moduseg.backbones.windows import encode_windows, list_window_starts
@@ -87,8 +87,8 @@ def test_one_layer_in_a_list_is_that_layer() -> None:
     assert torch.equal(tokens(vit(layers=[1]), image), tokens(vit(layer=1), image))
 
 
-def test_final_norm_behind_the_pooling_is_applied_to_each_layer() -> None:
-    """EVA-02's is there; of a fresh norm the mean is 0."""
+def test_final_norm_after_the_pooling_is_applied_to_each_layer() -> None:
+    """EVA-02 has its norm there; the output of a fresh norm has mean 0."""
     several = tokens(
         TimmBackbone(TimmOptions("eva02_tiny_patch14_224", model_kwargs=SMALL, layers=[0, 1]), CPU), picture(28, 28)
     )
@@ -115,7 +115,7 @@ def test_final_norm_behind_the_pooling_is_applied_to_each_layer() -> None:
 )
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_query_plus_key_is_what_enters_the_attention(model: str, kwargs: dict[str, Any], layer: int) -> None:
-    """Beside what a hook sees behind the norms of queries and keys, which come before rotary positions."""
+    """A hook after the norms of queries and keys, before rotary positions, sees the same."""
     backbone = TimmBackbone(TimmOptions(model, model_kwargs=kwargs, facet="qk", layer=layer), CPU)
     inner = randomise(backbone._model)
     attention = inner.blocks[layer].attn
@@ -138,9 +138,9 @@ def test_query_plus_key_is_what_enters_the_attention(model: str, kwargs: dict[st
 
 def test_the_facet_has_length_one_and_the_models_width() -> None:
     backbone = vit(facet="qk")
-    found = tokens(backbone, picture(20, 30))
-    assert backbone.dim == found.shape[-1] == 16
-    torch.testing.assert_close(found.norm(dim=-1), torch.ones(3, 4))
+    vectors = tokens(backbone, picture(20, 30))
+    assert backbone.dim == vectors.shape[-1] == 16
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3, 4))
 
 
 def test_hooks_are_taken_off() -> None:
@@ -156,7 +156,7 @@ def test_queries_and_keys_of_the_biases_alone() -> None:
     attention.qkv.weight.zero_()
     attention.qkv.bias.copy_(torch.arange(48.0))
     expected = (torch.arange(16.0) + torch.arange(16.0, 32.0)).expand(1, 5, 16)
-    assert torch.equal(query_plus_key(attention, torch.ones(1, 5, 16)), expected)
+    assert torch.equal(sum_query_and_key(attention, torch.ones(1, 5, 16)), expected)
 
 
 def test_facet_wants_queries_and_keys() -> None:
@@ -230,8 +230,8 @@ def test_windows_are_images_of_their_own() -> None:
 
 
 def test_lengths_are_taken_after_the_average() -> None:
-    found = tokens(vit(window=32, stride=8, layers=[0, 2]), picture(40, 56))
-    torch.testing.assert_close(found.unflatten(-1, (2, 16)).norm(dim=-1), torch.ones(5, 7, 2))
+    vectors = tokens(vit(window=32, stride=8, layers=[0, 2]), picture(40, 56))
+    torch.testing.assert_close(vectors.unflatten(-1, (2, 16)).norm(dim=-1), torch.ones(5, 7, 2))
 
 
 @pytest.mark.parametrize("options", [{"window": 24, "stride": 16}, {"window": 16}, {"layers": [0, 2]}, {}])

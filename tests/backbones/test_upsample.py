@@ -21,8 +21,8 @@ def test_equals_interpolating_the_padded_image(size: tuple[int, int], device: to
     token_map = grid(size, 8)
     cells = token_map.tokens.shape[:2]
     maps = torch.rand(3, *cells, device=device)
-    whole = F.interpolate(maps[None], scale_factor=8, mode="bilinear", align_corners=False)[0]
-    torch.testing.assert_close(upsample(maps, token_map), whole[:, : size[0], : size[1]], atol=1e-5, rtol=1e-5)
+    padded = F.interpolate(maps[None], scale_factor=8, mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(upsample(maps, token_map), padded[:, : size[0], : size[1]], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("image", "source"), [((40, 60), (20, 30)), ((20, 30), (40, 60)), ((33, 50), (17, 25))])

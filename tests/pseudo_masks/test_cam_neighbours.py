@@ -62,8 +62,10 @@ def pooled(item: Sample, masks: Tensor, values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("neighbours", "others", "weight"), [(8, 5, 5.0), (1, 1, 2.0), (2, 3, 0.0)])
 @pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("seen", [True, False])
-def test_equals_plain_loops(neighbours: int, others: int, weight: float, relative: bool, seen: bool) -> None:
+@pytest.mark.parametrize("is_training_image", [True, False])
+def test_equals_plain_loops(
+    neighbours: int, others: int, weight: float, relative: bool, is_training_image: bool
+) -> None:
     """Of an image of the training set, which is not asked about itself, and of another."""
     generator = NeighbourCamGenerator(
         NeighbourCamOptions(neighbours=neighbours, others=others, weight=weight, relative=relative, **RIDGE),
@@ -73,9 +75,9 @@ def test_equals_plain_loops(neighbours: int, others: int, weight: float, relativ
     state = generator.fit(world, NUM_CLASSES, quarters)
     generator.load_state(state)
     items = world()
-    item = items[2] if seen else sample((24, 40), (2, 4), "unseen image")
+    item = items[2] if is_training_image else sample((24, 40), (2, 4), "unseen image")
     assert item.labels == (2, 4)
-    found = quarters(item)
+    proposals = quarters(item)
 
     tokens = {i.id: ColourBackbone().tokens([i.image])[0].tokens for i in [*items, item]}
     regions = {i.id: pooled(i, quarters(i).masks, tokens[i.id]) for i in items}
@@ -84,30 +86,30 @@ def test_equals_plain_loops(neighbours: int, others: int, weight: float, relativ
     activation = torch.stack(
         [(tokens[item.id] - state["mean"]) @ state["weights"][label - 1] for label in (2, 4)], dim=-1
     )
-    means = pooled(item, found.masks, activation).clamp(min=0)
+    means = pooled(item, proposals.masks, activation).clamp(min=0)
     means = means / means.amax(0)
-    own = pooled(item, found.masks, tokens[item.id]) - centre
+    centred = pooled(item, proposals.masks, tokens[item.id]) - centre
     answers = torch.zeros(4, 2)
     for p in range(4):
         for column, label in enumerate((2, 4)):
-            near: dict[bool, list[float]] = {True: [], False: []}
+            best_by_class: dict[bool, list[float]] = {True: [], False: []}
             for other in items:
                 if other.id != item.id:
                     best = max(
-                        float(torch.nn.functional.cosine_similarity(own[p], r - centre, dim=0))
+                        float(torch.nn.functional.cosine_similarity(centred[p], r - centre, dim=0))
                         for r in regions[other.id]
                     )
-                    near[label in (other.labels or ())].append(best)
-            yes, no = (sorted(near[has])[::-1] for has in (True, False))
+                    best_by_class[label in (other.labels or ())].append(best)
+            yes, no = (sorted(best_by_class[has])[::-1] for has in (True, False))
             answers[p, column] = float(np.mean(yes[:neighbours]) - np.mean(no[:others]))
     if relative:
         answers -= answers.sum() / 8
     expected = (means + weight * answers).clamp(min=0)
     expected = expected / expected.amax(0)
-    scores = generator.generate(item, (2, 4), found).scores
-    values = torch.stack([scores[:, mask][:, 0] for mask in found.masks])
+    scores = generator.generate(item, (2, 4), proposals).scores
+    values = torch.stack([scores[:, mask][:, 0] for mask in proposals.masks])
     torch.testing.assert_close(values, expected, atol=5e-3, rtol=0)  # regions are stored in half precision
-    for mask in found.masks:
+    for mask in proposals.masks:
         assert (scores[:, mask] == scores[:, mask][:, :1]).all()
 
 
@@ -118,15 +120,15 @@ def test_neighbours_tell_apart_what_always_occurs_together() -> None:
         sample((24, 40), (), "none"),
     ]
     item = items[0]
-    found = quarters(item)
+    proposals = quarters(item)
     shares = []
     for weight in (0.0, 5.0):
         generator = NeighbourCamGenerator(
             NeighbourCamOptions(ridge=4.0, weight=weight, others=1), ColourBackbone, CLASSES
         )
         generator.load_state(generator.fit(lambda: items, NUM_CLASSES, quarters))
-        scores = generator.generate(item, (2, 4), found).scores
-        left, right = (scores[0][mask].mean() for mask in (found.masks[0], found.masks[3]))
+        scores = generator.generate(item, (2, 4), proposals).scores
+        left, right = (scores[0][mask].mean() for mask in (proposals.masks[0], proposals.masks[3]))
         shares.append(float(right / left))  # of class 2, whose place is the left
     assert shares[1] < shares[0]
     assert shares[1] < 0.5

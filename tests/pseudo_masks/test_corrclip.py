@@ -96,7 +96,7 @@ def test_every_size_and_every_kind_of_proposals(make: Make, size: tuple[int, int
     pixel = torch.zeros(1, *size, dtype=torch.bool)
     pixel[0, -1, -1] = True
     none, whole = torch.zeros(0, *size, dtype=torch.bool), torch.ones(1, *size, dtype=torch.bool)
-    found = []
+    scores = []
     for proposals in (None, Proposals(none), Proposals(whole), Proposals(pixel), halves(size)):
         maps = generator.generate(item, (2, 4), proposals)
         assert maps.scores.shape == (2, *size)
@@ -105,10 +105,10 @@ def test_every_size_and_every_kind_of_proposals(make: Make, size: tuple[int, int
         assert everything.isfinite().all()
         assert not everything.is_inference()
         assert ((everything.sum(0) > 0.5) & (everything.sum(0) < 1)).all()
-        found.append(maps.scores)
-    assert torch.equal(found[0], found[1])
+        scores.append(maps.scores)
+    assert torch.equal(scores[0], scores[1])
     if min(size) > 16:
-        assert not torch.allclose(found[1], found[2], atol=1e-4)
+        assert not torch.allclose(scores[1], scores[2], atol=1e-4)
 
 
 def test_one_window_is_the_whole_image(make: Make) -> None:
@@ -180,19 +180,19 @@ def test_branches_and_merging_change_the_scores(make: Make) -> None:
 
 
 def test_the_runs_backbone_serves_where_no_affinity_is_named(make: Make) -> None:
-    asked = []
+    calls = []
 
     def backbone() -> Backbone:
-        asked.append(1)
+        calls.append(1)
         return build_affinity()
 
     item, proposals = sample(), halves((24, 40))
-    own = make(affinity=None, backbone=backbone)
+    default = make(affinity=None, backbone=backbone)
     named = make()
-    assert torch.equal(own.generate(item, (2, 4), proposals).scores, named.generate(item, (2, 4), proposals).scores)
-    assert len(asked) == 1
-    assert own.digest == named.digest
-    assert own.digest.endswith("+random-0")
+    assert torch.equal(default.generate(item, (2, 4), proposals).scores, named.generate(item, (2, 4), proposals).scores)
+    assert len(calls) == 1
+    assert default.digest == named.digest
+    assert default.digest.endswith("+random-0")
 
 
 def test_half_precision_is_close(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,11 +61,11 @@ def test_equal_entropies_give_the_mean(device: torch.device) -> None:
 
 
 def test_what_one_leaves_open_is_the_others(device: torch.device) -> None:
-    one, none = (torch.full((1, 1), v, device=device) for v in (True, False))
+    ignored, kept = (torch.full((1, 1), v, device=device) for v in (True, False))
     first, second = column(device, 0.9, 0.1), column(device, 0.3, 0.7)
-    torch.testing.assert_close(fuse(first, second, one, none), second)
-    torch.testing.assert_close(fuse(first, second, none, one), first)
-    assert not torch.equal(fuse(first, second, one, one), second)
+    torch.testing.assert_close(fuse(first, second, ignored, kept), second)
+    torch.testing.assert_close(fuse(first, second, kept, ignored), first)
+    assert not torch.equal(fuse(first, second, ignored, ignored), second)
 
 
 class Half(PseudoMaskGenerator):

@@ -159,10 +159,10 @@ def test_an_archive_is_read_as_its_folder_would_be(tmp_path: Path) -> None:
     archive = packed(tmp_path / "masks.zip", files)
     item = Sample("a", np.zeros((2, 4, 3), np.uint8), (2, 5))
     both = [
-        FilePseudoMasks(str(place), CPU, CLASSES, pattern="pseudo/{id}.png") for place in (tmp_path / "maps", archive)
+        FilePseudoMasks(str(folder), CPU, CLASSES, pattern="pseudo/{id}.png") for folder in (tmp_path / "maps", archive)
     ]
-    found = [make_label_map(generator.generate(item, (2, 5)), "given").tolist() for generator in both]
-    assert found[0] == found[1] == [[0, 0, 2, 255], [5, 5, 0, 2]]
+    label_maps = [make_label_map(generator.generate(item, (2, 5)), "given").tolist() for generator in both]
+    assert label_maps[0] == label_maps[1] == [[0, 0, 2, 255], [5, 5, 0, 2]]
     assert both[1].digest == file_digest(archive)
     for name, message in (
         ("c", r"masks\.zip/pseudo/c\.png: no such file.*pattern"),
@@ -175,11 +175,11 @@ def test_an_archive_is_read_as_its_folder_would_be(tmp_path: Path) -> None:
 def test_a_damaged_archive(tmp_path: Path) -> None:
     write(tmp_path / "a.png", MAP)
     archive = packed(tmp_path / "masks.zip", {"a.png": (tmp_path / "a.png").read_bytes()})
-    item, whole = Sample("a", np.zeros((2, 4, 3), np.uint8), (2,)), archive.read_bytes()
-    archive.write_bytes(whole[:-20])
+    item, content = Sample("a", np.zeros((2, 4, 3), np.uint8), (2,)), archive.read_bytes()
+    archive.write_bytes(content[:-20])
     with pytest.raises(ArtefactError, match=r"masks\.zip: not readable as a zip archive .*fetch it again"):
         FilePseudoMasks(str(archive), CPU, CLASSES).generate(item, (2,))
-    archive.write_bytes(whole[:60] + b"\x00\x00\x00" + whole[63:])
+    archive.write_bytes(content[:60] + b"\x00\x00\x00" + content[63:])
     with pytest.raises(DataError, match=r"a\.png: cannot be read \(Bad CRC"):
         FilePseudoMasks(str(archive), CPU, CLASSES).generate(item, (2,))
 
@@ -195,15 +195,15 @@ def test_the_published_masks_say_what_to_fetch(
     monkeypatch.delenv("MODUSEG_VOC_MASKS", raising=False)
     monkeypatch.delenv("MODUSEG_COCO_MASKS", raising=False)
     settings = compose([f"pseudo_masks={name}"]).pseudo_masks.generator
-    place = tmp_path / "home" / "huggingface.co" / "datasets" / "QZing007" / "ModuSeg-Pseudo-Masks" / "main"
+    home = tmp_path / "home" / "huggingface.co" / "datasets" / "QZing007" / "ModuSeg-Pseudo-Masks" / "main"
     with pytest.raises(MissingError, match=r"pseudo_masks\.generator\.folder: got .hf://datasets/QZing007") as caught:
         _ = build(settings, CPU, no_backbone, CLASSES).digest
     page = "https://huggingface.co/datasets/QZing007/ModuSeg-Pseudo-Masks"
-    assert f"fetch {folder}/pseudo.zip from {page} into {place}" in str(caught.value)
-    (place / folder).mkdir(parents=True)
+    assert f"fetch {folder}/pseudo.zip from {page} into {home}" in str(caught.value)
+    (home / folder).mkdir(parents=True)
     write(tmp_path / "a.png", MAP)
     inside = settings["pattern"].replace("{id}", "a")
-    packed(place / folder / "pseudo.zip", {inside: (tmp_path / "a.png").read_bytes()})
+    packed(home / folder / "pseudo.zip", {inside: (tmp_path / "a.png").read_bytes()})
     maps = build(settings, CPU, no_backbone, CLASSES).generate(Sample("a", np.zeros((2, 4, 3), np.uint8)), (2,), None)
     assert make_label_map(maps, "given").tolist() == [[0, 0, 2, 255], [0, 0, 0, 2]]
     assert inside.startswith("pseudo/corrclip/")

@@ -171,8 +171,8 @@ def test_region_vote_equals_a_plain_loop(rng: np.random.Generator, device: torch
     for mask in masks:
         counts = np.bincount(labels[mask & (labels != 255)], minlength=4)
         expected[mask & (labels != 255)] = counts.argmax()
-    found = region_vote(torch.from_numpy(labels).to(device), Proposals(torch.from_numpy(masks).to(device)))
-    assert np.array_equal(found.cpu().numpy(), expected)
+    voted = region_vote(torch.from_numpy(labels).to(device), Proposals(torch.from_numpy(masks).to(device)))
+    assert np.array_equal(voted.cpu().numpy(), expected)
 
 
 def test_region_vote_without_proposals_and_with_others() -> None:

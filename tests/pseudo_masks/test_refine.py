@@ -65,15 +65,15 @@ def test_edges_attract(refine: Refine, affinity: Refine, device: torch.device) -
 @BOTH
 def test_one_step_by_a_plain_loop(refine: Refine, affinity: Refine, device: torch.device) -> None:
     image, scores, dilations = picture(device, 6, 5), picture(device, 6, 5)[:2], (1, 3)
-    found = refine(scores, image, dilations, 1)
+    refined = refine(scores, image, dilations, 1)
     steps = [(d * y, d * x) for d in dilations for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
     distance = np.array([np.hypot(*s) for s in steps])
-    near = np.exp(-((distance / (0.3 * distance.std(ddof=1))) ** 2))
+    proximity = np.exp(-((distance / (0.3 * distance.std(ddof=1))) ** 2))
     pixels, values = image.cpu().double().numpy(), scores.cpu().double().numpy()
     for y in range(6):
         for x in range(5):
-            places = [(min(max(y + a, 0), 5), min(max(x + b, 0), 4)) for a, b in steps]
-            around = np.stack([pixels[:, p, q] for p, q in places])
+            neighbours = [(min(max(y + a, 0), 5), min(max(x + b, 0), 4)) for a, b in steps]
+            around = np.stack([pixels[:, p, q] for p, q in neighbours])
             centre = pixels[:, y, x]
             deviation = np.concatenate([around, centre[None]]).std(0, ddof=1)
             if refine is pamr:
@@ -81,9 +81,9 @@ def test_one_step_by_a_plain_loop(refine: Refine, affinity: Refine, device: torc
                 weights /= weights.sum()
             else:
                 weights = np.exp(-(((around - centre) / (0.3 * deviation)) ** 2).mean(1))
-                weights = (weights / weights.sum() + 0.01 * near / near.sum()) / 1.01
-            expected = sum(w * values[:, p, q] for w, (p, q) in zip(weights, places, strict=True))
-            np.testing.assert_allclose(found[:, y, x].cpu().numpy(), expected, rtol=1e-4)
+                weights = (weights / weights.sum() + 0.01 * proximity / proximity.sum()) / 1.01
+            expected = sum(w * values[:, p, q] for w, (p, q) in zip(weights, neighbours, strict=True))
+            np.testing.assert_allclose(refined[:, y, x].cpu().numpy(), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

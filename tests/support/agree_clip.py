@@ -86,14 +86,14 @@ def compare_clip(folder: Path) -> list[Row]:
 
     rows = []
     for activation in ("quick_gelu", "gelu"):
-        place = folder / activation
-        model = write_clip(place, activation)
+        clip_folder = folder / activation
+        model = write_clip(clip_folder, activation)
         state = clip_state(model.state_dict())
-        tokenizer = CLIPTokenizer.from_pretrained(place)
+        tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
         text = {"context_length": 20, "vocab_size": len(tokenizer), "width": 32, "heads": HEADS, "layers": DEPTH}
         title = f"CLIP, {activation}"
         plain, projected = (
-            ClipBackbone(ClipOptions(weights=str(place), project=project), CPU) for project in (False, True)
+            ClipBackbone(ClipOptions(weights=str(clip_folder), project=project), CPU) for project in (False, True)
         )
         for size in ((24, 24), (28, 40), (26, 37), (17, 15)):
             pair = "transformers, open_clip" + (" given its positions" if size != (24, 24) else "")

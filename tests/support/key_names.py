@@ -1,4 +1,4 @@
-"""Names and shapes of published checkpoints: `python -m tests.support.key_names` writes `tests/data/manifests/` anew.
+"""Names and shapes of published checkpoints: `python -m tests.support.key_names` writes `tests/data/manifests/` again.
 
 A manifest is made by the architecture's own code at full size, on the meta device, where a model takes no memory.
 Numbered blocks of one shape share a line: `blocks.{0..11}.norm1.weight`.
