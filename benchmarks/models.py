@@ -12,12 +12,11 @@ import torch
 from benchmarks.common import Row, Setting, Times, interleave, make_unmeasured_row, require_faster, summarise
 from moduseg import backbones, datasets
 from moduseg.bank.aggregation import aggregate, coverage
-from moduseg.config import compose
+from moduseg.config import RetrievalConfig, compose
 from moduseg.devices import Device
 from moduseg.proposers.sam import SamOptions, SamProposer
-from moduseg.retrieval.pipeline import assemble, label_proposals
-from moduseg.retrieval.search import ExactIndex
-from moduseg.structures import Proposals, Sample
+from moduseg.retrieval.retriever import Retriever
+from moduseg.structures import Proposals, Sample, SearchBank
 from tests import reference
 
 BASE = "SamAutomaticMaskGenerator"
@@ -120,18 +119,21 @@ def inference(setting: Setting) -> list[Row]:
     rng = np.random.default_rng(0)
     batch, size = cfg.runtime.batch_size, (48, 64) if setting.is_small else (375, 500)
     images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(batch)]
-    masks = torch.from_numpy(reference.random_masks(rng, 60, *size)).to(setting.device)
-    index = ExactIndex(torch.randn(bank_size, backbone.dim, device=setting.device))
-    labels = torch.randint(0, 21, (bank_size,), device=setting.device)
+    proposals = Proposals(torch.from_numpy(reference.random_masks(rng, 60, *size)).to(setting.device))
+    bank = SearchBank(
+        torch.randn(bank_size, backbone.dim, device=setting.device),
+        torch.randint(0, 21, (bank_size,), device=setting.device),
+        torch.arange(bank_size, device=setting.device),
+    )
+    retriever = Retriever(bank, RetrievalConfig(top_k=25, min_area=0))
     times = {"backbone": Times(), "all": Times()}
     for round_ in range(setting.repeats + 1):
         start = _now(setting.device)
         maps = backbone.tokens(images)
         between = _now(setting.device)
         for tokens in maps:
-            pooled = aggregate(tokens.tokens, coverage(masks, tokens), normalize=False)
-            own, scores, _, _ = label_proposals(pooled, None, index, labels, 25)
-            assemble(masks, own, scores, 0.4)[0].cpu()
+            pooled = aggregate(tokens.tokens, coverage(proposals.masks, tokens), normalize=False)
+            retriever.predict(proposals, pooled)
         end = _now(setting.device)
         if round_:
             times["backbone"].wall.append(between - start)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.common import Row, Setting, interleave, require_faster
 from moduseg.bank.aggregation import aggregate, id_map_coverage, patch_coverage
-from moduseg.retrieval.pipeline import assemble, assemble_id_map
+from moduseg.retrieval.assemble import assemble, assemble_id_map
 from moduseg.retrieval.vote import vote
 from tests import reference
 

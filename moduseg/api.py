@@ -26,18 +26,17 @@ from moduseg.devices import Device, resolve_device
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
 from moduseg.retrieval.retriever import Retriever
-from moduseg.retrieval.search import search
 from moduseg.structures import Prediction, Proposals, Sample, TokenMap
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the models say of one image, before any bank is asked.
+    """What the models say of one image, before any bank is searched. All tensors are on the segmenter's device.
 
     Attributes:
-        proposals: those of at least `retrieval.min_area` pixels, `N` of them.
+        proposals: those that `retrieval.min_area` and `min_predicted_iou` let through, `N` of them.
         tokens: the image's patch tokens.
-        pooled: `[N, C]` float32, the pooled vector of each proposal.
+        pooled: `[N, C]` float32, the vector of each proposal before centring and normalisation.
     """
 
     proposals: Proposals
@@ -46,14 +45,14 @@ class Observation:
 
 
 class Segmenter:
-    """Labels images with a finished bank.
+    """Predicts label maps with a finished bank.
 
     Args:
         bank: the stored bank.
         proposer: says where things are.
-        backbone: says what they look like; the one the bank was made with.
+        backbone: says what they look like; the one that the bank was made with.
         cfg: centring, outlier filter and retrieval settings.
-        device: where tensors live.
+        device: where the models and the search run.
 
     Raises:
         ArtefactError: the bank was made with other backbone weights.
@@ -62,8 +61,7 @@ class Segmenter:
     def __init__(self, bank: Bank, proposer: Proposer, backbone: Backbone, cfg: Config, device: Device) -> None:
         bank.check_fits(backbone.digest, backbone.dim, bank.classes)
         self.bank, self.proposer, self.backbone, self.cfg, self.device = bank, proposer, backbone, cfg, device
-        self._search = bank.configured(cfg.bank).to(device.torch_device)
-        self._retriever = Retriever(self._search.vectors, self._search.labels, self._search.centre, cfg.retrieval)
+        self._retriever = Retriever(bank.configured(cfg.bank).to(device.torch_device), cfg.retrieval)
 
     @classmethod
     def from_bank(
@@ -88,12 +86,14 @@ class Segmenter:
             )
         bank = Bank.load(folder)
         cfg = from_hydra({**bank.info["config"], **(overrides or {})})
-        where = resolve_device(device, cfg.runtime.precision)
-        return cls(bank, proposers.build(cfg.proposer, where), backbones.build(cfg.backbone, where), cfg, where)
+        resolved = resolve_device(device, cfg.runtime.precision)
+        return cls(
+            bank, proposers.build(cfg.proposer, resolved), backbones.build(cfg.backbone, resolved), cfg, resolved
+        )
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, background first; a label map's ids index it."""
+        """Class names, background first; the ids of a label map index it."""
         return self.bank.classes
 
     def predict(self, image: str | Path | np.ndarray) -> Prediction:
@@ -103,8 +103,8 @@ class Segmenter:
             image: a file, or `[H, W, 3]` uint8 RGB.
 
         Returns:
-            The label map `[H, W]` uint8, and for each proposal of at least `retrieval.min_area` pixels its label, score
-            and nearest bank entries (see `describe`).
+            The label map `[H, W]` uint8, and the label, score and nearest bank entries (see `describe`) of each
+            proposal of at least `retrieval.min_area` pixels.
 
         Raises:
             DataError: the image cannot be read.
@@ -114,48 +114,46 @@ class Segmenter:
 
     @torch.inference_mode()
     def observe(self, image: str | Path | np.ndarray) -> Observation:
-        """What the models say of one image; `label` then costs little, whatever the bank. Arguments as of `predict`."""
+        """Run the models on one image; `label` then costs little, whichever the bank.
+
+        Args:
+            image: a file, or `[H, W, 3]` uint8 RGB.
+
+        Raises:
+            DataError: the image cannot be read.
+            ValueError: the array is not `[H, W, 3]` uint8.
+        """
         pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
         sample = Sample("image" if isinstance(image, np.ndarray) else Path(image).stem, pixels)
-        settings, where = self.cfg.retrieval, self.device.torch_device
-        found = self.proposer.propose(sample)
-        found = found.select((found.areas >= settings.min_area) & (found.predicted_iou >= settings.min_predicted_iou))
-        found = found.to(where)
+        proposals = self.proposer.propose(sample)
+        # Proposals that retrieval would drop need no vector.
+        proposals = proposals.select(self._retriever.is_searched(proposals)).to(self.device.torch_device)
         tokens = self.backbone.tokens([pixels])[0]
-        weights = proposal_coverage(found, tokens)
+        weights = proposal_coverage(proposals, tokens)
         if self.cfg.bank.aggregation == "hard":
             weights = harden(weights)
-        return Observation(found, tokens, aggregate(tokens.tokens, weights, normalize=False))
+        return Observation(proposals, tokens, aggregate(tokens.tokens, weights, normalize=False))
 
-    @torch.inference_mode()
-    def label(self, seen: Observation) -> Prediction:
-        """Labels of what was observed; see `predict`."""
-        bank = self._search
-        labels, scores, neighbours, similarities = self._retriever.label(seen.pooled)
-        label_map, kept = self._retriever.assemble(seen.proposals, seen.pooled, labels, scores)
-        # Neighbours are rows of the stored bank, not of the filtered one.
-        rows = (
-            torch.where(neighbours >= 0, bank.rows[neighbours.clamp(min=0)], neighbours)
-            if len(bank.rows)
-            else neighbours
-        )
-        return Prediction(label_map.cpu().numpy(), seen.proposals, labels, scores, kept, rows, similarities)
+    def label(self, observation: Observation) -> Prediction:
+        """Label an image that the models have seen; `predict` is `observe`, then this."""
+        return self._retriever.predict(observation.proposals, observation.pooled)
 
     @torch.inference_mode()
     def nearest(self, pooled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The regions of the bank that are most similar to pooled vectors `[N, C]`, as many as asked for vote or not.
+        """Return the regions of the bank that are most similar to pooled vectors, whether they vote or not.
+
+        Args:
+            pooled: `[N, C]` float, rows of `Observation.pooled` that are not all zero.
+            count: regions wanted, 1 or more.
 
         Returns:
-            Rows of the stored bank `[N, k]` int64 and cosine similarities `[N, k]`, nearest first; `k` is `count`, or
-            fewer where the bank has fewer.
+            Rows of the stored bank `[N, k]` int64 and cosine similarities `[N, k]` float32, nearest first; `k` is
+            `count`, or fewer if the bank has fewer.
         """
-        bank = self._search
-        queries = pooled if bank.centre is None else pooled - bank.centre
-        similarities, found = search(queries, bank.vectors, count)
-        return (bank.rows[found] if len(bank.rows) else found), similarities
+        return self._retriever.nearest(pooled, count)
 
     def with_bank(self, bank: Bank, cfg: Config | None = None) -> Segmenter:
-        """The same models with another bank, or with other settings of retrieval.
+        """Return a segmenter of the same models with another bank, or with other settings of retrieval.
 
         Raises:
             ArtefactError: the bank was made with other backbone weights.
@@ -165,10 +163,10 @@ class Segmenter:
     @property
     def searched_rows(self) -> tuple[int, ...]:
         """Rows of the stored bank that are searched: those that the outlier filter keeps."""
-        return tuple(self._search.rows.tolist())
+        return tuple(self._retriever.bank.rows.tolist())
 
     def describe(self, row: int) -> dict[str, Any]:
-        """What a row of the bank is: `label` (name), `image` (training image id) and `area` (pixels)."""
+        """Return what a row of the bank is: `label` (name), `image` (training image id) and `area` (pixels)."""
         return {
             "label": self.bank.classes[int(self.bank.labels[row])],
             "image": self.bank.image_ids[int(self.bank.image_index[row])],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moduseg.bank.aggregation import coverage, proposal_coverage
-from moduseg.retrieval.pipeline import assemble, assemble_proposals
+from moduseg.retrieval.assemble import assemble, assemble_proposals
 from moduseg.structures import Proposals, TokenMap
 from tests import reference
 

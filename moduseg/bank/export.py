@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from moduseg.bank.store import Bank, SearchBank
+from moduseg.bank.store import Bank
 from moduseg.errors import MissingError
 from moduseg.files import write_atomic, write_json
+from moduseg.structures import SearchBank
 
 FORMATS = ("npz", "faiss", "csv", "projector")
 """`npz`: NumPy arrays; `faiss`: an index of inner products, its rows described in a JSON file beside it; `csv`: one

@@ -24,30 +24,9 @@ from moduseg.bank.subset import choose_rows
 from moduseg.config import BankConfig, OutliersConfig
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.files import read_json, write_atomic, write_json
+from moduseg.structures import SearchBank
 
 _TENSORS = ("pooled", "labels", "image_index", "areas")
-
-
-@dataclass(frozen=True)
-class SearchBank:
-    """What queries are compared with.
-
-    Attributes:
-        vectors: `[M, C]` float32, L2-normalised.
-        labels: `[M]` int64, 0 background.
-        rows: `[M]` int64, the row of the stored bank that each vector came from.
-        centre: `[C]` float32 subtracted before the normalisation, from queries as well; `None` where not centred.
-    """
-
-    vectors: Tensor
-    labels: Tensor
-    rows: Tensor
-    centre: Tensor | None
-
-    def to(self, device: torch.device) -> SearchBank:
-        """The same bank on another device."""
-        centre = None if self.centre is None else self.centre.to(device)
-        return SearchBank(self.vectors.to(device), self.labels.to(device), self.rows.to(device), centre)
 
 
 @dataclass(frozen=True)

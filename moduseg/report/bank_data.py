@@ -22,7 +22,7 @@ from moduseg.evaluation.pairs import MAX_AUTO_WORKERS
 from moduseg.pipeline.manifests import safe_name
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.bank_regions import RegionPictures
-from moduseg.report.image_data import Reasons, Written
+from moduseg.report.image_data import RetrievalReplay, Written
 from moduseg.report.page import Page
 from moduseg.report.pictures import crop_region, draw_purification, encode_jpeg
 from moduseg.report.source import Source
@@ -38,7 +38,9 @@ _PICTURE = 320
 _MAP_STEPS = 65_535
 
 
-def write_bank(work: Workspace, source: Source, page: Page, bank: Bank, retriever: Reasons, written: Written) -> None:
+def write_bank(
+    work: Workspace, source: Source, page: Page, bank: Bank, retriever: RetrievalReplay, written: Written
+) -> None:
     """Write `data/bank.js` and the pictures below `bank/`.
 
     Args:
@@ -158,7 +160,7 @@ def _write_pictures(
 
 
 @torch.inference_mode()
-def _neighbours(bank: Bank, retriever: Reasons, rows: list[int]) -> dict[str, Any]:
+def _neighbours(bank: Bank, retriever: RetrievalReplay, rows: list[int]) -> dict[str, Any]:
     """The nearest entries of each pictured one among those that are searched, itself left out."""
     searched = retriever.bank
     if not rows or not len(searched.rows):
@@ -181,7 +183,7 @@ def _neighbours(bank: Bank, retriever: Reasons, rows: list[int]) -> dict[str, An
     return packed_neighbours(table[:, :, 0].astype(np.int64), table[:, :, 1])
 
 
-def _maps(cfg: Config, bank: Bank, retriever: Reasons) -> Mapping[str, Any]:
+def _maps(cfg: Config, bank: Bank, retriever: RetrievalReplay) -> Mapping[str, Any]:
     """The bank on a plane: `pca`, and `umap` where it is asked for."""
     rows = retriever.bank.rows.cpu().numpy()
     vectors = retriever.bank.vectors.float()

@@ -21,11 +21,11 @@ from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.files import digest_of, file_digest, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.bank_data import write_bank
-from moduseg.report.image_data import Reasons, write_images
+from moduseg.report.image_data import RetrievalReplay, write_images
 from moduseg.report.overview_data import list_changes, list_figures, make_image_list, make_overview
 from moduseg.report.page import Page, digest_program, make_script, read_script
 from moduseg.report.source import Source, open_source
-from moduseg.report.why import Answer
+from moduseg.report.why import RetrievalResult
 
 FOLDER = "report"
 """Folder of the report inside that of its run."""
@@ -52,14 +52,16 @@ class Comparison:
     record: Mapping[str, Any]
 
 
-def write_report_of_run(work: Workspace, path: Path, changed: bool, known: Mapping[str, Answer] | None = None) -> None:
+def write_report_of_run(
+    work: Workspace, path: Path, changed: bool, results: Mapping[str, RetrievalResult] | None = None
+) -> None:
     """Write the report of a run that a stage has just ended, if `evaluation.report` asks for it.
 
     Args:
         work: of the run.
         path: its folder, complete.
         changed: whether its label maps differ from those of an earlier report.
-        known: what retrieval said of images that were labelled just now; the others are searched again.
+        results: what retrieval said of images that were labelled just now; the others are searched again.
 
     A report that cannot be written (a photograph that is gone) costs a warning, never the run.
     """
@@ -69,7 +71,7 @@ def write_report_of_run(work: Workspace, path: Path, changed: bool, known: Mappi
     if not changed and (folder / "index.html").is_file() and _stored_key(folder) == report_key(work.cfg, path):
         return
     try:
-        write_report(work, open_source(path, work), folder, known=known)
+        write_report(work, open_source(path, work), folder, results=results)
     except (ConfigError, DataError, ArtefactError, MissingError) as error:
         log.warning("report: not written: %s", error)
 
@@ -91,7 +93,7 @@ def write_report(
     source: Source,
     folder: Path,
     comparison: Comparison | None = None,
-    known: Mapping[str, Answer] | None = None,
+    results: Mapping[str, RetrievalResult] | None = None,
 ) -> Path:
     """Write the report of an opened run, and return the path of `index.html`.
 
@@ -100,7 +102,7 @@ def write_report(
         source: the run.
         folder: where it goes; an earlier report there is replaced.
         comparison: a second run to show beside it.
-        known: see `write_report_of_run`.
+        results: see `write_report_of_run`.
 
     Raises:
         DataError: a label map cannot be read.
@@ -115,7 +117,7 @@ def write_report(
         bank = Bank.load(source.inputs["build_bank"])
         if work.cfg.bank.path is not None:
             bank = remap_classes(bank, source.dataset.classes)
-        retriever = Reasons(work.cfg, bank, source.inputs["queries"], work.device.torch_device, known)
+        retriever = RetrievalReplay(work.cfg, bank, source.inputs["queries"], work.device.torch_device, results)
     written = write_images(work, source, page, ids, retriever, second)
     if bank is not None and retriever is not None:
         write_bank(work, source, page, bank, retriever, written)

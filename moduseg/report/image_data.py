@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
-from torch import Tensor
 from tqdm import tqdm
 
-from moduseg.bank.store import Bank, SearchBank
+from moduseg.bank.store import Bank
 from moduseg.config import Config
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, DataError
@@ -35,7 +34,7 @@ from moduseg.report.pictures import (
     shrink_masks,
 )
 from moduseg.report.source import Source
-from moduseg.report.why import Answer, Blame, owners, packed_neighbours, votes
+from moduseg.report.why import ErrorAttribution, RetrievalResult, owners, packed_neighbours, votes
 from moduseg.retrieval.retriever import Retriever
 from moduseg.structures import IGNORE_INDEX, Proposals
 
@@ -43,15 +42,15 @@ SHOWN_NEIGHBOURS = 25
 """Neighbours of a proposal that a report lists at most; all of them have voted."""
 
 
-class Reasons:
-    """Retrieval once more, from the stored query vectors and the stored bank: what `infer` did and did not keep.
+class RetrievalReplay:
+    """Repeats retrieval from stored vectors, to recover the neighbours that `infer` does not store.
 
     Args:
         cfg: of the run.
         bank: the stored bank.
         queries: the artefact of stage `queries`.
-        device: where the search happens.
-        known: answers of images that were labelled just now, which need no second search.
+        device: where the search runs.
+        results: of images that were labelled just now, by image id; these are not searched again.
     """
 
     def __init__(
@@ -60,60 +59,33 @@ class Reasons:
         bank: Bank,
         queries: Path,
         device: torch.device,
-        known: Mapping[str, Answer] | None = None,
+        results: Mapping[str, RetrievalResult] | None = None,
     ) -> None:
-        self.settings, self.queries, self.device = cfg.retrieval, queries, device
-        self.known = known or {}
+        self._queries, self._results = queries, results or {}
         self.bank = bank.configured(cfg.bank).to(device)
-        self._retriever = Retriever(self.bank.vectors, self.bank.labels, self.bank.centre, cfg.retrieval)
+        self._retriever = Retriever(self.bank, cfg.retrieval)
 
-    @torch.inference_mode()
-    def ask(self, image_id: str, found: Proposals) -> tuple[Proposals, Answer]:
-        """The proposals that were searched, and what the search said of them.
+    def neighbours_of(self, image_id: str, proposals: Proposals) -> tuple[Proposals, RetrievalResult]:
+        """Return the proposals of an image that were searched, and what the search said of them.
 
         Raises:
             DataError: the stored vectors are gone or do not fit the proposals.
         """
-        settings, bank = self.settings, self.bank
-        keep = (torch.from_numpy(areas(found)) >= settings.min_area) & (
-            found.predicted_iou >= settings.min_predicted_iou
-        )
-        answer = self.known.get(image_id)
-        if answer is not None and len(answer.labels) == int(keep.sum()):
-            return found.select(keep), answer
-        file = self.queries / safe_name(f"vectors/{image_id}", ".safetensors")
+        result = self._results.get(image_id)
+        if result is not None:
+            searched = proposals.select(self._retriever.is_searched(proposals))
+            if len(searched) == len(result.labels):
+                return searched, result
+        file = self._queries / safe_name(f"vectors/{image_id}", ".safetensors")
         if not file.is_file():
             raise DataError(f"{file}: no such file; run scripts/infer.py again")
         pooled = load_tensors(file.read_bytes())["pooled"]
-        if len(pooled) != len(found):
-            raise DataError(f"{file}: got {len(pooled)} vectors for {len(found)} proposals; run scripts/infer.py again")
-        found = found.select(keep)
-        pooled = pooled[keep].to(self.device)
-        labels, scores, neighbours, similarities = self._retriever.label(pooled)
-        _, kept = self._retriever.assemble(found, pooled, labels, scores)
-        return found, answer_of(bank, labels, scores, kept, neighbours, similarities)
-
-
-def answer_of(
-    bank: SearchBank, labels: Tensor, scores: Tensor, kept: Tensor, neighbours: Tensor, similarities: Tensor
-) -> Answer:
-    """What a report keeps of the retrieval for one image; arguments as `label_proposals` and `suppress` give them.
-
-    Neighbours beyond `SHOWN_NEIGHBOURS` are kept as well: all of them have voted.
-    """
-    rows = row_labels = neighbours
-    if len(bank.rows):
-        searched = neighbours >= 0
-        rows = torch.where(searched, bank.rows[neighbours.clamp(min=0)], -1)
-        row_labels = torch.where(searched, bank.labels[neighbours.clamp(min=0)], -1)
-    return Answer(
-        labels.cpu().numpy().astype(np.int64),
-        scores.cpu().numpy(),
-        kept.cpu().numpy(),
-        rows.cpu().numpy().astype(np.int32),
-        row_labels.cpu().numpy().astype(np.int16),
-        similarities.cpu().numpy(),
-    )
+        if len(pooled) != len(proposals):
+            raise DataError(
+                f"{file}: got {len(pooled)} vectors for {len(proposals)} proposals; run scripts/infer.py again"
+            )
+        prediction = self._retriever.predict(proposals, pooled)
+        return prediction.proposals, RetrievalResult.of(prediction)
 
 
 @dataclass(frozen=True)
@@ -126,7 +98,7 @@ class Entry:
         areas: label -> pixels of the label map.
         score: mean score of its kept foreground proposals, `None` where there is none.
         proposals: how many were searched, `None` where they are not known.
-        answer, owner, truth, scale: see `Blame.add`; `None` where they are not known.
+        result, owner, truth, scale: see `ErrorAttribution.add`; `None` where they are not known.
     """
 
     size: tuple[int, int]
@@ -134,7 +106,7 @@ class Entry:
     areas: list[list[int]]
     score: float | None = None
     proposals: int | None = None
-    answer: Answer | None = None
+    result: RetrievalResult | None = None
     owner: np.ndarray | None = None
     truth: np.ndarray | None = None
     scale: float = 1.0
@@ -151,7 +123,7 @@ class Written:
     """
 
     entries: list[Entry]
-    blame: Blame
+    blame: ErrorAttribution
     used: dict[int, int]
 
 
@@ -160,7 +132,7 @@ def write_images(
     source: Source,
     page: Page,
     ids: Sequence[str],
-    retriever: Reasons | None,
+    retriever: RetrievalReplay | None,
     second: Source | None = None,
 ) -> Written:
     """Write the pictures of all images.
@@ -179,17 +151,17 @@ def write_images(
 
     workers = work.cfg.evaluation.workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
     entries: list[Entry] = []
-    blame, used = Blame(), dict[int, int]()
+    blame, used = ErrorAttribution(), dict[int, int]()
     with ThreadPoolExecutor(workers, thread_name_prefix="report") as pool:
         found = pool.map(write, enumerate(ids))
         for index, entry in enumerate(tqdm(found, "report", len(ids), unit="img", leave=False)):
-            if entry.answer is not None:
-                rows, counts = np.unique(entry.answer.rows, return_counts=True)
+            if entry.result is not None:
+                rows, counts = np.unique(entry.result.rows, return_counts=True)
                 for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
                     if row >= 0:
                         used[row] = used.get(row, 0) + count
                 if entry.owner is not None and entry.truth is not None:
-                    blame.add(index, entry.answer, entry.owner, entry.truth, entry.scale)
+                    blame.add(index, entry.result, entry.owner, entry.truth, entry.scale)
             # The arrays are no longer needed, and memory shall not grow with the number of images.
             entries.append(Entry(entry.size, entry.photograph, entry.areas, entry.score, entry.proposals))
     return Written(entries, blame, used)
@@ -201,7 +173,7 @@ def _write_image(
     page: Page,
     index: int,
     image_id: str,
-    retriever: Reasons | None,
+    retriever: RetrievalReplay | None,
     second: Source | None,
 ) -> Entry:
     name = f"{index:06d}"
@@ -230,48 +202,45 @@ def _write_image(
     )
     if proposals is None:
         return entry
-    answer = None
+    result = None
     if retriever is not None:
         try:
-            proposals, answer = retriever.ask(image_id, proposals)
+            proposals, result = retriever.neighbours_of(image_id, proposals)
         except DataError as error:
             log.warning("report: nothing to say why: %s", error)
     masks = shrink_masks(proposals.masks.numpy(), size)
-    page.write_data(f"why/{name}", _why(masks, proposals, answer, work.cfg.retrieval.vote_temperature))
-    if answer is None:
+    page.write_data(f"why/{name}", _why(masks, proposals, result, work.cfg.retrieval.vote_temperature))
+    if result is None:
         return Entry(full, entry.photograph, pixels, None, len(proposals))
-    shown = [i for i in answer.kept.tolist() if answer.labels[i] > 0]
-    score = float(answer.scores[shown].mean()) if shown else None
+    shown = [i for i in result.kept.tolist() if result.labels[i] > 0]
+    score = float(result.scores[shown].mean()) if shown else None
     if truth is None:
-        return Entry(full, entry.photograph, pixels, score, len(proposals), answer)
+        return Entry(full, entry.photograph, pixels, score, len(proposals), result)
     scale = full[0] * full[1] / (size[0] * size[1])
-    owner = owners(masks, answer.labels, answer.kept, resize_labels(labels, size))
+    owner = owners(masks, result.labels, result.kept, resize_labels(labels, size))
     shrunk = resize_labels(truth, size)
-    return Entry(full, entry.photograph, pixels, score, len(proposals), answer, owner, shrunk, scale)
+    return Entry(full, entry.photograph, pixels, score, len(proposals), result, owner, shrunk, scale)
 
 
-def areas(proposals: Proposals) -> np.ndarray:
-    """`[N]` int64, `Proposals.areas` of masks on the CPU, many times faster than torch adds up booleans there."""
-    return np.array([np.count_nonzero(mask) for mask in proposals.masks.cpu().numpy()], dtype=np.int64)
-
-
-def _why(masks: np.ndarray, proposals: Proposals, answer: Answer | None, temperature: float | None) -> dict[str, Any]:
+def _why(
+    masks: np.ndarray, proposals: Proposals, result: RetrievalResult | None, temperature: float | None
+) -> dict[str, Any]:
     packed = pack_layers(masks)
     content: dict[str, Any] = {
         "layers": [_text(encode_layer_png(layer)) for layer in packed.layers],
         "layer": packed.layer_of,
         "code": packed.code_of,
-        "area": areas(proposals).tolist(),
+        "area": proposals.areas.tolist(),
         "own": [round(float(score), 4) for score in proposals.predicted_iou],
     }
-    if answer is not None:
+    if result is not None:
         near = slice(0, SHOWN_NEIGHBOURS)
         content |= {
-            "label": answer.labels.tolist(),
-            "score": [round(float(score), 4) for score in answer.scores],
-            "kept": answer.kept.tolist(),
-            "votes": votes(answer, temperature),
-            "neighbours": packed_neighbours(answer.rows[:, near], answer.similarities[:, near]),
+            "label": result.labels.tolist(),
+            "score": [round(float(score), 4) for score in result.scores],
+            "kept": result.kept.tolist(),
+            "votes": votes(result, temperature),
+            "neighbours": packed_neighbours(result.rows[:, near], result.similarities[:, near]),
         }
     return content
 

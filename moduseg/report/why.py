@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg.structures import IGNORE_INDEX
+from moduseg.structures import IGNORE_INDEX, Prediction
 
 SHOWN_LABELS = 4
 """Labels whose votes are listed, the winner among them."""
@@ -21,8 +21,8 @@ SIMILARITY_STEPS = 10_000
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What retrieval said of one image's proposals, `N` of them, `k` neighbours each.
+class RetrievalResult:
+    """What retrieval said of one image's proposals, `N` of them with `k` neighbours each, in little memory.
 
     Attributes:
         labels: `[N]` int64, 0 background.
@@ -40,15 +40,27 @@ class Answer:
     row_labels: np.ndarray
     similarities: np.ndarray
 
+    @classmethod
+    def of(cls, prediction: Prediction) -> RetrievalResult:
+        """Return what a report keeps of a prediction: all neighbours, as all of them have voted, but no mask."""
+        return cls(
+            prediction.labels.numpy(),
+            prediction.scores.numpy(),
+            prediction.kept.numpy(),
+            prediction.neighbours.numpy().astype(np.int32),
+            prediction.neighbour_labels.numpy().astype(np.int16),
+            prediction.similarities.numpy(),
+        )
 
-def votes(answer: Answer, temperature: float | None) -> list[list[list[float]]]:
+
+def votes(result: RetrievalResult, temperature: float | None) -> list[list[list[float]]]:
     """Of each proposal the labels that got most votes: `[label, votes, share of the ballot, mean similarity]`.
 
     The winner comes first, then the others in descending share. With a temperature the ballots are weighed as in
     `moduseg.retrieval.vote`.
     """
     tallies = []
-    columns = (answer.labels.tolist(), answer.row_labels.tolist(), answer.similarities.tolist())
+    columns = (result.labels.tolist(), result.row_labels.tolist(), result.similarities.tolist())
     for winner, row_labels, similarities in zip(*columns, strict=True):
         found = [(label, near) for label, near in zip(row_labels, similarities, strict=True) if label >= 0]
         nearest = max((near for _, near in found), default=0.0)
@@ -109,18 +121,18 @@ class Region:
     images: dict[int, float] = field(default_factory=lambda: defaultdict(float))
 
 
-class Blame:
+class ErrorAttribution:
     """Bank entries by the pixels that they labelled wrong."""
 
     def __init__(self) -> None:
         self.regions: dict[int, Region] = {}
 
-    def add(self, image: int, answer: Answer, owner: np.ndarray, truth: np.ndarray, scale: float) -> None:
+    def add(self, image: int, result: RetrievalResult, owner: np.ndarray, truth: np.ndarray, scale: float) -> None:
         """Share the pixels of one image among the neighbours whose label won there.
 
         Args:
             image: its position in the report.
-            answer: what retrieval said.
+            result: what retrieval said.
             owner: `[h, w]` of `owners`.
             truth: `[h, w]` uint8 at the same size, 255 where ignored.
             scale: pixels of the image itself that one of the maps stands for.
@@ -130,11 +142,11 @@ class Blame:
         found, counts = np.unique(codes, return_counts=True)
         for code, count in zip(found.tolist(), counts.tolist(), strict=True):
             proposal, label = divmod(code, 256)
-            voters = answer.rows[proposal][answer.row_labels[proposal] == answer.labels[proposal]]
+            voters = result.rows[proposal][result.row_labels[proposal] == result.labels[proposal]]
             for row in voters.tolist():
                 share = count * scale / len(voters)
                 region = self.regions.setdefault(row, Region())
-                if label == answer.labels[proposal]:
+                if label == result.labels[proposal]:
                     region.right += share
                 else:
                     region.wrong += share

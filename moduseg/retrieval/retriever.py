@@ -1,7 +1,8 @@
-"""A bank and the rules of its retrieval, ready for queries: what `infer` and the Python interface share."""
+"""The one path from proposals and their vectors to a prediction, which stages, API, app and report share."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -9,97 +10,173 @@ from torch import Tensor
 
 from moduseg.config import RetrievalConfig
 from moduseg.retrieval import indices
+from moduseg.retrieval.assemble import assemble_proposals
 from moduseg.retrieval.balance import ClassIndex, balanced, class_spreads, smallest_class
 from moduseg.retrieval.majority import assemble_majority
-from moduseg.retrieval.pipeline import assemble_proposals, label_proposals
+from moduseg.retrieval.search import search
 from moduseg.retrieval.selection import NEAREST, assemble_selected, margins, similarity_certainty, worth
 from moduseg.retrieval.suppress import descending
 from moduseg.retrieval.vote import vote
-from moduseg.structures import Proposals
+from moduseg.structures import Prediction, Proposals, SearchBank
+
+
+@dataclass(frozen=True)
+class VoteResult:
+    """The label of each of `N` queries, and the `k` neighbours that voted for it.
+
+    Attributes:
+        labels: `[N]` int64, 0 background.
+        scores: `[N]` float32, mean cosine similarity of the winning label's neighbours.
+        neighbours: `[N, k]` int64, positions in the searched bank, nearest first.
+        similarities: `[N, k]` float32.
+    """
+
+    labels: Tensor
+    scores: Tensor
+    neighbours: Tensor
+    similarities: Tensor
 
 
 class Retriever:
-    """Labels proposals and assembles label maps under any of the options of `retrieval`.
+    """Predicts label maps with a bank, under any of the options of `retrieval` (docs/method.md, steps 6 to 8).
 
     Args:
-        vectors: `[B, C]` float, centred (if at all) and L2-normalised.
-        labels: `[B]` int64, 0 background.
-        centre: `[C]` float that is subtracted from queries, or `None`.
-        settings: the rules; `engine` and `storage` hold for the search of the whole bank, neighbours that are looked
-            for class by class are exact.
+        bank: what queries are compared with; the search runs on its device.
+        settings: the options. `engine` and `storage` hold for the search of the whole bank; neighbours that are
+            searched class by class are exact.
     """
 
-    def __init__(self, vectors: Tensor, labels: Tensor, centre: Tensor | None, settings: RetrievalConfig) -> None:
-        self._vectors, self._labels, self._centre, self._settings = vectors, labels, centre, settings
-        self._index = indices.build(vectors, settings.engine, settings.storage)
+    def __init__(self, bank: SearchBank, settings: RetrievalConfig) -> None:
+        self.bank, self.settings = bank, settings
+        self._index = indices.build(bank.vectors, settings.engine, settings.storage)
 
     @cached_property
     def top_k(self) -> int:
         """Neighbours that vote: `retrieval.top_k`, with `cap_top_k` at most the vectors of the smallest class."""
-        wanted = self._settings.top_k
-        return min(wanted, smallest_class(self._labels)) if self._settings.cap_top_k else wanted
+        top_k = self.settings.top_k
+        return min(top_k, smallest_class(self.bank.labels)) if self.settings.cap_top_k else top_k
 
-    def label(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Labels, scores, neighbours and similarities of proposals; see `label_proposals`.
+    def is_searched(self, proposals: Proposals) -> Tensor:
+        """Return `[N]` bool: the proposals that `min_area` and `min_predicted_iou` let through."""
+        settings = self.settings
+        return (proposals.areas >= settings.min_area) & (proposals.predicted_iou >= settings.min_predicted_iou)
 
-        With `vote_balance=distance` neighbours are in the order of that distance.
-        """
-        settings = self._settings
-        if settings.vote_balance == "none":
-            return label_proposals(
-                pooled, self._centre, self._index, self._labels, self.top_k, settings.vote_temperature
-            )
-        # Shapes are checked there, and proposals without a vector get what they always get.
-        labels, scores, neighbours, similarities = label_proposals(
-            pooled, self._centre, self._vectors[:0], self._labels[:0], 1
-        )
-        found = (pooled != 0).any(1).nonzero()[:, 0]
-        if len(found) and len(self._vectors):
-            candidates = self._classes.nearest(self._queries(pooled[found]), self.top_k)
-            near, which = balanced(candidates, self.top_k, settings.vote_balance, self._spreads)
-            neighbours = neighbours.new_full((len(pooled), near.shape[1]), -1)
-            similarities = similarities.new_zeros((len(pooled), near.shape[1]))
-            neighbours[found], similarities[found] = which, near
-            labels[found], scores[found] = vote(self._labels[which], near, settings.vote_temperature)
-        return labels, scores, neighbours, similarities
-
-    def assemble(self, proposals: Proposals, pooled: Tensor, labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The label map of labelled proposals; see `moduseg.retrieval.pipeline.assemble`.
+    @torch.inference_mode()
+    def predict(self, proposals: Proposals, pooled: Tensor) -> Prediction:
+        """Label one image: filter its proposals, search, vote, choose among masks, paint.
 
         Args:
-            proposals: `N` of them, on any device. Their quality is of no effect with `selection=nms`; with
-                `nms_quality` they are suppressed and painted by `score * quality`.
-            pooled: `[N, C]` float, as for `label`.
-            labels: `[N]` int64.
-            scores: `[N]` float.
+            proposals: `N` of them, on any device.
+            pooled: `[N, C]` float on any device, their vectors before centring and normalisation; an all-zero row is a
+                proposal without a vector, which gets label 0, score 0 and no neighbours.
+
+        Raises:
+            ValueError: shapes that do not fit.
         """
-        if self._settings.selection in ("nms", "nms_quality"):
-            ranks = scores if self._settings.selection == "nms" else scores * proposals.quality.to(scores.device)
-            return assemble_proposals(proposals, labels, ranks, self._settings.nms_iou)
-        if self._settings.selection == "majority":
-            if proposals.id_map is not None:  # disjoint: each decides alone
-                return assemble_proposals(proposals, labels, scores, self._settings.nms_iou)
-            return assemble_majority(proposals.masks.to(labels.device), labels, scores), descending(scores)
-        certainty = similarity_certainty(scores)
-        if self._settings.selection == "margin":
-            certainty = self._margins(pooled, labels)
+        if len(pooled) != len(proposals):
+            raise ValueError(f"retrieval: got {len(pooled)} vectors for {len(proposals)} proposals, expected one each")
+        keep = self.is_searched(proposals)
+        if not bool(keep.all()):
+            proposals, pooled = proposals.select(keep), pooled[keep.to(pooled.device)]
+        pooled = pooled.to(self.bank.vectors.device)
+        votes = self.vote(pooled)
+        label_map, kept = self._assemble(proposals, pooled, votes)
+        rows, row_labels = self._rows_of(votes.neighbours)
+        answers = (votes.labels, votes.scores, kept, rows, row_labels, votes.similarities)
+        return Prediction(label_map.cpu().numpy(), proposals, *(tensor.cpu() for tensor in answers))
+
+    def vote(self, pooled: Tensor) -> VoteResult:
+        """Search the bank for each query and let its neighbours vote.
+
+        Args:
+            pooled: `[N, C]` float on the bank's device, see `predict`.
+
+        Returns:
+            Labels and neighbours. With `vote_balance=distance` neighbours are in the order of that distance. For a
+            query without a vector, or any query of an empty bank: label 0, score 0, neighbours -1, similarities 0.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        if pooled.ndim != 2 or pooled.shape[1:] != self.bank.vectors.shape[1:]:
+            raise ValueError(
+                f"retrieval: got proposals {tuple(pooled.shape)}, bank vectors {tuple(self.bank.vectors.shape)}; "
+                "expected [N, C] and [B, C] with the same C; build the bank with this backbone"
+            )
+        # Decided before centring, which would turn "no vector" into the opposite of the mean.
+        with_vector = (pooled != 0).any(1).nonzero()[:, 0]
+        similarities, neighbours = self._search(self._queries(pooled[with_vector]))
+        labels, scores = vote(self.bank.labels[neighbours], similarities, self.settings.vote_temperature)
+        shape = (len(pooled), neighbours.shape[1])
+        return VoteResult(
+            labels.new_zeros(len(pooled)).index_copy(0, with_vector, labels),
+            scores.new_zeros(len(pooled)).index_copy(0, with_vector, scores),
+            neighbours.new_full(shape, -1).index_copy(0, with_vector, neighbours),
+            similarities.new_zeros(shape).index_copy(0, with_vector, similarities),
+        )
+
+    def nearest(self, pooled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the bank's vectors that are most similar to queries, whether they vote or not.
+
+        Args:
+            pooled: `[N, C]` float on the bank's device, see `predict`; each row with a vector.
+            count: neighbours wanted, 1 or more.
+
+        Returns:
+            Rows of the stored bank `[N, k]` int64 and cosine similarities `[N, k]` float32, nearest first, with
+            `k = min(count, M)`; equal similarities rank by position in the searched bank.
+        """
+        similarities, neighbours = search(self._queries(pooled), self.bank.vectors, count)
+        return self.bank.rows[neighbours], similarities
+
+    def _search(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `similarities [F, k]` and `neighbours [F, k]` of those that vote."""
+        balance = self.settings.vote_balance
+        if balance == "none":
+            return search(queries, self._index, self.top_k)
+        return balanced(self._classes.nearest(queries, self.top_k), self.top_k, balance, self._spreads)
+
+    def _rows_of(self, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows of the stored bank and labels of positions in the searched bank; -1 stays, all `[N, k]`."""
+        if not len(self.bank.rows):
+            return neighbours, neighbours
+        is_missing, positions = neighbours < 0, neighbours.clamp(min=0)
+        rows, labels = self.bank.rows[positions], self.bank.labels[positions]
+        return rows.masked_fill(is_missing, -1), labels.masked_fill(is_missing, -1)
+
+    def _assemble(self, proposals: Proposals, pooled: Tensor, votes: VoteResult) -> tuple[Tensor, Tensor]:
+        """Choose among the labelled masks and paint: `label_map [H, W]` uint8 and `kept [K]`, in descending score.
+
+        The proposer's opinion of its masks has no effect with `selection=nms`. With `nms_quality` they are suppressed
+        and painted by `score * quality`.
+        """
+        settings, labels, scores = self.settings, votes.labels, votes.scores
+        is_majority = settings.selection == "majority"
+        # Each pixel of disjoint proposals has one vote, so that a majority has nothing to decide.
+        if settings.selection in ("nms", "nms_quality") or (is_majority and proposals.id_map is not None):
+            is_weighted = settings.selection == "nms_quality"
+            ranks = scores * proposals.quality.to(scores.device) if is_weighted else scores
+            return assemble_proposals(proposals, labels, ranks, settings.nms_iou)
         masks = proposals.masks.to(labels.device)
+        if is_majority:
+            return assemble_majority(masks, labels, scores), descending(scores)
+        certainty = self._margins(pooled, labels) if settings.selection == "margin" else similarity_certainty(scores)
         return assemble_selected(masks, labels, scores, worth(certainty, proposals.quality))
 
     def _margins(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """`[N]` float64: see `margins`; 0 for a proposal without a vector."""
-        found = (pooled != 0).any(1).nonzero()[:, 0]
-        candidates = self._classes.nearest(self._queries(pooled[found]), NEAREST)
-        sure = margins(candidates, labels[found])
-        return torch.zeros(len(pooled), dtype=sure.dtype, device=sure.device).index_put((found,), sure)
+        """Return `[N]` float64: the margin of each query (`margins`), 0 for a proposal without a vector."""
+        with_vector = (pooled != 0).any(1).nonzero()[:, 0]
+        candidates = self._classes.nearest(self._queries(pooled[with_vector]), NEAREST)
+        certainty = margins(candidates, labels[with_vector])
+        return certainty.new_zeros(len(pooled)).index_copy(0, with_vector, certainty)
 
     def _queries(self, pooled: Tensor) -> Tensor:
-        return pooled if self._centre is None else pooled - self._centre
+        return pooled if self.bank.centre is None else pooled - self.bank.centre
 
     @cached_property
     def _classes(self) -> ClassIndex:
-        return ClassIndex(self._vectors, self._labels)
+        return ClassIndex(self.bank.vectors, self.bank.labels)
 
     @cached_property
     def _spreads(self) -> Tensor:
-        return class_spreads(self._vectors, self._labels)
+        return class_spreads(self.bank.vectors, self.bank.labels)

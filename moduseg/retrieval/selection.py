@@ -105,7 +105,7 @@ def select(cells: Cells, labels: np.ndarray, worths: np.ndarray) -> np.ndarray:
 
 
 def assemble_selected(masks: Tensor, labels: Tensor, scores: Tensor, worths: np.ndarray) -> tuple[Tensor, Tensor]:
-    """`moduseg.retrieval.pipeline.assemble` with `select` in place of suppression; arguments as there and `select`.
+    """`moduseg.retrieval.assemble.assemble` with `select` in place of suppression; arguments as there and `select`.
 
     Returns:
         `label_map [H, W]` uint8 and `kept [K]` int64, in descending score, background proposals not among them.

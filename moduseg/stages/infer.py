@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moduseg.bank.edit import align_classes
-from moduseg.bank.store import Bank, SearchBank
+from moduseg.bank.store import Bank
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
 from moduseg.files import digest_of, file_digest, to_json_values
@@ -18,8 +18,7 @@ from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.stage import Stage, skipped_images
 from moduseg.pipeline.workspace import log
 from moduseg.report import build
-from moduseg.report.image_data import answer_of
-from moduseg.report.why import Answer
+from moduseg.report.why import RetrievalResult
 from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.evaluate_masks import score_or_draw
@@ -74,14 +73,10 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
         return bank
 
     @cached_property
-    def bank(self) -> SearchBank:
-        """The bank that is searched: filtered as the configuration says, on the device."""
-        return self.stored_bank.configured(self.cfg.bank).to(self.work.device.torch_device)
-
-    @cached_property
     def retriever(self) -> Retriever:
-        """What labels proposals by their neighbours in the bank."""
-        return Retriever(self.bank.vectors, self.bank.labels, self.bank.centre, self.cfg.retrieval)
+        """What labels proposals by their neighbours in the bank, which is filtered as the configuration says."""
+        bank = self.stored_bank.configured(self.cfg.bank).to(self.work.device.torch_device)
+        return Retriever(bank, self.cfg.retrieval)
 
     def folder_name(self) -> str:
         """Return the readable part of the folder's name."""
@@ -127,16 +122,12 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     def process(self, items: list[tuple[str, Proposals, Tensor]]) -> list[Files]:
         """Return the label maps of several images."""
-        settings, files = self.cfg.retrieval, []
+        files: list[Files] = []
         for image_id, proposals, pooled in items:
-            keep = (proposals.areas >= settings.min_area) & (proposals.predicted_iou >= settings.min_predicted_iou)
-            kept_proposals, kept_pooled = proposals.select(keep), pooled[keep].to(self.work.device.torch_device)
-            labels, scores, neighbours, similarities = self.retriever.label(kept_pooled)
-            label_map, kept = self.retriever.assemble(kept_proposals, kept_pooled, labels, scores)
+            prediction = self.retriever.predict(proposals, pooled)
             if image_id in self._shown_ids:
-                answer = answer_of(self.bank, labels, scores, kept, neighbours, similarities)
-                self._answers_by_image[image_id] = answer
-            files.append({stored_name("label_map", image_id): write_label_png(label_map.cpu().numpy())})
+                self._results_by_image[image_id] = RetrievalResult.of(prediction)
+            files.append({stored_name("label_map", image_id): write_label_png(prediction.label_map)})
         return files
 
     def reads(self, image_id: str) -> list[Path]:
@@ -151,10 +142,10 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     def report(self, outcome: Outcome) -> None:
         """Write the report."""
-        build.write_report_of_run(self.work, self.artefact.path, outcome.changed, self._answers_by_image)
+        build.write_report_of_run(self.work, self.artefact.path, outcome.changed, self._results_by_image)
 
     @cached_property
-    def _answers_by_image(self) -> dict[str, Answer]:
+    def _results_by_image(self) -> dict[str, RetrievalResult]:
         """What retrieval said of the images that the report shows."""
         return {}
 

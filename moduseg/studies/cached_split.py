@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moduseg.bank.edit import align_classes
-from moduseg.bank.store import Bank, SearchBank
+from moduseg.bank.store import Bank
 from moduseg.config import BankConfig, Config, RetrievalConfig
 from moduseg.errors import ConfigError, DataError
 from moduseg.files import canonical_json, to_json_values
@@ -34,7 +34,7 @@ from moduseg.retrieval.vote import vote
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.propose import Propose
 from moduseg.stages.queries import Queries
-from moduseg.structures import IGNORE_INDEX
+from moduseg.structures import IGNORE_INDEX, SearchBank
 
 STORED_KEYS = ("purify", "min_area", "aggregation", "flips", "path")
 """Keys of `bank` that decide what is stored; the others decide how the stored bank is read."""

@@ -26,7 +26,7 @@ from moduseg.report.annotations import (
     to_record,
     to_url,
 )
-from moduseg.retrieval.pipeline import assemble
+from moduseg.retrieval.assemble import assemble
 from moduseg.structures import Prediction, Proposals
 
 CLASSES = ("background", "dog & co", "cat")
@@ -214,7 +214,8 @@ def prediction_of(masks: np.ndarray, labels: list[int], scores: list[float]) -> 
     voted, means = torch.tensor(labels, dtype=torch.int64), torch.tensor(scores)
     label_map, kept = assemble(stack, voted, means, 0.4)
     empty = torch.zeros(len(labels), 1)
-    return Prediction(label_map.numpy(), Proposals(stack), voted, means, kept, empty.long(), empty)
+    rows = empty.long()
+    return Prediction(label_map.numpy(), Proposals(stack), voted, means, kept, rows, rows, empty)
 
 
 @pytest.mark.parametrize("components", [False, True])

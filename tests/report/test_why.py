@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from moduseg.report import why
-from moduseg.retrieval.pipeline import label_proposals
+from moduseg.structures import Proposals
+from tests.support.retrieval import make_retriever
 
 
-def answer(rows: list[list[int]], labels: list[list[int]], near: list[list[float]], won: list[int]) -> why.Answer:
-    return why.Answer(
+def answer(
+    rows: list[list[int]], labels: list[list[int]], near: list[list[float]], won: list[int]
+) -> why.RetrievalResult:
+    return why.RetrievalResult(
         np.array(won),
         np.ones(len(won), np.float32),
         np.arange(len(won)),
@@ -36,9 +39,10 @@ def test_votes_agree_with_the_vote(temperature: float | None, rng: np.random.Gen
     bank = torch.from_numpy(rng.normal(size=(60, 6))).float()
     bank_labels = torch.from_numpy(rng.integers(0, 5, 60))
     queries = torch.from_numpy(rng.normal(size=(30, 6))).float()
-    labels, scores, rows, near = label_proposals(queries, None, bank, bank_labels, 9, temperature)
-    said = why.Answer(*(t.numpy() for t in (labels, scores, torch.arange(30), rows, bank_labels[rows], near)))
-    for label, score, entries in zip(labels.tolist(), scores.tolist(), why.votes(said, temperature), strict=True):
+    retriever = make_retriever(bank, bank_labels, top_k=9, vote_temperature=temperature)
+    prediction = retriever.predict(Proposals(torch.ones((30, 1, 1), dtype=torch.bool)), queries)
+    tallies = why.votes(why.RetrievalResult.of(prediction), temperature)
+    for label, score, entries in zip(prediction.labels.tolist(), prediction.scores.tolist(), tallies, strict=True):
         assert entries[0][0] == label
         assert entries[0][3] == pytest.approx(score, abs=1e-4)
         assert entries[0][2] >= max(entry[2] for entry in entries) - 1e-4
@@ -67,7 +71,7 @@ def test_pixels_are_shared_among_the_neighbours_that_voted_so() -> None:
     said = answer([[10, 11, 12], [20, 21, 22]], [[1, 1, 2], [0, 0, 0]], [[0.9, 0.8, 0.7]] * 2, [1, 0])
     owner = np.array([[0, 0, 0, 0, 1, -1]])
     truth = np.array([[1, 2, 2, 255, 2, 2]], np.uint8)
-    blame = why.Blame()
+    blame = why.ErrorAttribution()
     blame.add(7, said, owner, truth, 10.0)
     assert set(blame.regions) == {10, 11, 20, 21, 22}  # 12 voted for another label
     assert (blame.regions[10].right, blame.regions[10].wrong) == (5.0, 10.0)

@@ -5,11 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moduseg.config import RetrievalConfig
 from moduseg.retrieval.balance import balanced, class_candidates, class_ranks, class_spreads, smallest_class
-from moduseg.retrieval.pipeline import label_proposals
-from moduseg.retrieval.retriever import Retriever
 from moduseg.retrieval.search import search
+from tests.support.retrieval import make_retriever
 
 
 def scene(rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,11 +78,10 @@ def test_distance_by_hand(device: torch.device) -> None:
     near, rows = balanced(class_candidates(query, bank, labels, 2), 2, "distance", spreads)
     assert labels[rows[0]].tolist() == [2, 2]
     assert labels[balanced(class_candidates(query, bank, labels, 2), 2, "none")[1][0, 1]] == 1
-    settings = RetrievalConfig(top_k=2, vote_balance="distance")
-    found, scores, neighbours, _ = Retriever(bank, labels, None, settings).label(query)
-    assert found.tolist() == [2]
-    assert neighbours.tolist() == rows.tolist()
-    assert float(scores) == pytest.approx(float(near.mean()))
+    votes = make_retriever(bank, labels, top_k=2, vote_balance="distance").vote(query)
+    assert votes.labels.tolist() == [2]
+    assert votes.neighbours.tolist() == rows.tolist()
+    assert float(votes.scores) == pytest.approx(float(near.mean()))
 
 
 def test_spreads_by_hand(device: torch.device) -> None:
@@ -121,27 +118,24 @@ def test_smallest_class_caps_k(labels: list[int], expected: int) -> None:
     bank = torch.ones(len(labels), 2)
     assert smallest_class(torch.tensor(labels, dtype=torch.int64)) == expected
     for cap, top_k in ((True, min(9, expected)), (False, 9)):
-        retriever = Retriever(
-            bank, torch.tensor(labels, dtype=torch.int64), None, RetrievalConfig(top_k=9, cap_top_k=cap)
-        )
+        retriever = make_retriever(bank, torch.tensor(labels, dtype=torch.int64), top_k=9, cap_top_k=cap)
         assert retriever.top_k == top_k
 
 
 @pytest.mark.parametrize("rule", ["cap", "distance"])
 def test_without_a_vector_or_a_bank(rule: str, device: torch.device) -> None:
     """As without the rule: label 0, score 0, no neighbour; the others are not touched."""
-    settings = RetrievalConfig(top_k=3, vote_balance=rule)  # type: ignore[arg-type]
     bank, labels = torch.eye(2, device=device), torch.tensor([1, 2], device=device)
     centre, pooled = torch.tensor([0.5, 0.0], device=device), torch.tensor([[0.0, 0], [0.5, 1]], device=device)
-    found, scores, neighbours, similarities = Retriever(bank, labels, centre, settings).label(pooled)
-    plain = label_proposals(pooled, centre, bank, labels, 1)
-    assert found.tolist() == plain[0].tolist() == [0, 2]
-    assert scores.tolist() == plain[1].tolist() == [0, 1]
-    assert neighbours[0].unique().tolist() == [-1]
-    assert not similarities[0].any()
-    empty = Retriever(bank[:0], labels[:0], None, settings).label(pooled)
-    assert [t.tolist() for t in empty[:2]] == [[0, 0], [0, 0]]
-    assert empty[2].shape == (2, 0)
+    votes = make_retriever(bank, labels, centre, top_k=3, vote_balance=rule).vote(pooled)
+    plain = make_retriever(bank, labels, centre, top_k=1).vote(pooled)
+    assert votes.labels.tolist() == plain.labels.tolist() == [0, 2]
+    assert votes.scores.tolist() == plain.scores.tolist() == [0, 1]
+    assert votes.neighbours[0].unique().tolist() == [-1]
+    assert not votes.similarities[0].any()
+    empty = make_retriever(bank[:0], labels[:0], top_k=3, vote_balance=rule).vote(pooled)
+    assert empty.labels.tolist() == empty.scores.tolist() == [0, 0]
+    assert empty.neighbours.shape == (2, 0)
 
 
 def test_bad_values() -> None:

@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moduseg.config import RetrievalConfig
 from moduseg.masks.cells import Cells
 from moduseg.retrieval.majority import assemble_majority, majority_of_cells
-from moduseg.retrieval.retriever import Retriever
 from moduseg.structures import Proposals
+from tests.support.retrieval import make_retriever
 
 
 def by_loops(masks: np.ndarray, labels: list[int], scores: list[float]) -> np.ndarray:
@@ -76,15 +75,14 @@ def test_disjoint_proposals_are_painted_as_ever(device: torch.device, rng: np.ra
     pooled = bank[:12] + 0.01
     maps = []
     for rule in ("nms", "majority"):
-        retriever = Retriever(bank, labels, None, RetrievalConfig(top_k=1, selection=rule))  # type: ignore[arg-type]
-        found, scores, _, _ = retriever.label(pooled)
+        retriever = make_retriever(bank, labels, top_k=1, selection=rule)
         for proposals in (Proposals(masks), Proposals.of_id_map(ids, 12)):
-            label_map, kept = retriever.assemble(proposals, pooled, found, scores)
-            assert sorted(kept.tolist()) == list(range(12))
-            assert bool((scores[kept].diff() <= 0).all())
-            maps.append(label_map)
-    assert all(torch.equal(one, maps[0]) for one in maps)
-    assert len(maps[0].unique()) > 1
+            prediction = retriever.predict(proposals, pooled)
+            assert sorted(prediction.kept.tolist()) == list(range(12))
+            assert bool((prediction.scores[prediction.kept].diff() <= 0).all())
+            maps.append(prediction.label_map)
+    assert all(np.array_equal(label_map, maps[0]) for label_map in maps)
+    assert len(np.unique(maps[0])) > 1
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moduseg.config import RetrievalConfig
 from moduseg.masks.cells import Cells
 from moduseg.retrieval import selection
 from moduseg.retrieval.balance import class_candidates
 from moduseg.retrieval.rasterize import rasterize
-from moduseg.retrieval.retriever import Retriever
 from moduseg.retrieval.selection import (
     assemble_selected,
     heaviest,
@@ -23,6 +21,7 @@ from moduseg.retrieval.selection import (
 )
 from moduseg.structures import Proposals
 from tests import reference
+from tests.support.retrieval import make_retriever
 
 UNIT = 1 << 20
 
@@ -151,15 +150,12 @@ def test_disjoint_masks_surer_than_nothing_are_all_kept(
     labels = torch.from_numpy(classes).to(device)
     pooled = bank[:12] + 0.01
 
-    def run(selection: str) -> tuple[torch.Tensor, torch.Tensor]:
-        retriever = Retriever(bank, labels, None, RetrievalConfig(top_k=1, selection=selection))  # type: ignore[arg-type]
-        found, scores, _, _ = retriever.label(pooled)
-        return retriever.assemble(Proposals(masks), pooled, found, scores)
-
-    label_map, kept = run(rule)
-    expected, every = run("nms")
-    assert torch.equal(label_map, expected)
-    assert set(kept.tolist()) <= set(every.tolist())
+    chosen, suppressed = (
+        make_retriever(bank, labels, top_k=1, selection=selection).predict(Proposals(masks), pooled)
+        for selection in (rule, "nms")
+    )
+    assert np.array_equal(chosen.label_map, suppressed.label_map)
+    assert set(chosen.kept.tolist()) <= set(suppressed.kept.tolist())
 
 
 def test_suppressed_and_painted_by_score_and_quality(device: torch.device) -> None:
@@ -169,11 +165,10 @@ def test_suppressed_and_painted_by_score_and_quality(device: torch.device) -> No
     pooled = torch.tensor([[1.0, 0.1], [1.0, 0.3]], device=device)
     kept = []
     for rule in ("nms", "nms_quality"):
-        retriever = Retriever(bank, labels, None, RetrievalConfig(top_k=1, selection=rule))  # type: ignore[arg-type]
-        found, scores, _, _ = retriever.label(pooled)
-        assert scores[0] > scores[1]
         proposals = Proposals(masks, torch.tensor([0.5, 1.0], device=device), torch.tensor([1.0, 0.9], device=device))
-        kept.append(retriever.assemble(proposals, pooled, found, scores)[1].tolist())
+        prediction = make_retriever(bank, labels, top_k=1, selection=rule).predict(proposals, pooled)
+        assert prediction.scores[0] > prediction.scores[1]
+        kept.append(prediction.kept.tolist())
     assert kept == [[0], [1]]
 
 

@@ -19,6 +19,7 @@ from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
 from moduseg.stages.queries import Queries
+from moduseg.structures import SearchBank
 from moduseg.studies import sweep
 from moduseg.studies.cached_split import CachedSplit
 from moduseg.studies.sweep import parse
@@ -129,13 +130,14 @@ def test_held_out_is_a_bank_without_the_image(more: list[str], finished: Path) -
 
     for image in split.images:
         keep = split.bank.image_index[bank.rows] != split.bank.image_ids.index(image.id)
-        retriever = Retriever(bank.vectors[keep], bank.labels[keep], bank.centre, cfg.retrieval)
+        kept = SearchBank(bank.vectors[keep], bank.labels[keep], bank.rows[keep], bank.centre)
+        retriever = Retriever(kept, cfg.retrieval)
         pooled = split.queries.pooled[image.queries]
-        expected, expected_scores, _, _ = retriever.label(pooled)
-        assert answers.labels[image.queries].tolist() == expected.tolist()
-        assert answers.scores[image.queries].tolist() == expected_scores.tolist()
+        votes = retriever.vote(pooled)
+        assert answers.labels[image.queries].tolist() == votes.labels.tolist()
+        assert answers.scores[image.queries].tolist() == votes.scores.tolist()
         if cfg.retrieval.selection == "margin":
-            certain = worth(retriever._margins(pooled, expected), split.queries.quality[image.queries])
+            certain = worth(retriever._margins(pooled, votes.labels), split.queries.quality[image.queries])
             assert answers.worths[image.queries].tolist() == certain.tolist()
     assert BuildBank.run(cfg) == split.inputs["build_bank"]
     assert torch.is_tensor(split.queries.pooled)

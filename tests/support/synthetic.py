@@ -24,7 +24,7 @@ from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import Outcome
 from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers import sa1b
-from moduseg.retrieval.pipeline import assemble, label_proposals
+from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.evaluate_masks import score_label_maps
 from moduseg.structures import Proposals
 from moduseg.tools import report
@@ -105,7 +105,7 @@ def _artefacts(
         work.dataset("train").classes, {"backbone_digest": "none", "config": cfg.as_dict()},
     )  # fmt: skip
     bank.save(stages["build_bank"].path)
-    searched = bank.select_vectors(cfg.bank.centre, cfg.bank.outliers)
+    retriever = Retriever(bank.select_vectors(cfg.bank.centre, cfg.bank.outliers), cfg.retrieval)
     # Each cell, and each with its right neighbour: masks that overlap, as SAM's do.
     masks = torch.from_numpy(np.concatenate([cells, cells | np.roll(cells, -1, 0)]))
     found = Proposals(masks, torch.linspace(0.5, 1, len(masks)))
@@ -115,9 +115,8 @@ def _artefacts(
         write_atomic(stages["queries"].file(f"vectors/{image_id}.safetensors"), save_tensors({"pooled": vectors}))
         content = sa1b.dump(sa1b.to_annotations(found, image_id))
         write_atomic(stages["propose"].file(f"masks/{image_id}.json"), content)
-        said = label_proposals(vectors, searched.centre, searched.vectors, searched.labels, cfg.retrieval.top_k)
-        label_map, _ = assemble(masks, said[0], said[1], cfg.retrieval.nms_iou)
-        write_atomic(infer.file(f"labels/{image_id}.png"), write_label_png(label_map.numpy()))
+        label_map = retriever.predict(found, vectors).label_map
+        write_atomic(infer.file(f"labels/{image_id}.png"), write_label_png(label_map))
     _complete(stages["propose"], {})
     _complete(stages["queries"], {"propose": stages["propose"]})
     _complete(stages["pseudo_masks"], {})
