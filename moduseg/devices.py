@@ -1,4 +1,4 @@
-"""Which device, and in which precision models run on it."""
+"""The device that models run on, and their precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 
 @dataclass(frozen=True)
 class Device:
-    """Where tensors live and how model forward passes are cast.
+    """A device, and the precision of model forward passes on it.
 
     Attributes:
         torch_device: the device itself.
@@ -29,7 +29,7 @@ class Device:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The context a model's forward pass runs in; its seconds are counted (`moduseg.clock`)."""
+        """Run a model's forward pass in this precision, and count its seconds (`moduseg.clock`)."""
         dtype = PRECISIONS[self.precision]
         cast = nullcontext() if dtype is None else torch.autocast(self.torch_device.type, dtype=dtype)
         with model_pass(self.torch_device), cast:
@@ -37,11 +37,11 @@ class Device:
 
 
 def resolve_device(name: str = "auto", precision: str = "auto") -> Device:
-    """The device that `runtime.device` and `runtime.precision` name.
+    """Return the device that `runtime.device` and `runtime.precision` name.
 
     Args:
-        name: `auto` (CUDA, then MPS, then CPU), `cpu`, `mps`, `cuda` or `cuda:N`. Where torchrun started several
-            processes on a machine, `auto` and `cuda` are the process's own share of its GPUs.
+        name: `auto` (CUDA, then MPS, then CPU), `cpu`, `mps`, `cuda` or `cuda:N`. If torchrun started several processes
+            on a machine, `auto` and `cuda` are the GPU of this process.
         precision: `auto` is bfloat16 on a CUDA device that has it and float32 elsewhere.
 
     Raises:

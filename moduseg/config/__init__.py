@@ -1,5 +1,7 @@
 """The configuration: where the YAML files are, what they may hold, how they become objects."""
 
+from __future__ import annotations
+
 from moduseg.config.files import UNREADABLE, compose, config_dir, from_hydra
 from moduseg.config.schemas import (
     BackgroundConfig,

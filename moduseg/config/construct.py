@@ -1,8 +1,8 @@
-"""From a configuration mapping to an object, with errors that a reader of the YAML understands.
+"""Objects from a configuration mapping, with errors that a reader of the YAML understands.
 
-The signature of a class is its schema: names, types and defaults are read from `__init__`, values are checked there.
-A backend with many settings takes one dataclass, its first argument `options`, whose fields are the flat keys of the
-YAML; values are then checked in the dataclass's `__post_init__`.
+The signature of a class is its schema: `__init__` gives names, types and defaults, and checks values. A backend with
+many settings takes one dataclass, its first argument `options`, whose fields are the flat keys of the YAML; the
+dataclass checks values in `__post_init__`.
 """
 
 from __future__ import annotations
@@ -18,39 +18,40 @@ from moduseg.errors import ConfigError, suggest
 T = TypeVar("T")
 
 
-def build_named(room: str, registry: Mapping[str, type[T]], cfg: Mapping[str, Any], **context: Any) -> T:
+def build_named(group: str, registry: Mapping[str, type[T]], cfg: Mapping[str, Any], **context: Any) -> T:
     """Build the backend that `cfg["name"]` names, with the other keys of `cfg` as arguments.
 
     Args:
-        room: the configuration group, for messages (`"proposer"`).
+        group: the configuration group, for messages (`"proposer"`).
         registry: from name to class.
         cfg: the group's configuration.
-        context: values the program supplies (device, precision, a backbone); a backend gets those it asks for.
+        context: values that the program supplies (device, precision, a backbone); a backend gets those that its
+            `__init__` names.
 
     Raises:
-        ConfigError: unknown name or key, missing key, wrong type, or a value that `__init__` refuses.
+        ConfigError: unknown name or key, missing key, wrong type, or a value out of range.
     """
     arguments = dict(cfg)
     name = arguments.pop("name", None)
     if name not in registry:
         raise ConfigError(
-            f"{room}.name: got {name!r}, expected one of {', '.join(sorted(registry))}; "
-            f"pick a shipped file with {room}=<file> or set {room}.name"
+            f"{group}.name: got {name!r}, expected one of {', '.join(sorted(registry))}; "
+            f"pick a shipped file with {group}=<file> or set {group}.name"
         )
     backend = registry[name]
-    options_class = _options_class(backend)
+    options_class = _find_options_class(backend)
     if options_class is None:
-        return construct(backend, arguments, room, **context)
-    options: Any = construct(options_class, arguments, room)
+        return construct(backend, arguments, group, **context)
+    options: Any = construct(options_class, arguments, group)
     accepted = inspect.signature(backend.__init__).parameters
     try:
         return backend(options, **{k: v for k, v in context.items() if k in accepted})  # type: ignore[call-arg]
     except ValueError as error:
-        raise ConfigError(f"{room}: {error}") from error
+        raise ConfigError(f"{group}: {error}") from error
 
 
-def _options_class(backend: type) -> type | None:
-    """Return the dataclass of a backend whose first argument is `options`; `None` where it takes plain arguments."""
+def _find_options_class(backend: type) -> type | None:
+    """Return the dataclass of a backend whose first argument is `options`; `None` if it takes plain arguments."""
     names = list(inspect.signature(backend.__init__).parameters)  # type: ignore[misc]
     if names[1:2] != ["options"]:
         return None
@@ -59,7 +60,18 @@ def _options_class(backend: type) -> type | None:
 
 
 def construct(cls: type[T], arguments: Mapping[str, Any], where: str, **context: Any) -> T:
-    """Call `cls` with `arguments`, checked against its signature; see `build_named`."""
+    """Make a `cls` from a mapping of its arguments, checked against its signature.
+
+    Args:
+        cls: a class whose `__init__` has type hints, or a dataclass.
+        arguments: values as YAML has them: a whole number passes for a fraction, a list for a tuple, a mapping for a
+            dataclass.
+        where: the configuration key of `arguments`, for messages.
+        context: further arguments, which are taken unchecked if `__init__` names them.
+
+    Raises:
+        ConfigError: unknown key, missing key, wrong type, or a value out of range.
+    """
     hints = get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
     parameters = {
         name: p
@@ -84,7 +96,7 @@ def construct(cls: type[T], arguments: Mapping[str, Any], where: str, **context:
 
 
 def _fit(value: Any, hint: Any, where: str) -> Any:
-    """`value` if it has type `hint` (int passes for float, a list for a tuple), else a ConfigError."""
+    """Return `value` as type `hint` (int becomes float, a list a tuple, a mapping dataclass) or raise ConfigError."""
     origin, choices = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -131,6 +143,7 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
 
 
 def _describe(hint: Any) -> str:
+    """Return a type in the words of a reader of the YAML."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(choice) for choice in choices)

@@ -26,14 +26,14 @@ from moduseg.config.schemas import (
 from moduseg.errors import ConfigError, MissingError, suggest
 
 UNREADABLE = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError)
-"""What Hydra and OmegaConf let through of a damaged YAML file, beside their own errors."""
+"""Errors beside their own that Hydra and OmegaConf raise for a damaged YAML file."""
 
 
 def config_dir() -> Path:
-    """The folder of the YAML files: inside an installed package, or at the top of a clone.
+    """Return the folder of the YAML files: inside an installed package, or at the top of a clone.
 
     Raises:
-        MissingError: neither is there.
+        MissingError: neither folder exists.
     """
     package = Path(__file__).parent.parent
     for candidate in (package / "configs", package.parent / "configs"):
@@ -43,10 +43,10 @@ def config_dir() -> Path:
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
-    """The configuration that a command line gives.
+    """Return the configuration that a command line gives.
 
     Args:
-        overrides: as on the command line: `retrieval.top_k=9`, `proposer=sam`, `experiment=coco150`.
+        overrides: arguments of the command line: `retrieval.top_k=9`, `proposer=sam`, `experiment=coco150`.
         config_name: the file at the top of the folder.
 
     Raises:
@@ -61,7 +61,11 @@ def compose(overrides: Sequence[str] = (), config_name: str = "config") -> Confi
 
 
 def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
-    """Check what Hydra composed; see `compose`."""
+    """Return what Hydra composed as a checked configuration.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range.
+    """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
     except OmegaConfBaseException as error:
@@ -69,13 +73,13 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     if not isinstance(plain, dict):
         raise ConfigError(f"configuration: got {type(plain).__name__}, expected groups; start from configs/config.yaml")
     plain.pop("hydra", None)
-    known = [f.name for f in dataclasses.fields(Config)]
+    group_names = [f.name for f in dataclasses.fields(Config)]
     for key in plain:
-        if key not in known:
-            close = suggest(str(key), known)
+        if key not in group_names:
+            close = suggest(str(key), group_names)
             hint = f"did you mean {close}?" if close else "remove it"
-            raise ConfigError(f"{key!s}: unknown key, expected one of {', '.join(known)}; {hint}")
-    hints = {
+            raise ConfigError(f"{key!s}: unknown key, expected one of {', '.join(group_names)}; {hint}")
+    schemas = {
         "pseudo_masks": PseudoMasksConfig,
         "bank": BankConfig,
         "retrieval": RetrievalConfig,
@@ -92,18 +96,18 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
             "proposer@train_proposer=<file>"
         )
     values: dict[str, Any] = {"predictions": predictions, "train_proposer": train_proposer}
-    for name in known:
+    for name in group_names:
         value = plain.get(name)
         if name in values:
             continue
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name}: got {value!r}, expected a group of settings; pick a file with {name}=<file>")
-        values[name] = construct(hints[name], value, name) if name in hints else value
+        values[name] = construct(schemas[name], value, name) if name in schemas else value
     return Config(**values)
 
 
 def _one_line(error: Exception) -> str:
-    """Hydra's message on one line, with the remedy that fits this program."""
+    """Return Hydra's message on one line, with the remedy that fits this program."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(
         line for line in lines if not line.startswith(("To append to your config", "full_key", "object_type"))

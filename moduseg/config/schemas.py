@@ -1,6 +1,6 @@
-"""The groups of the configuration as dataclasses, which check types and ranges.
+"""The groups of the configuration as dataclasses, which check the ranges of values.
 
-Every mistake ends in one line that names the key.
+A mistake raises a ValueError of one line that names the key.
 """
 
 from __future__ import annotations
@@ -11,14 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def _between(name: str, value: float, low: float, high: float, remedy: str) -> None:
+def _check_range(name: str, value: float, low: float, high: float, remedy: str) -> None:
+    """Raise ValueError if a value is outside `[low, high]`."""
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value}, expected {low} to {high}; {remedy}")
 
 
 @dataclass(frozen=True)
 class PurifyConfig:
-    """Semantic boundary purification (METHOD, stage 1, step 2)."""
+    """Boundary purification of pseudo masks (docs/method.md, step 2).
+
+    Attributes:
+        enabled: whether it is done.
+        kernel_size: side of the square kernel of the erosion in pixels, odd.
+        iterations: how often the erosion is applied.
+    """
 
     enabled: bool = True
     kernel_size: int = 3
@@ -29,12 +36,18 @@ class PurifyConfig:
             raise ValueError(
                 f"purify.kernel_size: got {self.kernel_size}, expected an odd number >= 1; the paper uses 3"
             )
-        _between("purify.iterations", self.iterations, 0, 1000, "the paper uses 20 at 500 pixels")
+        _check_range("purify.iterations", self.iterations, 0, 1000, "the paper uses 20 at 500 pixels")
 
 
 @dataclass(frozen=True)
 class OutliersConfig:
-    """Prototype purification (METHOD, stage 1, step 4)."""
+    """Prototype purification: outliers of each class leave the bank (docs/method.md, step 4).
+
+    Attributes:
+        enabled: whether it is done.
+        drop_ratio: share of the vectors of each foreground class that is dropped, in [0, 1).
+        drop_ratio_background: that share for the background.
+    """
 
     enabled: bool = True
     drop_ratio: float = 0.25
@@ -49,15 +62,24 @@ class OutliersConfig:
 
 @dataclass(frozen=True)
 class BankConfig:
-    """How the bank is made of pseudo masks and patch tokens.
+    """How the bank is made from pseudo masks and patch tokens.
 
-    `purify`, `min_area`, `aggregation` and `flips` (every training image's mirror image too) decide what is stored; the
-    others are applied when the bank is read, so that changing them runs no model. `images_per_class` keeps the vectors
-    of that many images of each class, chosen by `images_seed` (see `moduseg.bank.subset`), `classes` those of the named
-    classes and of the background; `prototypes` puts so many k-means centres of each class in place of its vectors (see
-    `moduseg.bank.prototypes`). `shuffle_labels` is the control experiment of a table: the seed of a permutation of the
-    bank's labels, which leaves retrieval nothing to know. `path` is the folder of a finished bank
-    (of `scripts/bank.py`, say) that is used in place of one built from the training split.
+    `purify`, `min_area`, `aggregation` and `flips` decide what is stored. The others are applied when the bank is read,
+    so that changing them runs no model.
+
+    Attributes:
+        purify: boundary purification of the pseudo masks.
+        min_area: smaller regions give no vector, in pixels.
+        aggregation: weights of the patches: `soft` by coverage, `hard` patches covered by more than half.
+        centre: subtract the bank's mean before vectors get length 1.
+        images_per_class: keep the vectors of that many images of each class; see `moduseg.bank.subset`.
+        images_seed: seed that chooses these images.
+        shuffle_labels: seed of a permutation of the bank's labels, the control experiment of a table.
+        outliers: prototype purification.
+        classes: keep the vectors of these classes and of the background.
+        prototypes: replace the vectors of each class by so many k-means centres; see `moduseg.bank.prototypes`.
+        flips: store every training image's mirror image too.
+        path: folder of a finished bank (of `scripts/bank.py`, say), used in place of one built from the training split.
     """
 
     purify: PurifyConfig = field(default_factory=PurifyConfig)
@@ -75,19 +97,29 @@ class BankConfig:
 
     def __post_init__(self) -> None:
         if self.prototypes is not None:
-            _between("prototypes", self.prototypes, 1, 10**6, "null keeps every vector")
-        _between("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
+            _check_range("prototypes", self.prototypes, 1, 10**6, "null keeps every vector")
+        _check_range("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
         if self.images_per_class is not None:
-            _between("images_per_class", self.images_per_class, 1, 10**9, "null keeps every image")
+            _check_range("images_per_class", self.images_per_class, 1, 10**9, "null keeps every image")
 
 
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """Search, vote and suppression (METHOD, stage 2).
+    """Search, vote and suppression (docs/method.md, steps 6 to 8).
 
-    From `vote_temperature` to `selection` these are options beyond the paper: see `moduseg.retrieval.vote`, `.balance`,
-    `.selection` and `.majority`. `cap_top_k` lets no more neighbours vote than the smallest class of the bank has
-    vectors. `engine` and `storage` of the bank's vectors are part of keys where they are not the default.
+    Options from `vote_temperature` to `selection` go beyond the paper.
+
+    Attributes:
+        top_k: neighbours that vote.
+        nms_iou: a mask is suppressed if its IoU with a better one of its label is greater.
+        min_area: smaller proposals are dropped, in pixels.
+        min_predicted_iou: proposals of lower predicted IoU are dropped.
+        vote_temperature: weight votes by a softmax over the neighbours at this temperature; `None` counts them equally.
+        vote_balance: how classes with many vectors are held back; see `moduseg.retrieval.balance`.
+        cap_top_k: let at most as many neighbours vote as the smallest class of the bank has vectors.
+        selection: how masks are chosen; see `moduseg.retrieval.selection` and `moduseg.retrieval.majority`.
+        engine: search engine, part of keys unless it is the default.
+        storage: number format of the bank's vectors, part of keys unless it is the default.
     """
 
     top_k: int = 25
@@ -102,17 +134,17 @@ class RetrievalConfig:
     storage: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
-        _between("top_k", self.top_k, 1, 10**6, "the paper uses 25")
-        _between("nms_iou", self.nms_iou, 0, 1, "the paper uses 0.4")
-        _between("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
-        _between("min_predicted_iou", self.min_predicted_iou, 0, 1, "0 keeps every proposal")
+        _check_range("top_k", self.top_k, 1, 10**6, "the paper uses 25")
+        _check_range("nms_iou", self.nms_iou, 0, 1, "the paper uses 0.4")
+        _check_range("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
+        _check_range("min_predicted_iou", self.min_predicted_iou, 0, 1, "0 keeps every proposal")
         if self.vote_temperature is not None and self.vote_temperature <= 0:
             raise ValueError(
                 f"vote_temperature: got {self.vote_temperature}, expected more than 0, or null for equal votes"
             )
 
     def key_parts(self) -> dict[str, Any]:
-        """What of it decides a result: settings that came later are left out while they change nothing."""
+        """Return the settings that decide a result; later additions are omitted while they have their default."""
         unchanged = {
             "vote_balance": "none",
             "cap_top_k": False,
@@ -120,12 +152,18 @@ class RetrievalConfig:
             "engine": "exact",
             "storage": "float32",
         }
-        return {name: value for name, value in _plain(self).items() if unchanged.get(name, ...) != value}
+        return {name: value for name, value in _to_plain(self).items() if unchanged.get(name, ...) != value}
 
 
 @dataclass(frozen=True)
 class BackgroundConfig:
-    """What score the background gets against the classes: see `moduseg.pseudo_masks.labels.make_label_map`."""
+    """The score of the background among the classes; see `moduseg.pseudo_masks.labels.make_label_map`.
+
+    Attributes:
+        rule: how the score is made.
+        value: the constant, exponent or threshold of the rule.
+        low: second, lower threshold of rules that have one.
+    """
 
     rule: Literal["constant", "power", "threshold", "given", "words", "probability"] = "constant"
     value: float = 0.5
@@ -134,10 +172,15 @@ class BackgroundConfig:
 
 @dataclass(frozen=True)
 class PseudoMasksConfig:
-    """A generator, and how its scores become labels: what follows `generator` is changed without running a model.
+    """A generator, and how its scores become labels; settings after `generator` change without running a model.
 
-    `dilations` and `iterations` are those of `pamr` and `par`; see `moduseg.pseudo_masks.refine`. Proposals whose
-    `predicted_iou` is below `vote_min_score` have no say in `region_vote`.
+    Attributes:
+        generator: name and options of the generator, checked when it is built.
+        background: the score of the background.
+        refine: how labels are refined; see `moduseg.pseudo_masks.refine`.
+        dilations: distances of the neighbours that `pamr` and `par` compare, in pixels.
+        iterations: iterations of `pamr` and `par`.
+        vote_min_score: proposals of lower predicted IoU have no vote in `region_vote`.
     """
 
     generator: Mapping[str, Any]
@@ -148,15 +191,30 @@ class PseudoMasksConfig:
     vote_min_score: float = 0.0
 
     def __post_init__(self) -> None:
-        _between("vote_min_score", self.vote_min_score, 0, 1, "0 lets every proposal vote, the paper uses 0.5")
+        _check_range("vote_min_score", self.vote_min_score, 0, 1, "0 lets every proposal vote, the paper uses 0.5")
         if not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"dilations: got {list(self.dilations)}, expected pixels >= 1; the papers use 1 to 24")
-        _between("iterations", self.iterations, 0, 1000, "the papers use 10")
+        _check_range("iterations", self.iterations, 0, 1000, "the papers use 10")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Figures beside mIoU, and pictures. All but `workers` and what begins with `report` are part of keys."""
+    """Measures beside mIoU, and pictures; all but `workers` and the `report` settings are part of keys.
+
+    Attributes:
+        bootstrap: resamples of the confidence interval; 0 omits it.
+        boundary_width: distance from a contour that boundary IoU looks at, as a share of the image's diagonal; 0 omits
+            the measure.
+        uncovered: for data sets without background: pixels predicted 0 are `wrong`, or left out (`ignore`).
+        object_min_area: smaller objects do not count for the recall of proposals, in pixels.
+        panels: images that are drawn side by side with their truth.
+        workers: threads that score; 0 takes one a core, 4 at most.
+        report: whether an HTML report is written.
+        report_images: images in the report at most, evenly spaced over the split.
+        report_size: longer side of its pictures, in pixels; smaller images are not enlarged.
+        report_regions: bank regions with a picture, those that matter most first; 0 makes none.
+        report_map: how the bank is laid out on a plane.
+    """
 
     bootstrap: int = 1000
     boundary_width: float = 0.02
@@ -171,33 +229,48 @@ class EvaluationConfig:
     report_map: Literal["pca", "umap"] = "pca"
 
     def __post_init__(self) -> None:
-        _between("bootstrap", self.bootstrap, 0, 10**6, "0 leaves the interval out")
-        _between("boundary_width", self.boundary_width, 0, 0.5, "0.02 of the diagonal is usual, 0 leaves it out")
-        _between("object_min_area", self.object_min_area, 1, 10**9, "100 pixels is usual")
-        _between("panels", self.panels, 0, 10**6, "0 makes none")
-        _between("workers", self.workers, 0, 256, "0 takes one a core, 4 at most")
-        _between("report_images", self.report_images, 1, 10**6, "2000 images take about 100 MB")
-        _between("report_size", self.report_size, 32, 4096, "384 pixels are enough for a screen")
-        _between("report_regions", self.report_regions, 0, 10**6, "0 makes no pictures of bank regions")
+        _check_range("bootstrap", self.bootstrap, 0, 10**6, "0 leaves the interval out")
+        _check_range("boundary_width", self.boundary_width, 0, 0.5, "0.02 of the diagonal is usual, 0 leaves it out")
+        _check_range("object_min_area", self.object_min_area, 1, 10**9, "100 pixels is usual")
+        _check_range("panels", self.panels, 0, 10**6, "0 makes none")
+        _check_range("workers", self.workers, 0, 256, "0 takes one a core, 4 at most")
+        _check_range("report_images", self.report_images, 1, 10**6, "2000 images take about 100 MB")
+        _check_range("report_size", self.report_size, 32, 4096, "384 pixels are enough for a screen")
+        _check_range("report_regions", self.report_regions, 0, 10**6, "0 makes no pictures of bank regions")
 
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """One of several processes that share the batches of every stage (a job array)."""
+    """One of several processes that share the batches of every stage (a job array).
+
+    Attributes:
+        index: number of this process, from 0.
+        count: number of processes.
+        wait: seconds to wait for the other shards; 0 ends the run if they have work left.
+    """
 
     index: int = 0
     count: int = 1
     wait: float = 0.0
 
     def __post_init__(self) -> None:
-        _between("shard.count", self.count, 1, 10**6, "1 is a run of its own")
-        _between("shard.index", self.index, 0, self.count - 1, "shards count from 0, runtime.shard.count says to where")
-        _between("shard.wait", self.wait, 0, 10**7, "seconds, 0 ends when the other shards have work left")
+        _check_range("shard.count", self.count, 1, 10**6, "1 is a run of its own")
+        remedy = "shards count from 0, runtime.shard.count says to where"
+        _check_range("shard.index", self.index, 0, self.count - 1, remedy)
+        _check_range("shard.wait", self.wait, 0, 10**7, "seconds, 0 ends when the other shards have work left")
 
 
 @dataclass(frozen=True)
 class RayConfig:
-    """The workers of `runtime.engine=ray`."""
+    """The workers of `runtime.engine=ray`.
+
+    Attributes:
+        address: address of a running cluster; `None` starts one on this machine.
+        actors: number of workers.
+        cpus: cores of each worker.
+        gpus: GPUs of each worker, or a share of one.
+        batches: batches given to a worker at once.
+    """
 
     address: str | None = None
     actors: int = 2
@@ -206,15 +279,28 @@ class RayConfig:
     batches: int = 4
 
     def __post_init__(self) -> None:
-        _between("ray.actors", self.actors, 1, 10**5, "2 is the default")
-        _between("ray.cpus", self.cpus, 0, 10**4, "1 is the default")
-        _between("ray.gpus", self.gpus, 0, 64, "1 for a GPU each, 0.5 for two workers on one")
-        _between("ray.batches", self.batches, 1, 10**5, "4 is the default")
+        _check_range("ray.actors", self.actors, 1, 10**5, "2 is the default")
+        _check_range("ray.cpus", self.cpus, 0, 10**4, "1 is the default")
+        _check_range("ray.gpus", self.gpus, 0, 64, "1 for a GPU each, 0.5 for two workers on one")
+        _check_range("ray.batches", self.batches, 1, 10**5, "4 is the default")
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how it runs. Of these `precision` changes results and is part of keys; `seed` draws the intervals."""
+    """Where and how the stages run; only `precision` changes artefacts and is part of their keys.
+
+    Attributes:
+        outputs: folder of all artefacts.
+        device: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
+        precision: `auto`, `float32`, `bfloat16` or `float16`, of model forward passes.
+        batch_size: images of a batch, the unit of resume and of sharding.
+        seed: seed of the confidence intervals.
+        workers: threads that load images; 0 takes one a core, 4 at most.
+        verify: compare files of earlier runs with their digests, not only with their sizes.
+        engine: `local` or `ray`.
+        shard: the share of this process.
+        ray: the workers of `ray`.
+    """
 
     outputs: str = "outputs"
     device: str = "auto"
@@ -228,8 +314,8 @@ class RuntimeConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
-        _between("batch_size", self.batch_size, 1, 4096, "8 is the default")
-        _between("workers", self.workers, 0, 256, "0 takes one a core, 4 at most")
+        _check_range("batch_size", self.batch_size, 1, 4096, "8 is the default")
+        _check_range("workers", self.workers, 0, 256, "0 takes one a core, 4 at most")
         if self.engine == "ray" and self.shard.count > 1:
             raise ValueError(
                 f"engine: got ray with shard.count={self.shard.count}, expected 1, as Ray spreads the batches itself; "
@@ -237,17 +323,19 @@ class RuntimeConfig:
             )
 
 
-_SPREAD = ("workers", "verify", "engine", "shard", "ray")
-"""What of `runtime` says how the work is spread, and so is no part of what is recorded with a result."""
+_DISTRIBUTION = ("workers", "verify", "engine", "shard", "ray")
+"""Settings of `runtime` that distribute the work; they are not recorded with a result."""
 
 
 @dataclass(frozen=True)
 class Config:
     """The whole configuration; the groups of backends stay mappings, checked when the backend is built.
 
-    `predictions` is a folder of label maps made elsewhere, to be scored or packed in place of a run's own.
-    `train_proposer`, where given, takes the place of `proposer` on the training images, for ablations of the queries'
-    proposals alone.
+    Attributes:
+        dataset, proposer, backbone: name and options of a backend.
+        pseudo_masks, bank, retrieval, evaluation, runtime: settings of the stages.
+        predictions: folder of label maps made elsewhere, scored or packed in place of a run's own.
+        train_proposer: replaces `proposer` on the training images, for ablations of the queries' proposals alone.
     """
 
     dataset: Mapping[str, Any]
@@ -262,17 +350,18 @@ class Config:
     train_proposer: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values of what a result may depend on: how its work was spread is left out."""
-        values: dict[str, Any] = _plain(self)
-        values["runtime"] = {key: value for key, value in values["runtime"].items() if key not in _SPREAD}
+        """Return the settings that a result may depend on as JSON values, without those that distribute the work."""
+        values: dict[str, Any] = _to_plain(self)
+        values["runtime"] = {key: value for key, value in values["runtime"].items() if key not in _DISTRIBUTION}
         return values
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
+    """Turn dataclasses, mappings and sequences into the dicts and lists of JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_to_plain(v) for v in value]
     return value

@@ -1,7 +1,7 @@
 """Proposals as one map of ids, one file an image: `.npz` with `instance_mask`, or a PNG of up to 16 bits.
 
-So EntitySeg and CorrCLIP users have them. Id 0, and any below, is no region; every other id is one proposal, and they
-are disjoint. An `.npz` may hold `scores` beside the map; a PNG has none.
+EntitySeg and CorrCLIP users have them in this form. Id 0, and any below, is no region; every other id is one proposal,
+and they are disjoint. An `.npz` may hold `scores` beside the map; a PNG has none.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _AGAIN = "write it again"
 
 
 def read_id_map(path: Path, expected_size: tuple[int, int] | None = None) -> Proposals:
-    """The regions of a map, in ascending id.
+    """Return the regions of a map, in ascending id.
 
     Args:
         path: an `.npz` or `.png` file.
         expected_size: `(H, W)` of the image, or `None` to take the map's.
 
     Returns:
-        Disjoint, non-empty masks on the CPU; scores are 1 where the file has none.
+        Disjoint, non-empty masks on the CPU; scores are 1 if the file has none.
 
     Raises:
-        DataError: no such file, damaged, another content, or of another size; one line.
+        DataError: the file is absent, damaged, of another content or of another size; one line.
     """
     ids, scores = _read_npz(path) if path.suffix.lower() == ".npz" else (_read_png(path), None)
     height, width = ids.shape
@@ -46,20 +46,23 @@ def read_id_map(path: Path, expected_size: tuple[int, int] | None = None) -> Pro
             f"{path}: the map is {height} x {width} (height x width), the image is {expected_size[0]} x "
             f"{expected_size[1]}; make the proposals from the same file as the image"
         )
-    found = np.unique(ids)
-    found = found[found > 0]
-    if len(found) * ids.size > MAX_MASK_PIXELS:
+    region_ids = np.unique(ids)
+    region_ids = region_ids[region_ids > 0]
+    if len(region_ids) * ids.size > MAX_MASK_PIXELS:
         raise DataError(
-            f"{path}: {len(found)} regions of {height} x {width} pixels are more than the {MAX_MASK_PIXELS} pixels "
-            "that fit in memory; keep fewer regions or a smaller image"
+            f"{path}: {len(region_ids)} regions of {height} x {width} pixels are more than the {MAX_MASK_PIXELS} "
+            "pixels that fit in memory; keep fewer regions or a smaller image"
         )
-    places = np.searchsorted(found, ids)  # of an id that is none, that of the first proposal
-    numbered = torch.from_numpy(np.where(ids > 0, places, -1).astype(np.int32))
-    return Proposals.of_id_map(numbered, len(found), None if scores is None else _of_ids(scores, found, path))
+    # An id that is no region gets index 0 here, which the next line replaces.
+    indices = np.searchsorted(region_ids, ids)
+    numbered = torch.from_numpy(np.where(ids > 0, indices, -1).astype(np.int32))
+    return Proposals.of_id_map(
+        numbered, len(region_ids), None if scores is None else _select_scores(scores, region_ids, path)
+    )
 
 
-def _of_ids(scores: np.ndarray, ids: np.ndarray, path: Path) -> torch.Tensor:
-    """The score of each id: one for each region in ascending id, or one for each number from 1."""
+def _select_scores(scores: np.ndarray, ids: np.ndarray, path: Path) -> torch.Tensor:
+    """Return the score of each id; the file has one for each region in ascending id, or one for each number from 1."""
     if len(scores) == len(ids):
         chosen = scores
     elif len(ids) == 0 or len(scores) >= ids[-1]:
@@ -73,7 +76,7 @@ def _of_ids(scores: np.ndarray, ids: np.ndarray, path: Path) -> torch.Tensor:
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The map as `[H, W]` int64, and `[S]` float64 scores where there are any."""
+    """Return the map as `[H, W]` int64, and `[S]` float64 scores if there are any."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -82,8 +85,10 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                     f"{path}: holds {', '.join(sorted(names)[:5]) or 'nothing'}, expected an array {MAP_NAME!r}; "
                     f"save it with numpy.savez_compressed(path, {MAP_NAME}=ids)"
                 )
-            ids = _array(archive, MAP_NAME, 2, "iub", path)
-            scores = _array(archive, SCORES_NAME, 1, "fiu", path).astype(np.float64) if SCORES_NAME in names else None
+            ids = _read_array(archive, MAP_NAME, path, dimensions=2, kinds="iub")
+            scores = None
+            if SCORES_NAME in names:
+                scores = _read_array(archive, SCORES_NAME, path, dimensions=1, kinds="fiu").astype(np.float64)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file, expected a map of ids; {_AGAIN}") from error
     except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
@@ -95,10 +100,10 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return ids.astype(np.int64), scores
 
 
-def _array(archive: zipfile.ZipFile, name: str, dimensions: int, kinds: str, path: Path) -> np.ndarray:
-    """An array whose header says that it is what we expect: it is checked before the data are read."""
+def _read_array(archive: zipfile.ZipFile, name: str, path: Path, *, dimensions: int, kinds: str) -> np.ndarray:
+    """Read an array of an archive, whose header is checked before its data are read."""
     with archive.open(f"{name}.npy") as file:
-        shape, dtype = _header(file)
+        shape, dtype = _read_header(file)
     empty = dimensions == 2 and 0 in shape
     if len(shape) != dimensions or dtype.kind not in kinds or empty:
         expected = "[H, W] whole numbers" if dimensions == 2 else "[S] numbers"
@@ -110,7 +115,8 @@ def _array(archive: zipfile.ZipFile, name: str, dimensions: int, kinds: str, pat
     return array
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return the shape and the type that the header of an `.npy` file states."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
@@ -118,7 +124,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _read_png(path: Path) -> np.ndarray:
-    """The map as `[H, W]` int64."""
+    """Return the map as `[H, W]` int64."""
     try:
         with path.open("rb") as file:
             header = file.read(26)

@@ -4,7 +4,7 @@
      "annotations": [{"id": int, "segmentation": {"size": [H, W], "counts": str}, "area": int, "bbox": [x, y, w, h],
                       "predicted_iou": float, "stability_score": float}, ...]}
 
-Files from elsewhere may leave out the scores, may be the bare list of annotations that the SAM tools write, and may
+Files from elsewhere may omit the scores, may be the bare list of annotations that the SAM tools write, and may
 hold uncompressed run lengths or polygons. They are not trusted: `moduseg.masks.rle` decodes and checks the run
 lengths, because the decoder of pycocotools believes whatever the string says, beyond the end of its buffers.
 """
@@ -24,15 +24,15 @@ from moduseg.masks.rle import checked_runs, disjoint_ids, polygon_runs
 from moduseg.structures import Proposals
 
 MAX_PIXELS = 100_000_000
-"""Largest image whose masks are read when the caller does not know its size."""
+"""Largest image, in pixels, whose masks are read if the caller does not know its size."""
 MAX_MASK_PIXELS = 1 << 31
-"""Largest number of pixels in all the masks of one file together, a byte each in memory."""
-_MOST_AREAS = 255
-"""Run lengths whose areas pycocotools gives at once: it keeps their number in a byte, beyond which NumPy 2 raises."""
+"""Most pixels in all the masks of one file together, a byte each in memory."""
+_MAX_AREAS = 255
+"""Run lengths whose areas pycocotools may compute at once: it keeps their number in a byte."""
 
 
 def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
-    """The JSON object of one image's proposals.
+    """Return the JSON object of one image's proposals.
 
     Args:
         proposals: masks `[N, H, W]` bool on any device; scores are written so that they read back exactly.
@@ -41,36 +41,38 @@ def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
     from pycocotools import mask as coco
 
     count, height, width = proposals.masks.shape
-    annotations = []
+    runs: list[dict[str, Any]] = []
     if count:
         # Run lengths go down the columns, so the encoder wants [H, W, N] in Fortran order: a view of [N, W, H].
         columns = proposals.masks.transpose(1, 2).contiguous().cpu().numpy().view(np.uint8)
         runs = coco.encode(columns.transpose(2, 1, 0))
-        fields = zip(
-            runs,
-            (area for start in range(0, count, _MOST_AREAS) for area in coco.area(runs[start : start + _MOST_AREAS])),
-            coco.toBbox(runs).tolist(),
-            _shortest(proposals.predicted_iou),
-            _shortest(proposals.stability_score),
-            strict=True,
+    annotations = [
+        {
+            "id": index,
+            "segmentation": {"size": [height, width], "counts": run["counts"].decode("ascii")},
+            "area": int(area),
+            "bbox": bbox,
+            "predicted_iou": predicted_iou,
+            "stability_score": stability_score,
+        }
+        for index, (run, area, bbox, predicted_iou, stability_score) in enumerate(
+            zip(
+                runs,
+                (area for start in range(0, count, _MAX_AREAS) for area in coco.area(runs[start : start + _MAX_AREAS])),
+                coco.toBbox(runs).tolist() if runs else [],
+                _to_shortest(proposals.predicted_iou),
+                _to_shortest(proposals.stability_score),
+                strict=True,
+            ),
+            start=1,
         )
-        for index, (run, area, bbox, score, stability) in enumerate(fields, start=1):
-            annotations.append(
-                {
-                    "id": index,
-                    "segmentation": {"size": [height, width], "counts": run["counts"].decode("ascii")},
-                    "area": int(area),
-                    "bbox": bbox,
-                    "predicted_iou": score,
-                    "stability_score": stability,
-                }
-            )
+    ]
     image = {"image_id": image_id, "width": width, "height": height, "file_name": image_id}
     return {"image": image, "annotations": annotations}
 
 
 def dump(data: dict[str, Any]) -> bytes:
-    """`to_annotations`' object as bytes, the same for the same object.
+    """Encode the object of `to_annotations` as bytes; equal objects give equal bytes.
 
     Raises:
         ValueError: a score is not finite.
@@ -79,7 +81,14 @@ def dump(data: dict[str, Any]) -> bytes:
 
 
 def read_proposals(path: Path, expected_size: tuple[int, int] | None = None) -> Proposals:
-    """The proposals in a file; see `from_annotations`.
+    """Return the proposals in a file.
+
+    Args:
+        path: a JSON file in the SA-1B format, or a bare list of its annotations.
+        expected_size: `(H, W)` of the image, or `None` to take the size that the file states.
+
+    Returns:
+        Masks in the order of the file, empty ones included; scores are 1 if the file has none.
 
     Raises:
         DataError: no such file, not JSON, or content that does not describe masks of the expected size.
@@ -94,7 +103,7 @@ def read_proposals(path: Path, expected_size: tuple[int, int] | None = None) -> 
 
 
 def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: str) -> Proposals:
-    """Proposals on the CPU from an object in the SA-1B format, or from a bare list of its annotations.
+    """Make proposals on the CPU from an object in the SA-1B format, or from a bare list of its annotations.
 
     Args:
         data: the parsed JSON; nothing about it is assumed.
@@ -102,13 +111,13 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
         where: the file, for messages.
 
     Returns:
-        Masks in the order of the file, empty ones included; scores are 1 where the file has none.
+        Masks in the order of the file, empty ones included; scores are 1 if the file has none.
 
     Raises:
         DataError: anything missing, malformed or of another size; one line that names the file and the annotation.
     """
-    image, annotations = _parts(data, where)
-    size = _image_size(image, annotations, expected_size, where)
+    image, annotations = _split(data, where)
+    size = _check_image_size(image, annotations, expected_size, where)
     pixels = size[0] * size[1]
     if pixels * len(annotations) > MAX_MASK_PIXELS:
         raise DataError(
@@ -118,9 +127,9 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
     runs, scores, stability = [], [], []
     for index, annotation in enumerate(annotations):
         at = f"{where}: annotation {index}"
-        runs.append(_runs(annotation.get("segmentation"), size, at))
-        scores.append(_score(annotation, "predicted_iou", at))
-        stability.append(_score(annotation, "stability_score", at))
+        runs.append(_read_runs(annotation.get("segmentation"), size, at))
+        scores.append(_read_score(annotation, "predicted_iou", at))
+        stability.append(_read_score(annotation, "stability_score", at))
     quality = torch.tensor(scores, dtype=torch.float32), torch.tensor(stability, dtype=torch.float32)
     ids = disjoint_ids(runs, size)
     if ids is not None:
@@ -132,8 +141,8 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
     return Proposals(masks, *quality)
 
 
-def _parts(data: Any, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The `image` object (empty where absent) and the annotations."""
+def _split(data: Any, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the `image` object (empty if absent) and the annotations."""
     image: Any = {}
     annotations = data
     if isinstance(data, dict):
@@ -148,13 +157,13 @@ def _parts(data: Any, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]
     return image, annotations
 
 
-def _image_size(
+def _check_image_size(
     image: dict[str, Any],
     annotations: list[dict[str, Any]],
     expected: tuple[int, int] | None,
     where: str,
 ) -> tuple[int, int]:
-    """`(H, W)` as expected, else as the file states it, checked."""
+    """Return `(H, W)` as expected, else as the file states it, checked."""
     stated: Any = None
     if "height" in image or "width" in image:
         stated = [image.get("height"), image.get("width")]
@@ -180,10 +189,10 @@ def _image_size(
     return stated[0], stated[1]
 
 
-def _runs(segmentation: Any, size: tuple[int, int], at: str) -> np.ndarray:
-    """Run lengths of one mask, `[R]` int64, that sum to the pixels of the image."""
+def _read_runs(segmentation: Any, size: tuple[int, int], at: str) -> np.ndarray:
+    """Return the run lengths of one mask, `[R]` int64, which sum to the pixels of the image."""
     if isinstance(segmentation, list):
-        return _polygon_runs(segmentation, size, at)
+        return _read_polygons(segmentation, size, at)
     if not isinstance(segmentation, dict) or "counts" not in segmentation:
         raise DataError(
             f"{at}: 'segmentation' is {_kind(segmentation)}, expected an object with 'size' and 'counts'; "
@@ -204,14 +213,15 @@ def _runs(segmentation: Any, size: tuple[int, int], at: str) -> np.ndarray:
     return runs
 
 
-def _polygon_runs(polygons: list[Any], size: tuple[int, int], at: str) -> np.ndarray:
+def _read_polygons(polygons: list[Any], size: tuple[int, int], at: str) -> np.ndarray:
+    """Return the run lengths of one mask given as polygons."""
     try:
         return polygon_runs(polygons, size)
     except ValueError as error:
         raise DataError(f"{at}: {error}; write the proposals again") from error
 
 
-def _score(annotation: dict[str, Any], key: str, at: str) -> float:
+def _read_score(annotation: dict[str, Any], key: str, at: str) -> float:
     value = annotation.get(key, 1.0)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -220,8 +230,8 @@ def _score(annotation: dict[str, Any], key: str, at: str) -> float:
     return float(value)
 
 
-def _shortest(values: torch.Tensor) -> list[float]:
-    """Floats whose decimal form is the shortest that reads back as the same float32."""
+def _to_shortest(values: torch.Tensor) -> list[float]:
+    """Return floats whose decimal form is the shortest that reads back as the same float32."""
     return [float(str(v)) for v in values.float().cpu().numpy()]
 
 

@@ -1,4 +1,4 @@
-"""Names and shapes of the published checkpoints of SAM: `python -m tests.support.sam_manifests` writes them anew."""
+"""Names and shapes of the published checkpoints of SAM: `python -m tests.support.sam_manifests` writes them again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SAM = {
     "sam_vit_l": "sam_vit_l_0b3195.pth",
     "sam_vit_h": "sam_vit_h_4b8939.pth",
 }
-"""In the names of `segment_anything`."""
+"""Files of `segment_anything`, by the name of the manifest."""
 HUB = {"sam_hq_vit_h": "syscv-community/sam-hq-vit-huge", "sam2.1_hiera_large": "facebook/sam2.1-hiera-large"}
-"""In the names of `transformers`. That of SAM 2.1 is of the video model, whose file on the hub serves both."""
+"""Repositories of `transformers` models. That of SAM 2.1 holds the video model, whose file serves both."""
 PUBLISHED_BYTES = {
     "sam_vit_b": 375e6,
     "sam_vit_l": 1.25e9,
@@ -26,7 +26,7 @@ PUBLISHED_BYTES = {
     "sam_hq_vit_h": 2.57e9,
     "sam2.1_hiera_large": 898e6,
 }
-"""Sizes of the published files, float32, to the digits that are shown beside the downloads."""
+"""Sizes of the published files in float32, rounded as they are shown beside the downloads."""
 
 HUGE = {
     "hidden_size": 1280,
@@ -53,7 +53,7 @@ SAM2_LARGE = {
 
 
 def build(name: str) -> Any:
-    """The full-size model, on the meta device."""
+    """Build the full-size model, on the meta device."""
     import transformers
     from segment_anything import sam_model_registry
 
@@ -67,7 +67,7 @@ def build(name: str) -> Any:
 
 
 def write_sparse(path: Path, tensors: Shapes) -> None:
-    """A safetensors file of zeros that takes no room on the disk."""
+    """Write a safetensors file of zeros that takes no space on the disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
