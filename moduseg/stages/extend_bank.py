@@ -1,8 +1,8 @@
-"""Tagged images added to a finished bank: what is there is not computed again.
+"""Add tagged images to a finished bank without computing its own vectors again.
 
 The new images go through the stages that built the bank, with the bank's own configuration and a class list to which
-new names are appended; their vectors are put behind the bank's. A rebuilt bank of the same list of images has the same
-rows, and the same bytes where batches hold the same images.
+new names are appended; their vectors are appended to the bank's. A bank rebuilt from the same list of images has the
+same rows, and the same bytes if its batches hold the same images.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moduseg.bank import edit
 from moduseg.bank.derived import open_bank, write_derived
 from moduseg.bank.store import Bank
-from moduseg.config import Config, PseudoMasksConfig
+from moduseg.config import Config
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
-from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, RawLabels, read_label_file, resolve_labels
+from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, read_label_file, resolve_labels
 from moduseg.datasets.tagged_images import TaggedImages
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, suggest
 from moduseg.pipeline.manifests import count_failures
@@ -34,18 +33,18 @@ SPLIT = "added"
 
 @dataclass(frozen=True)
 class AddOptions:
-    """Keys of `scripts/bank.py add`.
+    """Keys of the command `bank add`.
 
     Attributes:
         bank: folder of the bank.
         images: folders of images, or single files. A folder with `images/` inside is taken as data sets of one's own
             are laid out (`labels.csv`, `masks/`).
-        tags: class names that all of them show, or a file of labels (`labels.csv`, `.json`); the folder's own file
-            where left out, and where there is none, the new classes.
-        new: classes that the bank does not have yet; a name that is neither there nor here is taken for a slip.
+        tags: class names that all of them show, or a file of labels (`labels.csv`, `.json`). If omitted, the folder's
+            own file; if it has none, the new classes.
+        new: classes that the bank does not have yet; a tag that is neither a class of the bank nor new is an error.
         masks: folder of label maps `<id>.png` with the ids of the longer class list, used in place of pseudo masks.
         prefix: put before the ids of the images, as `<prefix>/<id>`.
-        out: folder of the new bank; chosen below `runtime.outputs` where left out.
+        out: folder of the new bank; chosen below `runtime.outputs` if omitted.
     """
 
     bank: str
@@ -55,6 +54,26 @@ class AddOptions:
     masks: str | None = None
     prefix: str | None = None
     out: str | None = None
+
+
+@dataclass(frozen=True)
+class NewImages:
+    """Tagged images to be added to a bank.
+
+    Attributes:
+        files: image file of each new id, in the order in which they are appended.
+        tags: ascending ids of `classes` for each image.
+        classes: names that tags and label maps count in, background first: the bank's and new ones, in any order. The
+            new ones are appended to the bank's own.
+        masks: label maps `<id>.png` used in place of pseudo masks; with the oracle `ground_truth` its truth.
+        tag_source: what results call the source of the tags.
+    """
+
+    files: Mapping[str, Path]
+    tags: Mapping[str, tuple[int, ...]]
+    classes: Sequence[str]
+    masks: Mapping[str, Path]
+    tag_source: str
 
 
 def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
@@ -76,13 +95,13 @@ def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
     source = Path(options.bank).expanduser()
     bank = open_bank(source)
     cfg = reconfigure(bank.info["config"], ["runtime.outputs=outputs", *overrides])
-    classes = edit.append_classes(bank.classes, options.new)
-    files, tags, masks, tag_source = gather(options, classes)
-    path, seconds = add(bank, source, cfg, files, tags, classes, masks, tag_source, options.out, start)
+    images = gather_images(options, edit.append_classes(bank.classes, options.new))
+    folder = None if options.out is None else Path(options.out).expanduser()
+    path, seconds = add_images(bank, source, cfg, images, folder=folder, start=start)
     counts = open_bank(path).counts
     log.info(
         "add: %d images, %d + %d vectors, %s; %.1f s -> %s",
-        len(files),
+        len(images.files),
         len(bank),
         sum(counts.values()) - len(bank),
         ", ".join(f"{name}: {counts[name]}" for name in options.new) or "no new class",
@@ -92,73 +111,57 @@ def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
     return path
 
 
-def add(
+def add_images(
     bank: Bank,
     source: Path,
     cfg: Config,
-    files: Mapping[str, Path],
-    tags: Mapping[str, tuple[int, ...]],
-    classes: Sequence[str],
-    masks: Mapping[str, Path] | None = None,
-    tag_source: str = "tags",
-    out: str | None = None,
-    start: float | None = None,
+    images: NewImages,
+    *,
+    folder: Path | None = None,
     outputs: Path | None = None,
+    start: float | None = None,
 ) -> tuple[Path, float]:
-    """Add images by id; see `run`.
+    """Write a bank with more images.
 
     Args:
-        bank: the bank, and `source` its folder.
+        bank: the bank.
+        source: its folder.
         cfg: the configuration that labels and pools the new images.
-        files: image file of each new id, in the order in which they go behind the others.
-        tags: ascending ids of `classes` for each image.
-        classes: names that tags and label maps count in, background first: the bank's and new ones, in any order. The
-            new ones go behind the bank's own.
-        masks: label maps in place of pseudo masks; with the oracle `ground_truth` its truth.
-        tag_source: what results call the source of the tags.
-        out: folder of the new bank.
-        start: when the clock started (`time.perf_counter`).
-        outputs: root that the new bank's folder is chosen below; that of `cfg` where left out.
+        images: what to add.
+        folder: folder of the new bank; chosen below `outputs` if omitted.
+        outputs: root of all artefacts; that of `cfg` if omitted.
+        start: when the clock started (`time.perf_counter`); now if omitted.
 
     Returns:
         The folder, and the seconds it took.
+
+    Raises:
+        ModusegError: as for `run`, or an image that the bank has already.
     """
     start = time.perf_counter() if start is None else start
-    known = sorted(set(files) & set(bank.image_ids))
-    if known:
+    repeated = sorted(set(images.files) & set(bank.image_ids))
+    if repeated:
         raise ArtefactError(
-            f"add: image {known[0]!r} is in the bank already ({len(known)} such), expected new ids; set "
+            f"add: image {repeated[0]!r} is in the bank already ({len(repeated)} such), expected new ids; set "
             "prefix=<word>, or take it out with scripts/bank.py remove image=<id>"
         )
-    if masks and cfg.pseudo_masks.generator["name"] != "ground_truth":
-        given: dict[str, Any] = {"name": "ground_truth", "filter_labels": True}
-        cfg = dataclasses.replace(cfg, pseudo_masks=_given_masks(cfg.pseudo_masks, given))
-    dataset = TaggedImages(
-        str(bank.info.get("dataset", "folder")),
-        SPLIT,
-        classes=classes,
-        files=files,
-        tags=tags,
-        masks=masks,
-        source=tag_source,
-    )
-    settings = {**cfg.dataset, "train_split": SPLIT}
-    cfg = dataclasses.replace(cfg, dataset=settings, bank=dataclasses.replace(cfg.bank, path=None))
-    work = Workspace(cfg, {SPLIT: dataset})
-    _check_generator(work, cfg, [name for name in classes if name not in bank.classes])
+    new_classes = [name for name in images.classes if name not in bank.classes]
+    work = _open_workspace(bank, cfg, images)
+    _check_generator(work, new_classes)
     if work.backbone.digest != bank.info.get("backbone_digest"):
         bank.check_fits(work.backbone.digest, work.backbone.dim, bank.classes)
-    built = BuildBank.run(cfg, work)
-    added = edit.append_files(open_bank(built), {i: str(file.resolve()) for i, file in files.items()})
-    added = dataclasses.replace(added, info={**added.info, "label_source": dataset.label_source})
-    result = edit.merge([bank, added])
+    built = BuildBank.run(work.cfg, work)
+    addition = edit.append_files(open_bank(built), {i: str(file.resolve()) for i, file in images.files.items()})
+    label_source = work.dataset(SPLIT).label_source
+    addition = dataclasses.replace(addition, info={**addition.info, "label_source": label_source})
+    extended = edit.merge([bank, addition])
     seconds = time.perf_counter() - start
     path = write_derived(
-        result,
+        extended,
         "add",
         sources=[source],
-        details={"images": list(files), "new": [name for name in classes if name not in bank.classes]},
-        folder=None if out is None else Path(out).expanduser(),
+        details={"images": list(images.files), "new": new_classes},
+        folder=folder,
         outputs=outputs or work.outputs,
         config=bank.info["config"],
         inputs={"build_bank": str(built)},
@@ -168,37 +171,95 @@ def add(
     return path, seconds
 
 
-def gather(
-    options: AddOptions, classes: Sequence[str]
-) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], dict[str, Path], str]:
-    """Files, tags and label maps of the images that the options name, and where the tags come from.
+def gather_images(options: AddOptions, classes: Sequence[str]) -> NewImages:
+    """Find the images that the options name, with their tags and label maps.
+
+    Args:
+        options: what to add.
+        classes: names of the longer class list, background first.
 
     Raises:
-        ConfigError, DataError, MissingError: see `run`.
+        ConfigError: no image, no tag, a tag that is no class, or a new class without an image.
+        DataError, MissingError: the images, their tags or their label maps cannot be used.
     """
-    places = [Path(place).expanduser() for place in options.images]
-    if not places:
+    paths = [Path(path).expanduser() for path in options.images]
+    if not paths:
         raise ConfigError("images: got nothing, expected a folder or files; set images=<folder>")
-    root = places[0] if len(places) == 1 and (places[0] / "images").is_dir() else None
-    found = find_images([root / "images"] if root else places)
-    stored = _label_file(options.tags, root or (places[0] if len(places) == 1 and places[0].is_dir() else None))
-    if stored is None:
+    folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
+    has_layout = folder is not None and (folder / "images").is_dir()
+    files = find_images([folder / "images"] if folder is not None and has_layout else paths)
+    label_file = _read_label_file(options.tags, folder)
+    if label_file is None:
         names = [part.strip() for part in (options.tags or "").split(";") if part.strip()] or list(options.new)
         if not names:
             raise ConfigError("tags: got none, expected class names or a label file; set tags=<name;name>")
-        labels: RawLabels = {image_id: tuple(names) for image_id in found}
-        where, tag_source = "tags", "tags"
+        label_file = LabelFile({image_id: tuple(names) for image_id in files}, "tags", "tags")
     else:
-        labels, where, tag_source = dict(stored.entries), stored.where, stored.source
-        untagged = [image_id for image_id in found if image_id not in labels]
-        if len(untagged) == len(found):
-            raise DataError(f"{where}: names none of the {len(found)} images ({untagged[0]!r}, ...); correct the file")
-        if untagged:
-            log.warning("add: %d images without tags are left out, such as %s", len(untagged), untagged[0])
-        found = {image_id: path for image_id, path in found.items() if image_id in labels}
+        files = _select_tagged(files, label_file)
+    tags = _resolve_tags(files, label_file, classes)
+    for name in options.new:
+        if not any(classes.index(name) in ids for ids in tags.values()):
+            raise ConfigError(f"new: got {name!r}, which no image is tagged with; add it to the tags or leave it out")
+    masks = _find_masks(options.masks, files)
+    prefix = f"{options.prefix}/" if options.prefix else ""
+    return NewImages(
+        {prefix + image_id: file for image_id, file in files.items()},
+        {prefix + image_id: ids for image_id, ids in tags.items()},
+        classes,
+        {prefix + image_id: file for image_id, file in masks.items()},
+        label_file.source,
+    )
+
+
+def _open_workspace(bank: Bank, cfg: Config, images: NewImages) -> Workspace:
+    """Return a workspace whose training split is the new images."""
+    if images.masks and cfg.pseudo_masks.generator["name"] != "ground_truth":
+        background = dataclasses.replace(cfg.pseudo_masks.background, rule="given")
+        generator = {"name": "ground_truth", "filter_labels": True}
+        pseudo_masks = dataclasses.replace(cfg.pseudo_masks, generator=generator, background=background, refine="none")
+        cfg = dataclasses.replace(cfg, pseudo_masks=pseudo_masks)
+    dataset = TaggedImages(
+        str(bank.info.get("dataset", "folder")),
+        SPLIT,
+        classes=images.classes,
+        files=images.files,
+        tags=images.tags,
+        masks=images.masks,
+        source=images.tag_source,
+    )
+    settings = {**cfg.dataset, "train_split": SPLIT}
+    cfg = dataclasses.replace(cfg, dataset=settings, bank=dataclasses.replace(cfg.bank, path=None))
+    return Workspace(cfg, {SPLIT: dataset})
+
+
+def _select_tagged(files: Mapping[str, Path], label_file: LabelFile) -> dict[str, Path]:
+    """Return the images that a label file names.
+
+    Raises:
+        DataError: it names none of them.
+    """
+    untagged = [image_id for image_id in files if image_id not in label_file.entries]
+    if len(untagged) == len(files):
+        raise DataError(
+            f"{label_file.where}: names none of the {len(files)} images ({untagged[0]!r}, ...); correct the file"
+        )
+    if untagged:
+        log.warning("add: %d images without tags are left out, such as %s", len(untagged), untagged[0])
+    return {image_id: file for image_id, file in files.items() if image_id in label_file.entries}
+
+
+def _resolve_tags(
+    files: Mapping[str, Path], label_file: LabelFile, classes: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return the ascending class ids of each image.
+
+    Raises:
+        ConfigError: a tag that is no class.
+    """
     tags = {}
-    for image_id in found:
-        for label in labels[image_id]:
+    for image_id in files:
+        labels = label_file.entries[image_id]
+        for label in labels:
             if isinstance(label, str) and not label.isdigit() and label not in classes:
                 close = suggest(label, classes[1:])
                 hint = f"did you mean {close!r}? " if close else ""
@@ -206,21 +267,22 @@ def gather(
                     f"tags: image {image_id!r} has {label!r}, which is no class of the bank; {hint}for a new class set "
                     f"new={label!r}"
                 )
-        tags[image_id] = resolve_labels(labels[image_id], classes, image_id, where)
-    unused = [name for name in options.new if not any(classes.index(name) in ids for ids in tags.values())]
-    if unused:
-        raise ConfigError(f"new: got {unused[0]!r}, which no image is tagged with; add it to the tags or leave it out")
-    folder = Path(options.masks).expanduser() if options.masks else None
-    if folder is not None and not folder.is_dir():
-        raise MissingError(f"masks: got '{options.masks}', no such folder; set masks=<folder of label PNGs>")
-    masks = {i: folder / f"{i}.png" for i in found} if folder is not None else {}
-    if options.prefix:
-        rename = {image_id: f"{options.prefix}/{image_id}" for image_id in found}
-        found, tags, masks = ({rename[i]: v for i, v in d.items()} for d in (found, tags, masks))  # type: ignore
-    return found, tags, masks, tag_source
+        tags[image_id] = resolve_labels(labels, classes, image_id, label_file.where)
+    return tags
 
 
-def _label_file(tags: str | None, folder: Path | None) -> LabelFile | None:
+def _find_masks(path: str | None, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the label map of each image; none if no folder is named."""
+    if not path:
+        return {}
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise MissingError(f"masks: got '{path}', no such folder; set masks=<folder of label PNGs>")
+    return {image_id: folder / f"{image_id}.png" for image_id in files}
+
+
+def _read_label_file(tags: str | None, folder: Path | None) -> LabelFile | None:
+    """Return the label file that `tags` names, else that of the folder; `None` if there is none."""
     if tags is not None and Path(tags).suffix.lower() in LABEL_SUFFIXES:
         path = Path(tags).expanduser()
         if not path.is_file():
@@ -233,15 +295,10 @@ def _label_file(tags: str | None, folder: Path | None) -> LabelFile | None:
     return None
 
 
-def _given_masks(settings: PseudoMasksConfig, generator: Mapping[str, Any]) -> PseudoMasksConfig:
-    background = dataclasses.replace(settings.background, rule="given")
-    return dataclasses.replace(settings, generator=generator, background=background, refine="none")
-
-
-def _check_generator(work: Workspace, cfg: Config, new: Sequence[str]) -> None:
+def _check_generator(work: Workspace, new_classes: Sequence[str]) -> None:
     """Refuse generators whose result for one image depends on all the others; warn of words used twice."""
-    generator = work.generator
-    name = cfg.pseudo_masks.generator["name"]
+    generator, settings = work.generator, work.cfg.pseudo_masks.generator
+    name = settings["name"]
     if generator.is_fitted:
         raise ConfigError(
             f"pseudo_masks.generator: the bank's {name!r} is fitted on all training images together, so an image "
@@ -253,9 +310,9 @@ def _check_generator(work: Workspace, cfg: Config, new: Sequence[str]) -> None:
             f"masks: got none, expected label maps, as the bank's pseudo masks are {name!r}; set masks=<folder>, or "
             "pseudo_masks=<file of another generator>"
         )
-    words = cfg.pseudo_masks.generator.get("background_words")
+    words = settings.get("background_words")
     if words is not None:
-        shared = [name for name in new if name in resolve_background_words(words)]
+        shared = [name for name in new_classes if name in resolve_background_words(words)]
         if shared:
             log.warning(
                 "add: the new class %r is one of the background words too and would lose against itself; set "

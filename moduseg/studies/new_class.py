@@ -118,19 +118,16 @@ def _withhold(
     # An empty output folder, so that the time includes what an earlier run may have computed already.
     with tempfile.TemporaryDirectory() as scratch:
         runtime = dataclasses.replace(cfg.runtime, outputs=scratch)
-        start, cpu = time.perf_counter(), time.process_time()
-        path, seconds = extend_bank.add(
-            base,
-            without,
-            dataclasses.replace(cfg, runtime=runtime),
-            {i: dataset.image_path(i) for i in chosen},
-            {i: tags[i] for i in chosen},
-            dataset.classes,
+        cpu = time.process_time()
+        images = extend_bank.NewImages(
+            files={i: dataset.image_path(i) for i in chosen},
+            tags={i: tags[i] for i in chosen},
+            classes=dataset.classes,
             masks=masks,
             tag_source=dataset.label_source,
-            start=start,
-            outputs=work.outputs,
         )
+        scratch_cfg = dataclasses.replace(cfg, runtime=runtime)
+        path, seconds = extend_bank.add_images(base, without, scratch_cfg, images, outputs=work.outputs)
         cpu = time.process_time() - cpu
     figures = {"before": _score_bank(name, cfg, without), "after": _score_bank(name, cfg, path)}
     figures["all"] = {"iou": full_results["iou"][name], "miou": full_results["miou"]}

@@ -1,4 +1,4 @@
-"""One's own images labelled with a finished bank: label maps, overlays, polygons for annotation tools."""
+"""The command `predict` labels images with a finished bank: label maps, overlays, polygons for annotation tools."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from moduseg.api import Segmenter
 from moduseg.bank.derived import digest_bank, open_bank
+from moduseg.bank.store import Bank
+from moduseg.config import Config
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
 from moduseg.datasets.io import read_image, write_label_png
@@ -35,6 +37,13 @@ from moduseg.report.panel import draw_panel, make_class_legend
 
 FORMATS = ("png", "overlay", "coco", "labelme", "labelstudio")
 """What may be written: `labels/`, `overlays/`, `coco.json`, `labelme/`, `labelstudio.json` with its configuration."""
+_IMAGE_FILES = {
+    "png": ("labels", ".png"),
+    "overlay": ("overlays", ".png"),
+    "labelme": ("labelme", ".json"),
+    "record": ("records", ".json"),
+}
+"""Folder and suffix of what is written for each image: formats, and the record that the joint files are made from."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,10 @@ class PredictOptions:
         images: folders of images, or single files.
         out: folder to write.
         min_score: proposals that score less are unknown (255 in the label map, no object); the score is a cosine,
-            -1 to 1. No limit where left out.
-        formats: see `FORMATS`.
+            -1 to 1. No limit if omitted.
+        formats: what is written, some of `FORMATS`.
         objects: `proposals` (what is visible of one proposal) or `components` (a connected region of one class).
-        tolerance: pixels that polygons may lie off; see `moduseg.masks.polygons.mask_polygons`.
+        tolerance: pixels that polygons may lie off the mask; see `moduseg.masks.polygons.mask_polygons`.
         image_url: what Label Studio's addresses of images begin with; the default is its local file storage.
     """
 
@@ -78,16 +87,14 @@ def main(options: PredictOptions, overrides: Sequence[str]) -> int:
 
 
 def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, dict[str, str]]:
-    """Label images.
-
-    An image that is done already, with the same bank and settings, is not done again.
+    """Label images. An image that was labelled before with the same bank and settings is not labelled again.
 
     Args:
         options: what to label, and what to write.
         overrides: of the bank's configuration, such as `retrieval.top_k=3`, `runtime.device=cpu`.
 
     Returns:
-        The folder, and the error of each image that could not be processed.
+        The folder, and the error of each image that could not be processed, by id.
 
     Raises:
         ArtefactError: no bank, other weights, or a folder that holds predictions made otherwise.
@@ -97,161 +104,195 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
     bank = open_bank(options.bank)
     cfg = reconfigure(bank.info["config"], overrides)
     files = find_images(options.images)
-    out = Path(options.out).expanduser()
-    decided = {group: cfg.as_dict()[group] for group in ("proposer", "backbone", "bank", "retrieval")}
-    key = digest_of(
-        {
-            "format": FORMAT,
-            "bank": digest_bank(bank),
-            "config": decided,
-            "options": [options.min_score, options.objects, options.tolerance],
-        }
-    )
-    _check_folder(out, key)
+    folder = _Folder(Path(options.out).expanduser(), _predict_key(bank, cfg, options), options)
+    folder.check()
     segmenter = Segmenter.from_bank(options.bank, cfg.runtime.device, cfg.as_dict())
     if segmenter.proposer.needs_truth:
         raise ConfigError(
             f"proposer.name: got {cfg.proposer['name']!r}, which needs ground truth, expected one that works on "
             "any image; set proposer=<file>, such as proposer=sam_cpu"
         )
-    rarest = min((count for count in bank.counts.values() if count), default=0)
-    if cfg.retrieval.top_k > rarest:
-        log.warning(
-            "predict: %d neighbours vote, but a class of the bank has only %d vectors, which may never win; set "
-            "retrieval.top_k to at most %d",
-            cfg.retrieval.top_k,
-            rarest,
-            rarest,
-        )
-    write_json(out / "manifest.json", {"stage": "predict", "key": key, "status": "running"})
-    failed: dict[str, str] = {}
-    fresh, start = 0, time.perf_counter()
-    for image_id, file in tqdm(files.items(), desc="predict", unit="img", leave=False):
-        if _is_done(out, image_id, file, key, options.formats):
-            continue
-        try:
-            _label(segmenter, image_id, file, out, options, key)
-            fresh += 1
-        except DataError as error:
-            failed[image_id] = " ".join(str(error).split())
-            (out / safe_name(f"records/{image_id}", ".json")).unlink(missing_ok=True)
+    _warn_of_rare_classes(bank, cfg.retrieval.top_k)
+    folder.write_manifest("running")
+    start = time.perf_counter()
+    unlabelled = {image_id: file for image_id, file in files.items() if not folder.has_image(image_id, file)}
+    failed = _label_images(segmenter, unlabelled, folder)
     if len(failed) == len(files):
         raise DataError(f"predict: none of {len(files)} images could be processed; first {next(iter(failed.values()))}")
     seconds = time.perf_counter() - start
-    found = _write_joint(out, [i for i in files if i not in failed], segmenter.classes, options)
+    num_objects = folder.write_joint_files([i for i in files if i not in failed], segmenter.classes)
     lines = [json.dumps({"id": i, "error": e}, ensure_ascii=False) + "\n" for i, e in failed.items()]
-    write_atomic(out / "failures.jsonl", "".join(lines).encode())
-    write_json(
-        out / "manifest.json",
-        {
-            "stage": "predict",
-            "key": key,
-            "status": "complete",
-            "images": len(files),
-            "failures": len(failed),
-            "objects": found,
-            "bank": str(options.bank),
-            "classes": list(segmenter.classes),
-            "config": cfg.as_dict(),
-            "min_score": options.min_score,
-        },
+    write_atomic(folder.path / "failures.jsonl", "".join(lines).encode())
+    folder.write_manifest(
+        "complete",
+        images=len(files),
+        failures=len(failed),
+        objects=num_objects,
+        bank=str(options.bank),
+        classes=list(segmenter.classes),
+        config=cfg.as_dict(),
+        min_score=options.min_score,
     )
     log.info(
         "predict: %d images (%d now, %d done before), %d failed, %d objects, %.1f s -> %s",
         len(files),
-        fresh,
-        len(files) - fresh - len(failed),
+        len(unlabelled) - len(failed),
+        len(files) - len(unlabelled),
         len(failed),
-        found,
+        num_objects,
         seconds,
-        out,
+        folder.path,
     )
     for message in list(failed.values())[:5]:
         log.warning("  not processed: %s", message)
-    return out, failed
+    return folder.path, failed
 
 
-def _label(segmenter: Segmenter, image_id: str, file: Path, out: Path, options: PredictOptions, key: str) -> None:
-    """Predict one image and write its files, its record last."""
-    bytes_before = file.stat().st_size
-    image = read_image(file)
-    prediction = segmenter.predict(image)
-    label_map, objects = split_objects(prediction, options.min_score, options.objects == "components")
-    records = [to_record(found, options.tolerance) for found in objects]
-    size = (image.shape[0], image.shape[1])
-    if "png" in options.formats:
-        write_atomic(out / safe_name(f"labels/{image_id}", ".png"), write_label_png(label_map))
-    if "overlay" in options.formats:
-        legend = [
-            ("unknown" if name == "ignored" else name, colour)
-            for name, colour in make_class_legend(segmenter.classes, label_map)
-        ]
-        write_atomic(
-            out / safe_name(f"overlays/{image_id}", ".png"),
-            draw_panel([(image_id, overlay_labels(image, label_map))], legend),
+class _Folder:
+    """The folder of predictions: what it holds, and what is written to it.
+
+    Args:
+        path: the folder.
+        key: digest of everything that decides the predictions.
+        options: of the command.
+    """
+
+    def __init__(self, path: Path, key: str, options: PredictOptions) -> None:
+        self.path, self.key, self.options = path, key, options
+
+    def check(self) -> None:
+        """Refuse a folder that holds something else.
+
+        Raises:
+            ArtefactError: it holds other files, or predictions of another key.
+        """
+        manifest = self.path / "manifest.json"
+        if manifest.is_file():
+            content = read_json(manifest)
+            if not isinstance(content, dict) or content.get("stage") != "predict" or content.get("key") != self.key:
+                raise ArtefactError(
+                    f"out: '{self.path}' holds the result of another bank or other settings; set out=<new folder>, or "
+                    "remove it"
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise ArtefactError(f"out: '{self.path}' holds other files; set out=<new folder>")
+
+    def file(self, kind: str, image_id: str) -> Path:
+        """Return the path of an image's file of a kind, one of `_IMAGE_FILES`."""
+        folder, suffix = _IMAGE_FILES[kind]
+        return self.path / safe_name(f"{folder}/{image_id}", suffix)
+
+    def has_image(self, image_id: str, file: Path) -> bool:
+        """Return whether an image was labelled with this key, and all that is asked for was written."""
+        try:
+            record = json.loads(self.file("record", image_id).read_text(encoding="utf-8"))
+            stored = (record["key"], record["bytes"], record["file"])
+            has_formats = set(self._formats) <= set(record["formats"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
+        is_same = stored == (self.key, file.stat().st_size, _relative_path(file))
+        kinds = [kind for kind in self._formats if kind in _IMAGE_FILES]
+        return is_same and has_formats and all(self.file(kind, image_id).is_file() for kind in kinds)
+
+    def write_image(self, segmenter: Segmenter, image_id: str, file: Path) -> None:
+        """Label one image and write its files, its record last.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        num_bytes = file.stat().st_size
+        image = read_image(file)
+        has_components = self.options.objects == "components"
+        label_map, objects = split_objects(segmenter.predict(image), self.options.min_score, has_components)
+        records = [to_record(predicted, self.options.tolerance) for predicted in objects]
+        size = (image.shape[0], image.shape[1])
+        if "png" in self._formats:
+            write_atomic(self.file("png", image_id), write_label_png(label_map))
+        if "overlay" in self._formats:
+            legend = [
+                ("unknown" if name == "ignored" else name, colour)
+                for name, colour in make_class_legend(segmenter.classes, label_map)
+            ]
+            picture = draw_panel([(image_id, overlay_labels(image, label_map))], legend)
+            write_atomic(self.file("overlay", image_id), picture)
+        if "labelme" in self._formats:
+            target = self.file("labelme", image_id)
+            path = os.path.relpath(file.resolve(), target.parent.resolve()).replace(os.sep, "/")
+            write_json(target, to_labelme(path, size, records, segmenter.classes))
+        record = {
+            "key": self.key,
+            "bytes": num_bytes,
+            "file": _relative_path(file),
+            "size": list(size),
+            "formats": list(self._formats),
+            "objects": records,
+        }
+        write_atomic(self.file("record", image_id), json.dumps(record).encode())
+
+    def write_joint_files(self, ids: Sequence[str], classes: Sequence[str]) -> int:
+        """Write the files that hold all images, and return the number of objects in them."""
+        images, tasks, num_objects = [], [], 0
+        for image_id in ids:
+            record: Mapping[str, Any] = read_json(self.file("record", image_id))
+            size = (record["size"][0], record["size"][1])
+            images.append((record["file"], size, record["objects"]))
+            url = to_url(self.options.image_url, record["file"])
+            tasks.append(to_label_studio_task(url, size, record["objects"], classes))
+            num_objects += len(record["objects"])
+        if "coco" in self._formats:
+            write_json(self.path / "coco.json", to_coco(images, classes))
+        if "labelstudio" in self._formats:
+            write_json(self.path / "labelstudio.json", tasks)
+            write_atomic(self.path / "labelstudio.xml", to_label_studio_config(classes).encode())
+        write_atomic(self.path / "classes.txt", ("\n".join(classes) + "\n").encode())
+        return num_objects
+
+    def write_manifest(self, status: str, **fields: Any) -> None:
+        """Write the manifest, with more fields when the command is complete."""
+        write_json(self.path / "manifest.json", {"stage": "predict", "key": self.key, "status": status, **fields})
+
+    @property
+    def _formats(self) -> tuple[str, ...]:
+        return self.options.formats
+
+
+def _predict_key(bank: Bank, cfg: Config, options: PredictOptions) -> str:
+    """Return the digest of everything that decides the predictions of an image."""
+    groups = cfg.as_dict()
+    return digest_of(
+        {
+            "format": FORMAT,
+            "bank": digest_bank(bank),
+            "config": {group: groups[group] for group in ("proposer", "backbone", "bank", "retrieval")},
+            "options": [options.min_score, options.objects, options.tolerance],
+        }
+    )
+
+
+def _warn_of_rare_classes(bank: Bank, top_k: int) -> None:
+    num_rarest = min((num_vectors for num_vectors in bank.counts.values() if num_vectors), default=0)
+    if top_k > num_rarest:
+        log.warning(
+            "predict: %d neighbours vote, but a class of the bank has only %d vectors, which may never win; set "
+            "retrieval.top_k to at most %d",
+            top_k,
+            num_rarest,
+            num_rarest,
         )
-    if "labelme" in options.formats:
-        target = out / safe_name(f"labelme/{image_id}", ".json")
-        path = os.path.relpath(file.resolve(), target.parent.resolve()).replace(os.sep, "/")
-        write_json(target, to_labelme(path, size, records, segmenter.classes))
-    record = {
-        "key": key,
-        "bytes": bytes_before,
-        "file": _relative(file),
-        "size": list(size),
-        "formats": list(options.formats),
-        "objects": records,
-    }
-    write_atomic(out / safe_name(f"records/{image_id}", ".json"), json.dumps(record).encode())
 
 
-def _write_joint(out: Path, ids: Sequence[str], classes: Sequence[str], options: PredictOptions) -> int:
-    """Write the files that hold all images; how many objects there are."""
-    images, tasks, count = [], [], 0
-    for image_id in ids:
-        record: Mapping[str, Any] = read_json(out / safe_name(f"records/{image_id}", ".json"))
-        size = (record["size"][0], record["size"][1])
-        images.append((record["file"], size, record["objects"]))
-        url = to_url(options.image_url, record["file"])
-        tasks.append(to_label_studio_task(url, size, record["objects"], classes))
-        count += len(record["objects"])
-    if "coco" in options.formats:
-        write_json(out / "coco.json", to_coco(images, classes))
-    if "labelstudio" in options.formats:
-        write_json(out / "labelstudio.json", tasks)
-        write_atomic(out / "labelstudio.xml", to_label_studio_config(classes).encode())
-    write_atomic(out / "classes.txt", ("\n".join(classes) + "\n").encode())
-    return count
+def _label_images(segmenter: Segmenter, files: Mapping[str, Path], folder: _Folder) -> dict[str, str]:
+    """Label images and write their files; return the error of each that could not be processed."""
+    failed: dict[str, str] = {}
+    for image_id, file in tqdm(files.items(), desc="predict", unit="img", leave=False):
+        try:
+            folder.write_image(segmenter, image_id, file)
+        except DataError as error:
+            failed[image_id] = " ".join(str(error).split())
+            folder.file("record", image_id).unlink(missing_ok=True)
+    return failed
 
 
-def _is_done(out: Path, image_id: str, file: Path, key: str, formats: Sequence[str]) -> bool:
-    path = out / safe_name(f"records/{image_id}", ".json")
-    if not path.is_file():
-        return False
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        same = record["key"] == key and record["bytes"] == file.stat().st_size and record["file"] == _relative(file)
-        written = set(formats) <= set(record["formats"])
-    except (ValueError, KeyError, TypeError):
-        return False
-    names = {"png": ("labels", ".png"), "overlay": ("overlays", ".png"), "labelme": ("labelme", ".json")}
-    own = [safe_name(f"{names[f][0]}/{image_id}", names[f][1]) for f in formats if f in names]
-    return same and written and all((out / name).is_file() for name in own)
-
-
-def _check_folder(out: Path, key: str) -> None:
-    """Refuse a folder that holds something else."""
-    manifest = out / "manifest.json"
-    if manifest.is_file():
-        held = read_json(manifest)
-        if not isinstance(held, dict) or held.get("stage") != "predict" or held.get("key") != key:
-            raise ArtefactError(
-                f"out: '{out}' holds the result of another bank or other settings; set out=<new folder>, or remove it"
-            )
-    elif out.is_dir() and any(out.iterdir()):
-        raise ArtefactError(f"out: '{out}' holds other files; set out=<new folder>")
-
-
-def _relative(file: Path) -> str:
-    """The file as seen from where the command runs, with slashes."""
+def _relative_path(file: Path) -> str:
+    """Return the file as seen from where the command runs, with slashes."""
     return os.path.relpath(file).replace(os.sep, "/")
