@@ -17,7 +17,6 @@ from moduseg.config import compose
 from moduseg.datasets import build
 from moduseg.datasets.io import read_label_png, write_label_png
 from moduseg.errors import ConfigError, DataError, MissingError, StorageError
-from moduseg.stages import infer
 from moduseg.stages.infer import Infer
 from moduseg.tools import check_data, prepare_data
 from tests.support.skeletons import (
@@ -225,7 +224,7 @@ def test_masks_of_other_settings_do_not_mix(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "coco")
     prepare_data.run(compose(_options("coco2014", root, tmp_path)))
     other = compose(_options("coco2014", root, tmp_path, "dataset.crowd=ignore"))
-    for use in (prepare_data.run, check_data.run, infer.run):
+    for use in (prepare_data.run, check_data.run, Infer.run):
         with pytest.raises(ConfigError, match=r'dataset\.mask_dir: .*"crowd": "count".*expected .*"crowd": "ignore"'):
             use(other)
     elsewhere = compose(_options("coco2014", root, tmp_path, "dataset.crowd=ignore", "dataset.mask_dir=ignored"))
