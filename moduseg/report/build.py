@@ -20,12 +20,12 @@ from moduseg.config import Config
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.files import digest_of, file_digest, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, log
+from moduseg.report.attribution import RetrievalResult
 from moduseg.report.bank_data import write_bank
+from moduseg.report.finished_run import FinishedRun, open_run
 from moduseg.report.image_data import RetrievalReplay, write_images
 from moduseg.report.overview_data import list_changes, list_figures, make_image_list, make_overview
 from moduseg.report.page import Page, digest_program, make_script, read_script
-from moduseg.report.source import Source, open_source
-from moduseg.report.why import RetrievalResult
 
 FOLDER = "report"
 """Folder of the report inside that of its run."""
@@ -48,7 +48,7 @@ class Comparison:
         record: what `moduseg.evaluation.compare.compare` says of the two.
     """
 
-    second: Source
+    second: FinishedRun
     record: Mapping[str, Any]
 
 
@@ -71,7 +71,7 @@ def write_report_of_run(
     if not changed and (folder / "index.html").is_file() and _stored_key(folder) == report_key(work.cfg, path):
         return
     try:
-        write_report(work, open_source(path, work), folder, results=results)
+        write_report(work, open_run(path, work), folder, results=results)
     except (ConfigError, DataError, ArtefactError, MissingError) as error:
         log.warning("report: not written: %s", error)
 
@@ -90,7 +90,7 @@ def add_figures(path: Path, record: Mapping[str, Any]) -> None:
 
 def write_report(
     work: Workspace,
-    source: Source,
+    run: FinishedRun,
     folder: Path,
     comparison: Comparison | None = None,
     results: Mapping[str, RetrievalResult] | None = None,
@@ -99,7 +99,7 @@ def write_report(
 
     Args:
         work: of its configuration.
-        source: the run.
+        run: the run.
         folder: where it goes; an earlier report there is replaced.
         comparison: a second run to show beside it.
         results: see `write_report_of_run`.
@@ -109,37 +109,37 @@ def write_report(
     """
     start = time.perf_counter()
     second = comparison.second if comparison else None
-    ids = _shared_ids(work.cfg, source, second)
+    ids = _choose_shared_ids(work.cfg, run, second)
     page = Page(folder)
     # Without the bank and the query vectors, label maps are shown, but not why they came out so.
-    bank = retriever = None
-    if {"build_bank", "queries", "propose"} <= set(source.inputs):
-        bank = Bank.load(source.inputs["build_bank"])
+    bank = replay = None
+    if {"build_bank", "queries", "propose"} <= set(run.inputs):
+        bank = Bank.load(run.inputs["build_bank"].path)
         if work.cfg.bank.path is not None:
-            bank = remap_classes(bank, source.dataset.classes)
-        retriever = RetrievalReplay(work.cfg, bank, source.inputs["queries"], work.device.torch_device, results)
-    written = write_images(work, source, page, ids, retriever, second)
-    if bank is not None and retriever is not None:
-        write_bank(work, source, page, bank, retriever, written)
+            bank = remap_classes(bank, run.dataset.classes)
+        replay = RetrievalReplay(work.cfg, bank, run.inputs["queries"], work.device.torch_device, results)
+    images = write_images(work, run, page, ids, replay=replay, second=second)
+    if bank is not None and replay is not None:
+        write_bank(work, run, page, bank=bank, replay=replay, images=images)
     # The scripts that the page loads at once: the list of images and the head.
-    page.write_data("images", make_image_list(source, ids, written.entries, second))
-    overview = make_overview(work, source, len(ids))
-    overview |= {"why": any(e.proposals is not None for e in written.entries), "bank": bank is not None}
+    page.write_data("images", make_image_list(run, ids, images.entries, second))
+    overview = make_overview(work, run, len(ids))
+    overview |= {"why": any(entry.num_proposals is not None for entry in images.entries), "bank": bank is not None}
     if comparison is not None:
-        overview["compare"] = {**comparison.record, "changes": list_changes(source, comparison.second)}
+        overview["compare"] = {**comparison.record, "changes": list_changes(run, comparison.second)}
     page.write_data("summary", overview)
     # A report of two runs is written on demand alone, so it has no key to compare with.
-    key = report_key(work.cfg, source.path) if comparison is None else ""
+    key = report_key(work.cfg, run.path) if comparison is None else ""
     write_json(folder / "report.json", {"stamp": key, "images": len(ids)})
     index = page.write_index()
     log.info("report:  %s (%.1f s)", index, time.perf_counter() - start)
     return index
 
 
-def _shared_ids(cfg: Config, source: Source, second: Source | None) -> list[str]:
+def _choose_shared_ids(cfg: Config, run: FinishedRun, second: FinishedRun | None) -> list[str]:
     """Return the images to show, those that both runs have."""
-    labelled = set(source.ids if second is None else second.ids)
-    shared = [image_id for image_id in source.ids if image_id in labelled]
+    labelled = set(run.ids if second is None else second.ids)
+    shared = [image_id for image_id in run.ids if image_id in labelled]
     shown = choose_ids(cfg, shared)
     if len(shown) < len(shared):
         log.warning(

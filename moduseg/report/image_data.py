@@ -1,29 +1,23 @@
-"""The images of a report: one photograph, the label maps, the proposals and why each has its label."""
+"""Write the images of a report: photograph, label maps, proposals, and why each proposal has its label."""
 
 from __future__ import annotations
 
-import base64
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from tqdm import tqdm
 
 from moduseg.bank.store import Bank
 from moduseg.config import Config
-from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, DataError
-from moduseg.evaluation.pairs import MAX_AUTO_WORKERS
-from moduseg.pipeline.manifests import safe_name
+from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.workspace import Workspace, log
-from moduseg.proposers import sa1b
+from moduseg.report.attribution import ErrorAttribution, RetrievalResult, find_owners, tally_votes
+from moduseg.report.finished_run import FinishedRun
 from moduseg.report.overlay import resize_image, resize_labels
+from moduseg.report.packing import pack_neighbours, to_base64
 from moduseg.report.page import Page
 from moduseg.report.pictures import (
     encode_jpeg,
@@ -33,13 +27,13 @@ from moduseg.report.pictures import (
     pack_layers,
     shrink_masks,
 )
-from moduseg.report.source import Source
-from moduseg.report.why import ErrorAttribution, RetrievalResult, owners, packed_neighbours, votes
+from moduseg.report.threads import map_in_threads
 from moduseg.retrieval.retriever import Retriever
 from moduseg.structures import IGNORE_INDEX, Proposals
 
 SHOWN_NEIGHBOURS = 25
-"""Neighbours of a proposal that a report lists at most; all of them have voted."""
+"""At most this many neighbours of a proposal are listed; all of them have voted."""
+Content = TypeVar("Content")
 
 
 class RetrievalReplay:
@@ -48,7 +42,7 @@ class RetrievalReplay:
     Args:
         cfg: of the run.
         bank: the stored bank.
-        queries: the artefact of stage `queries`.
+        queries: folder of stage `queries`.
         device: where the search runs.
         results: of images that were labelled just now, by image id; these are not searched again.
     """
@@ -57,7 +51,7 @@ class RetrievalReplay:
         self,
         cfg: Config,
         bank: Bank,
-        queries: Path,
+        queries: StageFolder,
         device: torch.device,
         results: Mapping[str, RetrievalResult] | None = None,
     ) -> None:
@@ -76,182 +70,207 @@ class RetrievalReplay:
             searched = proposals.select(self._retriever.is_searched(proposals))
             if len(searched) == len(result.labels):
                 return searched, result
-        file = self._queries / safe_name(f"vectors/{image_id}", ".safetensors")
-        if not file.is_file():
-            raise DataError(f"{file}: no such file; run scripts/infer.py again")
-        pooled = load_tensors(file.read_bytes())["pooled"]
+        pooled = self._queries.vectors(image_id)["pooled"]
         if len(pooled) != len(proposals):
             raise DataError(
-                f"{file}: got {len(pooled)} vectors for {len(proposals)} proposals; run scripts/infer.py again"
+                f"{self._queries.file('vectors', image_id)}: got {len(pooled)} vectors for {len(proposals)} proposals, "
+                "expected one each; run scripts/infer.py again"
             )
         prediction = self._retriever.predict(proposals, pooled)
         return prediction.proposals, RetrievalResult.of(prediction)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What the page's list of images says of one.
+class ImageEntry:
+    """An image in the page's list of images.
 
     Attributes:
-        size: `(H, W)` of the image; of its label map where there is no photograph.
-        photograph: whether there is one.
-        areas: label -> pixels of the label map.
-        score: mean score of its kept foreground proposals, `None` where there is none.
-        proposals: how many were searched, `None` where they are not known.
-        result, owner, truth, scale: see `ErrorAttribution.add`; `None` where they are not known.
+        size: `(height, width)` of its label map.
+        has_photograph: whether its photograph could be read.
+        areas: `[label, pixels]` of its label map, ascending by label.
+        num_proposals: how many were searched; `None` if its proposals are gone.
+        score: mean score of its kept foreground proposals; `None` if there is none.
     """
 
     size: tuple[int, int]
-    photograph: bool
+    has_photograph: bool
     areas: list[list[int]]
+    num_proposals: int | None = None
     score: float | None = None
-    proposals: int | None = None
-    result: RetrievalResult | None = None
+
+
+@dataclass(frozen=True)
+class ImageEvidence:
+    """What is known of the reasons for an image's labels, at the size of the report.
+
+    Attributes:
+        result: what retrieval said of its proposals.
+        owner: `[h, w]` from `find_owners`; `None` without ground truth.
+        truth: `[h, w]` uint8; `None` without ground truth.
+        scale: pixels of the image for one pixel of these maps.
+    """
+
+    result: RetrievalResult
     owner: np.ndarray | None = None
     truth: np.ndarray | None = None
     scale: float = 1.0
 
 
 @dataclass(frozen=True)
-class Written:
-    """What `write_images` leaves for the rest of the page.
+class WrittenImages:
+    """What the images of a report say together.
 
     Attributes:
         entries: of each image.
-        blame: of the bank's rows.
-        used: row of the bank -> how often it was a neighbour.
+        attribution: of errors to rows of the bank.
+        times_neighbour: row of the bank -> number of proposals that it is a neighbour of.
     """
 
-    entries: list[Entry]
-    blame: ErrorAttribution
-    used: dict[int, int]
+    entries: list[ImageEntry]
+    attribution: ErrorAttribution
+    times_neighbour: dict[int, int]
 
 
 def write_images(
     work: Workspace,
-    source: Source,
+    run: FinishedRun,
     page: Page,
     ids: Sequence[str],
-    retriever: RetrievalReplay | None,
-    second: Source | None = None,
-) -> Written:
-    """Write the pictures of all images.
+    *,
+    replay: RetrievalReplay | None,
+    second: FinishedRun | None = None,
+) -> WrittenImages:
+    """Write the pictures and data of all images.
 
     Args:
         work: settings.
-        source: the run.
-        page: where they go, named by position.
+        run: the run.
+        page: where they go, named by index.
         ids: the images shown.
-        retriever: of the run, `None` where its bank or queries are gone or it has none.
-        second: the run that it is compared with.
+        replay: retrieval of the run; `None` if its bank or queries are gone, or it has none.
+        second: a run that it is compared with.
     """
-
-    def write(item: tuple[int, str]) -> Entry:
-        return _write_image(work, source, page, item[0], item[1], retriever, second)
-
-    workers = work.cfg.evaluation.workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
-    entries: list[Entry] = []
-    blame, used = ErrorAttribution(), dict[int, int]()
-    with ThreadPoolExecutor(workers, thread_name_prefix="report") as pool:
-        found = pool.map(write, enumerate(ids))
-        for index, entry in enumerate(tqdm(found, "report", len(ids), unit="img", leave=False)):
-            if entry.result is not None:
-                rows, counts = np.unique(entry.result.rows, return_counts=True)
-                for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
-                    if row >= 0:
-                        used[row] = used.get(row, 0) + count
-                if entry.owner is not None and entry.truth is not None:
-                    blame.add(index, entry.result, entry.owner, entry.truth, entry.scale)
-            # The arrays are no longer needed, and memory shall not grow with the number of images.
-            entries.append(Entry(entry.size, entry.photograph, entry.areas, entry.score, entry.proposals))
-    return Written(entries, blame, used)
+    writer = _ImageWriter(work, run, page, replay, second)
+    entries: list[ImageEntry] = []
+    attribution, times_neighbour = ErrorAttribution(), dict[int, int]()
+    written = map_in_threads(work.cfg, writer.write, list(enumerate(ids)), "report")
+    # Evidence is used up here, so that memory does not grow with the number of images.
+    for index, (entry, evidence) in enumerate(written):
+        entries.append(entry)
+        if evidence is None:
+            continue
+        rows, counts = np.unique(evidence.result.rows, return_counts=True)
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            if row >= 0:
+                times_neighbour[row] = times_neighbour.get(row, 0) + count
+        if evidence.owner is not None and evidence.truth is not None:
+            attribution.add(index, evidence.result, evidence.owner, evidence.truth, evidence.scale)
+    return WrittenImages(entries, attribution, times_neighbour)
 
 
-def _write_image(
-    work: Workspace,
-    source: Source,
-    page: Page,
-    index: int,
-    image_id: str,
-    retriever: RetrievalReplay | None,
-    second: Source | None,
-) -> Entry:
-    name = f"{index:06d}"
-    labels = source.read(image_id)
-    full = (labels.shape[0], labels.shape[1])
-    size = fit_size(full, work.cfg.evaluation.report_size)
-    photograph = _usable(lambda: source.dataset.load(image_id, labels=False).image)
-    if photograph is not None:
-        page.write_picture(f"photos/{name}.jpg", encode_jpeg(resize_image(photograph, size)))
-    truth = _usable(lambda: source.dataset.semantic_of(image_id))
-    maps = {"labels": labels, "truth": truth}
-    if second is not None:
-        maps["second"] = _usable(lambda: second.read(image_id))
-    if source.what != "pseudo mask" and "pseudo_masks" in source.inputs:
-        pseudo = source.inputs["pseudo_masks"] / safe_name(f"labels/{image_id}", ".png")
-        maps["pseudo"] = read_label_png(pseudo) if pseudo.is_file() else None
-    content = {key: _text(encode_label_png(array, size)) for key, array in maps.items() if array is not None}
-    page.write_data(f"labels/{name}", content)
-    counts = np.bincount(labels.ravel(), minlength=256)
-    pixels = [[int(label), int(counts[label])] for label in np.flatnonzero(counts) if label != IGNORE_INDEX]
-    entry = Entry(full, photograph is not None, pixels)
-    if "propose" not in source.inputs:
-        return entry
-    proposals = _usable(
-        lambda: sa1b.read_proposals(source.inputs["propose"] / safe_name(f"masks/{image_id}", ".json"), full)
-    )
-    if proposals is None:
-        return entry
-    result = None
-    if retriever is not None:
+@dataclass(frozen=True)
+class _ImageWriter:
+    """Writes single images; the attributes are the arguments of `write_images`."""
+
+    work: Workspace
+    run: FinishedRun
+    page: Page
+    replay: RetrievalReplay | None
+    second: FinishedRun | None
+
+    def write(self, item: tuple[int, str]) -> tuple[ImageEntry, ImageEvidence | None]:
+        """Write one image, given its index and id."""
+        index, image_id = item
+        label_map = self.run.read_label_map(image_id)
+        size = (label_map.shape[0], label_map.shape[1])
+        shown_size = fit_size(size, self.work.cfg.evaluation.report_size)
+        # What is looked at: the photograph and the label maps over it.
+        photograph = _read_if_usable(lambda: self.run.dataset.load(image_id, labels=False).image)
+        if photograph is not None:
+            self.page.write_picture(f"photos/{index:06d}.jpg", encode_jpeg(resize_image(photograph, shown_size)))
+        truth = _read_if_usable(lambda: self.run.dataset.semantic_of(image_id))
+        maps = {"labels": label_map, "truth": truth, **self._read_other_maps(image_id)}
+        pngs = {name: encode_label_png(array, shown_size) for name, array in maps.items() if array is not None}
+        self.page.write_data(f"labels/{index:06d}", {name: to_base64(png) for name, png in pngs.items()})
+        entry = ImageEntry(size, photograph is not None, _count_pixels(label_map))
+        # Why the labels are what they are: proposals, votes and neighbours.
+        proposals, result = self._find_reasons(image_id, size)
+        if proposals is None:
+            return entry, None
+        masks = shrink_masks(proposals.masks.numpy(), shown_size)
+        temperature = self.work.cfg.retrieval.vote_temperature
+        self.page.write_data(f"why/{index:06d}", _describe_proposals(masks, proposals, result, temperature))
+        entry = replace(entry, num_proposals=len(proposals), score=_mean_score(result))
+        if result is None or truth is None:
+            return entry, None if result is None else ImageEvidence(result)
+        owner = find_owners(masks, result.labels, result.kept, resize_labels(label_map, shown_size))
+        scale = size[0] * size[1] / (shown_size[0] * shown_size[1])
+        return entry, ImageEvidence(result, owner, resize_labels(truth, shown_size), scale)
+
+    def _read_other_maps(self, image_id: str) -> dict[str, np.ndarray | None]:
+        """Return the label map of the second run and the pseudo mask, as far as there are any."""
+        maps: dict[str, np.ndarray | None] = {}
+        second, pseudo_masks = self.second, self.run.inputs.get("pseudo_masks")
+        if second is not None:
+            maps["second"] = _read_if_usable(lambda: second.read_label_map(image_id))
+        if pseudo_masks is not None and self.run.what != "pseudo mask":
+            maps["pseudo"] = _read_if_usable(lambda: pseudo_masks.label_map(image_id))
+        return maps
+
+    def _find_reasons(self, image_id: str, size: tuple[int, int]) -> tuple[Proposals | None, RetrievalResult | None]:
+        """Return the proposals of an image and what retrieval says of them, each `None` if it is gone."""
+        folder = self.run.inputs.get("propose")
+        proposals = None if folder is None else _read_if_usable(lambda: folder.proposals(image_id, size))
+        if proposals is None or self.replay is None:
+            return proposals, None
         try:
-            proposals, result = retriever.neighbours_of(image_id, proposals)
+            return self.replay.neighbours_of(image_id, proposals)
         except DataError as error:
             log.warning("report: nothing to say why: %s", error)
-    masks = shrink_masks(proposals.masks.numpy(), size)
-    page.write_data(f"why/{name}", _why(masks, proposals, result, work.cfg.retrieval.vote_temperature))
+            return proposals, None
+
+
+def _count_pixels(label_map: np.ndarray) -> list[list[int]]:
+    """Return `[label, pixels]` of the labels in a map, ascending, without 255."""
+    counts = np.bincount(label_map.ravel(), minlength=256)
+    return [[int(label), int(counts[label])] for label in np.flatnonzero(counts) if label != IGNORE_INDEX]
+
+
+def _mean_score(result: RetrievalResult | None) -> float | None:
+    """Return the mean score of the kept foreground proposals; `None` if there is none."""
     if result is None:
-        return Entry(full, entry.photograph, pixels, None, len(proposals))
-    shown = [i for i in result.kept.tolist() if result.labels[i] > 0]
-    score = float(result.scores[shown].mean()) if shown else None
-    if truth is None:
-        return Entry(full, entry.photograph, pixels, score, len(proposals), result)
-    scale = full[0] * full[1] / (size[0] * size[1])
-    owner = owners(masks, result.labels, result.kept, resize_labels(labels, size))
-    shrunk = resize_labels(truth, size)
-    return Entry(full, entry.photograph, pixels, score, len(proposals), result, owner, shrunk, scale)
+        return None
+    foreground = [index for index in result.kept.tolist() if result.labels[index] > 0]
+    return float(result.scores[foreground].mean()) if foreground else None
 
 
-def _why(
+def _describe_proposals(
     masks: np.ndarray, proposals: Proposals, result: RetrievalResult | None, temperature: float | None
 ) -> dict[str, Any]:
+    """Return the content of `data/why/<index>.js`."""
     packed = pack_layers(masks)
     content: dict[str, Any] = {
-        "layers": [_text(encode_layer_png(layer)) for layer in packed.layers],
+        "layers": [to_base64(encode_layer_png(layer)) for layer in packed.layers],
         "layer": packed.layer_of,
         "code": packed.code_of,
         "area": proposals.areas.tolist(),
         "own": [round(float(score), 4) for score in proposals.predicted_iou],
     }
     if result is not None:
-        near = slice(0, SHOWN_NEIGHBOURS)
+        shown = slice(0, SHOWN_NEIGHBOURS)
         content |= {
             "label": result.labels.tolist(),
             "score": [round(float(score), 4) for score in result.scores],
             "kept": result.kept.tolist(),
-            "votes": votes(result, temperature),
-            "neighbours": packed_neighbours(result.rows[:, near], result.similarities[:, near]),
+            "votes": tally_votes(result, temperature),
+            "neighbours": pack_neighbours(result.rows[:, shown], result.similarities[:, shown]),
         }
     return content
 
 
-def _usable(read: Callable[[], Any]) -> Any:
-    """What `read` gives, or `None` where the file is not there or cannot be used: the page then does without."""
+def _read_if_usable(read: Callable[[], Content]) -> Content | None:
+    """Return what `read` returns, or `None` if the file is missing or damaged; the page then does without it."""
     try:
         return read()
     except (DataError, ArtefactError):
         return None
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")

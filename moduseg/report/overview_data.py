@@ -14,9 +14,9 @@ from moduseg.evaluation.published import BENCHMARKS, PUBLISHED
 from moduseg.evaluation.tables import versions
 from moduseg.masks.palette import voc_palette
 from moduseg.pipeline.workspace import Workspace
-from moduseg.report.image_data import Entry
+from moduseg.report.finished_run import FinishedRun
+from moduseg.report.image_data import ImageEntry
 from moduseg.report.page import FORMAT
-from moduseg.report.source import Source
 from moduseg.structures import IGNORE_INDEX
 
 NOT_MEASURES = ("miou_interval", "confusion", "images", "left_out")
@@ -25,39 +25,39 @@ NOT_MEASURES = ("miou_interval", "confusion", "images", "left_out")
 _NO_CELLS: tuple[np.ndarray, np.ndarray] = (np.zeros(0, np.uint16), np.zeros(0, np.uint32))
 
 
-def make_overview(work: Workspace, source: Source, num_shown: int) -> dict[str, Any]:
+def make_overview(work: Workspace, run: FinishedRun, num_shown: int) -> dict[str, Any]:
     """Return the overview of a run as JSON values.
 
     Args:
         work: of its configuration.
-        source: the run.
+        run: the run.
         num_shown: images in the report.
     """
-    dataset, record = source.dataset, source.record or {}
+    dataset, record = run.dataset, run.record or {}
     config = record.get("config") or work.cfg.as_dict()
     colours = voc_palette()[[*range(len(dataset.classes)), IGNORE_INDEX]]
     kept = dict.fromkeys((*(measure.path[0] for measure in MEASURES), *NOT_MEASURES))
     return {
         "format": FORMAT,
-        "run": source.path.name,
+        "run": run.path.name,
         "dataset": dataset.name,
         "split": dataset.split,
-        "what": source.what,
+        "what": run.what,
         "classes": list(dataset.classes),
         "colours": [f"#{bytes(colour).hex()}" for colour in colours.tolist()],
         "ignore": IGNORE_INDEX,
         "has_background": dataset.has_background,
-        "ignore_uncovered": source.rule == "ignore",
+        "ignore_uncovered": run.ignores_uncovered,
         "label_source": str(record.get("label_source") or work.dataset(work.train_split).label_source),
         "total": len(dataset.ids),
         "shown": num_shown,
-        "record": None if source.record is None else {key: record[key] for key in kept if key in record},
+        "record": None if run.record is None else {key: record[key] for key in kept if key in record},
         "measures": [measure.describe() for measure in MEASURES],
-        "published": _list_published(source),
+        "published": _list_published(run),
         "figures": [],
         "config": OmegaConf.to_yaml(OmegaConf.create(dict(config))),
         "retrieval": dict(config.get("retrieval") or {}),
-        "seconds": [[step, round(seconds, 2)] for step, seconds in source.seconds],
+        "seconds": [[step, round(seconds, 2)] for step, seconds in run.seconds],
         "versions": {name: version for name, version in (record.get("versions") or versions()).items() if version},
         "why": False,
         "bank": False,
@@ -76,11 +76,11 @@ def list_figures(results: Mapping[str, Any]) -> list[list[Any]]:
     return rows
 
 
-def list_changes(first: Source, second: Source) -> list[list[str]]:
+def list_changes(first: FinishedRun, second: FinishedRun) -> list[list[str]]:
     """Return the configuration keys in which two runs differ: `[key, first value, second value]`, `-` if absent."""
     configs = []
-    for source in (first, second):
-        config = (source.record or {}).get("config", {})
+    for run in (first, second):
+        config = (run.record or {}).get("config", {})
         decisive = {key: config[key] for key in config if key not in ("runtime", "evaluation")}
         configs.append(dict(_flatten("", decisive)))
     values = [[key, *(config.get(key, "-") for config in configs)] for key in {**configs[0], **configs[1]}]
@@ -88,12 +88,12 @@ def list_changes(first: Source, second: Source) -> list[list[str]]:
 
 
 def make_image_list(
-    source: Source, ids: Sequence[str], entries: Sequence[Entry], second: Source | None
+    run: FinishedRun, ids: Sequence[str], entries: Sequence[ImageEntry], second: FinishedRun | None
 ) -> dict[str, Any]:
     """Return the list of images as columns, in the order of `ids`.
 
     Args:
-        source: the run.
+        run: the run.
         ids: the images of the report.
         entries: of each image.
         second: a run that it is compared with.
@@ -101,11 +101,11 @@ def make_image_list(
     return {
         "ids": list(ids),
         "sizes": [list(entry.size) for entry in entries],
-        "photographs": [int(entry.photograph) for entry in entries],
+        "photographs": [int(entry.has_photograph) for entry in entries],
         "scores": [None if entry.score is None else round(entry.score, 4) for entry in entries],
-        "proposals": [entry.proposals for entry in entries],
+        "proposals": [entry.num_proposals for entry in entries],
         "areas": [entry.areas for entry in entries],
-        "cells": _collect_cells(source.counts, ids),
+        "cells": _collect_cells(run.counts, ids),
         "second": None if second is None else _collect_cells(second.counts, ids),
     }
 
@@ -122,16 +122,13 @@ def _collect_cells(counts: SplitCounts | None, ids: Sequence[str]) -> list[list[
     return columns
 
 
-def _list_published(source: Source) -> list[dict[str, Any]]:
+def _list_published(run: FinishedRun) -> list[dict[str, Any]]:
     """Return the published rows for the data set of a prediction."""
-    benchmark = f"{source.dataset.name}/{source.dataset.split}"
+    benchmark = f"{run.dataset.name}/{run.dataset.split}"
     return [
         {"method": row.method, "value": row.value, "note": row.note, "source": row.source}
         for row in PUBLISHED
-        if benchmark in BENCHMARKS
-        and row.benchmark == benchmark
-        and row.table == "main"
-        and source.what == "prediction"
+        if benchmark in BENCHMARKS and row.benchmark == benchmark and row.table == "main" and run.what == "prediction"
     ]
 
 

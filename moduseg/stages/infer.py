@@ -18,7 +18,7 @@ from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.stage import Stage, skipped_images
 from moduseg.pipeline.workspace import log
 from moduseg.report import build
-from moduseg.report.why import RetrievalResult
+from moduseg.report.attribution import RetrievalResult
 from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.evaluate_masks import score_or_draw

@@ -12,7 +12,7 @@ from moduseg.errors import ConfigError
 from moduseg.files import read_json
 from moduseg.pipeline.workspace import Workspace
 from moduseg.report.build import FOLDER, Comparison, add_figures, write_report
-from moduseg.report.source import config_of, open_source
+from moduseg.report.finished_run import open_run, read_run_config
 from moduseg.stages import evaluate_folder
 from moduseg.tools import compare
 
@@ -63,22 +63,22 @@ def run(
         )
     if target is not None:
         path = Path(target).expanduser()
-        cfg = config_of(path, overrides)
+        cfg = read_run_config(path, overrides)
     else:
         cfg = dataclasses.replace(compose(overrides), predictions=str(predictions))
         path = evaluate_folder.run(cfg)
     work = Workspace(cfg)
-    source = open_source(path, work)
+    finished = open_run(path, work)
     if against is None:
-        index = write_report(work, source, source.path / FOLDER)
-        if path != source.path:
+        index = write_report(work, finished, finished.path / FOLDER)
+        if path != finished.path:
             # `path` is of stage `evaluate`, whose figures the report of the run behind it shows as well.
-            add_figures(source.path, read_json(path / "results.json"))
+            add_figures(finished.path, read_json(path / "results.json"))
         return index
     other = Path(against).expanduser()
     if (other / "results.json").is_file():
-        second = open_source(other, Workspace(config_of(other)))
+        second = open_run(other, Workspace(read_run_config(other)))
     else:
-        second = open_source(evaluate_folder.run(dataclasses.replace(cfg, predictions=str(other))), work)
-    compared = compare.run(str(source.path), str(second.path), cfg, True)
-    return write_report(work, source, compared / FOLDER, Comparison(second, read_json(compared / "results.json")))
+        second = open_run(evaluate_folder.run(dataclasses.replace(cfg, predictions=str(other))), work)
+    compared = compare.run(str(finished.path), str(second.path), cfg, True)
+    return write_report(work, finished, compared / FOLDER, Comparison(second, read_json(compared / "results.json")))

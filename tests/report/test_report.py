@@ -21,8 +21,8 @@ from moduseg.bank.store import Bank
 from moduseg.cli import run_script
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError
+from moduseg.report.packing import SIMILARITY_STEPS
 from moduseg.report.page import read_program, read_script
-from moduseg.report.why import SIMILARITY_STEPS
 from moduseg.stages import evaluate
 from moduseg.stages.infer import Infer
 from moduseg.tools import report
