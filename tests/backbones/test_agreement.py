@@ -18,12 +18,12 @@ from tests.support.agreement import (
     COMPARISONS,
     TOLERANCE,
     Row,
-    find,
-    markdown,
-    padded_input,
+    encode_tokens,
+    find_comparison,
+    make_padded_input,
+    measure_relative_error,
     picture,
-    relative_error,
-    tokens_of,
+    to_markdown,
 )
 
 OURS = [name for name in COMPARISONS if "agree_sam" not in name]
@@ -32,13 +32,13 @@ KWARGS = {"img_size": 84, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS
 
 @pytest.mark.parametrize("name", OURS, ids=[name.split("_")[-1] for name in OURS])
 def test_implementations_agree(name: str, tmp_path: Path) -> None:
-    rows = find(name)(tmp_path)
+    rows = find_comparison(name)(tmp_path)
     assert len({row.size for row in rows}) >= 3  # the trained size, a larger one, and one that is no multiple
-    assert not [row for row in rows if not row.error < TOLERANCE], markdown(rows)
+    assert not [row for row in rows if not row.error < TOLERANCE], to_markdown(rows)
 
 
 def test_the_table_shows_its_rows() -> None:
-    table = markdown([Row("CLIP", "ours, theirs", "tokens", "8 x 9", 0.00012)])
+    table = to_markdown([Row("CLIP", "ours, theirs", "tokens", "8 x 9", 0.00012)])
     assert table.splitlines()[-1] == "| CLIP | ours, theirs | tokens | 8 x 9 | 1.2e-04 |"
 
 
@@ -50,8 +50,8 @@ def dinov2_error(folder: Path, size: tuple[int, int], change: str = "", **option
         state[change] = 1.1 * state[change] + 0.01
     backbone = backbone_with(state, "vit_small_patch14_dinov2", folder, model_kwargs=KWARGS, **options)
     with torch.no_grad():
-        theirs = model(padded_input(picture(*size), 14)).last_hidden_state[0, 1:]
-    return relative_error(tokens_of(backbone, picture(*size)), theirs)
+        theirs = model(make_padded_input(picture(*size), 14)).last_hidden_state[0, 1:]
+    return measure_relative_error(encode_tokens(backbone, picture(*size)), theirs)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_antialiased_positions_are_timms(name: str) -> None:
         TimmBackbone(TimmOptions(name, model_kwargs=KWARGS, antialias=antialias), CPU)
         for antialias in (None, True, False)
     ]
-    timm, ours, other = (tokens_of(backbone, picture(60, 150)) for backbone in backbones)
+    timm, ours, other = (encode_tokens(backbone, picture(60, 150)) for backbone in backbones)
     torch.testing.assert_close(ours, timm, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(ours, other, atol=1e-3)
     model = backbones[2]._model
@@ -126,9 +126,9 @@ def test_activation_goes_before_the_file(tmp_path: Path, caplog: pytest.LogCaptu
     image, texts = picture(24, 30), ["a red disc"]
     wrong, right = (ClipBackbone(ClipOptions(weights=str(tmp_path / name)), CPU) for name in ("gelu", "quick_gelu"))
     mended = ClipBackbone(ClipOptions(weights=str(tmp_path / "gelu"), activation="quick_gelu"), CPU)
-    assert not torch.allclose(tokens_of(wrong, image), tokens_of(right, image), atol=1e-3)
+    assert not torch.allclose(encode_tokens(wrong, image), encode_tokens(right, image), atol=1e-3)
     assert not caplog.records
-    assert torch.equal(tokens_of(mended, image), tokens_of(right, image))
+    assert torch.equal(encode_tokens(mended, image), encode_tokens(right, image))
     assert torch.equal(mended.text_features(texts), right.text_features(texts))
     assert not torch.allclose(wrong.text_features(texts), right.text_features(texts), atol=1e-3)
     assert [r.getMessage() for r in caplog.records if r.name == "moduseg"] == [

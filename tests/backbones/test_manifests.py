@@ -19,7 +19,7 @@ from moduseg.config import compose, config_dir
 from moduseg.errors import ArtefactError
 from tests.support.agree_clip import CPU, write_clip
 from tests.support.agree_vit import DEPTH, DINOV3, HEADS, SIGLIP, VIT, WIDTH, dinov2, dinov2_state
-from tests.support.agreement import picture, renamed, tokens_of
+from tests.support.agreement import encode_tokens, picture, rename_tensors
 from tests.support.key_names import CLIPS, FOLDER, META, TIMM, fold, model_of, preset, read, shapes_of, unfold, write
 
 PRESETS = (*TIMM, *CLIPS)
@@ -97,16 +97,16 @@ def transformers_state(name: str) -> dict[str, torch.Tensor]:
             else {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
         )
         config = t.SiglipVisionConfig(**width, image_size=512, patch_size=16, vision_use_head=False)
-        state = renamed(t.SiglipVisionModel(config).state_dict(), SIGLIP)
+        state = rename_tensors(t.SiglipVisionModel(config).state_dict(), SIGLIP)
         return {key: tensor[None] if key == "pos_embed" else tensor for key, tensor in state.items()}
     width = VITS[size[:4]]
     if family == "dino":
         config = t.ViTConfig(**width, image_size=224, patch_size=8)
-        return renamed(t.ViTModel(config, add_pooling_layer=False).state_dict(), VIT)
+        return rename_tensors(t.ViTModel(config, add_pooling_layer=False).state_dict(), VIT)
     if family == "dinov3":
         more = {"num_register_tokens": 4, "query_bias": False, "value_bias": False, "patch_size": 16}
         config = t.DINOv3ViTConfig(**width, **more, intermediate_size=4 * width["hidden_size"])
-        return renamed(t.DINOv3ViTModel(config).state_dict(), DINOV3)
+        return rename_tensors(t.DINOv3ViTModel(config).state_dict(), DINOV3)
     if name.endswith("reg4"):
         config = t.Dinov2WithRegistersConfig(**width, image_size=518, patch_size=14, num_register_tokens=4)
         return dinov2_state(t.Dinov2WithRegistersModel(config))
@@ -176,11 +176,11 @@ def test_a_publishers_file_is_taken_whole_or_not_at_all(
         save_file(state, file)
         backbone = TimmBackbone(TimmOptions(model, weights=str(file), model_kwargs=kwargs), CPU)
         if attempt == "whole":
-            assert tokens_of(backbone, picture(28, 28)).shape == (4, WIDTH)
+            assert encode_tokens(backbone, picture(28, 28)).shape == (4, WIDTH)
             change(state)
             continue
         with pytest.raises(ArtefactError, match=message) as raised:
-            tokens_of(backbone, picture(28, 28))
+            encode_tokens(backbone, picture(28, 28))
         assert "\n" not in str(raised.value)
 
 
@@ -190,7 +190,7 @@ def test_a_clip_of_another_shape_is_refused(tmp_path: Path) -> None:
     state["visual_projection.weight"] = torch.zeros(20, 33)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtefactError, match=r"check backbone\.weights") as raised:
-        tokens_of(ClipBackbone(ClipOptions(weights=str(tmp_path)), CPU), picture(24, 24))
+        encode_tokens(ClipBackbone(ClipOptions(weights=str(tmp_path)), CPU), picture(24, 24))
     assert "\n" not in str(raised.value)
 
 

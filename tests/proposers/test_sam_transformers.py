@@ -24,7 +24,7 @@ from tests.proposers.contract import CPU, ProposerContract, sample
 from tests.proposers.test_mask_generation import MINIATURE, agree, scenes
 from tests.support import tiny_models
 from tests.support.agree_sam import hub_model
-from tests.support.agreement import COMPARISONS, TOLERANCE, find, markdown, relative_error
+from tests.support.agreement import COMPARISONS, TOLERANCE, find_comparison, measure_relative_error, to_markdown
 
 FAMILIES = ("sam", "sam_hq", "sam2", "sam3_tracker")
 # Random weights predict nothing of worth, so the filters are opened until masks survive.
@@ -148,10 +148,10 @@ def test_lower_precision_is_for_the_encoder_only(directory: str, device: torch.d
 
 @pytest.mark.parametrize("name", [name for name in COMPARISONS if "agree_sam" in name])
 def test_implementations_agree(name: str, tmp_path: Path) -> None:
-    rows = find(name)(tmp_path)
+    rows = find_comparison(name)(tmp_path)
     assert len({row.size for row in rows}) >= 3
     assert {row.output for row in rows} == {"image embedding", "predicted IoU", "masks"}
-    assert not [row for row in rows if not row.error < TOLERANCE], markdown(rows)
+    assert not [row for row in rows if not row.error < TOLERANCE], to_markdown(rows)
 
 
 def test_the_miniature_gives_the_same_proposals_through_transformers(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_the_token_of_sam_hq_counts() -> None:
         hub._model.load_state_dict(model.state_dict())
         with torch.no_grad():
             results.append(hub.decode(hub.embed(image), points, 0.0).logits)
-    assert relative_error(*results) > 0.01
+    assert measure_relative_error(*results) > 0.01
 
 
 # Preprocessing

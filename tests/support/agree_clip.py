@@ -19,12 +19,12 @@ from tests.support.agreement import (
     STD,
     Row,
     State,
-    padded_input,
+    compare_tokens,
+    make_padded_input,
+    measure_relative_error,
     picture,
     randomise,
-    relative_error,
-    renamed,
-    row,
+    rename_tensors,
 )
 
 CPU = Device(torch.device("cpu"))
@@ -52,7 +52,7 @@ CLIP = [
 
 def clip_state(state: State) -> State:
     """transformers' CLIP weights under the names that OpenAI and open_clip use."""
-    named = {re.sub(r"\.qkv\.", ".in_proj_", n): t for n, t in renamed(state, CLIP).items()}
+    named = {re.sub(r"\.qkv\.", ".in_proj_", n): t for n, t in rename_tensors(state, CLIP).items()}
     projections = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
     return {
         projections.get(name, name): tensor.T.contiguous() if name in projections else tensor
@@ -62,7 +62,7 @@ def clip_state(state: State) -> State:
 
 
 def write_clip(folder: Path, activation: str) -> Any:
-    """A random CLIP with the miniature's tokenizer, as `save_pretrained` writes it; and transformers' model."""
+    """Write a random CLIP with the miniature's tokenizer, as `save_pretrained` does; return transformers' model."""
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = build_tokenizer(folder)
@@ -97,7 +97,7 @@ def compare_clip(folder: Path) -> list[Row]:
         )
         for size in ((24, 24), (28, 40), (26, 37), (17, 15)):
             pair = "transformers, open_clip" + (" given its positions" if size != (24, 24) else "")
-            inputs = padded_input(picture(*size), 4)
+            inputs = make_padded_input(picture(*size), 4)
             vision = {"layers": DEPTH, "width": 32, "head_width": 16, "patch_size": 4, "output_tokens": True}
             other = open_clip.CLIP(
                 20, vision | {"image_size": tuple(inputs.shape[2:])}, text, quick_gelu=activation == "quick_gelu"
@@ -107,15 +107,17 @@ def compare_clip(folder: Path) -> list[Row]:
             positions = embeddings.interpolate_pos_encoding(F.pad(patches, (0, 0, 1, 0)), *inputs.shape[2:])
             other.load_state_dict({**state, "visual.positional_embedding": positions[0]})
             pooled, tokens = other.visual(inputs)
-            rows.append(row(title, pair, "patch tokens", size, plain, picture(*size), tokens[0]))
+            rows.append(compare_tokens(title, pair, plain, picture(*size), tokens[0]))
             rows.append(
-                row(title, pair, "projected tokens", size, projected, picture(*size), tokens[0] @ other.visual.proj)
+                compare_tokens(
+                    title, pair, projected, picture(*size), tokens[0] @ other.visual.proj, output="projected tokens"
+                )
             )
             ours = model.get_image_features(inputs, interpolate_pos_encoding=True)
             ours = ours if isinstance(ours, Tensor) else ours.pooler_output
             label = f"{size[0]} x {size[1]}"
-            rows.append(Row(title, pair, "image embedding", label, relative_error(ours, pooled)))
+            rows.append(Row(title, pair, "image embedding", label, measure_relative_error(ours, pooled)))
         ids = tokenizer(list(PROMPTS), padding="max_length", max_length=20, return_tensors="pt")["input_ids"]
-        error = relative_error(projected.text_features(PROMPTS), other.encode_text(ids, normalize=True))
+        error = measure_relative_error(projected.text_features(PROMPTS), other.encode_text(ids, normalize=True))
         rows.append(Row(title, "transformers, open_clip", "text embedding", f"{len(PROMPTS)} prompts", error))
     return rows

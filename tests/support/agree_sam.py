@@ -15,7 +15,7 @@ from moduseg.proposers.mask_upsampling import enlarge
 from moduseg.proposers.sam_decoder import PackagedSam
 from moduseg.proposers.sam_transformers import SamTransformersOptions, SamTransformersProposer
 from tests.support import tiny_models
-from tests.support.agreement import Row, picture, relative_error
+from tests.support.agreement import Row, measure_relative_error, picture
 
 CPU = Device(torch.device("cpu"))
 SIZES = [(96, 128), (150, 90), (128, 128), (37, 53), (375, 500)]
@@ -86,7 +86,7 @@ def compare_sam_hq(folder: Path) -> list[Row]:
         logits = expected.logits.unflatten(0, (-1, 4))[torch.arange(len(points))[:, None], order]
         size = f"{height} x {width}"
         rows += [
-            Row("SAM-HQ", LIBRARIES, output, size, relative_error(a, b))
+            Row("SAM-HQ", LIBRARIES, output, size, measure_relative_error(a, b))
             for output, a, b in (
                 ("image embedding", embedded.features[0], reference.features),
                 ("predicted IoU", decoded.predicted_iou, scores.flatten()),
@@ -124,5 +124,5 @@ def _beside_predictor(title: str, implementations: str, ours: Promptable, sam: A
             ("masks", enlarged, masks.flatten(0, 1)),
         )
         size = f"{height} x {width}"
-        rows += [Row(title, implementations, output, size, relative_error(a, b)) for output, a, b in pairs]
+        rows += [Row(title, implementations, output, size, measure_relative_error(a, b)) for output, a, b in pairs]
     return rows

@@ -13,13 +13,23 @@ from torch import Tensor
 
 from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.devices import Device
-from tests.support.agreement import MEAN, STD, Row, State, padded_input, picture, randomise, renamed, row
+from tests.support.agreement import (
+    MEAN,
+    STD,
+    Row,
+    State,
+    compare_tokens,
+    make_padded_input,
+    picture,
+    randomise,
+    rename_tensors,
+)
 
 WIDTH, DEPTH, HEADS = 24, 3, 2
 
 
 def backbone_with(state: State, model: str, folder: Path, **options: Any) -> TimmBackbone:
-    """A timm backbone that has loaded `state` from a file."""
+    """Return a timm backbone that has loaded `state` from a file."""
     file = folder / f"{model}.safetensors"
     save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, file)
     return TimmBackbone(
@@ -63,8 +73,8 @@ def dinov2(registers: int = 0, swiglu: bool = False) -> Any:
 
 
 def dinov2_state(model: Any) -> State:
-    """Its weights under the names of Meta's files."""
-    state = renamed(model.state_dict(), DINOV2)
+    """Return a DINOv2's weights under the names of Meta's files."""
+    state = rename_tensors(model.state_dict(), DINOV2)
     for name in [n for n in state if ".mlp.gate_proj." in n]:
         state[name.replace("gate_proj", "w12")] = torch.cat([state.pop(name), state.pop(name.replace("gate", "up"))])
     return state
@@ -84,8 +94,8 @@ def compare_dinov2(folder: Path) -> list[Row]:
         antialias = None if registers else False
         backbone = backbone_with(dinov2_state(model), name, folder, model_kwargs=kwargs, antialias=antialias)
         for size in ((84, 84), (98, 140), (93, 131), (84, 57), (40, 61)):
-            theirs = model(padded_input(picture(*size), 14)).last_hidden_state[0, 1 + registers :]
-            rows.append(row(title, "timm, transformers", "patch tokens", size, backbone, picture(*size), theirs))
+            theirs = model(make_padded_input(picture(*size), 14)).last_hidden_state[0, 1 + registers :]
+            rows.append(compare_tokens(title, "timm, transformers", backbone, picture(*size), theirs))
     return rows
 
 
@@ -101,12 +111,12 @@ def compare_dinov3(folder: Path) -> list[Row]:
     model = randomise(DINOv3ViTModel(config))
     kwargs = {"embed_dim": 32, "depth": DEPTH, "num_heads": HEADS}
     backbone = backbone_with(
-        renamed(model.state_dict(), DINOV3), "vit_small_patch16_dinov3", folder, model_kwargs=kwargs
+        rename_tensors(model.state_dict(), DINOV3), "vit_small_patch16_dinov3", folder, model_kwargs=kwargs
     )
     rows = []
     for size in ((64, 64), (64, 112), (61, 99)):
-        theirs = model(padded_input(picture(*size), 16)).last_hidden_state[0, 5:]
-        rows.append(row("DINOv3", "timm, transformers", "patch tokens", size, backbone, picture(*size), theirs))
+        theirs = model(make_padded_input(picture(*size), 16)).last_hidden_state[0, 5:]
+        rows.append(compare_tokens("DINOv3", "timm, transformers", backbone, picture(*size), theirs))
     return rows
 
 
@@ -124,7 +134,7 @@ VIT = [
 
 @torch.no_grad()
 def compare_dino(folder: Path) -> list[Row]:
-    """DINO's plain ViT: tokens, and query plus key of the last block (what CorrCLIP takes from it)."""
+    """Compare DINO's plain ViT: tokens, and query plus key of the last block (what CorrCLIP takes from it)."""
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(
@@ -133,7 +143,7 @@ def compare_dino(folder: Path) -> list[Row]:
     )  # fmt: skip
     model = randomise(ViTModel(config, add_pooling_layer=False))
     kwargs = {"img_size": 48, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
-    state = renamed(model.state_dict(), VIT)
+    state = rename_tensors(model.state_dict(), VIT)
     tokens, affinity = (
         backbone_with(state, "vit_base_patch8_224", folder, model_kwargs=kwargs, facet=facet, antialias=False)
         for facet in ("tokens", "qk")
@@ -145,11 +155,11 @@ def compare_dino(folder: Path) -> list[Row]:
     rows = []
     for size in ((48, 48), (56, 72), (53, 70)):
         image = picture(*size)
-        theirs = model(padded_input(image, 8), interpolate_pos_encoding=True).last_hidden_state[0, 1:]
-        rows.append(row("DINO", "timm, transformers", "patch tokens", size, tokens, image, theirs))
+        theirs = model(make_padded_input(image, 8), interpolate_pos_encoding=True).last_hidden_state[0, 1:]
+        rows.append(compare_tokens("DINO", "timm, transformers", tokens, image, theirs))
         query, key = seen.values()
         theirs = F.normalize((query + key)[0, 1:], dim=-1)
-        rows.append(row("DINO", "timm, transformers", "query + key", size, affinity, image, theirs))
+        rows.append(compare_tokens("DINO", "timm, transformers", affinity, image, theirs, output="query + key"))
     return rows
 
 
@@ -167,7 +177,7 @@ SIGLIP = [
 
 @torch.no_grad()
 def compare_siglip(folder: Path) -> list[Row]:
-    """SigLIP (2's fixed-size models share its architecture), positions resampled as transformers does."""
+    """Compare SigLIP (2's fixed-size models share its architecture), positions resampled as transformers does."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config = SiglipVisionConfig(
@@ -175,7 +185,7 @@ def compare_siglip(folder: Path) -> list[Row]:
         patch_size=16, image_size=64, vision_use_head=False,
     )  # fmt: skip
     model = randomise(SiglipVisionModel(config))
-    state = renamed(model.state_dict(), SIGLIP)
+    state = rename_tensors(model.state_dict(), SIGLIP)
     state["pos_embed"] = state["pos_embed"][None]
     kwargs: dict[str, Any] = {"img_size": 64, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
     kwargs |= {"global_pool": "avg", "fc_norm": False, "act_layer": "gelu_tanh"}
@@ -183,15 +193,13 @@ def compare_siglip(folder: Path) -> list[Row]:
     backbone = backbone_with(state, name, folder, model_kwargs=kwargs, antialias=False)
     rows = []
     for size in ((64, 64), (80, 112), (77, 99)):
-        theirs = model(padded_input(picture(*size), 16), interpolate_pos_encoding=True).last_hidden_state[0]
-        rows.append(
-            row("SigLIP, antialias=false", "timm, transformers", "patch tokens", size, backbone, picture(*size), theirs)
-        )
+        theirs = model(make_padded_input(picture(*size), 16), interpolate_pos_encoding=True).last_hidden_state[0]
+        rows.append(compare_tokens("SigLIP, antialias=false", "timm, transformers", backbone, picture(*size), theirs))
     return rows
 
 
 def radio_state(prefix: int = 10) -> State:
-    """Random weights of a tiny C-RADIO under NVIDIA's names, with what timm leaves out."""
+    """Return random weights of a tiny C-RADIO under NVIDIA's names, with the tensors that timm drops."""
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
         "patch_generator.embedder.weight": (WIDTH, 3 * 16 * 16),
@@ -224,13 +232,11 @@ def compare_radio(folder: Path) -> list[Row]:
     backbone = backbone_with(state, "naflexvit_so400m_patch16_radio_v4", folder, model_kwargs=kwargs)
     rows = []
     for size in ((64, 64), (64, 112), (61, 99)):
-        inputs = padded_input(picture(*size), 16)
+        inputs = make_padded_input(picture(*size), 16)
         other = timm.create_model("vit_so400m_patch16_radio_v4", img_size=tuple(inputs.shape[2:]), **kwargs).eval()
         other.load_state_dict(
             checkpoint_filter_fn(state, other, interpolation="bilinear", antialias=False, align_corners=False)
         )
         theirs = other.forward_features(inputs)[0, 10:]
-        rows.append(
-            row("C-RADIOv4", "timm naflexvit, timm vit", "patch tokens", size, backbone, picture(*size), theirs)
-        )
+        rows.append(compare_tokens("C-RADIOv4", "timm naflexvit, timm vit", backbone, picture(*size), theirs))
     return rows

@@ -47,19 +47,19 @@ class Row:
     error: float
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
+def measure_relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    """`[height, width, 3]` uint8 noise."""
+    """Return `[height, width, 3]` uint8 noise."""
     return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def padded_input(image: np.ndarray, patch: int) -> Tensor:
-    """`[1, 3, H', W']` normalised: black up to a multiple of the patch, by numpy."""
+def make_padded_input(image: np.ndarray, patch: int) -> Tensor:
+    """Return the normalised image, padded with black to a multiple of the patch, `[1, 3, H', W']`; in numpy."""
     height, width = (-(-side // patch) * patch for side in image.shape[:2])
     canvas = np.zeros((height, width, 3), np.float32)
     canvas[: image.shape[0], : image.shape[1]] = image / np.float32(255)
@@ -68,7 +68,7 @@ def padded_input(image: np.ndarray, patch: int) -> Tensor:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> Any:
-    """Every tensor random and of a size that shows: also norms, biases, layer scales and positions."""
+    """Make every tensor random and large enough to matter: also norms, biases, layer scales and positions."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -81,8 +81,8 @@ def randomise(model: nn.Module, seed: int = 0) -> Any:
     return model.eval()
 
 
-def renamed(state: State, rules: Iterable[tuple[str, str]]) -> State:
-    """The tensors under other names; queries, keys and values of one block become one tensor."""
+def rename_tensors(state: State, rules: Iterable[tuple[str, str]]) -> State:
+    """Return the tensors under other names; queries, keys and values of a block become one tensor."""
     result: State = {}
     for name, tensor in state.items():
         new = name
@@ -96,28 +96,28 @@ def renamed(state: State, rules: Iterable[tuple[str, str]]) -> State:
     return result
 
 
-def tokens_of(backbone: Any, image: np.ndarray) -> Tensor:
-    """`[n, C]` of one image."""
+def encode_tokens(backbone: Any, image: np.ndarray) -> Tensor:
+    """Return the tokens of an image, `[n, C]`."""
     return backbone.tokens([image])[0].tokens.flatten(0, 1)
 
 
-def row(
-    title: str, implementations: str, output: str, size: tuple[int, int], backbone: Any, image: np.ndarray, theirs: Any
+def compare_tokens(
+    model: str, implementations: str, backbone: Any, image: np.ndarray, theirs: Tensor, *, output: str = "patch tokens"
 ) -> Row:
-    """The backbone's tokens of an image beside another implementation's."""
-    error = relative_error(tokens_of(backbone, image), theirs)
-    return Row(title, implementations, output, f"{size[0]} x {size[1]}", error)
+    """Return the row of a backbone's tokens of an image beside another implementation's."""
+    error = measure_relative_error(encode_tokens(backbone, image), theirs)
+    return Row(model, implementations, output, f"{image.shape[0]} x {image.shape[1]}", error)
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """The rows as a table."""
+def to_markdown(rows: Iterable[Row]) -> str:
+    """Return the rows as a table."""
     lines = ["| model | implementations | output | size | max relative error |", "|---|---|---|---|---:|"]
     lines += [f"| {r.model} | {r.implementations} | {r.output} | {r.size} | {r.error:.1e} |" for r in rows]
     return "\n".join(lines)
 
 
-def find(name: str) -> Callable[[Path], list[Row]]:
-    """The comparison that an entry of `COMPARISONS` names."""
+def find_comparison(name: str) -> Callable[[Path], list[Row]]:
+    """Return the comparison that an entry of `COMPARISONS` names."""
     module, function = name.split(":")
     comparison: Callable[[Path], list[Row]] = getattr(importlib.import_module(module), function)
     return comparison
@@ -127,6 +127,6 @@ if __name__ == "__main__":
     table: list[Row] = []
     for entry in COMPARISONS:
         with tempfile.TemporaryDirectory() as temporary:
-            table += find(entry)(Path(temporary))
-    print(markdown(table))
+            table += find_comparison(entry)(Path(temporary))
+    print(to_markdown(table))
     sys.exit(any(not r.error < TOLERANCE for r in table))

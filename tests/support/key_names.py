@@ -42,7 +42,7 @@ TIMM = (
 
 
 def preset(name: str, **overrides: Any) -> Any:
-    """The backbone of `configs/backbone/<name>.yaml` at full size on the meta device, with no weights to load."""
+    """Return the backbone of `configs/backbone/<name>.yaml` at full size on the meta device, without weights."""
     cfg = {**compose([f"backbone={name}"]).backbone, "weights": "random", **overrides}
     if name in CLIPS:
         cfg["config"] = CLIPS[name]
@@ -50,18 +50,18 @@ def preset(name: str, **overrides: Any) -> Any:
 
 
 def model_of(backbone: Any) -> Any:
-    """The network of a backbone, made on the meta device."""
+    """Return the network of a backbone, made on the meta device."""
     with META.torch_device:
         return backbone._source.model if hasattr(backbone, "_source") else backbone._model
 
 
 def shapes_of(state: Mapping[str, torch.Tensor]) -> Shapes:
-    """Name and shape of every tensor."""
+    """Return name and shape of every tensor."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def fold(shapes: Shapes) -> dict[str, list[int]]:
-    """One line for the tensors that differ in their first number only, where that counts from 0."""
+    """Merge tensors whose names differ in their first number only, if that counts from 0."""
     groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     lines: dict[str, list[int]] = {}
     for name, shape in shapes.items():
@@ -78,7 +78,7 @@ def fold(shapes: Shapes) -> dict[str, list[int]]:
 
 
 def unfold(lines: Mapping[str, list[int]]) -> Shapes:
-    """The opposite of `fold`."""
+    """Return the shapes that `fold` was given."""
     shapes: Shapes = {}
     for name, shape in lines.items():
         match = re.fullmatch(r"(.*)\{0\.\.(\d+)\}(.*)", name)
@@ -88,7 +88,7 @@ def unfold(lines: Mapping[str, list[int]]) -> Shapes:
 
 
 def read(name: str) -> Shapes:
-    """The manifest `tests/data/manifests/<name>.json`."""
+    """Read the manifest `tests/data/manifests/<name>.json`."""
     return unfold(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["shapes"])
 
 
