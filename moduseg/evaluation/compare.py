@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,29 @@ from moduseg.evaluation.tables import markdown_table
 CONFIDENCE = 0.95
 
 
+@dataclass(frozen=True)
+class CompareSettings:
+    """How two runs are compared.
+
+    Attributes:
+        resamples: number of draws of the images; both runs see the same.
+        seed: of the draws.
+        has_background, uncovered: see `label_counts`.
+    """
+
+    resamples: int = 1000
+    seed: int = 42
+    has_background: bool = True
+    uncovered: Uncovered = "wrong"
+
+
 def compare(
     first: SplitCounts,
     second: SplitCounts,
     classes: Sequence[str],
     *,
     names: tuple[str, str],
-    resamples: int = 1000,
-    seed: int = 42,
-    has_background: bool = True,
-    uncovered: Uncovered = "wrong",
+    settings: CompareSettings | None = None,
 ) -> dict[str, Any]:
     """Return the differences `second - first` in percent points, with paired intervals over images scored by both.
 
@@ -34,9 +48,7 @@ def compare(
         first, second: counts of the two runs.
         classes: `S` names, background first.
         names: what the runs are called.
-        resamples: draws of the images; both runs see the same.
-        seed: of the draws.
-        has_background, uncovered: see `label_counts`.
+        settings: the defaults if omitted.
 
     Returns:
         A dictionary fit for JSON: `miou`, `miou_classes_in_truth`, `boundary_miou` (`None` where contours were not
@@ -53,48 +65,31 @@ def compare(
         raise ValueError(
             f"counts: got {first.num_labels} and {second.num_labels} labels, expected {len(classes)} as class names"
         )
-    scored = set(second.ids)
-    common_ids = [image_id for image_id in first.ids if image_id in scored]
-    if not common_ids:
-        raise DataError(
-            f"compare: {names[0]} and {names[1]} have no image in common, expected two runs over the same split; score "
-            "both on one"
-        )
-    left, right = first.select(common_ids), second.select(common_ids)
-    counts = [side.label_counts(has_background, uncovered) for side in (left, right)]
-    if not np.array_equal(counts[0][:, 1], counts[1][:, 1]):
-        image_id = common_ids[int((counts[0][:, 1] != counts[1][:, 1]).any(1).argmax())]
-        raise DataError(
-            f"compare: image {image_id!r} has another truth in {names[0]} than in {names[1]}, expected the same; "
-            "score both against the same label maps"
-        )
-    intervals = paired_bootstrap_of_classes(counts[0], counts[1], resamples, confidence=CONFIDENCE, seed=seed)
-    ious = [iou(side.sum(0)) for side in counts]
-    images = (counts[0][:, 1] > 0).sum(0)
+    settings = settings or CompareSettings()
+    left, right = _select_common(first, second, names)
+    counts = [side.label_counts(settings.has_background, settings.uncovered) for side in (left, right)]
+    _check_truth(counts, left.ids, names)
     contours = None
     if left.has_boundary and right.has_boundary and left.widths == right.widths:
-        contours = _mean_entry([side.boundary_counts(has_background) for side in (left, right)], resamples, seed)
+        contours = _mean_entry([side.boundary_counts(settings.has_background) for side in (left, right)], settings)
     return {
         "first": names[0],
         "second": names[1],
         "unit": "percent points",
-        "images": len(common_ids),
-        "left_out": sorted(set(first.ids) ^ scored),
-        "resamples": resamples,
-        "seed": seed,
+        "images": len(left),
+        "left_out": sorted(set(first.ids) ^ set(second.ids)),
+        "resamples": settings.resamples,
+        "seed": settings.seed,
         "confidence": CONFIDENCE,
-        "miou": _mean_entry(counts, resamples, seed),
-        "miou_classes_in_truth": _mean_entry(counts, resamples, seed, mean_iou_in_truth),
+        "miou": _mean_entry(counts, settings),
+        "miou_classes_in_truth": _mean_entry(counts, settings, mean_iou_in_truth),
         "boundary_miou": contours,
-        "classes": {
-            name: {**_entry(float(ious[0][i]), float(ious[1][i]), intervals[i]), "images": int(images[i])}
-            for i, name in enumerate(classes)
-        },
+        "classes": _class_entries(counts, classes, settings),
     }
 
 
 def compare_markdown(record: Mapping[str, Any]) -> str:
-    """A record of `compare` as Markdown: the means, then a row for each class."""
+    """Return a record of `compare` as Markdown: the means, then a row for each class."""
     first, second = record["first"], record["second"]
     head = (
         f"**{second} against {first}**: {record['images']} images, IoU in percent, difference in percent points, "
@@ -114,10 +109,47 @@ def compare_markdown(record: Mapping[str, Any]) -> str:
     return f"{head}\n\n{markdown_table(header, rows)}"
 
 
+def _select_common(first: SplitCounts, second: SplitCounts, names: tuple[str, str]) -> tuple[SplitCounts, SplitCounts]:
+    """Return the counts of the images that both runs scored, in the first one's order."""
+    scored = set(second.ids)
+    common_ids = [image_id for image_id in first.ids if image_id in scored]
+    if not common_ids:
+        raise DataError(
+            f"compare: {names[0]} and {names[1]} have no image in common, expected two runs over the same split; score "
+            "both on one"
+        )
+    return first.select(common_ids), second.select(common_ids)
+
+
+def _check_truth(counts: Sequence[np.ndarray], image_ids: Sequence[str], names: tuple[str, str]) -> None:
+    """Check that both runs were scored against the same truth."""
+    differs = (counts[0][:, 1] != counts[1][:, 1]).any(1)
+    if differs.any():
+        raise DataError(
+            f"compare: image {image_ids[int(differs.argmax())]!r} has another truth in {names[0]} than in {names[1]}, "
+            "expected the same; score both against the same label maps"
+        )
+
+
+def _class_entries(
+    counts: Sequence[np.ndarray], classes: Sequence[str], settings: CompareSettings
+) -> dict[str, dict[str, float | None]]:
+    intervals = paired_bootstrap_of_classes(
+        counts[0], counts[1], settings.resamples, confidence=CONFIDENCE, seed=settings.seed
+    )
+    first, second = (iou(side.sum(0)).tolist() for side in counts)
+    num_images = (counts[0][:, 1] > 0).sum(0).tolist()
+    return {
+        name: {**_entry(first[i], second[i], intervals[i]), "images": num_images[i]} for i, name in enumerate(classes)
+    }
+
+
 def _mean_entry(
-    counts: Sequence[np.ndarray], resamples: int, seed: int, compute: Compute = mean_iou
+    counts: Sequence[np.ndarray], settings: CompareSettings, compute: Compute = mean_iou
 ) -> dict[str, float | None]:
-    interval = paired_bootstrap(counts[0], counts[1], resamples, confidence=CONFIDENCE, seed=seed, compute=compute)
+    interval = paired_bootstrap(
+        counts[0], counts[1], settings.resamples, confidence=CONFIDENCE, seed=settings.seed, compute=compute
+    )
     first, second = (float(compute(side.sum(0))) for side in counts)
     return _entry(first, second, interval)
 

@@ -109,9 +109,8 @@ def results_record(
         ValueError: names and counts do not fit, or `run.extra` replaces an entry.
     """
     if counts.confusion.shape != (len(classes), len(classes)):
-        raise ValueError(
-            f"confusion: got {counts.confusion.shape}, expected {(len(classes),) * 2} as there are class names"
-        )
+        shape = counts.confusion.shape
+        raise ValueError(f"confusion: got {shape}, expected {(len(classes),) * 2} as there are class names")
     measured = measure_label_maps(counts, classes)
     groups = {name: measured.pop(name) for name in ("boundary_iou", "uncovered") if name in measured}
     record: dict[str, Any] = {
@@ -129,12 +128,8 @@ def results_record(
         "confusion": counts.confusion.astype(int).tolist(),
     }
     if interval is not None:
-        record["miou_interval"] = {
-            "low": to_json(interval.low),
-            "high": to_json(interval.high),
-            "confidence": interval.confidence,
-            "over": "images",
-        }
+        ends = {"low": to_json(interval.low), "high": to_json(interval.high)}
+        record["miou_interval"] = {**ends, "confidence": interval.confidence, "over": "images"}
     if contours is not None:
         record["boundary_iou"] = {
             **groups["boundary_iou"],

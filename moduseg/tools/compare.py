@@ -11,7 +11,7 @@ from typing import Any
 
 from moduseg.config import Config, compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError
-from moduseg.evaluation.compare import compare, compare_markdown
+from moduseg.evaluation.compare import CompareSettings, compare, compare_markdown
 from moduseg.evaluation.confusion import Uncovered
 from moduseg.evaluation.counts import FILE, SplitCounts
 from moduseg.files import read_json, write_atomic, write_json
@@ -102,16 +102,8 @@ def run(first: str, second: str, cfg: Config, names_dataset: bool) -> Path:
     }
     artefact = Artefact(Path(cfg.runtime.outputs), left.setting[0], "compare", "--".join(names)[:100], parts)
     if not (artefact.is_complete and (artefact.path / "results.md").is_file()):
-        record = compare(
-            left.counts,
-            right.counts,
-            left.classes,
-            names=names,
-            resamples=resamples,
-            seed=cfg.runtime.seed,
-            has_background=left.has_background,
-            uncovered=left.uncovered,
-        )
+        settings = CompareSettings(resamples, cfg.runtime.seed, left.has_background, left.uncovered)
+        record = compare(left.counts, right.counts, left.classes, names=names, settings=settings)
         folders = {"dataset": left.setting[0], "split": left.setting[1], "folders": [first, second]}
         write_json(artefact.path / "results.json", {**folders, **record})
         write_atomic(artefact.path / "results.md", compare_markdown(record).encode())

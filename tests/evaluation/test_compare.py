@@ -7,7 +7,7 @@ import pytest
 
 from moduseg.errors import DataError
 from moduseg.evaluation.bootstrap import paired_bootstrap, paired_bootstrap_of_classes
-from moduseg.evaluation.compare import compare, compare_markdown
+from moduseg.evaluation.compare import CompareSettings, compare, compare_markdown
 from moduseg.evaluation.confusion import label_counts
 from moduseg.evaluation.counts import ImageCounts, SplitCounts
 from moduseg.evaluation.measures import iou, mean_iou
@@ -38,7 +38,7 @@ def _split(matrices: list[np.ndarray], ids: list[str] | None = None, width: int 
 
 def test_differences_and_their_intervals(rng: np.random.Generator) -> None:
     first, second = _runs(rng)
-    record = compare(_split(first), _split(second), CLASSES, names=("a", "b"), resamples=300)
+    record = compare(_split(first), _split(second), CLASSES, names=("a", "b"), settings=CompareSettings(resamples=300))
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     sums = [label_counts(np.sum(run, 0)) for run in (first, second)]
     assert record["miou"]["first"] == pytest.approx(mean_iou(sums[0]))
@@ -74,25 +74,27 @@ def test_draws_are_those_of_the_mean(rng: np.random.Generator) -> None:
 
 def test_the_first_against_itself_differs_in_nothing(rng: np.random.Generator) -> None:
     first, _ = _runs(rng, 5)
-    record = compare(_split(first), _split(first), CLASSES, names=("a", "a2"), resamples=20)
+    record = compare(_split(first), _split(first), CLASSES, names=("a", "a2"), settings=CompareSettings(resamples=20))
     for entry in (record["miou"], record["classes"]["dog"], record["miou_classes_in_truth"]):
         assert (entry["difference"], entry["low"], entry["high"], entry["share_flipped"]) == (0, 0, 0, None)
 
 
 def test_the_sign_of_a_difference_does_not_matter_to_its_doubt(rng: np.random.Generator) -> None:
     first, second = (_split(run) for run in _runs(rng))
-    one = compare(first, second, CLASSES, names=("a", "b"), resamples=200)["classes"]["cat"]
-    other = compare(second, first, CLASSES, names=("b", "a"), resamples=200)["classes"]["cat"]
+    one = compare(first, second, CLASSES, names=("a", "b"), settings=CompareSettings(resamples=200))["classes"]["cat"]
+    other = compare(second, first, CLASSES, names=("b", "a"), settings=CompareSettings(resamples=200))["classes"]["cat"]
     assert one["share_flipped"] == pytest.approx(other["share_flipped"])
     assert one["low"] == pytest.approx(-other["high"])
 
 
 def test_images_of_one_alone_are_left_out(rng: np.random.Generator) -> None:
     first, second = _runs(rng, 6)
-    whole = compare(_split(first[:4]), _split(second[:4]), CLASSES, names=("a", "b"), resamples=20)
+    whole = compare(
+        _split(first[:4]), _split(second[:4]), CLASSES, names=("a", "b"), settings=CompareSettings(resamples=20)
+    )
     order = [3, 0, 1, 2, 5]  # another order, and an image that the first lacks
     shuffled = _split([second[i] for i in order], [f"i{i}" for i in order])
-    part = compare(_split(first[:4]), shuffled, CLASSES, names=("a", "b"), resamples=20)
+    part = compare(_split(first[:4]), shuffled, CLASSES, names=("a", "b"), settings=CompareSettings(resamples=20))
     assert part["left_out"] == ["i5"]
     assert part["classes"] == whole["classes"]
     assert "Left out, scored by one alone: 1." in compare_markdown(part)
@@ -122,7 +124,7 @@ def test_class_names_have_to_fit(rng: np.random.Generator) -> None:
 
 def test_markdown(rng: np.random.Generator) -> None:
     first, second = (_split(run) for run in _runs(rng))
-    text = compare_markdown(compare(first, second, CLASSES, names=("a", "b"), resamples=100))
+    text = compare_markdown(compare(first, second, CLASSES, names=("a", "b"), settings=CompareSettings(resamples=100)))
     head, table = text.split("\n\n")
     assert head.startswith("**b against a**: 30 images")
     assert "over 100 paired resamples" in head
