@@ -1,12 +1,13 @@
-"""Whether a data set is what it should be: one table, and every problem in `problems.jsonl`."""
+"""Check that a data set is what it should be: one table, and every problem in `problems.jsonl`."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,54 +32,84 @@ _NOTES = (
     "classes without a training image", "images listed in both splits",
 )  # fmt: skip
 CHECKS = (*_BROKEN, *_NOTES)
-"""Rows of the table after the number of images. The first are broken where they count anything, the others a note."""
+"""Rows of the table after the number of images. A problem of the first kind means broken, of the others a note."""
 _MASK_CHECKS = frozenset(name for name in CHECKS if "mask" in name or "object" in name)
-_DISAGREE = "labels that disagree with the mask"
-_AT_ONCE = 256
+_TRAIN_CHECKS = frozenset(
+    ("training images without labels", "classes without a training image", "labels of no listed image")
+)
+_DISAGREE, _IN_BOTH = "labels that disagree with the mask", "images listed in both splits"
+_BATCH_SIZE = 256
 """Images handed to the threads at a time, which bounds what waits in memory."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        check: one of `CHECKS`.
+        id: the image, or the name of a class.
+        message: what is wrong with it.
+    """
+
+    check: str
+    id: str
+    message: str
+
+
+@dataclass(frozen=True)
 class SplitReport:
     """What was found in one split.
 
     Attributes:
         split: its name.
-        images: images listed.
-        published: images of the published split, `None` where nobody says.
-        counts: problems by check; a check that does not apply is left out.
-        examples: the first image of each.
+        num_images: images listed.
+        num_published: images of the published split, `None` if the data set does not say.
+        checks: the checks that apply to it.
+        problems: in the order in which they were found.
     """
 
     split: str
-    images: int
-    published: int | None
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
+    num_images: int
+    num_published: int | None
+    checks: frozenset[str]
+    problems: list[Problem]
+
+    def count(self, check: str) -> int | None:
+        """Return the number of problems of a check; `None` if the check does not apply."""
+        num_problems = sum(problem.check == check for problem in self.problems)
+        return num_problems if num_problems or check in self.checks else None
 
     def verdict(self, check: str) -> str:
-        """`broken`, `note` or `ok`. Labels that disagree with most masks are broken: ids are shifted or mixed up."""
-        count = self.counts.get(check, 0)
-        if not count:
+        """Return `broken`, `note` or `ok`. Labels that disagree with most masks are shifted or mixed up: broken."""
+        num_problems = self.count(check)
+        if not num_problems:
             return "ok"
-        return "broken" if check in _BROKEN or (check == _DISAGREE and 2 * count > self.images) else "note"
+        is_broken = check in _BROKEN or (check == _DISAGREE and 2 * num_problems > self.num_images)
+        return "broken" if is_broken else "note"
 
 
 @dataclass(frozen=True)
 class Report:
-    """The table, whether anything in it is broken, and the folder with the table and all problems."""
+    """What was found in a data set.
+
+    Attributes:
+        table: Markdown, a row for each check.
+        is_broken: whether anything is broken.
+        path: the folder with the table and all problems.
+    """
 
     table: str
-    broken: bool
+    is_broken: bool
     path: Path
 
 
 def main(cfg: Config) -> int:
-    """Check both splits, print the table; 1 where something is broken, else 0."""
+    """Check both splits and print the table; 1 if something is broken, else 0."""
     report = run(cfg)
     print(report.table, end="")
     log.info("problems: %s", report.path / "problems.jsonl")
-    return 1 if report.broken else 0
+    return 1 if report.is_broken else 0
 
 
 def run(cfg: Config) -> Report:
@@ -90,126 +121,149 @@ def run(cfg: Config) -> Report:
     """
     train, val = (datasets.build(cfg.dataset, str(cfg.dataset[key])) for key in ("train_split", "val_split"))
     splits = [train] if train.split == val.split else [train, val]
-    reports, problems = [], []
+    reports = []
     for dataset in splits:
-        report = SplitReport(dataset.split, len(dataset.ids), dataset.published_size)
-        found = list(_check_split(dataset, report, is_train=dataset is train))
+        is_train = dataset is train
+        checks = _find_checks(dataset, is_train)
+        problems = _check_images(dataset, checks, is_train)
         if dataset is val:
-            both = sorted(set(train.ids) & set(val.ids))
-            found += [("images listed in both splits", id, f"also in {train.split}") for id in both]
-        if dataset is train and dataset.label_file is not None:
-            listed = {key for part in splits for id in part.ids for key in part.label_names(id)}
-            extra = [id for id in dataset.label_file.entries if id not in listed]
-            found += [("labels of no listed image", id, dataset.label_file.where) for id in extra]
-        for check, id, message in found:
-            report.counts[check] = report.counts.get(check, 0) + 1
-            report.examples.setdefault(check, id)
-            problems.append({"split": dataset.split, "check": check, "id": id, "problem": message})
-        reports.append(report)
-    table = _table(train, reports)
+            problems += [Problem(_IN_BOTH, i, f"also in {train.split}") for i in sorted(set(train.ids) & set(val.ids))]
+        if is_train and dataset.label_file is not None:
+            listed = {key for part in splits for image_id in part.ids for key in part.label_names(image_id)}
+            unlisted = [name for name in dataset.label_file.entries if name not in listed]
+            problems += [Problem("labels of no listed image", name, dataset.label_file.where) for name in unlisted]
+        reports.append(SplitReport(dataset.split, len(dataset.ids), dataset.published_size, checks, problems))
+    table = _make_table(train, reports)
     path = Path(cfg.runtime.outputs) / train.name / "check_data"
     write_atomic(path / "table.md", table.encode())
-    write_atomic(path / "problems.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in problems).encode())
+    records = [
+        {"split": report.split, "check": problem.check, "id": problem.id, "problem": problem.message}
+        for report in reports
+        for problem in report.problems
+    ]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_atomic(path / "problems.jsonl", "".join(lines).encode())
     return Report(table, any(r.verdict(check) == "broken" for r in reports for check in CHECKS), path)
 
 
-def _check_split(dataset: Dataset, report: SplitReport, is_train: bool) -> Iterator[tuple[str, str, str]]:
-    """Every problem of a split as `(check, image id or class, message)`, in the order of its list."""
-    has_truth = dataset.has_truth
-    applies = set(CHECKS) if has_truth else set(CHECKS) - _MASK_CHECKS
+def _find_checks(dataset: Dataset, is_train: bool) -> frozenset[str]:
+    """Return the checks that apply to a split."""
+    checks = set(CHECKS) if dataset.has_truth else set(CHECKS) - _MASK_CHECKS
     if dataset.label_source == "masks":
-        applies.discard(_DISAGREE)
-    only_train = {"training images without labels", "classes without a training image", "labels of no listed image"}
-    applies -= {"images listed in both splits"} if is_train else only_train
-    report.counts = {check: 0 for check in CHECKS if check in applies}
-    images_of = np.zeros(len(dataset.classes), dtype=np.int64)
+        checks.discard(_DISAGREE)
+    return frozenset(checks - ({_IN_BOTH} if is_train else _TRAIN_CHECKS))
+
+
+def _check_images(dataset: Dataset, checks: Collection[str], is_train: bool) -> list[Problem]:
+    """Return the problems of every image of a split, in the order of its list, then those of its classes."""
+    problems = []
+    num_images_of = np.zeros(len(dataset.classes), dtype=np.int64)
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         tqdm(total=len(dataset), desc=f"check {dataset.split}", unit="img", leave=False) as progress,
     ):
-        for start in range(0, len(dataset), _AT_ONCE):
-            ids = dataset.ids[start : start + _AT_ONCE]
-            for id, (labels, problems) in zip(ids, pool.map(lambda id: _check_image(dataset, id), ids), strict=True):
-                images_of[list(labels or ())] += 1
-                yield from ((check, id, message) for check, message in problems if check in applies)
-                if is_train and labels is None and not any(check == "labels unusable" for check, _ in problems):
-                    yield "training images without labels", id, f"no labels in {dataset.label_source}"
+        for start in range(0, len(dataset), _BATCH_SIZE):
+            ids = dataset.ids[start : start + _BATCH_SIZE]
+            results = pool.map(partial(_check_image, dataset), ids)
+            for image_id, (labels, image_problems) in zip(ids, results, strict=True):
+                num_images_of[list(labels or ())] += 1
+                problems += [problem for problem in image_problems if problem.check in checks]
+                is_unusable = any(problem.check == "labels unusable" for problem in image_problems)
+                if is_train and labels is None and not is_unusable:
+                    message = f"no labels in {dataset.label_source}"
+                    problems.append(Problem("training images without labels", image_id, message))
                 progress.update()
     if is_train:
-        for label in np.flatnonzero(images_of[1:] == 0) + 1:
-            yield "classes without a training image", dataset.classes[label], f"class {label}"
+        for label in np.flatnonzero(num_images_of[1:] == 0) + 1:
+            problems.append(Problem("classes without a training image", dataset.classes[label], f"class {label}"))
+    return problems
 
 
-def _check_image(dataset: Dataset, id: str) -> tuple[tuple[int, ...] | None, list[tuple[str, str]]]:
-    """Image-level labels of one image, and its problems as `(check, message)`."""
-    problems: list[tuple[str, str]] = []
+def _check_image(dataset: Dataset, image_id: str) -> tuple[tuple[int, ...] | None, list[Problem]]:
+    """Return the image-level labels of one image, `None` if it has none, and its problems."""
+    problems = []
     size = None
     try:
-        path = dataset.image_path(id)
+        path = dataset.image_path(image_id)
     except DataError as error:
-        problems.append(("images missing", str(error)))
+        problems.append(Problem("images missing", image_id, str(error)))
     else:
         try:
             size = read_image(path).shape[:2]
         except DataError as error:
-            problems.append(("images unreadable", str(error)))
-    semantic = _check_truth(dataset, id, size, problems)
+            problems.append(Problem("images unreadable", image_id, str(error)))
+    semantic, mask_problems = _check_truth(dataset, image_id, size)
+    problems += mask_problems
     labels = None
     if dataset.label_source == "masks":
         labels = None if semantic is None else present_classes(semantic)
-        if semantic is None and any(check.startswith("mask") for check, _ in problems):
-            problems.append(("labels unusable", "its mask, which they are read from, cannot be used"))
+        if semantic is None and any(problem.check.startswith("mask") for problem in problems):
+            message = "its mask, which they are read from, cannot be used"
+            problems.append(Problem("labels unusable", image_id, message))
         return labels, problems
     try:
-        labels = dataset.labels_of(id)
+        labels = dataset.labels_of(image_id)
     except DataError as error:
-        problems.append(("labels unusable", str(error)))
+        problems.append(Problem("labels unusable", image_id, str(error)))
     if labels is not None and semantic is not None and labels != present_classes(semantic):
         names = [[dataset.classes[i] for i in ids] for ids in (labels, present_classes(semantic))]
-        problems.append((_DISAGREE, f"labels {names[0]}, mask {names[1]}"))
+        problems.append(Problem(_DISAGREE, image_id, f"labels {names[0]}, mask {names[1]}"))
     return labels, problems
 
 
 def _check_truth(
-    dataset: Dataset, id: str, size: tuple[int, ...] | None, problems: list[tuple[str, str]]
-) -> np.ndarray | None:
-    """The ground truth of an image where it can be used; `size` is the image's, where it can be read."""
+    dataset: Dataset, image_id: str, size: tuple[int, ...] | None
+) -> tuple[np.ndarray | None, list[Problem]]:
+    """Check the ground truth of an image.
+
+    Args:
+        dataset: its data set.
+        image_id: the image.
+        size: `(height, width)` of the image, `None` if it cannot be read.
+
+    Returns:
+        The label map, `None` if it cannot be used, and the problems.
+    """
+    problems = []
     semantic = None
     try:
-        semantic = dataset.semantic_of(id)
+        semantic = dataset.semantic_of(image_id)
     except LabelIdError as error:
-        problems.append(("mask ids out of range", str(error)))
+        problems.append(Problem("mask ids out of range", image_id, str(error)))
     except DataError as error:
-        problems.append(("masks unreadable", str(error)))
+        problems.append(Problem("masks unreadable", image_id, str(error)))
     else:
         if semantic is None and not dataset.masks_optional:
-            problems.append(("masks missing", f"no file {dataset.mask_path(id)}"))
+            problems.append(Problem("masks missing", image_id, f"no file {dataset.mask_path(image_id)}"))
     if semantic is not None and size not in (None, semantic.shape):
-        problems.append(("masks of another size than their image", f"mask {semantic.shape}, image {size} (H, W)"))
-    path = dataset.mask_path(id)
+        message = f"mask {semantic.shape}, image {size} (H, W)"
+        problems.append(Problem("masks of another size than their image", image_id, message))
+    path = dataset.mask_path(image_id)
     try:
         if semantic is not None and path is not None and path.is_file() and label_png_kind(path) != "voc":
-            problems.append(("masks not indexed with the VOC palette", f"{path}: {label_png_kind(path)}"))
-        objects = dataset.instances_of(id)
+            message = f"{path}: {label_png_kind(path)}"
+            problems.append(Problem("masks not indexed with the VOC palette", image_id, message))
+        objects = dataset.instances_of(image_id)
     except DataError as error:
-        problems.append(("object maps unusable", str(error)))
+        problems.append(Problem("object maps unusable", image_id, str(error)))
     else:
         if objects is not None and size not in (None, objects.shape):
-            problems.append(("object maps unusable", f"objects {objects.shape}, image {size} (H, W)"))
-    return semantic
+            problems.append(Problem("object maps unusable", image_id, f"objects {objects.shape}, image {size} (H, W)"))
+    return semantic, problems
 
 
-def _table(train: Dataset, reports: list[SplitReport]) -> str:
-    """The one table: a row for each check, a column for each split."""
+def _make_table(train: Dataset, reports: Sequence[SplitReport]) -> str:
+    """Return the table: a row for each check, a column for each split."""
     header = [f"{train.name}, labels: {train.label_source}", *(r.split for r in reports), "verdict", "first"]
-    off = any(r.published not in (None, r.images) for r in reports)
+    is_off = any(r.num_published not in (None, r.num_images) for r in reports)
     rows: list[list[str]] = [
-        ["images", *(str(r.images) for r in reports), "ok", ""],
-        ["images published", *(str(r.published or "-") for r in reports), "note" if off else "ok", ""],
+        ["images", *(str(r.num_images) for r in reports), "ok", ""],
+        ["images published", *(str(r.num_published or "-") for r in reports), "note" if is_off else "ok", ""],
     ]
     for check in CHECKS:
-        verdicts = {r.verdict(check) for r in reports}
+        verdicts = {report.verdict(check) for report in reports}
         verdict = next(v for v in ("broken", "note", "ok") if v in verdicts)
-        first = next((r.examples[check] for r in reports if check in r.examples), "")
-        rows.append([check, *(str(r.counts.get(check, "-")) for r in reports), verdict, first])
+        counts = ["-" if (count := report.count(check)) is None else str(count) for report in reports]
+        first = next((p.id for report in reports for p in report.problems if p.check == check), "")
+        rows.append([check, *counts, verdict, first])
     return markdown_table(header, rows)

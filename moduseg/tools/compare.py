@@ -1,4 +1,4 @@
-"""Two results side by side: `compare a b`, each a folder of results or a folder of PNGs."""
+"""The command `compare`: two results side by side, each a folder of results or a folder of PNGs."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def main(options: CompareOptions, overrides: Sequence[str]) -> int:
             "python scripts/compare.py <folder> <folder> [dataset=<name>]"
         )
     names_dataset = any(override.startswith(("dataset=", "experiment=")) for override in overrides)
-    run(*options.folders, compose(overrides), names_dataset)
+    run(*options.folders, compose(overrides), names_dataset=names_dataset)
     return 0
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two.
+    """One of the two results.
 
     Attributes:
         path: the folder of results.
@@ -54,7 +54,7 @@ class Side:
         classes: names, background first.
         setting: what both sides must share to be compared: data set, split, treatment of uncovered pixels.
         has_background: whether label 0 is a class.
-        uncovered: see `label_counts`.
+        uncovered: what pixels without a prediction count as, see `moduseg.evaluation.confusion`.
     """
 
     path: Path
@@ -66,13 +66,13 @@ class Side:
     uncovered: Uncovered
 
 
-def run(first: str, second: str, cfg: Config, names_dataset: bool) -> Path:
+def run(first: str, second: str, cfg: Config, *, names_dataset: bool) -> Path:
     """Compare two results; folders of PNGs are scored first, on the evaluated split of `cfg.dataset`.
 
     Args:
-        first, second: folders: an artefact of `infer`, `evaluate` or `pseudo_masks`, or PNGs named `<id>.png`.
+        first, second: folders, each an artefact of `infer`, `evaluate` or `pseudo_masks`, or PNGs named `<id>.png`.
         cfg: data set, evaluation settings (`bootstrap` resamples) and where to write.
-        names_dataset: whether the user said which data set; the default is none to score a folder of PNGs on.
+        names_dataset: whether the user named a data set; a folder of PNGs is not scored on the default one.
 
     Returns:
         The artefact's folder: `results.json` and `results.md`.
@@ -83,15 +83,15 @@ def run(first: str, second: str, cfg: Config, names_dataset: bool) -> Path:
     resamples = cfg.evaluation.bootstrap
     if not resamples:
         raise ConfigError("evaluation.bootstrap: got 0, expected 1 resample or more to compare; try 1000")
-    left, right = (_open(folder, cfg, names_dataset) for folder in (first, second))
-    for what, one, other in zip(("data set", "split", "uncovered pixels"), left.setting, right.setting, strict=True):
-        if one != other:
+    left, right = (_open_side(folder, cfg, names_dataset) for folder in (first, second))
+    for what, ours, theirs in zip(("data set", "split", "uncovered pixels"), left.setting, right.setting, strict=True):
+        if ours != theirs:
             raise ArtefactError(
-                f"compare: {first} has {what} {one!r}, {second} has {other!r}; expected the same; score both alike"
+                f"compare: {first} has {what} {ours!r}, {second} has {theirs!r}; expected the same; score both alike"
             )
     if left.classes != right.classes:
         raise ArtefactError(f"compare: {first} and {second} have different class lists; score both on one data set")
-    names = _names(left.path, right.path)
+    names = _name_sides(left.path, right.path)
     parts: dict[str, Any] = {
         "first": left.digest,
         "second": right.digest,
@@ -113,7 +113,8 @@ def run(first: str, second: str, cfg: Config, names_dataset: bool) -> Path:
     return artefact.path
 
 
-def _open(folder: str, cfg: Config, names_dataset: bool) -> Side:
+def _open_side(folder: str, cfg: Config, names_dataset: bool) -> Side:
+    """Return one of the two results; a folder of PNGs is scored first."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise MissingError(
@@ -151,11 +152,11 @@ def _open(folder: str, cfg: Config, names_dataset: bool) -> Side:
     return Side(path, counts, digest, classes, setting, has_background, uncovered)
 
 
-def _names(first: Path, second: Path) -> tuple[str, str]:
-    """The folders' names, with as many parents as it takes to tell them apart."""
-    one, other = first.resolve().parts, second.resolve().parts
-    for length in range(1, min(len(one), len(other)) + 1):
-        names = "-".join(one[-length:]), "-".join(other[-length:])
+def _name_sides(first: Path, second: Path) -> tuple[str, str]:
+    """Return the folders' names, with as many parents as it takes to tell them apart."""
+    parts = first.resolve().parts, second.resolve().parts
+    for length in range(1, min(map(len, parts)) + 1):
+        names = "-".join(parts[0][-length:]), "-".join(parts[1][-length:])
         if names[0] != names[1]:
             return names
     return "a", "b"

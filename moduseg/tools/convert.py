@@ -1,10 +1,10 @@
-"""From folders of id maps to our own proposal files, the annotation format of SA-1B."""
+"""The command `convert_proposals`: maps of ids become proposal files in the annotation format of SA-1B."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,7 +40,7 @@ def main(options: ConvertOptions, overrides: Sequence[str] = ()) -> int:
     return 1 if conversion.failed else 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Conversion:
     """What `convert_folder` did.
 
@@ -50,20 +50,20 @@ class Conversion:
         failed: what was wrong, by path of the map.
     """
 
-    written: int = 0
-    kept: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
+    written: int
+    kept: int
+    failed: dict[str, str]
 
 
 def convert_folder(source: Path, out: Path) -> Conversion:
     """Write `<out>/<id>.json` for every `<source>/<id>.npz` and `<source>/<id>.png`, sub-folders included.
 
-    Each file appears whole or not at all, and one that is newer than its map is kept, so that a run that was stopped
-    goes on where it was. A map that cannot be read costs its own file only.
+    Each file is intact or absent, and one that is newer than its map is kept, so that a run that was stopped continues
+    where it was. A map that cannot be read costs its own file only.
 
     Args:
         source: the folder of maps; see `moduseg.proposers.id_maps`.
-        out: the folder to write to, made where it is not there.
+        out: the folder to write to, made if it is not there.
 
     Raises:
         MissingError: no such folder, or no map in it.
@@ -80,17 +80,18 @@ def convert_folder(source: Path, out: Path) -> Conversion:
         maps[image_id] = path
     if not maps:
         raise MissingError(f"{source}: no {' or '.join(SUFFIXES)} file in it; name the folder of the maps")
-    done = Conversion()
+    num_written, num_kept = 0, 0
+    failed: dict[str, str] = {}
     for image_id, path in tqdm(maps.items(), desc="convert", disable=None):
         target = out / f"{image_id}.json"
         if target.is_file() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-            done.kept += 1
+            num_kept += 1
             continue
         try:
             data = dump(to_annotations(read_id_map(path), image_id))
         except DataError as error:
-            done.failed[str(path)] = str(error)
+            failed[str(path)] = str(error)
             continue
         write_atomic(target, data)
-        done.written += 1
-    return done
+        num_written += 1
+    return Conversion(num_written, num_kept, failed)

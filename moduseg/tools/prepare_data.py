@@ -1,12 +1,14 @@
-"""What a data set needs once: COCO's masks as PNG, image-level labels as JSON, lists of ids.
+"""Write what a data set needs once: COCO's masks as PNG, image-level labels as JSON, lists of ids.
 
-Written below the root of the data set, each file whole or not at all; what is there already is not done again.
+The files lie below the root of the data set. Each is intact or absent, and one that is there is not written again.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,11 +22,13 @@ from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import log
 
 LABELS, LISTS = "image_labels", "lists"
-"""Folders below the root of the data set; `dataset.labels` and `dataset.list_dir` take these names."""
+"""Folders below the root of the data set, and values of `dataset.labels` and `dataset.list_dir` that name them."""
+_Labels = dict[str, list[int] | None]
+"""Class ids of each image; `None` if it has no label."""
 
 
 def main(cfg: Config) -> int:
-    """Prepare both splits of the configuration; 1 where images were left out, else 0."""
+    """Prepare both splits of the configuration; 1 if images could not be read, else 0."""
     failed = run(cfg)
     log.info("use the labels with dataset.labels=%s", LABELS)
     return 1 if failed else 0
@@ -38,30 +42,28 @@ def run(cfg: Config) -> dict[str, str]:
 
     Raises:
         StorageError: the data set's folder cannot be written to.
-        ConfigError: the folder of masks holds masks of other settings, or of somebody else.
+        ConfigError: the folder of masks holds masks of other settings, or masks that this command did not make.
     """
     failed: dict[str, str] = {}
     for split in dict.fromkeys((str(cfg.dataset["train_split"]), str(cfg.dataset["val_split"]))):
         dataset = datasets.build(cfg.dataset, split)
-        wrong: dict[str, str] = {}
-        if isinstance(dataset, CocoDataset):
-            _write_masks(dataset, wrong)
-        _write_labels(dataset, wrong)
+        split_failed = _write_masks(dataset) if isinstance(dataset, CocoDataset) else {}
+        split_failed |= _write_labels(dataset, skipped=split_failed)
         path = dataset.root / LISTS / f"{dataset.list_name}.txt"
-        content = "".join(f"{id}\n" for id in dataset.ids).encode()
+        content = "".join(f"{image_id}\n" for image_id in dataset.ids).encode()
         if not path.is_file() or path.read_bytes() != content:
             _write(path, content)
         log.info("prepare_data: %s %s: %d images listed -> %s", dataset.name, split, len(dataset), path)
-        for id, error in list(wrong.items())[:5]:
-            log.warning("  left out: %s: %s", id, error)
-        if len(wrong) > 5:
-            log.warning("  and %d more; scripts/check_data.py names them all", len(wrong) - 5)
-        failed.update(wrong)
+        for image_id, error in list(split_failed.items())[:5]:
+            log.warning("  left out: %s: %s", image_id, error)
+        if len(split_failed) > 5:
+            log.warning("  and %d more; scripts/check_data.py names them all", len(split_failed) - 5)
+        failed.update(split_failed)
     return failed
 
 
-def _write_masks(dataset: CocoDataset, failed: dict[str, str]) -> None:
-    """Rasterise the masks that are not there."""
+def _write_masks(dataset: CocoDataset) -> dict[str, str]:
+    """Rasterise the masks that are not there; return the error of each image that failed."""
     folder = dataset.mask_folder
     if not dataset.check_marker():
         if any(folder.glob("*.png")):
@@ -70,62 +72,53 @@ def _write_masks(dataset: CocoDataset, failed: dict[str, str]) -> None:
                 "use them as they are, or choose another dataset.mask_dir"
             )
         _write(folder / MARKER, json.dumps(dataset.made_from).encode())
-    todo = [id for id in dataset.ids if not (folder / f"{id}.png").is_file()]
-    for id in tqdm(todo, desc=f"masks {dataset.list_name}", unit="img", leave=False):
+    failed = {}
+    absent = [image_id for image_id in dataset.ids if not (folder / f"{image_id}.png").is_file()]
+    for image_id in tqdm(absent, desc=f"masks {dataset.list_name}", unit="img", leave=False):
         try:
-            _write(folder / f"{id}.png", write_label_png(dataset.rasterise(id)[0]))
+            _write(folder / f"{image_id}.png", write_label_png(dataset.rasterise(image_id)[0]))
         except DataError as error:
-            failed[id] = str(error)
+            failed[image_id] = str(error)
     log.info(
         "prepare_data: %s %s: %d masks written, %d were there, %d failed -> %s",
         dataset.name,
         dataset.split,
-        len(todo) - len(failed),
-        len(dataset) - len(todo),
+        len(absent) - len(failed),
+        len(dataset) - len(absent),
         len(failed),
         folder,
     )
+    return failed
 
 
-def _write_labels(dataset: Dataset, failed: dict[str, str]) -> None:
-    """Write `image_labels/<split>.json`; a journal beside it keeps what a killed run had found."""
+def _write_labels(dataset: Dataset, skipped: Collection[str]) -> dict[str, str]:
+    """Write `image_labels/<split>.json`; return the error of each image whose labels could not be derived.
+
+    Args:
+        dataset: one split.
+        skipped: images that failed before, whose labels are not derived.
+    """
     path = dataset.root / LABELS / f"{dataset.list_name}.json"
     source, file = dataset.label_source, dataset.label_file
     if source == "none" or (file is not None and Path(file.where).resolve() == path.resolve()):
         log.info("prepare_data: %s %s: no labels to derive (%s)", dataset.name, dataset.split, source)
-        return
+        return {}
     made_from = {"split": dataset.split, "fingerprint": dataset.fingerprint()}
     if _is_made_from(path, made_from):
         log.info("prepare_data: %s %s: labels were there -> %s", dataset.name, dataset.split, path)
-        return
+        return {}
     journal = path.with_name(f".{path.stem}.jsonl")
-    known = _read_journal(journal, made_from)
-    # Written anew, because a killed run may have left half a line at its end.
-    _write(journal, "".join(json.dumps(line) + "\n" for line in (made_from, *known.items())).encode())
-    wrong = 0
+    labels, failed = _derive_labels(dataset, journal, made_from, skipped)
+    derived = [image_id for image_id in dataset.ids if labels.get(image_id) is not None]
+    images = [{"img_id": image_id, "labels": labels[image_id]} for image_id in derived]
+    record: dict[str, Any] = {"source": source, "images": images}
+    # Without the record of what it was made from, the next run tries the images that failed again.
+    if not failed and not any(image_id in skipped for image_id in dataset.ids):
+        record["made_from"] = made_from
     try:
-        with journal.open("a", encoding="utf-8") as notes:
-            for id in tqdm(dataset.ids, desc=f"labels {dataset.list_name}", unit="img", leave=False):
-                if id in known or id in failed:
-                    continue
-                try:
-                    labels = dataset.labels_of(id)
-                except DataError as error:
-                    failed[id], wrong = str(error), wrong + 1
-                    continue
-                known[id] = None if labels is None else list(labels)
-                notes.write(json.dumps([id, known[id]]) + "\n")
-                notes.flush()
-    except OSError as error:
-        raise _cannot_write(journal, error) from error
-    images = [{"img_id": id, "labels": known[id]} for id in dataset.ids if known.get(id) is not None]
-    # Where an image failed, the record of what it was made from is left out, so that the next run tries again.
-    record = {"source": source, "images": images}
-    write = record if any(id in failed for id in dataset.ids) else {**record, "made_from": made_from}
-    try:
-        write_json(path, write)
+        write_json(path, record)
     except StorageError as error:
-        raise _cannot_write(path, error.__cause__) from error
+        raise _storage_error(path, error.__cause__) from error
     journal.unlink(missing_ok=True)
     log.info(
         "prepare_data: %s %s: labels of %d images from %s, %d failed -> %s",
@@ -133,20 +126,55 @@ def _write_labels(dataset: Dataset, failed: dict[str, str]) -> None:
         dataset.split,
         len(images),
         source,
-        wrong,
+        len(failed),
         path,
     )
+    return failed
+
+
+def _derive_labels(
+    dataset: Dataset, journal: Path, made_from: dict[str, str], skipped: Collection[str]
+) -> tuple[_Labels, dict[str, str]]:
+    """Return the labels of every image, and the error of each that failed.
+
+    Args:
+        dataset: one split.
+        journal: file that keeps the labels of a run that is killed, a line each, for the next one.
+        made_from: what the labels are derived from; a journal of something else is not used.
+        skipped: images that are not derived.
+    """
+    labels = _read_journal(journal, made_from)
+    # The journal is written again, because a run that was killed may have left half a line at its end.
+    _write(journal, "".join(json.dumps(line) + "\n" for line in (made_from, *labels.items())).encode())
+    failed = {}
+    try:
+        with journal.open("a", encoding="utf-8") as lines:
+            for image_id in tqdm(dataset.ids, desc=f"labels {dataset.list_name}", unit="img", leave=False):
+                if image_id in labels or image_id in skipped:
+                    continue
+                try:
+                    ids = dataset.labels_of(image_id)
+                except DataError as error:
+                    failed[image_id] = str(error)
+                    continue
+                labels[image_id] = None if ids is None else list(ids)
+                lines.write(json.dumps([image_id, labels[image_id]]) + "\n")
+                lines.flush()
+    except OSError as error:
+        raise _storage_error(journal, error) from error
+    return labels, failed
 
 
 def _is_made_from(path: Path, made_from: dict[str, str]) -> bool:
+    """Return whether the labels in a file were derived from these inputs."""
     try:
         return path.is_file() and bool(read_json(path).get("made_from") == made_from)
     except (ArtefactError, AttributeError):
         return False
 
 
-def _read_journal(path: Path, made_from: dict[str, str]) -> dict[str, list[int] | None]:
-    """What a killed run of the same split found (`None`: no label known); the line that it died in is left out."""
+def _read_journal(path: Path, made_from: dict[str, str]) -> _Labels:
+    """Return the labels that a killed run of the same split derived, without the line that it died in."""
     if not path.is_file():
         return {}
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -160,10 +188,10 @@ def _write(path: Path, data: bytes) -> None:
     try:
         write_atomic(path, data)
     except StorageError as error:
-        raise _cannot_write(path, error.__cause__) from error
+        raise _storage_error(path, error.__cause__) from error
 
 
-def _cannot_write(path: Path, cause: BaseException | None) -> StorageError:
+def _storage_error(path: Path, cause: BaseException | None) -> StorageError:
     why = getattr(cause, "strerror", None) or cause
     return StorageError(
         f"{path}: cannot be written ({why}); prepare_data writes below dataset.root: free some space or change the "

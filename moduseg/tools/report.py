@@ -80,5 +80,5 @@ def run(
         second = open_run(other, Workspace(read_run_config(other)))
     else:
         second = open_run(evaluate_folder.run(dataclasses.replace(cfg, predictions=str(other))), work)
-    compared = compare.run(str(finished.path), str(second.path), cfg, True)
+    compared = compare.run(str(finished.path), str(second.path), cfg, names_dataset=True)
     return write_report(work, finished, compared / FOLDER, Comparison(second, read_json(compared / "results.json")))

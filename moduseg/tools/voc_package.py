@@ -1,4 +1,4 @@
-"""Predictions packed for the VOC 2012 evaluation server, which alone has the truth of the split `test`."""
+"""Pack predictions for the VOC 2012 evaluation server, which alone has the truth of the split `test`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from moduseg.config import Config
+from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import write_label_png
 from moduseg.datasets.voc import VOC_CLASSES
 from moduseg.errors import DataError
+from moduseg.evaluation.predictions import PredictionFolder
 from moduseg.evaluation.voc_server import NAME, archive_path, pack
 from moduseg.files import file_digest, write_atomic
 from moduseg.pipeline.manifests import count_failures
@@ -21,7 +23,7 @@ from moduseg.stages.infer import Infer
 
 
 def run(cfg: Config, work: Workspace | None = None) -> Path:
-    """Pack the evaluated split's predictions: the run's own, made first where they are not there, or `predictions`.
+    """Pack the evaluated split's predictions: the run's own, which `infer` makes first, or `predictions`.
 
     Every image of the split must have a prediction of its size that labels every pixel; colours are VOC's.
 
@@ -50,13 +52,7 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     artefact = work.artefact("voc_package", name, parts)
     file = artefact.path / NAME
     if not (artefact.is_complete and file.is_file() and artefact.manifest.get("sha256") == file_digest(file)):
-
-        def files() -> Iterator[tuple[str, bytes]]:
-            for image_id in tqdm(dataset.ids, desc="pack", unit="img", leave=False):
-                labels = folder.read(image_id, dataset.image_size(image_id))
-                yield archive_path(dataset.split, image_id), write_label_png(labels)
-
-        write_atomic(file, pack(files()))
+        write_atomic(file, pack(_encode_predictions(dataset, folder)))
         artefact.write_manifest(
             status="complete",
             images=len(dataset.ids),
@@ -66,3 +62,10 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         )
     log.info("voc_package: %d images of %s -> %s", len(dataset.ids), dataset.split, file)
     return artefact.path
+
+
+def _encode_predictions(dataset: Dataset, folder: PredictionFolder) -> Iterator[tuple[str, bytes]]:
+    """Yield the path inside the archive and the PNG of each image."""
+    for image_id in tqdm(dataset.ids, desc="pack", unit="img", leave=False):
+        labels = folder.read(image_id, dataset.image_size(image_id))
+        yield archive_path(dataset.split, image_id), write_label_png(labels)

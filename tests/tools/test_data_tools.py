@@ -55,7 +55,7 @@ def _rows(table: str) -> dict[str, list[str]]:
 
 def _check(name: str, root: Path, outputs: Path, *more: str) -> tuple[dict[str, list[str]], bool]:
     report = check_data.run(compose(_options(name, root, outputs, *more)))
-    return _rows(report.table), report.broken
+    return _rows(report.table), report.is_broken
 
 
 def _run(command: str, arguments: list[str]) -> int:
