@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from moduseg.evaluation.measures import PROPOSAL_FIGURES, format_value
 from moduseg.evaluation.proposals import ProposalQuality
 from moduseg.evaluation.tables import markdown_table, measure_rows, results_markdown
 from moduseg.files import file_digest, read_json, to_json_values, write_atomic, write_json
+from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.manifests import StageFolder, count_failures
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report import build
@@ -27,10 +30,29 @@ from moduseg.stages.propose import Propose
 from moduseg.stages.pseudo_masks import PseudoMasks
 
 
+@dataclass(frozen=True)
+class ScoredFolders:
+    """The folders of the run that is scored.
+
+    Attributes:
+        predictions: of stage `infer`.
+        proposals: of stage `propose`.
+        bank: of stage `build_bank`, or the bank that `bank.path` names.
+        pseudo_masks: of stage `pseudo_masks`; `None` if the bank was made elsewhere, of other pseudo masks.
+        has_mask_scores: whether the pseudo masks could be scored.
+    """
+
+    predictions: Path
+    proposals: Path
+    bank: Path
+    pseudo_masks: Path | None
+    has_mask_scores: bool
+
+
 def run(cfg: Config, work: Workspace | None = None) -> Path:
     """Score predictions of the evaluated split, pseudo masks of the training split, and the proposals.
 
-    Where `predictions` names a folder, its PNGs are scored and nothing else (`score_predictions`).
+    If `predictions` names a folder, its PNGs are scored and nothing else.
 
     Returns:
         The artefact's folder: `results.json` (`prediction`, `pseudo_masks`, `proposals`, `bank`), `results.md` and the
@@ -39,70 +61,76 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
     Raises:
         DataError: the evaluated split has no ground truth.
     """
+    work = work or Workspace(cfg)
     if cfg.predictions is not None:
-        work = work or Workspace(cfg)
         path = evaluate_folder.run(cfg, work)
         build.write_report_of_run(work, path, changed=False)
         return path
-    work = work or Workspace(cfg)
     dataset = work.dataset(work.eval_split)
     if not dataset.has_truth:
         raise DataError(
             f"{dataset.name} {dataset.split}: got no ground truth, expected label maps to score against; "
             "use scripts/infer.py, which needs none"
         )
-    predictions = Infer.run(cfg, work)
-    proposals = Propose.run(cfg, work)
-    # A bank named by `bank.path` was made elsewhere, and of other pseudo masks.
-    masks = None if cfg.bank.path is not None else PseudoMasks.run(cfg, work)
-    bank = BuildBank.run(cfg, work)
-    scored = {"infer": predictions}
-    if masks is not None and work.dataset(work.train_split).has_truth:
-        scored["pseudo_masks"] = masks
-    artefact = work.artefact(
-        "evaluate",
-        f"{cfg.backbone['name']}-{work.eval_split}",
-        {
-            "infer": predictions.name,
-            "proposals": proposals.name,
-            "pseudo_masks": masks.name if masks is not None else "",
-            "scored": {stage: file_digest(path / "results.json") for stage, path in scored.items()},
-            "evaluation": to_json_values(scoring_settings(cfg)),
-        },
-    )
-
-    def complete() -> None:
-        file = artefact.path / "results.json"
-        if not artefact.is_intact(cfg.runtime.verify):
-            record: dict[str, Any] = {
-                "prediction": read_json(predictions / "results.json"),
-                "pseudo_masks": read_json(scored["pseudo_masks"] / "results.json")
-                if "pseudo_masks" in scored
-                else None,
-                "proposals": _proposal_quality(dataset, StageFolder(proposals), cfg.evaluation.object_min_area),
-                "bank": {"vectors": read_json(bank / "bank.json")["counts"]},
-            }
-            write_atomic(artefact.path / FILE, (predictions / FILE).read_bytes())
-            write_json(file, record)
-            write_atomic(artefact.path / "results.md", _make_table(record).encode())
-            artefact.write_manifest(
-                status="complete",
-                images=len(dataset.ids),
-                failures=count_failures(predictions),
-                inputs={
-                    "infer": str(predictions),
-                    "propose": str(proposals),
-                    **({} if masks is None else {"pseudo_masks": str(masks)}),
-                },
-            )
-        build.add_figures(predictions, read_json(file))
-
-    work.peers.leader_first("evaluate", complete)
+    folders = _run_stages(work)
+    artefact = work.artefact("evaluate", f"{cfg.backbone['name']}-{work.eval_split}", _make_key(cfg, folders))
+    work.peers.leader_first("evaluate", partial(_complete, work, artefact, folders))
     log.info("%s\nevaluate -> %s", (artefact.path / "results.md").read_text(encoding="utf-8").rstrip(), artefact.path)
     return artefact.path
 
 
-def _proposal_quality(dataset: Dataset, proposals: StageFolder, min_area: int) -> dict[str, Any]:
+def _run_stages(work: Workspace) -> ScoredFolders:
+    """Run what is scored; stages that are complete return at once."""
+    cfg = work.cfg
+    predictions, proposals = Infer.run(cfg, work), Propose.run(cfg, work)
+    masks = None if cfg.bank.path is not None else PseudoMasks.run(cfg, work)
+    has_mask_scores = masks is not None and work.dataset(work.train_split).has_truth
+    return ScoredFolders(predictions, proposals, BuildBank.run(cfg, work), masks, has_mask_scores)
+
+
+def _make_key(cfg: Config, folders: ScoredFolders) -> dict[str, Any]:
+    """Return everything that decides the figures."""
+    masks = folders.pseudo_masks
+    scored = {"infer": folders.predictions}
+    if masks is not None and folders.has_mask_scores:
+        scored["pseudo_masks"] = masks
+    return {
+        "infer": folders.predictions.name,
+        "proposals": folders.proposals.name,
+        "pseudo_masks": "" if masks is None else masks.name,
+        "scored": {stage: file_digest(path / "results.json") for stage, path in scored.items()},
+        "evaluation": to_json_values(scoring_settings(cfg)),
+    }
+
+
+def _complete(work: Workspace, artefact: Artefact, folders: ScoredFolders) -> None:
+    """Write the figures unless they are there, and show them in the report of the predictions."""
+    file = artefact.path / "results.json"
+    if not artefact.is_intact(work.cfg.runtime.verify):
+        dataset, masks = work.dataset(work.eval_split), folders.pseudo_masks
+        min_area = work.cfg.evaluation.object_min_area
+        record: dict[str, Any] = {
+            "prediction": read_json(folders.predictions / "results.json"),
+            "pseudo_masks": read_json(masks / "results.json") if masks and folders.has_mask_scores else None,
+            "proposals": _measure_proposals(dataset, StageFolder(folders.proposals), min_area),
+            "bank": {"vectors": read_json(folders.bank / "bank.json")["counts"]},
+        }
+        write_atomic(artefact.path / FILE, (folders.predictions / FILE).read_bytes())
+        write_json(file, record)
+        write_atomic(artefact.path / "results.md", _make_table(record).encode())
+        inputs = {"infer": folders.predictions, "propose": folders.proposals}
+        if masks is not None:
+            inputs["pseudo_masks"] = masks
+        artefact.write_manifest(
+            status="complete",
+            images=len(dataset.ids),
+            failures=count_failures(folders.predictions),
+            inputs={stage: str(path) for stage, path in inputs.items()},
+        )
+    build.add_figures(folders.predictions, read_json(file))
+
+
+def _measure_proposals(dataset: Dataset, proposals: StageFolder, min_area: int) -> dict[str, Any]:
     """Return recall at IoU 0.5 and mean best IoU of objects: instances if the data set has them, else components."""
     quality = ProposalQuality(0.5, min_area)
     for image_id in tqdm(dataset.ids, desc="score proposals", unit="img", leave=False):

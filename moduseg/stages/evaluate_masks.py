@@ -28,6 +28,7 @@ from moduseg.structures import IGNORE_INDEX
 
 Reader = Callable[[str, tuple[int, int]], np.ndarray]
 """Id and `(H, W)` of the truth -> `[H, W]` uint8 label map."""
+NO_REFINEMENT = "none (no CRF, no test-time augmentation)"
 
 
 def scoring_settings(cfg: Config) -> dict[str, Any]:
@@ -116,11 +117,7 @@ def score_label_maps(
         config=work.cfg.as_dict(),
         seconds=seconds,
         failures=[*outcome.failed, *unscored],
-        extra={
-            "refinement": "none (no CRF, no test-time augmentation)",
-            "seed": work.cfg.runtime.seed,
-            **timing(steps),
-        },
+        extra={"refinement": NO_REFINEMENT, "seed": work.cfg.runtime.seed, **timing(steps)},
     )
     record = make_record(work, dataset, counts, run)
     table = results_markdown(record)
