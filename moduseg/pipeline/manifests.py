@@ -217,6 +217,11 @@ def steps_by_folder(path: Path) -> dict[str, dict[str, float]]:
     return {f"{f.path.parent.name}/{f.name}": f.steps for f in folders if f.manifest}
 
 
+def stage_seconds(path: Path) -> list[tuple[str, float]]:
+    """Return title and seconds of each stage behind a folder and its own, in the order of the data, for a report."""
+    return [(folder.title, folder.seconds) for folder in StageFolder(path).provenance() if folder.seconds]
+
+
 def count_failures(path: Path) -> int:
     """Return the number of images without a result in a folder and in those it was made from."""
     return StageFolder(path).num_failures

@@ -17,7 +17,7 @@ from moduseg.errors import ArtefactError, DataError, MissingError
 from moduseg.evaluation.counts import FILE, SplitCounts
 from moduseg.evaluation.predictions import PredictionFolder
 from moduseg.files import read_json
-from moduseg.pipeline.manifests import StageFolder
+from moduseg.pipeline.manifests import StageFolder, stage_seconds
 from moduseg.pipeline.workspace import Workspace
 
 STAGES = ("infer", "evaluate", "pseudo_masks")
@@ -126,7 +126,7 @@ def open_run(path: Path, work: Workspace) -> FinishedRun:
         read_label_map=_make_reader(folder, dataset),
         ids=ids,
         inputs={stage: StageFolder(location) for stage, location in folder.nearest_inputs().items()},
-        seconds=[(step.title, step.seconds) for step in folder.provenance() if step.seconds],
+        seconds=stage_seconds(folder.path),
     )
 
 

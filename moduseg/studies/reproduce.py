@@ -312,7 +312,9 @@ class TableRun:
             notes.append(f"Ours: mean ± sample standard deviation of {num_runs} runs, {self.seed_key} 0 to {last}.")
         banks = sorted({(r["train_split"], r["label_source"]) for r in records if r["status"] == "done"})
         notes += [f"Bank of {split}, image-level labels from {source}." for split, source in banks]
-        notes.append("Seconds: work of all stages behind a row's run, whenever it was done and whoever shares it.")
+        notes.append(
+            "Seconds: time on the clock of all stages behind a row, whenever it was done and whoever shares it."
+        )
         notes += pick(dict(self.table.notes), self.dataset) or []
         noted = [r["published"] for r in records if r["published"] and r["published"]["note"]]
         return [*notes, *(f"{published['method']}: {published['note']}." for published in noted)]

@@ -1,0 +1,174 @@
+"""The base class of stages, and each stage's `process` on items made by hand, without a run or a file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load as load_tensors
+
+from moduseg.config import compose
+from moduseg.pipeline.batches import Files, Outcome
+from moduseg.pipeline.manifests import StageFolder
+from moduseg.pipeline.stage import Stage, rebuild_runner, skipped_images
+from moduseg.pipeline.workspace import Workspace
+from moduseg.pseudo_masks.store import unpack
+from moduseg.retrieval.retriever import Retriever
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.class_scores import ClassScores
+from moduseg.stages.infer import Infer
+from moduseg.stages.propose import Propose
+from moduseg.stages.pseudo_masks import PseudoMasks, ScoredImage
+from moduseg.stages.queries import Queries
+from moduseg.structures import Proposals, Sample, ScoreMaps, SearchBank
+from tests.support.runs import overrides
+
+SIZE = (32, 40)
+LABELS = np.zeros(SIZE, np.uint8)
+LABELS[:, 20:] = 3
+"""The left half is background, the right half class 3."""
+IMAGE = np.where(LABELS[..., None] == 3, np.uint8(200), np.uint8(30)).repeat(3, 2)
+SAMPLE = Sample("trip/a", IMAGE, labels=(3,), semantic=LABELS)
+HALVES = Proposals(torch.from_numpy(np.stack([LABELS == 0, LABELS == 3])))
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Workspace:
+    """A workspace of oracles and a random backbone, with nothing on disk."""
+    return Workspace(compose(overrides(tmp_path / "outputs", "bank.min_area=1", "bank.purify.enabled=false")))
+
+
+def only_file(files: list[Files], name: str) -> bytes:
+    """Return the content of the one file of the one image."""
+    assert [list(of_image) for of_image in files] == [[name]]
+    return files[0][name]
+
+
+def decode(png: bytes) -> np.ndarray:
+    """Return the ids of a label PNG."""
+    import io
+
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+@torch.inference_mode()
+def test_propose_writes_masks(work: Workspace) -> None:
+    content = json.loads(only_file(Propose(work).process([SAMPLE]), "masks/trip/a.json"))
+    assert {annotation["area"] for annotation in content["annotations"]} == {32 * 20}
+
+
+@torch.inference_mode()
+def test_class_scores_writes_a_map_for_each_tag(work: Workspace) -> None:
+    maps = unpack(only_file(ClassScores(work).process([(SAMPLE, None)]), "maps/trip/a.safetensors.z"))
+    assert maps.class_ids == (3,)
+    assert np.array_equal(maps.scores[0].numpy() > 0.5, LABELS == 3)
+
+
+@torch.inference_mode()
+def test_pseudo_masks_writes_a_label_map(work: Workspace) -> None:
+    is_class = torch.from_numpy(LABELS == 3).float()
+    item = ScoredImage("trip/a", ScoreMaps((3,), is_class[None], 1 - is_class))
+    assert np.array_equal(decode(only_file(PseudoMasks(work).process([item]), "labels/trip/a.png")), LABELS)
+
+
+@torch.inference_mode()
+def test_build_bank_writes_a_vector_for_each_class(work: Workspace) -> None:
+    item = ("trip/a", IMAGE, LABELS)
+    entry = load_tensors(only_file(BuildBank(work).process([item]), "vectors/trip/a.safetensors"))
+    assert entry["labels"].tolist() == [0, 3]
+    assert entry["areas"].tolist() == [32 * 20, 32 * 20]
+    assert entry["pooled"].shape == (2, work.backbone.dim)
+
+
+@torch.inference_mode()
+def test_queries_and_bank_pool_a_region_alike(work: Workspace) -> None:
+    pooled = load_tensors(only_file(Queries(work).process([(SAMPLE, HALVES)]), "vectors/trip/a.safetensors"))["pooled"]
+    item = ("trip/a", IMAGE, LABELS)
+    entry = load_tensors(only_file(BuildBank(work).process([item]), "vectors/trip/a.safetensors"))
+    torch.testing.assert_close(pooled, entry["pooled"])
+
+
+@torch.inference_mode()
+def test_infer_paints_each_proposal_with_its_neighbours_label(work: Workspace) -> None:
+    stage = Infer(work)
+    bank = SearchBank(torch.eye(2), torch.tensor([0, 3]), torch.arange(2))
+    stage.retriever = Retriever(bank, work.cfg.retrieval)
+    vectors = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    assert np.array_equal(decode(only_file(stage.process([("trip/a", HALVES, vectors)]), "labels/trip/a.png")), LABELS)
+
+
+def test_process_leaves_no_file(work: Workspace, tmp_path: Path) -> None:
+    with torch.inference_mode():
+        Propose(work).process([SAMPLE])
+        Queries(work).process([(SAMPLE, HALVES)])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+class Shout(Stage[str]):
+    """Writes each id in capitals, with the number of images beside it."""
+
+    name = "shout"
+    uses = "eval"
+
+    def key(self) -> dict[str, Any]:
+        return {"stage": "shout"}
+
+    def folder_name(self) -> str:
+        return f"loud-{self.split}"
+
+    def load(self, image_id: str) -> str:
+        return image_id.upper()
+
+    def process(self, items: list[str]) -> list[Files]:
+        return [{f"out/{item}.txt": item.encode()} for item in items]
+
+    def reads(self, image_id: str) -> list[Path]:
+        return [self.image_file(image_id)]
+
+    def merge(self, outcome: Outcome) -> dict[str, Any]:
+        (self.artefact.path / "count.txt").write_text(str(len(self.image_ids())))
+        return {"loudest": max(self.image_ids())}
+
+
+def test_a_stage_says_what_it_does_and_nothing_else(tmp_path: Path) -> None:
+    """Loop, resume, manifest and merge come from the base class."""
+    cfg = compose(overrides(tmp_path))
+    folder = StageFolder(Shout.run(cfg))
+    assert folder.path.parent == tmp_path / "miniature" / "shout"
+    assert folder.name.startswith("loud-val-")
+    assert (folder.path / "out" / "VAL_00002.txt").read_text() == "VAL_00002"
+    assert (folder.path / "count.txt").read_text() == "4"
+    assert (folder.manifest["images"], folder.manifest["loudest"]) == (4, "val_00003")
+    before = {path: path.stat().st_mtime_ns for path in (folder.path / "out").iterdir()}
+    assert Shout.run(cfg) == folder.path
+    assert {path: path.stat().st_mtime_ns for path in (folder.path / "out").iterdir()} == before
+
+
+def test_a_stage_runs_once_in_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose(overrides(tmp_path))
+    work = Workspace(cfg)
+    folder = Shout.run(cfg, work)
+    monkeypatch.setattr(Shout, "runner", None)
+    assert Shout.run(cfg, work) == folder
+
+
+def test_another_process_gets_the_class(tmp_path: Path) -> None:
+    """What a worker of Ray receives: picklable, and with the stages that are complete already."""
+    cfg = compose(overrides(tmp_path))
+    rebuild = pickle.loads(pickle.dumps(partial(rebuild_runner, Shout, cfg, {("propose", "val"): tmp_path}, None)))
+    runner = rebuild()
+    assert dict(runner.process_batches([1])) == {1: 2}
+    assert runner.unfinished([0, 1]) == [0]
+
+
+def test_images_that_an_earlier_stage_lost_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "failures.jsonl").write_text('{"id": "a", "error": "truncated"}\n')
+    assert skipped_images({"propose": StageFolder(tmp_path)}) == {"a": "propose failed: truncated"}
