@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +23,6 @@ def blocks() -> list[tuple[str, str]]:
     return BLOCK.findall(PAGE.read_text(encoding="utf-8"))
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The commands send the log to a stdout that is gone after the test."""
-    logger = logging.getLogger()
-    before = logger.handlers[:]
-    yield
-    logger.handlers[:] = before
-
-
 def test_the_page_has_blocks_of_two_kinds_and_no_others() -> None:
     kinds = [kind for kind, _ in blocks()]
     assert set(kinds) == {"bash", "python"}
@@ -41,7 +30,6 @@ def test_the_page_has_blocks_of_two_kinds_and_no_others() -> None:
     assert PAGE.read_text(encoding="utf-8").count("```") == 2 * len(kinds)
 
 
-@pytest.mark.usefixtures("handlers")
 def test_the_walk_through_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,8 +22,8 @@ from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.miniature.models.clip import build_tokenizer
 from moduseg.structures import TokenMap
 from tests.backbones.contract import BackboneContract, picture
+from tests.support.devices import CPU
 
-CPU = Device(torch.device("cpu"))
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

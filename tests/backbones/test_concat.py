@@ -15,8 +15,8 @@ from moduseg.devices import Device
 from moduseg.errors import ConfigError
 from moduseg.structures import TokenMap
 from tests.backbones.contract import BackboneContract, picture
+from tests.support.devices import CPU
 
-CPU = Device(torch.device("cpu"))
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 VIT: dict[str, Any] = {"name": "timm", "model": "vit_tiny_patch16_224", "model_kwargs": KWARGS}
 COARSE = {**VIT, "model_kwargs": {**KWARGS, "patch_size": 16}, "seed": 1}

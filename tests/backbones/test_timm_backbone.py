@@ -23,20 +23,14 @@ from moduseg.backbones.timm_model import (
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError
 from tests.backbones.contract import BackboneContract, picture
-
-TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
-CPU = Device(torch.device("cpu"))
-
-
-def vit(device: torch.device = CPU.torch_device, **more: Any) -> TimmBackbone:
-    kwargs = TINY | more.pop("model_kwargs", {})
-    return TimmBackbone(TimmOptions("vit_tiny_patch16_224", model_kwargs=kwargs, **more), Device(device))
+from tests.support.devices import CPU
+from tests.support.tiny_vit import TINY, make_vit
 
 
 class TestClassToken(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
-        return vit(device)
+        return make_vit(device)
 
 
 class TestRegisters(BackboneContract):
@@ -49,7 +43,7 @@ class TestRegisters(BackboneContract):
 class TestNoPrefix(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
-        return vit(device, model_kwargs={"class_token": False, "global_pool": "avg"})
+        return make_vit(device, model_kwargs={"class_token": False, "global_pool": "avg"})
 
 
 class TestRotaryPositions(BackboneContract):
@@ -86,7 +80,7 @@ class TestCnn(BackboneContract):
 
 
 def test_vit_tokens_are_the_final_patch_tokens() -> None:
-    backbone = vit(seed=3)
+    backbone = make_vit(seed=3)
     image = picture(32, 40)
     model = build_model("vit_tiny_patch16_224", TINY, None, 3).eval()
     inputs = (torch.from_numpy(image).permute(2, 0, 1)[None] / 255.0 - 0.5) / 0.5
@@ -96,7 +90,7 @@ def test_vit_tokens_are_the_final_patch_tokens() -> None:
 
 
 def test_final_norm_after_the_pooling_is_applied() -> None:
-    tokens = vit(model_kwargs={"class_token": False, "global_pool": "avg"}).tokens([picture(32, 32)])[0].tokens
+    tokens = make_vit(model_kwargs={"class_token": False, "global_pool": "avg"}).tokens([picture(32, 32)])[0].tokens
     # A fresh LayerNorm leaves mean 0 and variance 1.
     torch.testing.assert_close(tokens.mean(-1), torch.zeros(4, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close(tokens.var(-1, unbiased=False), torch.ones(4, 4), atol=1e-2, rtol=0)
@@ -104,7 +98,7 @@ def test_final_norm_after_the_pooling_is_applied() -> None:
 
 def test_layers_are_counted_from_either_end() -> None:
     image = picture(32, 32)
-    tokens = {layer: vit(layer=layer).tokens([image])[0].tokens for layer in (-3, -1, 0, 2)}
+    tokens = {layer: make_vit(layer=layer).tokens([image])[0].tokens for layer in (-3, -1, 0, 2)}
     assert torch.equal(tokens[-3], tokens[0])
     assert torch.equal(tokens[-1], tokens[2])
     assert not torch.allclose(tokens[0], tokens[2], atol=1e-4)
@@ -112,7 +106,7 @@ def test_layers_are_counted_from_either_end() -> None:
 
 @pytest.mark.parametrize(("side", "expected"), [(16, (16, 24)), (64, (64, 96)), (33, (33, 50))])
 def test_short_side(side: int, expected: tuple[int, int]) -> None:
-    (token_map,) = vit(short_side=side).tokens([picture(32, 48)])
+    (token_map,) = make_vit(short_side=side).tokens([picture(32, 48)])
     assert token_map.input_size == expected
     assert token_map.image_size == (32, 48)
     assert token_map.tokens.shape[:2] == (-(-expected[0] // 8), -(-expected[1] // 8))
@@ -121,8 +115,8 @@ def test_short_side(side: int, expected: tuple[int, int]) -> None:
 def test_mean_and_std_are_applied_after_padding() -> None:
     # With a mean of 0 black padding is 0; with another mean it is not, and the token of a padded patch moves with it.
     image = np.zeros((4, 8, 3), np.uint8)
-    black, shifted = (vit(mean=m, std=(1.0, 1.0, 1.0)).tokens([image])[0].tokens for m in ((0.0,) * 3, (0.7,) * 3))
-    full = vit(mean=(0.7,) * 3, std=(1.0, 1.0, 1.0)).tokens([np.zeros((8, 8, 3), np.uint8)])[0].tokens
+    black, shifted = (make_vit(mean=m, std=(1.0, 1.0, 1.0)).tokens([image])[0].tokens for m in ((0.0,) * 3, (0.7,) * 3))
+    full = make_vit(mean=(0.7,) * 3, std=(1.0, 1.0, 1.0)).tokens([np.zeros((8, 8, 3), np.uint8)])[0].tokens
     assert torch.allclose(shifted, full, atol=1e-6)
     assert not torch.allclose(black, shifted, atol=1e-3)
 
@@ -131,7 +125,7 @@ def test_low_precision_gives_float32(device: torch.device) -> None:
     backbone = TimmBackbone(TimmOptions("vit_tiny_patch16_224", model_kwargs=TINY), Device(device, "bfloat16"))
     tokens = backbone.tokens([picture(32, 32)])[0].tokens
     assert tokens.dtype == torch.float32
-    torch.testing.assert_close(tokens, vit(device).tokens([picture(32, 32)])[0].tokens, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(tokens, make_vit(device).tokens([picture(32, 32)])[0].tokens, atol=0.1, rtol=0.1)
 
 
 # Alignment ------------------------------------------------------------------------------------------------------------
@@ -139,7 +133,7 @@ def test_low_precision_gives_float32(device: torch.device) -> None:
 
 def test_vit_impulse_lights_its_patch() -> None:
     """Without attention (zeroed), a changed pixel moves the token of its own patch and no other."""
-    backbone = vit()
+    backbone = make_vit()
     for block in backbone._model.blocks:
         block.attn.proj.weight.zero_()
     image = np.zeros((29, 45, 3), np.uint8)
@@ -238,11 +232,11 @@ def test_cnn_impulse_is_centred_on_its_patches() -> None:
 def test_random_weights_are_seeded_and_leave_the_generator_alone() -> None:
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    same, again, other = (vit(seed=seed).tokens([picture(16, 16)])[0].tokens for seed in (1, 1, 2))
+    same, again, other = (make_vit(seed=seed).tokens([picture(16, 16)])[0].tokens for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(same, again)
     assert not torch.allclose(same, other, atol=1e-3)
-    assert (vit(seed=1).digest, vit(seed=2).digest) == ("random-1", "random-2")
+    assert (make_vit(seed=1).digest, make_vit(seed=2).digest) == ("random-1", "random-2")
 
 
 def write_weights(path: Path, seed: int = 5, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -256,9 +250,9 @@ def test_weights_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_weights(file)
     monkeypatch.setenv("SOME_WEIGHTS", str(file))
     image = picture(32, 32)
-    expected = vit(seed=5).tokens([image])[0].tokens
+    expected = make_vit(seed=5).tokens([image])[0].tokens
     for weights in (str(file), "$SOME_WEIGHTS", "${SOME_WEIGHTS}"):
-        backbone = vit(weights=weights)
+        backbone = make_vit(weights=weights)
         assert torch.equal(backbone.tokens([image])[0].tokens, expected)
         assert len(backbone.digest) == 64
 
@@ -267,23 +261,23 @@ def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     file = tmp_path / "half.safetensors"
     state = write_weights(file)
     save_file({key: value.half().contiguous() for key, value in state.items()}, file)
-    backbone = vit(weights=str(file))
+    backbone = make_vit(weights=str(file))
     tokens = backbone.tokens([picture(32, 32)])[0].tokens
     assert {p.dtype for p in backbone._model.parameters()} == {torch.float32}
-    torch.testing.assert_close(tokens, vit(seed=5).tokens([picture(32, 32)])[0].tokens, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(tokens, make_vit(seed=5).tokens([picture(32, 32)])[0].tokens, atol=0.02, rtol=0.02)
 
 
 def test_positional_embedding_of_another_size_is_resized(tmp_path: Path) -> None:
     file = tmp_path / "large.safetensors"
     write_weights(file, img_size=64)
-    assert vit(weights=str(file)).tokens([picture(32, 32)])[0].tokens.shape == (4, 4, 16)
+    assert make_vit(weights=str(file)).tokens([picture(32, 32)])[0].tokens.shape == (4, 4, 16)
 
 
 def test_classifier_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "classifier.safetensors"
     state = write_weights(file)
     save_file({**state, "head.weight": torch.zeros(10, 16), "head.bias": torch.zeros(10)}, file)
-    assert vit(weights=str(file)).dim == 16
+    assert make_vit(weights=str(file)).dim == 16
 
 
 def test_batch_counters_may_be_missing(tmp_path: Path) -> None:
@@ -308,7 +302,7 @@ def test_weights_of_another_model(tmp_path: Path, change: Any, message: str) -> 
     file = tmp_path / "wrong.safetensors"
     save_file(change(write_weights(file)), file)
     with pytest.raises(ArtefactError, match=message):
-        vit(weights=str(file)).tokens([picture(16, 16)])
+        make_vit(weights=str(file)).tokens([picture(16, 16)])
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,10 @@ from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError
 from tests.backbones.contract import BackboneContract, picture
 from tests.support.agreement import randomise
+from tests.support.devices import CPU
+from tests.support.tiny_vit import TINY, make_vit
 
-CPU = Device(torch.device("cpu"))
-TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-
-
-def vit(device: torch.device = CPU.torch_device, **more: Any) -> TimmBackbone:
-    kwargs = TINY | more.pop("model_kwargs", {})
-    return TimmBackbone(TimmOptions("vit_tiny_patch16_224", model_kwargs=kwargs, **more), Device(device))
 
 
 def tokens(backbone: Any, image: np.ndarray) -> Tensor:
@@ -41,13 +36,13 @@ def tokens(backbone: Any, image: np.ndarray) -> Tensor:
 class TestWindows(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
-        return vit(device, window=32, stride=24, batch_size=3)
+        return make_vit(device, window=32, stride=24, batch_size=3)
 
 
 class TestQueriesAndKeys(BackboneContract):
     @pytest.fixture
     def backbone(self, device: torch.device) -> TimmBackbone:
-        return vit(device, facet="qk", layers=[0, -1])
+        return make_vit(device, facet="qk", layers=[0, -1])
 
 
 class TestEva(BackboneContract):
@@ -76,15 +71,15 @@ class TestRadio(BackboneContract):
 
 def test_layers_stand_side_by_side_at_length_one(device: torch.device) -> None:
     image = picture(32, 40)
-    several = tokens(vit(device, layers=[2, -3]), image)
-    single = [F.normalize(tokens(vit(device, layer=layer), image), dim=-1) for layer in (2, 0)]
+    several = tokens(make_vit(device, layers=[2, -3]), image)
+    single = [F.normalize(tokens(make_vit(device, layer=layer), image), dim=-1) for layer in (2, 0)]
     torch.testing.assert_close(several, torch.cat(single, dim=-1), atol=1e-6, rtol=1e-5)
-    assert vit(device, layers=[2, -3]).dim == 32
+    assert make_vit(device, layers=[2, -3]).dim == 32
 
 
 def test_one_layer_in_a_list_is_that_layer() -> None:
     image = picture(32, 32)
-    assert torch.equal(tokens(vit(layers=[1]), image), tokens(vit(layer=1), image))
+    assert torch.equal(tokens(make_vit(layers=[1]), image), tokens(make_vit(layer=1), image))
 
 
 def test_final_norm_after_the_pooling_is_applied_to_each_layer() -> None:
@@ -137,14 +132,14 @@ def test_query_plus_key_is_what_enters_the_attention(model: str, kwargs: dict[st
 
 
 def test_the_facet_has_length_one_and_the_models_width() -> None:
-    backbone = vit(facet="qk")
+    backbone = make_vit(facet="qk")
     vectors = tokens(backbone, picture(20, 30))
     assert backbone.dim == vectors.shape[-1] == 16
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3, 4))
 
 
 def test_hooks_are_taken_off() -> None:
-    backbone = vit(facet="qk")
+    backbone = make_vit(facet="qk")
     tokens(backbone, picture(16, 16))
     assert not any(block.attn._forward_pre_hooks for block in backbone._model.blocks)
 
@@ -162,7 +157,7 @@ def test_queries_and_keys_of_the_biases_alone() -> None:
 def test_facet_wants_queries_and_keys() -> None:
     from timm.models.vision_transformer import ParallelScalingBlock
 
-    parallel = vit(facet="qk", model_kwargs={"block_fn": ParallelScalingBlock})
+    parallel = make_vit(facet="qk", model_kwargs={"block_fn": ParallelScalingBlock})
     cnn = TimmBackbone(TimmOptions("mobilenetv2_035", facet="qk"), CPU)
     for backbone, what in ((parallel, "NoneType"), (cnn, "no")):
         with pytest.raises(ConfigError, match=rf"facet: got 'qk' .* has {what} attention, expected .* fused qkv"):
@@ -218,26 +213,26 @@ def test_overlaps_are_averaged() -> None:
 
 def test_an_image_that_fits_is_seen_whole() -> None:
     image = picture(32, 27)
-    assert torch.equal(tokens(vit(window=32), image), tokens(vit(), image))
+    assert torch.equal(tokens(make_vit(window=32), image), tokens(make_vit(), image))
 
 
 def test_windows_are_images_of_their_own() -> None:
     image = picture(32, 48)
-    left, right = (tokens(vit(), image[:, columns]) for columns in (slice(0, 32), slice(16, 48)))
+    left, right = (tokens(make_vit(), image[:, columns]) for columns in (slice(0, 32), slice(16, 48)))
     expected = torch.cat([left[:, :2], (left[:, 2:] + right[:, :2]) / 2, right[:, 2:]], dim=1)
-    torch.testing.assert_close(tokens(vit(window=32, stride=16), image), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(tokens(vit(window=32), image), expected, atol=1e-5, rtol=1e-5)  # half a window
+    torch.testing.assert_close(tokens(make_vit(window=32, stride=16), image), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens(make_vit(window=32), image), expected, atol=1e-5, rtol=1e-5)  # half a window
 
 
 def test_lengths_are_taken_after_the_average() -> None:
-    vectors = tokens(vit(window=32, stride=8, layers=[0, 2]), picture(40, 56))
+    vectors = tokens(make_vit(window=32, stride=8, layers=[0, 2]), picture(40, 56))
     torch.testing.assert_close(vectors.unflatten(-1, (2, 16)).norm(dim=-1), torch.ones(5, 7, 2))
 
 
 @pytest.mark.parametrize("options", [{"window": 24, "stride": 16}, {"window": 16}, {"layers": [0, 2]}, {}])
 def test_an_impulse_moves_its_own_patch(options: dict[str, Any], device: torch.device) -> None:
     """Without attention, a changed pixel moves the token of its patch and no other."""
-    backbone = vit(device, **options)
+    backbone = make_vit(device, **options)
     for block in backbone._model.blocks:
         block.attn.proj.weight.zero_()
     image = np.zeros((45, 70, 3), np.uint8)
@@ -252,7 +247,7 @@ def test_an_impulse_moves_its_own_patch(options: dict[str, Any], device: torch.d
 @pytest.mark.parametrize("options", [{}, {"window": 24, "stride": 16}])
 def test_an_impulse_moves_its_own_query_and_key(options: dict[str, Any]) -> None:
     """What enters the first block knows its own patch only."""
-    backbone = vit(facet="qk", layer=0, **options)
+    backbone = make_vit(facet="qk", layer=0, **options)
     image = np.zeros((45, 70, 3), np.uint8)
     quiet = tokens(backbone, image)
     for y, x in ((0, 0), (7, 8), (44, 69), (24, 39)):
@@ -265,7 +260,7 @@ def test_an_impulse_moves_its_own_query_and_key(options: dict[str, Any]) -> None
 @pytest.mark.parametrize("options", [{}, {"window": 24}])
 def test_resizing_keeps_places(options: dict[str, Any]) -> None:
     """A square that is one patch of the resized input is seen there, and beyond by its neighbours alone."""
-    backbone = vit(short_side=40, mean=(0.0,) * 3, std=(1.0,) * 3, **options)
+    backbone = make_vit(short_side=40, mean=(0.0,) * 3, std=(1.0,) * 3, **options)
     for block in backbone._model.blocks:
         block.attn.proj.weight.zero_()
     backbone._model.pos_embed.zero_()
@@ -290,7 +285,7 @@ def test_resizing_keeps_places(options: dict[str, Any]) -> None:
 )
 def test_errors_on_first_use(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
-        tokens(vit(**options), picture(40, 40))
+        tokens(make_vit(**options), picture(40, 40))
     assert "\n" not in str(raised.value)
 
 

@@ -16,6 +16,7 @@ import torch
 from moduseg.config import compose
 from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError
+from moduseg.pipeline.workspace import Workspace
 from moduseg.stages.propose import Propose
 from tests.support.runs import overrides, result_bytes
 
@@ -33,7 +34,7 @@ def test_one_stage_on_ray_gives_the_same_bytes_and_passes_a_poisoned_image_by(tm
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     plain, spread = overrides(tmp_path / "plain", world=tmp_path), overrides(tmp_path / "ray", world=tmp_path)
     image = tmp_path / "world-6-4" / "JPEGImages" / "val_00003.png"
-    runner = Propose(_workspace(spread)).runner()
+    runner = Propose(Workspace(compose(spread))).runner()
     assert list(runner.process_batches([0])) == [(0, 2)]
     image.write_bytes(image.read_bytes()[:50])
     before = records(tmp_path / "ray")[0].stat().st_mtime_ns
@@ -54,12 +55,6 @@ def test_one_stage_on_ray_gives_the_same_bytes_and_passes_a_poisoned_image_by(tm
     assert result_bytes(tmp_path / "ray") == result_bytes(tmp_path / "plain")
     failures = next((tmp_path / "ray").glob("miniature/propose/*/failures.jsonl")).read_text()
     assert json.loads(failures)["id"] == "val_00003"
-
-
-def _workspace(arguments: list[str]):  # type: ignore[no-untyped-def]
-    from moduseg.pipeline.workspace import Workspace
-
-    return Workspace(compose(arguments))
 
 
 @pytest.mark.slow

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moduseg.devices import Device
 from moduseg.errors import ConfigError
 from moduseg.proposers import Proposer, build
 from moduseg.structures import Sample
-
-CPU = Device(torch.device("cpu"))
+from tests.support.devices import CPU
 
 
 def sample(height: int, width: int, name: str = "folder/a", constant: bool = False) -> Sample:

@@ -13,6 +13,9 @@ from moduseg.structures import Proposals, Sample
 NUM_CLASSES = 5
 CLASSES = ("background", *(f"class {i}" for i in range(1, NUM_CLASSES + 1)))
 
+NAMES = ["background", "red disc", "blue ring", "green star", "cyan cross", "magenta disc"]
+"""Names that the miniature CLIP knows, for as many classes."""
+
 
 def sample(size: tuple[int, int] = (24, 40), labels: tuple[int, ...] = (2, 4), name: str = "a") -> Sample:
     """A picture whose left quarter is class 2 and whose right quarter is class 4, as far as `labels` has them."""

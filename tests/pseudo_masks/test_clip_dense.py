@@ -16,7 +16,6 @@ from moduseg.backbones.clip_attention import VARIANTS
 from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
 from moduseg.devices import Device
 from moduseg.errors import ConfigError, DataError, MissingError
-from moduseg.miniature.models.clip import build_tokenizer
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator, ClipDenseOptions
 from moduseg.pseudo_masks.clip_words import list_windows, resize_short_side
@@ -24,24 +23,15 @@ from moduseg.pseudo_masks.labels import make_label_map, region_vote
 from moduseg.pseudo_masks.prompts import BACKGROUND_WORDS, IMAGENET_TEMPLATES, resolve_class_words
 from moduseg.structures import Proposals, TokenMap
 from tests.backbones.test_clip import tiny_config
-from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
+from tests.pseudo_masks.contract import CLASSES, NAMES, GeneratorContract, sample
+from tests.support.devices import CPU
 
-CPU = Device(torch.device("cpu"))
-NAMES = ["background", "red disc", "blue ring", "green star", "cyan cross", "magenta disc"]
 Make = Callable[..., ClipDenseGenerator]
 
 
 def proxy() -> Backbone:
     kwargs = {"img_size": 24, "patch_size": 3, "embed_dim": 16, "depth": 1, "num_heads": 2}
     return TimmBackbone(TimmOptions("vit_tiny_patch16_224", model_kwargs=kwargs), CPU)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
-    """Folder of the miniature's tokenizer, the number of its tokens and the last one's id."""
-    folder = tmp_path_factory.mktemp("words")
-    tokenizer = build_tokenizer(folder)
-    return folder, len(tokenizer), int(tokenizer.eos_token_id)
 
 
 @pytest.fixture

@@ -14,15 +14,13 @@ from torch.nn import functional as F
 from moduseg.backbones.base import Backbone
 from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError
-from moduseg.miniature.models.clip import build_tokenizer
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.corrclip import CorrClipGenerator, CorrClipOptions
 from moduseg.structures import Proposals, TokenMap
 from tests.backbones.test_clip import tiny_config
-from tests.pseudo_masks.contract import CLASSES, GeneratorContract, halves, sample
+from tests.pseudo_masks.contract import CLASSES, NAMES, GeneratorContract, halves, sample
+from tests.support.devices import CPU
 
-CPU = Device(torch.device("cpu"))
-NAMES = ["background", "red disc", "blue ring", "green star", "cyan cross", "magenta disc"]
 TINY_VIT = {"img_size": 24, "patch_size": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
 AFFINITY = {"name": "timm", "model": "vit_tiny_patch16_224", "model_kwargs": TINY_VIT, "facet": "qk"}
 Make = Callable[..., CorrClipGenerator]
@@ -30,13 +28,6 @@ Make = Callable[..., CorrClipGenerator]
 
 def no_backbone() -> Backbone:
     raise LookupError("the run's backbone was asked for")
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
-    folder = tmp_path_factory.mktemp("words")
-    tokenizer = build_tokenizer(folder)
-    return folder, len(tokenizer), int(tokenizer.eos_token_id)
 
 
 @pytest.fixture

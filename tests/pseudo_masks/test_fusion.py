@@ -17,8 +17,8 @@ from moduseg.pseudo_masks.fusion import FusionGenerator, FusionOptions, compute_
 from moduseg.structures import Sample, ScoreMaps
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
 from tests.pseudo_masks.test_given_masks import no_backbone, write
+from tests.support.devices import CPU
 
-CPU = Device(torch.device("cpu"))
 ORACLE = {"name": "ground_truth"}
 
 

@@ -25,8 +25,7 @@ from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
 from moduseg.pseudo_masks.labels import make_label_map
 from moduseg.structures import Sample
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
-
-CPU = Device(torch.device("cpu"))
+from tests.support.devices import CPU
 
 
 def no_backbone() -> Backbone:

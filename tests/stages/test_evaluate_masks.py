@@ -185,13 +185,6 @@ def test_without_background_the_strict_number_stands_beside_the_flattering_one(
     assert "mIoU, uncovered pixels counted as wrong" in (path / "results.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    outputs = tmp_path_factory.mktemp("scored")
-    Infer.run(compose(overrides(outputs)))
-    return outputs
-
-
 def test_a_run_and_its_own_pngs_get_the_same_score(finished: Path) -> None:
     path = Infer.run(compose(overrides(finished)))
     mine = json.loads((path / "results.json").read_text())

@@ -17,20 +17,13 @@ from moduseg.config import compose
 from moduseg.datasets.labels import check_ids
 from moduseg.errors import ConfigError, DataError, IncompleteError, ModusegError
 from moduseg.pipeline.manifests import count_failures, safe_name
+from moduseg.pipeline.workspace import Workspace
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
 from moduseg.stages.propose import Propose
 from tests.support.runs import overrides, result_bytes
 
 RUN = "from moduseg.cli import entry; entry()"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outputs of one process."""
-    outputs = tmp_path_factory.mktemp("finished")
-    Infer.run(compose(overrides(outputs)))
-    return outputs
 
 
 def start(command: str, *arguments: str, torchrun: int = 0) -> subprocess.Popen[str]:
@@ -106,7 +99,7 @@ def test_a_batch_made_anew_by_one_shard_is_merged_anew_by_whoever_comes_next(fin
     bank = next((tmp_path / "copy" / "miniature" / "build_bank").iterdir())
     broken = (bank / "bank.safetensors").read_bytes()
     image.write_bytes(whole)
-    runner = BuildBank(_workspace(arguments)).runner()
+    runner = BuildBank(Workspace(compose(arguments))).runner()
     assert runner.run_shard() == 2
     assert (bank / "bank.safetensors").read_bytes() == broken
     BuildBank.run(compose([*arguments, *shard(1, 2)]))
@@ -114,12 +107,6 @@ def test_a_batch_made_anew_by_one_shard_is_merged_anew_by_whoever_comes_next(fin
     BuildBank.run(compose(arguments))
     expected = {k: v for k, v in result_bytes(finished).items() if "/build_bank/" in k}
     assert {k: v for k, v in result_bytes(tmp_path / "copy").items() if "/build_bank/" in k} == expected
-
-
-def _workspace(arguments: list[str]):  # type: ignore[no-untyped-def]
-    from moduseg.pipeline.workspace import Workspace
-
-    return Workspace(compose(arguments))
 
 
 def test_shards_that_wait_need_one_submission(finished: Path, tmp_path: Path) -> None:
@@ -176,7 +163,7 @@ def test_an_environment_that_is_not_torchruns_is_one_line(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ConfigError, match=r"RANK, WORLD_SIZE: got .*runtime\.shard"):
-        _workspace([])
+        Workspace(compose([]))
 
 
 def test_keys_do_not_know_how_the_work_was_spread() -> None:

@@ -40,14 +40,6 @@ def overrides(outputs: Path, *more: str, world: Path | None = None) -> list[str]
     return runs.overrides(outputs, *quick, *more, train=12, val=4, world=world)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outputs of a default run."""
-    outputs = tmp_path_factory.mktemp("variants")
-    Infer.run(compose(overrides(outputs)))
-    return outputs
-
-
 def manifest(path: Path) -> dict[str, object]:
     content = json.loads((path / "manifest.json").read_text())
     assert isinstance(content, dict)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -54,14 +52,6 @@ def small(tmp_path: Path, tables: Path) -> list[str]:
     """Overrides of a run of a second."""
     plain = overrides(tmp_path / "out", train=4, val=2, world=tmp_path)
     return [*(o for o in plain if not o.startswith("evaluation.")), *MORE]
-
-
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    logger = logging.getLogger()
-    handlers = logger.handlers[:]
-    yield
-    logger.handlers[:] = handlers  # the command sends the log to a stdout that is gone after the test
 
 
 def record_of(path: Path) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from tests.support.runs import overrides
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def world(finished: Path) -> tuple[Path, Path]:
     """Outputs of a run with the default search, and its folder of results."""
-    outputs = tmp_path_factory.mktemp("search")
-    return outputs, Infer.run(compose(overrides(outputs)))
+    return finished, Infer.run(compose(overrides(finished)))
 
 
 def labels(folder: Path) -> dict[str, bytes]:

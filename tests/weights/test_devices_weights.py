@@ -13,6 +13,7 @@ from moduseg.devices import resolve_device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.files import file_digest
 from moduseg.weights.sources import find_weights, load_state
+from tests.support.bomb import Bomb
 
 
 def test_auto_finds_a_device_and_float32_on_the_cpu() -> None:
@@ -41,11 +42,6 @@ def test_states_are_read_from_both_formats(tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "w.pth")
     for name in ("w.safetensors", "w.pth"):
         assert torch.equal(load_state(tmp_path / name)["a"], state["a"])
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (open, ("exploded", "w"))
 
 
 def test_pickles_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 import moduseg
 from moduseg.backbones.clip import ClipBackbone, ClipOptions
 from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
-from moduseg.devices import Device
 from moduseg.errors import ArtefactError, MissingError, StorageError
 from moduseg.files import file_digest
 from moduseg.weights import hub
 from moduseg.weights.download import get_cache_home
 from moduseg.weights.hub import fetch_hub_file, fetch_hub_folder, get_cached_folder, list_weight_files, model_digest
 from moduseg.weights.sources import find_model_folder, find_weights
+from tests.support.bomb import Bomb
+from tests.support.devices import CPU
 from tests.support.serving import HubHandler, Site, go_online, serve
 
-CPU = Device(torch.device("cpu"))
 KEY = "backbone.weights"
 ID = "owner/model-b"
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
@@ -359,11 +359,6 @@ def test_the_revision_of_published_weights(cache: Cache) -> None:
 
 
 # Pickles
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return (open, ("exploded", "w"))
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
