@@ -20,7 +20,7 @@ from moduseg.datasets.classes import COCO_CATEGORIES, COCO_CONTIGUOUS
 from moduseg.datasets.io import MAX_PIXELS
 from moduseg.datasets.labels import drop_suffix
 from moduseg.errors import DataError
-from moduseg.masks.rle import checked_runs, polygon_runs
+from moduseg.masks.rle import encode_polygons, read_runs
 from moduseg.structures import IGNORE_INDEX
 
 _DECODER = json.JSONDecoder()
@@ -99,11 +99,11 @@ class CocoIndex:
             where = f"{self.path}: annotation {entry.get('id')!r}"
             segmentation = entry["segmentation"]
             if isinstance(segmentation, list):
-                runs = polygon_runs(segmentation, size)
+                runs = encode_polygons(segmentation, size)
             else:
                 if list(segmentation["size"]) != list(size):
                     raise ValueError(f"a mask of {segmentation['size']}, the image is {list(size)} (height, width)")
-                runs = checked_runs(segmentation["counts"], size[0] * size[1])
+                runs = read_runs(segmentation["counts"], size[0] * size[1])
         except OSError as error:
             raise DataError(f"{self.path}: unreadable ({error.strerror}); check the file") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -17,7 +17,7 @@ _BITS = 36
 """Masks between two renumberings: a cell number (below 2^27 pixels) and as many bits fit into 63."""
 
 
-def partition(masks: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def split_into_cells(masks: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The cells of an image; arguments as `Cells.of`.
 
     Returns:
@@ -66,7 +66,7 @@ class Cells:
             raise ValueError(f"masks: got {tuple(masks.shape)} {masks.dtype}, expected [N, H, W] bool")
         if values is not None and values.shape != masks.shape[1:]:
             raise ValueError(f"values: got {tuple(values.shape)}, expected the masks' {tuple(masks.shape[1:])}")
-        code, place = partition(masks, values)
+        code, place = split_into_cells(masks, values)
         sizes = torch.bincount(code)
         value = place.new_zeros(len(sizes)) if values is None else values.flatten().to(masks.device).long()[place]
         return cls(masks.flatten(1)[:, place].T.cpu().numpy(), sizes.cpu().numpy(), value.cpu().numpy())

@@ -21,18 +21,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 Convention = Literal["edges", "centres"]
-LEAST_IOU = 0.97
+MIN_IOU = 0.97
 """Simplified polygons overlap the mask at least that much, whatever the tolerance."""
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
-def mask_polygons(mask: np.ndarray, tolerance: float = 0.0, convention: Convention = "edges") -> list[np.ndarray]:
+def find_polygons(mask: np.ndarray, tolerance: float = 0.0, convention: Convention = "edges") -> list[np.ndarray]:
     """Polygons of a mask, one for each component (pixels that touch at a corner belong together).
 
     Args:
         mask: `[H, W]` bool.
         tolerance: pixels that a simplified contour may lie off (Douglas-Peucker); 0 keeps every corner. It is halved
-            until the polygons, rasterised, have an IoU of `LEAST_IOU` with the mask.
+            until the polygons, rasterised, have an IoU of `MIN_IOU` with the mask.
         convention: of the coordinates, see above.
 
     Returns:
@@ -51,15 +51,15 @@ def mask_polygons(mask: np.ndarray, tolerance: float = 0.0, convention: Conventi
         polygons = [_joined([_simplified(ring, tolerance) for ring in rings]) for rings in components]
         if tolerance == 0 or not polygons:
             return polygons
-        if iou(polygons_mask(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= LEAST_IOU:
+        if iou(fill_polygons(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= MIN_IOU:
             return polygons
         tolerance = tolerance / 2 if tolerance > 0.2 else 0.0
 
 
-def polygons_mask(
+def fill_polygons(
     polygons: Sequence[np.ndarray], size: tuple[int, int], convention: Convention = "edges"
 ) -> np.ndarray:
-    """`[H, W]` bool of polygons of `mask_polygons`, as the programs that read them rasterise: COCO's API on edges,
+    """`[H, W]` bool of polygons of `find_polygons`, as the programs that read them rasterise: COCO's API on edges,
     filled and outlined through centres."""
     if convention == "centres":
         canvas = Image.new("1", (size[1], size[0]))

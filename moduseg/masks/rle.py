@@ -50,7 +50,7 @@ def decode_counts(text: str) -> np.ndarray:
     return counts
 
 
-def checked_runs(counts: object, pixels: int) -> np.ndarray:
+def read_runs(counts: object, pixels: int) -> np.ndarray:
     """Run lengths, `[R]` int64 from zeros on, of a list of numbers or of a compressed string.
 
     Args:
@@ -74,11 +74,11 @@ def checked_runs(counts: object, pixels: int) -> np.ndarray:
     return runs
 
 
-def disjoint_ids(runs: list[np.ndarray], size: tuple[int, int]) -> np.ndarray | None:
+def merge_disjoint_runs(runs: list[np.ndarray], size: tuple[int, int]) -> np.ndarray | None:
     """One map for masks that share no pixel, decoded without a mask being filled in.
 
     Args:
-        runs: of each mask, run lengths `[R]` int64 as `checked_runs` gives them, down the columns.
+        runs: of each mask, run lengths `[R]` int64 as `read_runs` gives them, down the columns.
         size: `(H, W)` of the image.
 
     Returns:
@@ -103,7 +103,7 @@ def disjoint_ids(runs: list[np.ndarray], size: tuple[int, int]) -> np.ndarray | 
     return np.ascontiguousarray(np.repeat(values, repeats).reshape(size[1], size[0]).T)
 
 
-def polygon_runs(polygons: list[Any], size: tuple[int, int]) -> np.ndarray:
+def encode_polygons(polygons: list[Any], size: tuple[int, int]) -> np.ndarray:
     """Run lengths, `[R]` int64 from zeros on, of the union of polygons as pycocotools rasterises them.
 
     Args:

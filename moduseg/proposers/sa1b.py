@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moduseg.errors import DataError
-from moduseg.masks.rle import checked_runs, disjoint_ids, polygon_runs
+from moduseg.masks.rle import encode_polygons, merge_disjoint_runs, read_runs
 from moduseg.structures import Proposals
 
 MAX_PIXELS = 100_000_000
@@ -131,7 +131,7 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
         scores.append(_read_score(annotation, "predicted_iou", at))
         stability.append(_read_score(annotation, "stability_score", at))
     quality = torch.tensor(scores, dtype=torch.float32), torch.tensor(stability, dtype=torch.float32)
-    ids = disjoint_ids(runs, size)
+    ids = merge_disjoint_runs(runs, size)
     if ids is not None:
         return Proposals.of_id_map(torch.from_numpy(ids), len(runs), *quality)
     columns = np.zeros((len(runs), pixels), dtype=bool)
@@ -207,7 +207,7 @@ def _read_runs(segmentation: Any, size: tuple[int, int], at: str) -> np.ndarray:
         )
     pixels = size[0] * size[1]
     try:
-        runs = checked_runs(counts.decode("latin-1") if isinstance(counts, bytes) else counts, pixels)
+        runs = read_runs(counts.decode("latin-1") if isinstance(counts, bytes) else counts, pixels)
     except ValueError as error:
         raise DataError(f"{at}: broken run-length encoding, it has {error}; write the proposals again") from error
     return runs
@@ -216,7 +216,7 @@ def _read_runs(segmentation: Any, size: tuple[int, int], at: str) -> np.ndarray:
 def _read_polygons(polygons: list[Any], size: tuple[int, int], at: str) -> np.ndarray:
     """Return the run lengths of one mask given as polygons."""
     try:
-        return polygon_runs(polygons, size)
+        return encode_polygons(polygons, size)
     except ValueError as error:
         raise DataError(f"{at}: {error}; write the proposals again") from error
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from moduseg.masks.palette import voc_palette
-from moduseg.masks.polygons import Convention, mask_polygons
+from moduseg.masks.polygons import Convention, find_polygons
 from moduseg.structures import IGNORE_INDEX, Prediction
 
 LABELME_VERSION = "5.5.0"
@@ -79,7 +79,7 @@ def to_record(predicted: PredictedObject, tolerance: float) -> dict[str, Any]:
 
     Args:
         predicted: an object.
-        tolerance: of its polygons, as in `moduseg.masks.polygons.mask_polygons`.
+        tolerance: of its polygons, as in `moduseg.masks.polygons.find_polygons`.
 
     Returns:
         `label`, `score`, `area` (pixels), `bbox` (`[x, y, w, h]`), and its polygons along pixel `edges` and `centres`.
@@ -87,7 +87,7 @@ def to_record(predicted: PredictedObject, tolerance: float) -> dict[str, Any]:
     left, top, width, height = cv2.boundingRect(np.ascontiguousarray(predicted.mask).view(np.uint8))
     conventions: tuple[Convention, ...] = ("edges", "centres")
     polygons: dict[str, Any] = {
-        convention: [np.round(ring, 2).tolist() for ring in mask_polygons(predicted.mask, tolerance, convention)]
+        convention: [np.round(ring, 2).tolist() for ring in find_polygons(predicted.mask, tolerance, convention)]
         for convention in conventions
     }
     return {

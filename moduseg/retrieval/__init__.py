@@ -1,1 +1,1 @@
-"""From query vectors to a label map: search, vote, choice among masks, rasterisation."""
+"""From query vectors to a label map: search, vote, choice among masks, painting (docs/method.md, steps 6 to 8)."""

@@ -1,4 +1,4 @@
-"""The bank in faiss's flat index of inner products (Johnson et al., Billion-scale similarity search with GPUs)."""
+"""Search the bank in faiss's flat index of inner products (Johnson et al., 2019)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from moduseg.errors import MissingError
 from moduseg.retrieval.search import BankIndex, best_candidates
 
 _SLACK = 8
-"""Vectors asked for beyond k, so that rounding decides at the last places of a longer list."""
+"""Vectors requested beyond k, so that rounding decides only at the end of a longer list."""
 _CHUNK = 65536
 
 
 class FaissIndex(BankIndex):
-    """`faiss.IndexFlatIP` on the CPU, or `GpuIndexFlatIP` where faiss has it.
+    """`faiss.IndexFlatIP` on the CPU, or `GpuIndexFlatIP` if faiss has it.
 
-    It compares all vectors, in float32 with its own rounding. What it finds is computed again as `ExactIndex` does, so
-    that similarities and their order are the same; only where more than `_SLACK` vectors lie within a rounding error
-    of the k-th place may another of them be returned.
+    It compares all vectors, in float32 with its own rounding. The neighbours that it finds are compared again as
+    `ExactIndex` does, so that similarities and their order are equal. Only if more than `_SLACK` vectors lie within a
+    rounding error of the k-th one may another of them be returned.
 
     Args:
         vectors: `[B, C]` float of any length.
@@ -47,18 +47,17 @@ class FaissIndex(BankIndex):
         if vectors.device.type == "cuda" and hasattr(faiss, "GpuIndexFlatIP"):
             self._index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), self.dim)
         for part in vectors.split(_CHUNK) if len(vectors) else ():
-            self._index.add(_unit(part))
+            self._index.add(_normalize(part))
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        wanted = min(k + _SLACK, len(self))
-        _, found = self._index.search(_unit(queries), wanted)
-        columns = torch.from_numpy(found).to(queries.device).sort(1).values
+        _, candidates = self._index.search(_normalize(queries), min(k + _SLACK, len(self)))
+        columns = torch.from_numpy(candidates).to(queries.device).sort(1).values
         rows = torch.arange(len(queries), device=queries.device)[:, None].expand_as(columns)
-        return best_candidates(queries, self.vectors, rows.flatten(), columns.flatten(), k)
+        return best_candidates(queries, self.vectors, rows=rows.flatten(), columns=columns.flatten(), k=k)
 
 
-def _unit(vectors: Tensor) -> Any:
-    """`[n, C]` float32 array, L2-normalised."""
+def _normalize(vectors: Tensor) -> Any:
+    """Return `[n, C]` float32, L2-normalised, as an array."""
     unit = functional.normalize(vectors.float(), dim=1)
     if not bool(torch.isfinite(unit).all()):
         raise ValueError("search: got NaN or infinity; check the backbone's precision")

@@ -1,4 +1,4 @@
-"""The ways to search the bank, by name."""
+"""Engines that search the bank, by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
 
 def build(vectors: Tensor, engine: str = "exact", storage: str = "float32") -> BankIndex:
-    """Bank vectors made ready for many searches.
+    """Return bank vectors prepared for many searches.
 
     Args:
         vectors: `[B, C]` float.

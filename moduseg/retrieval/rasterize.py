@@ -1,4 +1,4 @@
-"""From labelled masks to a label map (METHOD, step 8)."""
+"""From labelled masks to a label map (docs/method.md, step 8)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moduseg.masks.bits import PackedMasks
 from moduseg.retrieval.suppress import PACKED, check_scored_masks, descending
 
 _BLOCK = 1 << 22
-"""Mask pixels looked at together, which bounds the memory."""
+"""Mask pixels processed at once: bounds the memory."""
 
 
 def rasterize(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
@@ -52,17 +52,17 @@ def rasterize(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
 
 
 def rasterize_packed(masks: PackedMasks, labels: Tensor, scores: Tensor) -> Tensor:
-    """`rasterize` of packed masks, with `labels` and `scores` on the CPU; nothing is checked."""
+    """Paint packed masks, with `labels` and `scores` on the CPU; as `rasterize`, but nothing is checked."""
     order = descending(scores)
     order = order[labels[order] > 0]
     return torch.from_numpy(masks.select(order.numpy()).paint(labels[order].to(torch.uint8).numpy()))
 
 
 def rasterize_id_map(id_map: Tensor, labels: Tensor) -> Tensor:
-    """`rasterize` of disjoint masks, for which the scores do not matter: one look-up table.
+    """Paint disjoint masks by one look-up table; as `rasterize`, for which the scores then do not matter.
 
     Args:
-        id_map: `[H, W]` integers below `N`: the mask of each pixel, negative where there is none.
+        id_map: `[H, W]` integers below `N`: the mask of each pixel, negative for none.
         labels: `[N]` integers, 0..254.
 
     Returns:

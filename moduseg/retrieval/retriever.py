@@ -11,10 +11,10 @@ from torch import Tensor
 from moduseg.config import RetrievalConfig
 from moduseg.retrieval import indices
 from moduseg.retrieval.assemble import assemble_proposals
-from moduseg.retrieval.balance import ClassIndex, balanced, class_spreads, smallest_class
+from moduseg.retrieval.balance import ClassIndex, balance_neighbours, count_smallest_class, measure_class_spreads
 from moduseg.retrieval.majority import assemble_majority
 from moduseg.retrieval.search import search
-from moduseg.retrieval.selection import NEAREST, assemble_selected, margins, similarity_certainty, worth
+from moduseg.retrieval.selection import NEAREST, assemble_selected, compute_certainty, compute_margins, compute_worths
 from moduseg.retrieval.suppress import descending
 from moduseg.retrieval.vote import vote
 from moduseg.structures import Prediction, Proposals, SearchBank
@@ -54,7 +54,7 @@ class Retriever:
     def top_k(self) -> int:
         """Neighbours that vote: `retrieval.top_k`, with `cap_top_k` at most the vectors of the smallest class."""
         top_k = self.settings.top_k
-        return min(top_k, smallest_class(self.bank.labels)) if self.settings.cap_top_k else top_k
+        return min(top_k, count_smallest_class(self.bank.labels)) if self.settings.cap_top_k else top_k
 
     def is_searched(self, proposals: Proposals) -> Tensor:
         """Return `[N]` bool: the proposals that `min_area` and `min_predicted_iou` let through."""
@@ -134,7 +134,9 @@ class Retriever:
         balance = self.settings.vote_balance
         if balance == "none":
             return search(queries, self._index, self.top_k)
-        return balanced(self._classes.nearest(queries, self.top_k), self.top_k, balance, self._spreads)
+        return balance_neighbours(
+            self._classes.nearest(queries, self.top_k), self.top_k, balance, spreads=self._spreads
+        )
 
     def _rows_of(self, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return rows of the stored bank and labels of positions in the searched bank; -1 stays, all `[N, k]`."""
@@ -160,14 +162,14 @@ class Retriever:
         masks = proposals.masks.to(labels.device)
         if is_majority:
             return assemble_majority(masks, labels, scores), descending(scores)
-        certainty = self._margins(pooled, labels) if settings.selection == "margin" else similarity_certainty(scores)
-        return assemble_selected(masks, labels, scores, worth(certainty, proposals.quality))
+        certainty = self._margins(pooled, labels) if settings.selection == "margin" else compute_certainty(scores)
+        return assemble_selected(masks, labels, scores, compute_worths(certainty, proposals.quality))
 
     def _margins(self, pooled: Tensor, labels: Tensor) -> Tensor:
-        """Return `[N]` float64: the margin of each query (`margins`), 0 for a proposal without a vector."""
+        """Return `[N]` float64: the margin of each query (`compute_margins`), 0 for a proposal without a vector."""
         with_vector = (pooled != 0).any(1).nonzero()[:, 0]
         candidates = self._classes.nearest(self._queries(pooled[with_vector]), NEAREST)
-        certainty = margins(candidates, labels[with_vector])
+        certainty = compute_margins(candidates, labels[with_vector])
         return certainty.new_zeros(len(pooled)).index_copy(0, with_vector, certainty)
 
     def _queries(self, pooled: Tensor) -> Tensor:
@@ -179,4 +181,4 @@ class Retriever:
 
     @cached_property
     def _spreads(self) -> Tensor:
-        return class_spreads(self.bank.vectors, self.bank.labels)
+        return measure_class_spreads(self.bank.vectors, self.bank.labels)

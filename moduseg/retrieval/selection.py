@@ -1,11 +1,11 @@
-"""Which of overlapping proposals to believe: the set that explains most of the image, in place of NMS by score.
+"""Choose among overlapping proposals the set that explains most of the image, instead of NMS by score.
 
-SAM gives an object, its parts, and the object with its surroundings; all of them are labelled. Suppression by score
-decides between two of a kind. Here the whole set is chosen at once, such that no two of its masks are one and the same
-place, and that the sum of what its masks are worth is largest. A mask is worth its area times how sure its label is,
-less what the same pixels are worth as background: to paint nothing is to call them background, and where a background
-proposal is sure of them, that is the better explanation. So a parent is kept iff it is worth more than the best choice
-of its parts, and a part stays where its parent is not sure. An option, not in the paper.
+SAM gives an object, its parts, and the object with its surroundings, and all of them are labelled. Suppression by score
+decides between two masks of one label. Here the whole set is chosen at once, so that no two of its masks cover the same
+region and the sum of their worths is largest. The worth of a mask is its area times the certainty of its label, less
+the worth of its pixels as background: to paint nothing is to call them background, which is the better explanation
+where a background proposal is certain of them. So a parent is kept iff it is worth more than the best choice of its
+parts, and parts are kept where their parent is uncertain. An option, not in the paper.
 """
 
 from __future__ import annotations
@@ -15,77 +15,83 @@ import torch
 from torch import Tensor
 
 from moduseg.masks.cells import Cells
-from moduseg.retrieval.balance import Candidates, class_ranks
+from moduseg.retrieval.balance import Candidates, rank_in_class, widest_float
 from moduseg.retrieval.rasterize import rasterize
 from moduseg.retrieval.suppress import check_scored_masks, descending
 
 NEAREST = 3
-"""Neighbours of a class that stand for it in a margin."""
+"""Neighbours that represent a class in a margin."""
 _UNIT = 1 << 20
-"""What a pixel is worth is counted in whole parts of this, so that no order of sums changes a choice."""
+"""The worth of a pixel is rounded to this fraction and added as integers: the order of a sum changes no choice."""
 _BRANCHINGS = 5000
-"""Decisions after which a knot of masks that overlap each other without order is left to the greedy rule."""
+"""Decisions after which the rest of an image is decided by the greedy rule."""
 _DEPTH = 200
-"""Decisions inside one another, the same: far below what Python nests."""
+"""Nested decisions after which the greedy rule decides: far below Python's recursion limit."""
 
 
-def margins(candidates: Candidates, labels: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """How much nearer each query is to its label than to any other: `1 - d / d'`.
+def compute_margins(candidates: Candidates, labels: Tensor, is_allowed: Tensor | None = None) -> Tensor:
+    """Return how much closer each query is to its label than to any other: `1 - d / d'`.
 
     `d` is the mean distance (`1 - similarity`) of the query to the `NEAREST` nearest vectors of its label, `d'` the
     smallest such mean of another label. The margin is relative, so it needs no scale of the backbone's similarities.
 
     Args:
-        candidates: of the queries, to a depth of `NEAREST` at least (more by as many as may be left out).
-        labels: `[N]` int64, what was voted.
-        allowed: `[N, M]` bool, candidates that count; all where left out.
+        candidates: of the queries, at least `NEAREST` of each class, and as many more as are not allowed.
+        labels: `[N]` int64, the vote's.
+        is_allowed: `[N, M]` bool, candidates that count; all if omitted.
 
     Returns:
-        `[N]` float64 in [0, 1]; 0 where another label is nearer or where there is no vector of the label, 1 where there
-        is no other label.
+        `[N]` float64 in [0, 1]: 0 if another label is closer or the bank has no vector of the label, 1 if it has no
+        other label.
     """
-    near, of = candidates.similarities, candidates.labels
-    wide = torch.float32 if near.device.type == "mps" else torch.float64
-    usable = torch.ones_like(near, dtype=torch.bool) if allowed is None else allowed
-    usable = usable & (class_ranks(usable, of) < NEAREST)
-    size = int(torch.cat((labels.flatten(), of, of.new_zeros(1))).max()) + 1
-    columns = of.expand_as(near)
-    shape = (len(near), size)
-    sums = torch.zeros(shape, dtype=wide, device=near.device).scatter_add(1, columns, (1 - near.to(wide)) * usable)
-    counts = torch.zeros(shape, dtype=torch.int64, device=near.device).scatter_add(1, columns, usable.long())
+    similarities, classes, device = candidates.similarities, candidates.labels, candidates.similarities.device
+    # The nearest candidates of each class represent it.
+    is_usable = torch.ones_like(similarities, dtype=torch.bool) if is_allowed is None else is_allowed
+    is_usable = is_usable & (rank_in_class(is_usable, classes) < NEAREST)
+    # Their mean distance to the query, by class.
+    dtype = widest_float(device)
+    num_labels = int(torch.cat((labels.flatten(), classes, classes.new_zeros(1))).max()) + 1
+    shape, columns = (len(similarities), num_labels), classes.expand_as(similarities)
+    distances = (1 - similarities.to(dtype)) * is_usable
+    sums = torch.zeros(shape, dtype=dtype, device=device).scatter_add(1, columns, distances)
+    counts = torch.zeros(shape, dtype=torch.int64, device=device).scatter_add(1, columns, is_usable.long())
     means = torch.where(counts > 0, sums / counts.clamp(min=1), torch.inf)
-    own = means.gather(1, labels[:, None])[:, 0]
-    other = means.scatter(1, labels[:, None], torch.inf).amin(1)
-    sure = torch.where(other > 0, 1 - own / other, torch.zeros_like(own))
-    return torch.where(own.isinf(), torch.zeros_like(own), sure).clamp(0, 1)
+    # The distance to the label against that to the closest other one.
+    to_label = means.gather(1, labels[:, None])[:, 0]
+    to_other = means.scatter(1, labels[:, None], torch.inf).amin(1)
+    margin = torch.where(to_other > 0, 1 - to_label / to_other, torch.zeros_like(to_label))
+    return torch.where(to_label.isinf(), torch.zeros_like(to_label), margin).clamp(0, 1)
 
 
-def worth(certainty: Tensor, quality: Tensor) -> np.ndarray:
-    """`[N]` int64: what a pixel of each mask is worth, `certainty * quality`, in whole numbers.
+def compute_worths(certainty: Tensor, quality: Tensor) -> np.ndarray:
+    """Return `[N]` int64: the worth of a pixel of each mask, `certainty * quality`, as an integer.
 
     Args:
-        certainty: `[N]` float, of the label: `margins`, or the fifth power of the score (`similarity_certainty`).
-        quality: `[N]` float, of the outline: `predicted_iou * stability_score` of the proposer; taken as in [0, 1].
+        certainty: `[N]` float, of the label: `compute_margins` or `compute_certainty`.
+        quality: `[N]` float, of the outline: `Proposals.quality`, clamped to [0, 1].
     """
     product = certainty.cpu().double() * quality.cpu().double().clamp(0, 1)
     return (product.clamp(0, 1) * _UNIT).round().long().numpy()
 
 
-def similarity_certainty(scores: Tensor) -> Tensor:
-    """`[N]` float64 in [0, 1] on the CPU: the fifth power of the score; a mask of two things is like neither."""
-    certain = scores.cpu().double().clamp(0, 1)
-    return certain * certain * certain * certain * certain
+def compute_certainty(scores: Tensor) -> Tensor:
+    """Return `[N]` float64 in [0, 1] on the CPU: the fifth power of the score.
+
+    A mask that covers two things resembles neither, and the power tells its score from that of a good mask.
+    """
+    base = scores.cpu().double().clamp(0, 1)
+    return base * base * base * base * base
 
 
-def select(cells: Cells, labels: np.ndarray, worths: np.ndarray) -> np.ndarray:
-    """The heaviest set of foreground masks of which no two overlap by more than half of the smaller one.
+def select_masks(cells: Cells, labels: np.ndarray, worths: np.ndarray) -> np.ndarray:
+    """Return the heaviest set of foreground masks of which no two overlap by more than half of the smaller one.
 
-    Exact where masks are nested and in all but the most knotted images: see `heaviest`.
+    Exact for nested masks, and in all but the most complex images: see `find_heaviest_set`.
 
     Args:
         cells: of the image's masks.
         labels: `[N]` integers, 0 background.
-        worths: `[N]` int64, of a pixel of each mask.
+        worths: `[N]` int64, the worth of a pixel of each mask.
 
     Returns:
         `[K]` int64, ascending indices; background masks are not among them.
@@ -93,19 +99,25 @@ def select(cells: Cells, labels: np.ndarray, worths: np.ndarray) -> np.ndarray:
     if not len(labels):
         return np.zeros(0, dtype=np.int64)
     background = np.where(labels == 0, worths, 0)
-    price = (cells.cover * background).max(1)
-    weights = worths * cells.shared.diagonal() - cells.cover.T.astype(np.int64) @ (cells.sizes * price)
+    background_worth = (cells.cover * background).max(1)
+    weights = worths * cells.shared.diagonal() - cells.cover.T.astype(np.int64) @ (cells.sizes * background_worth)
     weights = np.where(labels > 0, weights, 0)
-    places = np.flatnonzero(weights > 0)
-    shared = cells.shared[np.ix_(places, places)]
+    worthwhile = np.flatnonzero(weights > 0)
+    shared = cells.shared[np.ix_(worthwhile, worthwhile)]
     areas = shared.diagonal()
     conflicts = 2 * shared > np.minimum(areas[:, None], areas)
     np.fill_diagonal(conflicts, False)
-    return places[heaviest(weights[places], conflicts)]
+    return worthwhile[find_heaviest_set(weights[worthwhile], conflicts)]
 
 
 def assemble_selected(masks: Tensor, labels: Tensor, scores: Tensor, worths: np.ndarray) -> tuple[Tensor, Tensor]:
-    """`moduseg.retrieval.assemble.assemble` with `select` in place of suppression; arguments as there and `select`.
+    """Choose the masks that explain most of the image, and paint them.
+
+    Args:
+        masks: `[N, H, W]` bool.
+        labels: `[N]` integers, 0..254.
+        scores: `[N]` float; decides which of the chosen masks has a pixel that several cover.
+        worths: `[N]` int64, the worth of a pixel of each mask.
 
     Returns:
         `label_map [H, W]` uint8 and `kept [K]` int64, in descending score, background proposals not among them.
@@ -114,65 +126,66 @@ def assemble_selected(masks: Tensor, labels: Tensor, scores: Tensor, worths: np.
         ValueError: shapes that do not fit, or a label outside 0..254.
     """
     check_scored_masks(masks, labels, scores)
-    kept = torch.from_numpy(select(Cells.of(masks), labels.cpu().numpy(), worths)).to(masks.device)
+    kept = torch.from_numpy(select_masks(Cells.of(masks), labels.cpu().numpy(), worths)).to(masks.device)
     kept = kept[descending(scores[kept])]
     return rasterize(masks[kept], labels[kept], scores[kept]), kept
 
 
-def heaviest(weights: np.ndarray, conflicts: np.ndarray) -> np.ndarray:
-    """The independent set of largest total weight.
+def find_heaviest_set(weights: np.ndarray, conflicts: np.ndarray) -> np.ndarray:
+    """Return the independent set of largest total weight.
 
-    Masks that conflict with each other, directly or over others, form a knot; knots are solved one by one. In a knot
-    the mask with most conflicts is tried out and in: out, the rest falls into smaller knots; in, its conflicts go. For
-    nested masks this is the bottom-up rule "a parent iff it is heavier than the best of its children", in as many steps
-    as there are masks. What is undecided after `_BRANCHINGS` steps is taken greedily, heaviest first.
+    Masks that conflict, directly or through others, form a connected component of the graph of conflicts; components
+    are solved one by one. In a component, the mask with most conflicts is tried both ways: without it, the component
+    falls into smaller ones; with it, its conflicts are removed. For nested masks this is the bottom-up rule "a parent
+    iff it is heavier than the best of its children", in as many steps as there are masks. What is undecided after
+    `_BRANCHINGS` steps is taken greedily, heaviest first.
 
     Args:
         weights: `[N]` int64, positive.
         conflicts: `[N, N]` bool, symmetric, false on the diagonal.
 
     Returns:
-        `[K]` int64, ascending. Of equally heavy sets the one without the mask that was tried first.
+        `[K]` int64, ascending. Of equally heavy sets, the one without the mask that was tried first.
     """
-    masks = [sum(1 << int(j) for j in np.flatnonzero(row)) for row in conflicts]
-    chosen = _Search([int(w) for w in weights], masks).best((1 << len(masks)) - 1)[1]
-    return np.array([i for i in range(len(masks)) if chosen >> i & 1], dtype=np.int64)
+    neighbours = [sum(1 << int(j) for j in np.flatnonzero(row)) for row in conflicts]
+    chosen = _Search([int(w) for w in weights], neighbours).best((1 << len(neighbours)) - 1)[1]
+    return np.array(_members(chosen), dtype=np.int64)
 
 
 class _Search:
-    """Branching with memory; sets of masks are the bits of a whole number."""
+    """Branching with memory; a set of masks is the bits of an integer."""
 
     def __init__(self, weights: list[int], conflicts: list[int]) -> None:
         self._weights, self._conflicts = weights, conflicts
-        self._known: dict[int, tuple[int, int]] = {}
+        self._solved: dict[int, tuple[int, int]] = {}
         self._steps = self._depth = 0
 
     def best(self, among: int) -> tuple[int, int]:
-        """Weight and members of the heaviest set inside `among`."""
+        """Return weight and members of the heaviest set inside `among`."""
         total = members = 0
         while among:
-            knot = self._knot(among)
-            weight, chosen = self._solve(knot)
-            total, members, among = total + weight, members | chosen, among & ~knot
+            component = self._component(among)
+            weight, chosen = self._solve(component)
+            total, members, among = total + weight, members | chosen, among & ~component
         return total, members
 
-    def _solve(self, knot: int) -> tuple[int, int]:
-        if knot not in self._known:
-            inside = _members(knot)
+    def _solve(self, component: int) -> tuple[int, int]:
+        if component not in self._solved:
+            inside = _members(component)
             if len(inside) == 1:
-                self._known[knot] = self._weights[inside[0]], knot
+                self._solved[component] = self._weights[inside[0]], component
             elif self._steps >= _BRANCHINGS or self._depth >= _DEPTH:
-                self._known[knot] = self._greedy(inside)
+                self._solved[component] = self._greedy(inside)
             else:
                 self._steps, self._depth = self._steps + 1, self._depth + 1
-                pivot = max(inside, key=lambda i: ((self._conflicts[i] & knot).bit_count(), -i))
-                rest = knot & ~(1 << pivot)
+                pivot = max(inside, key=lambda i: ((self._conflicts[i] & component).bit_count(), -i))
+                rest = component & ~(1 << pivot)
                 out = self.best(rest)
                 weight, chosen = self.best(rest & ~self._conflicts[pivot])
                 taken = weight + self._weights[pivot], chosen | 1 << pivot
-                self._known[knot] = taken if taken[0] > out[0] else out
+                self._solved[component] = taken if taken[0] > out[0] else out
                 self._depth -= 1
-        return self._known[knot]
+        return self._solved[component]
 
     def _greedy(self, inside: list[int]) -> tuple[int, int]:
         total = members = 0
@@ -181,23 +194,23 @@ class _Search:
                 total, members = total + self._weights[i], members | 1 << i
         return total, members
 
-    def _knot(self, among: int) -> int:
-        """The masks that hang together with the first of `among`."""
-        knot = fresh = among & -among
-        while fresh:
+    def _component(self, among: int) -> int:
+        """Return the masks of `among` that are connected with its first one."""
+        component = added = among & -among
+        while added:
             reached = 0
-            for i in _members(fresh):
+            for i in _members(added):
                 reached |= self._conflicts[i]
-            fresh = reached & among & ~knot
-            knot |= fresh
-        return knot
+            added = reached & among & ~component
+            component |= added
+        return component
 
 
 def _members(bits: int) -> list[int]:
-    """The positions of the ones, ascending."""
-    found = []
+    """Return the positions of the ones, ascending."""
+    positions = []
     while bits:
-        low = bits & -bits
-        found.append(low.bit_length() - 1)
-        bits ^= low
-    return found
+        lowest = bits & -bits
+        positions.append(lowest.bit_length() - 1)
+        bits ^= lowest
+    return positions

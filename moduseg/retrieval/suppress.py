@@ -1,4 +1,4 @@
-"""Mask suppression inside each label (METHOD, step 8)."""
+"""Mask suppression inside each label (docs/method.md, step 8)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK = 1 << 22
 
 
 def suppress(masks: Tensor, labels: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Greedy non-maximum suppression of masks, each label (background too) by itself.
+    """Suppress duplicates: greedy non-maximum suppression of masks, within each label (background too).
 
     In descending score, a mask goes if its intersection over union with a kept mask of its label is greater than
     `iou_threshold`. Areas are counted in full-resolution pixels.
@@ -41,46 +41,47 @@ def suppress(masks: Tensor, labels: Tensor, scores: Tensor, iou_threshold: float
 
 
 def suppress_packed(masks: PackedMasks, labels: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """`suppress` of packed masks, with `labels` and `scores` on the CPU; nothing is checked."""
+    """Suppress packed masks, with `labels` and `scores` on the CPU; as `suppress`, but nothing is checked."""
     order = descending(scores)
     if len(order) < 2 or masks.are_disjoint:
         return order
     similar = np.zeros((len(order), len(order)), dtype=bool)
-    first, second = _pairs(masks, labels.numpy(), iou_threshold)
-    first, second = _above(masks, first, second, masks.shared(first, second), iou_threshold)
+    first, second = _candidate_pairs(masks, labels.numpy(), iou_threshold)
+    first, second = _pairs_above(masks, first, second, masks.shared(first, second), iou_threshold)
     similar[first, second] = similar[second, first] = True
     return _scan(order, torch.from_numpy(similar))
 
 
-def _pairs(masks: PackedMasks, labels: np.ndarray, iou_threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs `i < j` of one label that may have an IoU above the threshold: `[P]` each.
+def _candidate_pairs(masks: PackedMasks, labels: np.ndarray, iou_threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs `i < j` of one label that may have an IoU above the threshold, `[P]` each.
 
     Their boxes meet, and neither their areas nor the boxes' common part rule it out: two masks share no more than the
     smaller one, or than what their boxes do. Both bounds are divided like the IoU itself, so that rounding loses none.
     """
     first, second = np.nonzero(np.triu(labels[:, None] == labels, 1))
-    most = np.minimum(masks.areas[first], masks.areas[second])
-    first, second = _above(masks, first, second, most, iou_threshold)
+    max_shared = np.minimum(masks.areas[first], masks.areas[second])
+    first, second = _pairs_above(masks, first, second, max_shared, iou_threshold)
     if not len(first):
         return first, second
     top, bottom, left, right = masks.spans()
-    tall = np.minimum(bottom[first], bottom[second]) - np.maximum(top[first], top[second])
-    wide = np.minimum(right[first], right[second]) - np.maximum(left[first], left[second])
-    most = np.minimum(masks.areas[first], masks.areas[second])
-    return _above(masks, first, second, np.minimum(most, tall.clip(0) * wide.clip(0)), iou_threshold)
+    heights = np.minimum(bottom[first], bottom[second]) - np.maximum(top[first], top[second])
+    widths = np.minimum(right[first], right[second]) - np.maximum(left[first], left[second])
+    max_shared = np.minimum(masks.areas[first], masks.areas[second])
+    max_shared = np.minimum(max_shared, heights.clip(0) * widths.clip(0))
+    return _pairs_above(masks, first, second, max_shared, iou_threshold)
 
 
-def _above(
+def _pairs_above(
     masks: PackedMasks, first: np.ndarray, second: np.ndarray, shared: np.ndarray, iou_threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs whose IoU is above the threshold where they share `shared` pixels, `[P]`."""
+    """Return the pairs whose IoU would be above the threshold if they shared `shared` (`[P]`) pixels."""
     union = masks.areas[first] + masks.areas[second] - shared
     kept = shared / np.maximum(union, 1) > iou_threshold
     return first[kept], second[kept]
 
 
 def _scan(order: Tensor, similar: Tensor) -> Tensor:
-    """The greedy scan of masks in `order [N]`, given which pairs are too similar, `[N, N]` bool."""
+    """Return the masks that a greedy scan in `order [N]` keeps, given which pairs are too similar, `[N, N]` bool."""
     beats = similar[order][:, order].triu(1)
     # Mask j stays iff no kept mask beats it. Repeating that rule settles one more mask of each chain at every pass, and
     # what it settles to is the greedy scan's answer, as masks are only beaten by earlier ones.
@@ -99,7 +100,7 @@ def check_threshold(iou_threshold: float) -> None:
 
 
 def descending(scores: Tensor) -> Tensor:
-    """Indices that sort `scores [N]` from high to low, equal ones by index."""
+    """Return the indices that sort `scores [N]` from high to low, equal ones by index."""
     return scores.sort(descending=True, stable=True).indices
 
 
@@ -115,30 +116,34 @@ def check_scored_masks(masks: Tensor, labels: Tensor, scores: Tensor) -> None:
 
 
 def _too_similar(masks: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
-    """`[N, N]` bool: same label and IoU greater than the threshold. Nothing leaves the device."""
-    pixels = masks.view(torch.uint8)  # reduced several times faster than bool
+    """Return `[N, N]` bool: equal labels and an IoU above the threshold. Nothing leaves the device."""
+    # Bytes are reduced several times faster than booleans.
+    pixels = masks.view(torch.uint8)
     top, bottom = _span(pixels.amax(2))
     left, right = _span(pixels.amax(1))
-    meets = labels[:, None] == labels
-    meets &= (top[:, None] < bottom) & (top < bottom[:, None]) & (left[:, None] < right) & (left < right[:, None])
+    may_overlap = labels[:, None] == labels
+    may_overlap &= (top[:, None] < bottom) & (top < bottom[:, None]) & (left[:, None] < right) & (left < right[:, None])
     shared = _intersections(masks)
     areas = shared.diagonal()
     union = (areas[:, None] + areas - shared).clamp(min=1)
-    # Divided in float64, so that a threshold like 0.4 equals an IoU of 2/5; MPS has none.
-    wide = torch.float32 if masks.device.type == "mps" else torch.float64
-    return meets & (shared.to(wide) / union.to(wide) > iou_threshold)
+    # The division is in float64, so that a threshold like 0.4 equals an IoU of 2/5; MPS has none.
+    dtype = torch.float32 if masks.device.type == "mps" else torch.float64
+    return may_overlap & (shared.to(dtype) / union.to(dtype) > iou_threshold)
 
 
 def _span(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """First and one past the last non-zero of each row of `occupied [N, L]`; an empty row meets nothing."""
+    """Return the first and one past the last non-zero of each row of `occupied [N, L]`; an empty row overlaps none."""
     length = occupied.shape[1]
-    places = torch.arange(length, device=occupied.device).expand_as(occupied)
-    empty = occupied == 0
-    return places.masked_fill(empty, length).amin(1), places.masked_fill(empty, -1).amax(1) + 1
+    positions = torch.arange(length, device=occupied.device).expand_as(occupied)
+    is_empty = occupied == 0
+    return positions.masked_fill(is_empty, length).amin(1), positions.masked_fill(is_empty, -1).amax(1) + 1
 
 
 def _intersections(masks: Tensor) -> Tensor:
-    """`[N, N]` int64: pixels shared by each two masks; areas on the diagonal. Zeros and ones are exact in any float."""
+    """Return `[N, N]` int64: the pixels that each pair of masks shares; areas on the diagonal.
+
+    Products of zeros and ones are exact in any float.
+    """
     count, height, width = masks.shape
     shared = torch.zeros((count, count), dtype=torch.int64, device=masks.device)
     step = max(1, _BLOCK // (count * width))

@@ -26,10 +26,16 @@ from moduseg.masks.cells import Cells
 from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.retrieval import indices
-from moduseg.retrieval.balance import Candidates, balanced, class_candidates, class_spreads, smallest_class
-from moduseg.retrieval.majority import majority_of_cells
+from moduseg.retrieval.balance import (
+    Candidates,
+    balance_neighbours,
+    count_smallest_class,
+    find_class_candidates,
+    measure_class_spreads,
+)
+from moduseg.retrieval.majority import label_cells_by_majority
 from moduseg.retrieval.search import BankIndex, search
-from moduseg.retrieval.selection import NEAREST, margins, select, similarity_certainty, worth
+from moduseg.retrieval.selection import NEAREST, compute_certainty, compute_margins, compute_worths, select_masks
 from moduseg.retrieval.vote import vote
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.propose import Propose
@@ -223,13 +229,13 @@ class CachedSplit:
         """Return what the rule of selection maximises, `[Q]` int64; zeros for rules that weigh nothing."""
         if settings.selection in ("nms", "nms_quality", "majority"):
             return np.zeros(len(labels), dtype=np.int64)
-        certainty = similarity_certainty(torch.from_numpy(scores))
+        certainty = compute_certainty(torch.from_numpy(scores))
         if settings.selection == "margin":
             has_vector, view = self.queries.has_vector, self._view(bank)
             certainty = torch.zeros(len(labels), dtype=torch.float64)
             voted = torch.from_numpy(labels).to(self._device)[has_vector]
-            certainty[has_vector.cpu()] = margins(view.candidates, voted, view.is_allowed).cpu().double()
-        return worth(certainty, self.queries.quality)
+            certainty[has_vector.cpu()] = compute_margins(view.candidates, voted, view.is_allowed).cpu().double()
+        return compute_worths(certainty, self.queries.quality)
 
     def _view(self, bank: BankConfig) -> BankView:
         """Return the stored bank as `bank` reads it, with its cached neighbour lists."""
@@ -284,11 +290,13 @@ class BankView:
 
     def find_neighbours(self, settings: RetrievalConfig) -> tuple[Tensor, Tensor]:
         """Return `similarities [F, k]` and `rows [F, k]` of the vectors that vote."""
-        top_k = min(settings.top_k, smallest_class(self.bank.labels)) if settings.cap_top_k else settings.top_k
+        top_k = min(settings.top_k, count_smallest_class(self.bank.labels)) if settings.cap_top_k else settings.top_k
         if settings.vote_balance == "none" and self.images is None:
             similarities, rows = self._nearest
             return similarities[:, :top_k], rows[:, :top_k]
-        return balanced(self.candidates, top_k, settings.vote_balance, self._spreads, self.is_allowed)
+        return balance_neighbours(
+            self.candidates, top_k, settings.vote_balance, spreads=self._spreads, is_allowed=self.is_allowed
+        )
 
     @cached_property
     def candidates(self) -> Candidates:
@@ -299,7 +307,7 @@ class BankView:
             num_labels = int(self.bank.labels.max()) + 1
             num_spare = int(torch.bincount(self.images[1] * num_labels + self.bank.labels).max())
         depth = max(self.top_k, NEAREST) + num_spare
-        return class_candidates(self.queries, self.bank.vectors, self.bank.labels, depth)
+        return find_class_candidates(self.queries, self.bank.vectors, self.bank.labels, depth)
 
     @cached_property
     def is_allowed(self) -> Tensor | None:
@@ -315,7 +323,7 @@ class BankView:
 
     @cached_property
     def _spreads(self) -> Tensor:
-        return class_spreads(self.bank.vectors, self.bank.labels)
+        return measure_class_spreads(self.bank.vectors, self.bank.labels)
 
 
 def _count_image(image: SplitImage, answers: Answers, settings: RetrievalConfig, num_labels: int) -> np.ndarray:
@@ -332,10 +340,10 @@ def _count_image(image: SplitImage, answers: Answers, settings: RetrievalConfig,
             order = cells.suppress(order, answers.labels, settings.nms_iou)
         elif not is_majority:
             kept_cells = Cells(cells.cover[:, kept], cells.sizes, cells.values)
-            chosen = kept[select(kept_cells, answers.labels[kept], answers.worths[kept])]
+            chosen = kept[select_masks(kept_cells, answers.labels[kept], answers.worths[kept])]
             order = order[np.isin(order, chosen)]
         if is_majority:
-            painted = majority_of_cells(cells, order, answers.labels, answers.scores)
+            painted = label_cells_by_majority(cells, order, answers.labels, answers.scores)
         else:
             painted = cells.paint(order, answers.labels)
         is_counted = cells.values != IGNORE_INDEX

@@ -58,7 +58,7 @@ class PredictOptions:
             -1 to 1. No limit if omitted.
         formats: what is written, some of `FORMATS`.
         objects: `proposals` (what is visible of one proposal) or `components` (a connected region of one class).
-        tolerance: pixels that polygons may lie off the mask; see `moduseg.masks.polygons.mask_polygons`.
+        tolerance: pixels that polygons may lie off the mask; see `moduseg.masks.polygons.find_polygons`.
         image_url: what Label Studio's addresses of images begin with; the default is its local file storage.
     """
 

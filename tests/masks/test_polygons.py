@@ -14,7 +14,7 @@ from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 
-from moduseg.masks.polygons import Convention, iou, mask_polygons, polygons_mask
+from moduseg.masks.polygons import Convention, fill_polygons, find_polygons, iou
 from moduseg.miniature.world.scenes import render_scene
 from moduseg.report.annotations import (
     PredictedObject,
@@ -71,10 +71,10 @@ def at_centres(polygons: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
 def test_polygons_hold_exactly_the_pixels_of_the_mask(name: str) -> None:
     mask = MASKS[name]
     size = (mask.shape[0], mask.shape[1])
-    polygons = mask_polygons(mask)
+    polygons = find_polygons(mask)
     assert np.array_equal(at_centres(polygons, size), mask)
-    assert np.array_equal(polygons_mask(polygons, size), mask)
-    assert np.array_equal(polygons_mask(mask_polygons(mask, 0.0, "centres"), size, "centres"), mask)
+    assert np.array_equal(fill_polygons(polygons, size), mask)
+    assert np.array_equal(fill_polygons(find_polygons(mask, 0.0, "centres"), size, "centres"), mask)
     assert all(polygon.shape[1] == 2 and len(polygon) >= 3 for polygon in polygons)
 
 
@@ -83,23 +83,23 @@ def test_polygons_hold_exactly_the_pixels_of_the_mask(name: str) -> None:
     [("block", 1), ("hole", 1), ("two holes", 1), ("two parts", 2), ("hole with an island", 2), ("pixel hole", 1)],
 )
 def test_one_polygon_for_each_component(name: str, count: int) -> None:
-    assert len(mask_polygons(MASKS[name])) == count
+    assert len(find_polygons(MASKS[name])) == count
 
 
 def test_edges_and_centres_are_half_a_pixel_apart() -> None:
-    edges, centres = mask_polygons(MASKS["block"])[0], mask_polygons(MASKS["block"], 0, "centres")[0]
+    edges, centres = find_polygons(MASKS["block"])[0], find_polygons(MASKS["block"], 0, "centres")[0]
     assert sorted(map(tuple, edges.tolist())) == [(1, 1), (1, 4), (5, 1), (5, 4)]
     assert sorted(map(tuple, centres.tolist())) == [(1, 1), (1, 3), (4, 1), (4, 3)]
 
 
 def test_an_empty_mask_has_no_polygon_and_wrong_arguments_are_named() -> None:
-    assert mask_polygons(np.zeros((3, 4), dtype=bool)) == []
-    assert not polygons_mask([], (3, 4)).any()
+    assert find_polygons(np.zeros((3, 4), dtype=bool)) == []
+    assert not fill_polygons([], (3, 4)).any()
     assert iou(np.zeros((2, 2), dtype=bool), np.zeros((2, 2), dtype=bool)) == 1.0
     with pytest.raises(ValueError, match=r"got \(2, 2\) uint8, expected \[H, W\] bool"):
-        mask_polygons(np.zeros((2, 2), dtype=np.uint8))
+        find_polygons(np.zeros((2, 2), dtype=np.uint8))
     with pytest.raises(ValueError, match=r"tolerance: got -1"):
-        mask_polygons(np.zeros((2, 2), dtype=bool), -1)
+        find_polygons(np.zeros((2, 2), dtype=bool), -1)
 
 
 @pytest.mark.parametrize("convention", ["edges", "centres"])
@@ -111,9 +111,9 @@ def test_simplified_polygons_stay_near_the_mask(convention: Convention, toleranc
         for number in range(1, scene.instances.max() + 1):
             mask = scene.instances == number
             for how in points:
-                polygons = mask_polygons(mask, how, convention)
+                polygons = find_polygons(mask, how, convention)
                 points[how] += sum(len(p) for p in polygons)
-                assert iou(polygons_mask(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= 0.97
+                assert iou(fill_polygons(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= 0.97
     assert points[tolerance] < 0.6 * points[0.0]
 
 

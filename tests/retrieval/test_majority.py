@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from moduseg.masks.cells import Cells
-from moduseg.retrieval.majority import assemble_majority, majority_of_cells
+from moduseg.retrieval.majority import assemble_majority, label_cells_by_majority
 from moduseg.structures import Proposals
 from tests.support.retrieval import make_retriever
 
@@ -62,8 +62,8 @@ def test_cells_give_the_same(rng: np.random.Generator) -> None:
     where = torch.arange(81).view(9, 9)
     cells = Cells.of(masks, where)  # one cell a pixel
     whole = assemble_majority(masks[places], torch.from_numpy(labels[places]), torch.from_numpy(scores[places]))
-    assert np.array_equal(majority_of_cells(cells, places, labels, scores), whole.flatten().numpy())
-    assert not majority_of_cells(cells, places[:0], labels, scores).any()
+    assert np.array_equal(label_cells_by_majority(cells, places, labels, scores), whole.flatten().numpy())
+    assert not label_cells_by_majority(cells, places[:0], labels, scores).any()
 
 
 def test_disjoint_proposals_are_painted_as_ever(device: torch.device, rng: np.random.Generator) -> None:

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 
 from moduseg.masks.cells import Cells
 from moduseg.retrieval import selection
-from moduseg.retrieval.balance import class_candidates
+from moduseg.retrieval.balance import find_class_candidates
 from moduseg.retrieval.rasterize import rasterize
 from moduseg.retrieval.selection import (
     assemble_selected,
-    heaviest,
-    margins,
-    select,
-    similarity_certainty,
-    worth,
+    compute_certainty,
+    compute_margins,
+    compute_worths,
+    find_heaviest_set,
+    select_masks,
 )
 from moduseg.structures import Proposals
 from tests import reference
@@ -56,7 +56,7 @@ def strip(*spans: tuple[int, int], width: int = 20) -> torch.Tensor:
 )  # fmt: skip
 def test_by_hand(spans: list[tuple[int, int]], labels: list[int], worths: list[float], kept: list[int]) -> None:
     whole = np.array([round(w * UNIT) for w in worths], dtype=np.int64)
-    assert select(Cells.of(strip(*spans)), np.array(labels, dtype=np.int64), whole).tolist() == kept
+    assert select_masks(Cells.of(strip(*spans)), np.array(labels, dtype=np.int64), whole).tolist() == kept
 
 
 def subsets(weights: np.ndarray, conflicts: np.ndarray) -> int:
@@ -74,7 +74,7 @@ def test_no_set_is_heavier(density: float, rng: np.random.Generator) -> None:
     for count in (1, 5, 11):
         upper = np.triu(rng.random((count, count)) < density, 1)
         conflicts, weights = upper | upper.T, rng.integers(1, 50, count)
-        chosen = heaviest(weights, conflicts)
+        chosen = find_heaviest_set(weights, conflicts)
         assert not conflicts[np.ix_(chosen, chosen)].any()
         assert int(weights[chosen].sum()) == subsets(weights, conflicts)
 
@@ -94,20 +94,20 @@ def test_a_deep_forest_is_solved_exactly_and_soon(rng: np.random.Generator) -> N
     for i in range(399, -1, -1):
         parts = int(best[parent == i].sum())
         best[i] = max(int(weights[i]), parts)
-    assert int(weights[heaviest(weights, conflicts)].sum()) == int(best[0])
+    assert int(weights[find_heaviest_set(weights, conflicts)].sum()) == int(best[0])
 
 
 def test_a_knot_beyond_all_patience_is_still_a_set(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     upper = np.triu(rng.random((60, 60)) < 0.2, 1)
     conflicts, weights = upper | upper.T, rng.integers(1, 50, 60)
-    exact = int(weights[heaviest(weights, conflicts)].sum())
+    exact = int(weights[find_heaviest_set(weights, conflicts)].sum())
     monkeypatch.setattr(selection, "_BRANCHINGS", 3)
-    chosen = heaviest(weights, conflicts)
+    chosen = find_heaviest_set(weights, conflicts)
     assert not conflicts[np.ix_(chosen, chosen)].any()
     assert 0.5 * exact < int(weights[chosen].sum()) <= exact
     chain = np.eye(900, k=1, dtype=bool) | np.eye(900, k=-1, dtype=bool)
     monkeypatch.setattr(selection, "_BRANCHINGS", 5000)
-    assert 449 <= len(heaviest(np.ones(900, dtype=np.int64), chain)) <= 450
+    assert 449 <= len(find_heaviest_set(np.ones(900, dtype=np.int64), chain)) <= 450
 
 
 def test_margins_by_hand(device: torch.device) -> None:
@@ -118,23 +118,25 @@ def test_margins_by_hand(device: torch.device) -> None:
 
     bank = torch.tensor([at(0.8), at(0.2), at(0.1), at(0.0), at(-1.0)], device=device)
     labels = torch.tensor([1, 2, 2, 2, 2], device=device)
-    candidates = class_candidates(torch.tensor([[1.0, 0.0]], device=device), bank, labels, 3)
+    candidates = find_class_candidates(torch.tensor([[1.0, 0.0]], device=device), bank, labels, 3)
     mean = (0.8 + 0.9 + 1.0) / 3
     for label, expected in ((1, 1 - 0.2 / mean), (2, 0.0), (5, 0.0)):
-        assert margins(candidates, torch.tensor([label], device=device)).tolist() == pytest.approx([expected])
-    alone = class_candidates(torch.tensor([[1.0, 0.0]], device=device), bank[1:], labels[1:], 3)
-    assert margins(alone, torch.tensor([2], device=device)).tolist() == [1.0]
+        assert compute_margins(candidates, torch.tensor([label], device=device)).tolist() == pytest.approx([expected])
+    alone = find_class_candidates(torch.tensor([[1.0, 0.0]], device=device), bank[1:], labels[1:], 3)
+    assert compute_margins(alone, torch.tensor([2], device=device)).tolist() == [1.0]
     left_out = torch.tensor([[True, False, True, True]], device=device)
-    assert margins(candidates, torch.tensor([1], device=device), left_out).tolist() == pytest.approx([1 - 0.2 / 0.95])
-    same = class_candidates(bank[:1], bank[:1].repeat(2, 1), torch.tensor([1, 2], device=device), 3)
-    assert margins(same, torch.tensor([1], device=device)).tolist() == [0.0]
+    assert compute_margins(candidates, torch.tensor([1], device=device), left_out).tolist() == pytest.approx(
+        [1 - 0.2 / 0.95]
+    )
+    same = find_class_candidates(bank[:1], bank[:1].repeat(2, 1), torch.tensor([1, 2], device=device), 3)
+    assert compute_margins(same, torch.tensor([1], device=device)).tolist() == [0.0]
 
 
 def test_worth_is_whole_and_within_bounds(device: torch.device) -> None:
     certainty = torch.tensor([0.5, 1.0, 2.0, 0.5], device=device)
     quality = torch.tensor([0.5, 1.2, 0.5, -1.0], device=device)
-    assert worth(certainty, quality).tolist() == [UNIT // 4, UNIT, UNIT, 0]
-    assert similarity_certainty(torch.tensor([0.5, -0.5, 1.0], device=device)).tolist() == [0.03125, 0, 1]
+    assert compute_worths(certainty, quality).tolist() == [UNIT // 4, UNIT, UNIT, 0]
+    assert compute_certainty(torch.tensor([0.5, -0.5, 1.0], device=device)).tolist() == [0.03125, 0, 1]
 
 
 @pytest.mark.parametrize("rule", ["margin", "similarity"])
@@ -178,7 +180,7 @@ def test_painted_are_the_selected_in_descending_score(device: torch.device, rng:
     scores = torch.from_numpy(rng.random(25).astype(np.float32)).to(device)
     worths = rng.integers(0, UNIT, 25)
     label_map, kept = assemble_selected(masks, labels, scores, worths)
-    chosen = select(Cells.of(masks), labels.cpu().numpy(), worths)
+    chosen = select_masks(Cells.of(masks), labels.cpu().numpy(), worths)
     assert sorted(kept.tolist()) == chosen.tolist()
     assert len(kept) > 1
     assert (scores[kept].diff() <= 0).all()

@@ -126,7 +126,7 @@ def test_held_out_is_a_bank_without_the_image(more: list[str], finished: Path) -
     split.confusion(cfg.bank, cfg.retrieval)
     answers = split.answer(cfg.bank, cfg.retrieval)
     bank = split.bank.configured(cfg.bank)
-    from moduseg.retrieval.selection import worth
+    from moduseg.retrieval.selection import compute_worths
 
     for image in split.images:
         keep = split.bank.image_index[bank.rows] != split.bank.image_ids.index(image.id)
@@ -137,7 +137,7 @@ def test_held_out_is_a_bank_without_the_image(more: list[str], finished: Path) -
         assert answers.labels[image.queries].tolist() == votes.labels.tolist()
         assert answers.scores[image.queries].tolist() == votes.scores.tolist()
         if cfg.retrieval.selection == "margin":
-            certain = worth(retriever._margins(pooled, votes.labels), split.queries.quality[image.queries])
+            certain = compute_worths(retriever._margins(pooled, votes.labels), split.queries.quality[image.queries])
             assert answers.worths[image.queries].tolist() == certain.tolist()
     assert BuildBank.run(cfg) == split.inputs["build_bank"]
     assert torch.is_tensor(split.queries.pooled)
