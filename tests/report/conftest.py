@@ -10,7 +10,7 @@ import pytest
 
 from moduseg.config import compose
 from moduseg.stages.infer import Infer
-from tests.support.browser import browser, chromium
+from tests.support.browser import find_chromium, open_browser
 from tests.support.runs import overrides
 
 
@@ -18,9 +18,9 @@ from tests.support.runs import overrides
 def opened() -> Iterator[Any]:
     """A running browser."""
     pytest.importorskip("playwright.sync_api", reason="playwright drives the browser; pip install playwright")
-    if chromium() is None:
+    if find_chromium() is None:
         pytest.skip("no Chromium found; install one or set MODUSEG_CHROMIUM")
-    with browser() as running:
+    with open_browser() as running:
         yield running
 
 

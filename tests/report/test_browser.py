@@ -14,7 +14,7 @@ from PIL import Image
 
 from moduseg.report.page import read_script
 from moduseg.tools import report
-from tests.support.browser import Watched
+from tests.support.browser import WatchedPage
 from tests.support.synthetic import make_run
 
 
@@ -39,7 +39,7 @@ def tiles(page: Any) -> list[str]:
 @pytest.mark.parametrize("part", ["#/", "#/classes", "#/images", "#/bank", "#/images/image/2"])
 @pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (390, "dark")])
 def test_every_part_opens_from_disk(opened: Any, index: Path, part: str, width: int, theme: str) -> None:
-    watched = Watched(opened, width, 850, theme)
+    watched = WatchedPage(opened, width, 850, theme)
     page = watched.open(index, part)
     page.wait_for_timeout(250)
     assert (watched.errors, watched.outside) == ([], [])
@@ -50,7 +50,7 @@ def test_every_part_opens_from_disk(opened: Any, index: Path, part: str, width: 
 
 def test_the_head_and_the_theme(opened: Any, index: Path, run: Path) -> None:
     results = json.loads((run / "results.json").read_text())
-    watched = Watched(opened)
+    watched = WatchedPage(opened)
     page = watched.open(index)
     assert f"{results['miou']:.1f}" in page.locator(".hero .big").inner_text()
     assert "top_k: 5" in page.locator("pre").inner_text()
@@ -70,7 +70,7 @@ def test_the_head_and_the_theme(opened: Any, index: Path, run: Path) -> None:
 
 
 def test_images_are_sorted_filtered_and_found(opened: Any, index: Path) -> None:
-    watched = Watched(opened)
+    watched = WatchedPage(opened)
     page = watched.open(index, "#/images")
     ids = [f"val_0000{i}" for i in range(9)]
     assert tiles(page) == ids
@@ -102,7 +102,7 @@ def test_images_are_sorted_filtered_and_found(opened: Any, index: Path) -> None:
 
 
 def test_the_slider_the_layers_and_the_zoom(opened: Any, index: Path) -> None:
-    watched = Watched(opened)
+    watched = WatchedPage(opened)
     page = watched.open(index, "#/images/image/0")
     page.wait_for_selector(".layers button")
     canvas = page.locator(".image-canvas canvas.layer").first
@@ -134,7 +134,7 @@ def test_the_slider_the_layers_and_the_zoom(opened: Any, index: Path) -> None:
 
 
 def test_keys_step_through_the_images_as_they_are_sorted(opened: Any, index: Path) -> None:
-    page = Watched(opened).open(index, "#/images")
+    page = WatchedPage(opened).open(index, "#/images")
     page.get_by_label("Sort by").select_option("high")
     order = tiles(page)
     page.locator(".grid .tile").first.click()
@@ -154,7 +154,7 @@ def test_keys_step_through_the_images_as_they_are_sorted(opened: Any, index: Pat
 
 @pytest.mark.parametrize("part", ["#/", "#/classes", "#/images?sort=low"])
 def test_closing_an_image_leads_back_to_where_it_was_opened(opened: Any, index: Path, part: str) -> None:
-    watched = Watched(opened)
+    watched = WatchedPage(opened)
     page = watched.open(index, part)
     view = page.locator("main > .view").get_attribute("class")
     page.locator("main .tile").first.click()
@@ -177,7 +177,7 @@ def test_closing_an_image_leads_back_to_where_it_was_opened(opened: Any, index: 
 
 def test_why(opened: Any, index: Path) -> None:
     """A click on a region names its label, votes and neighbours; a neighbour leads on to its own, and back."""
-    watched = Watched(opened)
+    watched = WatchedPage(opened)
     page = watched.open(index, "#/images/image/1")
     page.wait_for_selector(".regions button")
     why = read_script(index.parent / "data" / "why" / "000001.js")
@@ -223,7 +223,7 @@ def test_why(opened: Any, index: Path) -> None:
 
 
 def test_classes_bars_and_confusion(opened: Any, index: Path) -> None:
-    watched = Watched(opened)
+    watched = WatchedPage(opened)
     page = watched.open(index, "#/classes")
     record = read_script(index.parent / "data" / "summary.js")["record"]
     shown = [float(t) for t in page.locator(".bar-row .number").all_inner_texts() if t != "–"]
@@ -250,7 +250,7 @@ def test_classes_bars_and_confusion(opened: Any, index: Path) -> None:
 
 
 def test_the_bank_its_map_and_those_that_mislead(opened: Any, index: Path) -> None:
-    watched = Watched(opened)
+    watched = WatchedPage(opened)
     page = watched.open(index, "#/bank")
     page.wait_for_selector(".view[data-ready]")
     bank = read_script(index.parent / "data" / "bank.js")
@@ -284,7 +284,7 @@ def test_the_bank_its_map_and_those_that_mislead(opened: Any, index: Path) -> No
 
 
 def test_two_runs_side_by_side(opened: Any, compared: Path) -> None:
-    watched = Watched(opened)
+    watched = WatchedPage(opened)
     page = watched.open(compared, "#/compare")
     page.wait_for_function("document.querySelectorAll('.grid canvas:not([hidden])').length === 18")
     page.get_by_role("radio", name="largest change").click()
@@ -310,7 +310,7 @@ def test_few_of_many_images_exist_at_a_time(opened: Any, tmp_path: Path) -> None
     """A grid of hundreds holds the tiles near the screen, wherever one scrolls."""
     run = make_run(tmp_path, 300, train=4, size=(48, 64), proposals=6)
     index = report.run(str(run))
-    watched = Watched(opened)
+    watched = WatchedPage(opened)
     page = watched.open(index, "#/images")
     page.wait_for_function("performance.getEntriesByName('first-picture').length > 0")
     assert page.locator(".grid .tile").count() < 200

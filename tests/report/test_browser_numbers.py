@@ -14,7 +14,7 @@ from moduseg.evaluation.confusion import label_counts
 from moduseg.evaluation.counts import FILE, SplitCounts
 from moduseg.evaluation.measures import iou, read_path
 from moduseg.report.page import read_program, read_script
-from tests.support.browser import Watched
+from tests.support.browser import WatchedPage
 
 
 def test_scores_of_images_are_those_of_the_evaluation(opened: Any, index: Path, run: Path) -> None:
@@ -24,7 +24,7 @@ def test_scores_of_images_are_those_of_the_evaluation(opened: Any, index: Path, 
         each = iou(image)
         wrong = 100 * (1 - image[0].sum() / image[1].sum())
         expected.append([float(np.nanmean(each)), float(wrong)])
-    page = Watched(opened).open(index)
+    page = WatchedPage(opened).open(index)
     assert page.evaluate("Report.scores.all().map(s => [s.miou, s.wrong])") == pytest.approx(np.array(expected))
     page.close()
 
@@ -42,7 +42,7 @@ def test_scores_without_background(
     opened: Any, index: Path, background: bool, ignored: bool, expected: tuple[Any, dict[int, float]]
 ) -> None:
     matrix = np.array([[0, 0, 0], [2, 6, 0], [0, 1, 3]])
-    page = Watched(opened).open(index)
+    page = WatchedPage(opened).open(index)
     found = page.evaluate(
         """([cells, counts, background, ignored]) => {
             Report.receive("summary", {...Report.get("summary"), classes: ["a", "b", "c"],
@@ -60,7 +60,7 @@ def test_scores_without_background(
 
 def test_labels_and_errors_are_painted_to_the_pixel(opened: Any, index: Path, run: Path) -> None:
     """The canvas of the viewer holds the colours of the stored label map, and of its errors."""
-    page = Watched(opened).open(index, "#/images/image/3")
+    page = WatchedPage(opened).open(index, "#/images/image/3")
     page.wait_for_selector(".layers button")
     labels = np.asarray(Image.open(run / "labels" / "val_00003.png"))
     read = """() => { const c = document.querySelector('.image-canvas canvas.layer');
@@ -98,7 +98,7 @@ def test_scripts_have_short_lines() -> None:
 
 
 def test_the_page_shows_every_measure_of_its_data(opened: Any, index: Path) -> None:
-    page = Watched(opened).open(index)
+    page = WatchedPage(opened).open(index)
     texts = page.evaluate(
         """() => {
             const summary = Report.get("summary");

@@ -76,6 +76,16 @@ def test_the_head_says_what_the_results_say(outputs: Path) -> None:
     assert (run / "report" / "index.html").read_bytes() == read_program()["index.html"]
 
 
+def test_time_by_step_is_time_on_the_clock(copy: Path) -> None:
+    """`wall` alone counts: the other seconds of a manifest are its parts."""
+    run = folder_of(copy)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["seconds"] = {"wall": 7.25, "load": 1.0, "work": 6.0, "model": 5.0, "write": 0.5}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    report.run(str(run), [f"dataset.root={copy / 'world-10-5'}"])
+    assert value(run, "summary")["seconds"][-1] == ["infer (val)", 7.25]
+
+
 def test_every_image_has_its_photograph_maps_and_counts(outputs: Path) -> None:
     run = folder_of(outputs)
     images, head = value(run, "images"), value(run, "summary")

@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven by playwright: what the tests of the page share."""
+"""Drive an installed Chromium with playwright, for the tests of pages."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-def chromium() -> str | None:
-    """The browser's path: `MODUSEG_CHROMIUM`, else what is installed; `None` where there is none."""
-    named = os.environ.get("MODUSEG_CHROMIUM")
-    return named or next(
+def find_chromium() -> str | None:
+    """Return the path of the browser: `MODUSEG_CHROMIUM`, else an installed one; `None` if there is none."""
+    return os.environ.get("MODUSEG_CHROMIUM") or next(
         (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
     )
 
 
 @contextmanager
-def browser() -> Iterator[Any]:
-    """A running browser."""
+def open_browser() -> Iterator[Any]:
+    """Start a browser, and close it at the end."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium(), args=list(ARGUMENTS))
+        opened = playwright.chromium.launch(executable_path=find_chromium(), args=list(ARGUMENTS))
         try:
             yield opened
         finally:
             opened.close()
 
 
-class Watched:
-    """A page whose errors and requests are kept.
+class WatchedPage:
+    """A page of a browser that records its errors and requests.
 
     Attributes:
         page: playwright's page.
-        errors: what the console and uncaught exceptions said.
-        outside: addresses asked for that are not on this disk.
+        errors: warnings and errors of the console, uncaught exceptions and failed requests.
+        outside: requested addresses that are not on disk.
     """
 
     def __init__(self, opened: Any, width: int = 1440, height: int = 900, theme: str = "light") -> None:
@@ -52,9 +51,9 @@ class Watched:
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("requestfailed", lambda request: self.errors.append(f"failed: {request.url}"))
-        self.page.on("request", self._note)
+        self.page.on("request", self._record_request)
 
-    def _note(self, request: Any) -> None:
+    def _record_request(self, request: Any) -> None:
         if not request.url.startswith(("file:", "data:", "blob:", "about:")):
             self.outside.append(request.url)
 
@@ -66,9 +65,9 @@ class Watched:
         return self.page
 
 
-def first_picture(index: Path) -> float:
-    """Milliseconds from the navigation to the first photograph of the images' grid."""
-    with browser() as opened:
-        page = Watched(opened).open(index, "#/images")
+def measure_first_picture(index: Path) -> float:
+    """Return the milliseconds from opening the list of images to its first photograph."""
+    with open_browser() as opened:
+        page = WatchedPage(opened).open(index, "#/images")
         page.wait_for_function("performance.getEntriesByName('first-picture').length > 0")
         return float(page.evaluate("performance.getEntriesByName('first-picture')[0].startTime"))
