@@ -137,8 +137,10 @@ def worker_config(cfg: Config, device: Device) -> Config:
 def _connect(workers: RayWorkers) -> Any:
     try:
         import ray
-        import ray.data
-        import ray.exceptions
+
+        # Loaded here, so that they are attributes of `ray` for the callers.
+        import ray.data  # noqa: F401
+        import ray.exceptions  # noqa: F401
     except ImportError as error:
         raise MissingError(
             f"runtime.engine: got ray, which is not installed ({error}); pip install 'moduseg[ray]', or set "

@@ -183,7 +183,7 @@ USUAL_TRIMS = {
 
 
 def trim(
-    rng: np.random.Generator, skin: np.ndarray, alpha: np.ndarray, radius: float, usual: str, loyalty: float
+    rng: np.random.Generator, skin: np.ndarray, alpha: np.ndarray, radius: float, *, usual: str, loyalty: float
 ) -> np.ndarray:
     """`skin` with a light or dark rim inside the outline `alpha`; the `usual` one with chance `loyalty`."""
     kind = usual if rng.random() < loyalty else _TRIMS[int(rng.integers(len(_TRIMS)))]
@@ -200,7 +200,7 @@ def trim(
 
 
 def surface(
-    rng: np.random.Generator, h: int, w: int, s: float, hue: float, usual: str = "plain", loyalty: float = 0.0
+    rng: np.random.Generator, h: int, w: int, s: float, hue: float, *, usual: str = "plain", loyalty: float = 0.0
 ) -> np.ndarray:
     """Surface of an object, `[H, W, 3]` float32 RGB: hue of its family, `usual` pattern with chance `loyalty`."""
     saturation, value = rng.uniform(0.55, 1.0), rng.uniform(0.55, 1.0)

@@ -312,10 +312,10 @@ def _objects(canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig) 
             alpha.shape[1],
             scale,
             60.0 * HUES.index(hue_name) + jitter,
-            USUAL_PATTERNS[shape],
-            config.loyalty,
+            usual=USUAL_PATTERNS[shape],
+            loyalty=config.loyalty,
         )
-        skin = trim(rng, skin, alpha, radius, USUAL_TRIMS[shape], config.trim_loyalty)
+        skin = trim(rng, skin, alpha, radius, usual=USUAL_TRIMS[shape], loyalty=config.trim_loyalty)
         if rng.random() < 0.35:
             _cast_shadow(canvas, contours, rng, scale)
         target = canvas[window[0] : window[1], window[2] : window[3]]
