@@ -1,4 +1,4 @@
-"""Every figure of `scripts/benchmark.py`, by name: a new one is a function and a line in `FIGURES`."""
+"""Figures of `scripts/benchmark.py` by name. A new figure is a function and a line in `FIGURES`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ FIGURES: dict[str, str] = {
 
 
 def measure(name: str, setting: Setting) -> list[Row]:
-    """The rows of one figure."""
+    """Measure one figure and return its rows."""
     module, function = FIGURES[name].split(":")
     return cast(Callable[[Setting], list[Row]], getattr(importlib.import_module(module), function))(setting)

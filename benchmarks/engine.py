@@ -1,4 +1,4 @@
-"""The loop over images: what a run costs beside its models, what it holds in memory, what a second process saves."""
+"""The loop over images: its cost beside the models, its memory, and the gain of a second process."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ ORACLES = ("proposer=ground_truth", "pseudo_masks=ground_truth", "backbone=minia
 
 
 def outside_models(setting: Setting) -> list[Row]:
-    """Milliseconds an image that the demo spends outside models' forward passes, once its models are loaded.
+    """Measure the milliseconds per image that the demo spends outside models' forward passes.
 
-    `build_bank` and `infer` as the demo runs them, with a quarter of its images and of its pictures; merging, scoring
-    and drawing count, starting Python and loading weights do not.
+    `build_bank` and `infer` run as in the demo, with a quarter of its images and of its pictures. Merging, scoring and
+    drawing count; starting Python and loading weights do not.
     """
     train, val = (8, 4) if setting.is_small else (40, 20)
-    found: list[dict[str, float]] = []
+    runs: list[dict[str, float]] = []
     steps: dict[str, Any] = {}
     for _ in range(1 if setting.is_small else min(setting.repeats, 3)):
         with _scratch() as folder:
@@ -52,7 +52,7 @@ def outside_models(setting: Setting) -> list[Row]:
                 ]
             )
             work = Workspace(cfg)
-            _warm(work)
+            _warm_up(work)
             begun, cpu = time.perf_counter(), time.process_time()
             spent, cpu_spent = model_seconds(), model_cpu_seconds()
             with measure():
@@ -61,18 +61,20 @@ def outside_models(setting: Setting) -> list[Row]:
             wall, model = time.perf_counter() - begun, model_seconds() - spent
             cpu, cpu_model = time.process_time() - cpu, model_cpu_seconds() - cpu_spent
             steps = steps_by_folder(path)
-        each = 1000 / (train + val)
-        found.append({"outside": each * (wall - model), "cpu": each * (cpu - cpu_model), "share": model / wall})
-    outside, cpu_outside, share = (summarise([run[key] for run in found]) for key in ("outside", "cpu", "share"))
+        ms_per_image = 1000 / (train + val)
+        runs.append(
+            {"outside": ms_per_image * (wall - model), "cpu": ms_per_image * (cpu - cpu_model), "share": model / wall}
+        )
+    outside, cpu_outside, share = (summarise([run[key] for run in runs]) for key in ("outside", "cpu", "share"))
     text = (
         f"{outside['median']:.1f} ms ({outside['min']:.1f} to {outside['max']:.1f}; CPU time of all threads "
         f"{cpu_outside['median']:.1f} ms); forward passes take {100 * share['median']:.0f} % of the time"
     )
     figure, target = f"time outside forward passes, demo, an image of {train + val}", f"at most {OUTSIDE_MS:g} ms"
     details = {"milliseconds": outside, "cpu_milliseconds": cpu_outside, "model_share": share, "steps": steps}
-    # What a proposer does with its model's masks is its own affair; this is what the loop and the other stages cost.
-    others = [s for name, s in steps.items() if not name.startswith("propose/")]
-    rest = 1000 / (train + val) * sum(s["wall"] - s["model"] for s in others)
+    # The second row leaves out what a proposer does with its model's masks: it shows the loop and the other stages.
+    other_steps = [s for name, s in steps.items() if not name.startswith("propose/")]
+    rest = 1000 / (train + val) * sum(s["wall"] - s["model"] for s in other_steps)
     return [
         Row(figure, target, text, outside["median"] <= OUTSIDE_MS, details),
         Row(f"{figure}, proposals apart", target, f"{rest:.1f} ms (last round)", rest <= OUTSIDE_MS),
@@ -80,11 +82,11 @@ def outside_models(setting: Setting) -> list[Row]:
 
 
 def memory(setting: Setting) -> list[Row]:
-    """Peak memory of `infer` on many images over that on a tenth of them; each in a process of its own."""
+    """Measure the peak memory of `infer` on many images over that on a tenth of them, each in its own process."""
     few, many = (4, 40) if setting.is_small else (400, 4000)
     figure, target = f"peak memory of infer, {many} images over {few}", f"at most +{MEMORY_MB:g} MB"
     if not sys.platform.startswith("linux"):
-        return [make_unmeasured_row(figure, target, "the mark of a process's memory is read as Linux writes it")]
+        return [make_unmeasured_row(figure, target, "a process's peak memory is read as Linux writes it")]
     with _scratch() as folder:
         peaks = [_peak(folder / str(images), images) for images in (few, many)]
     more = peaks[1] - peaks[0]
@@ -93,7 +95,7 @@ def memory(setting: Setting) -> list[Row]:
 
 
 def shards(setting: Setting) -> list[Row]:
-    """Time of two shards on a core each over that of one process on one core; start-up apart, rounds interleaved."""
+    """Measure the time of two shards on a core each over that of one process on one core, without start-up."""
     figure, target = "two shards over one process, a core each", f"at most {SHARE:g} of the time"
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) < 2:
@@ -105,10 +107,13 @@ def shards(setting: Setting) -> list[Row]:
         for round_ in range(1 if setting.is_small else min(setting.repeats, 3)):
             for count in (1, 2) if round_ % 2 else (2, 1):
                 shutil.rmtree(folder / "miniature" / "propose", ignore_errors=True)
-                wall, cpu = _together(folder, images, cores[:count])
+                wall, cpu = _time_shards(folder, images, cores[:count])
                 times[count].append(wall)
                 computed[count].append(cpu)
-    ratios, cpus = (summarise([two / one for one, two in zip(t[1], t[2], strict=True)]) for t in (times, computed))
+    ratios, cpus = (
+        summarise([two_shards / single for single, two_shards in zip(t[1], t[2], strict=True)])
+        for t in (times, computed)
+    )
     text = (
         f"{ratios['median']:.2f} ({ratios['min']:.2f} to {ratios['max']:.2f}; CPU time of the slower shard "
         f"{cpus['median']:.2f}); one {summarise(times[1])['median']:.1f} s"
@@ -120,7 +125,7 @@ def shards(setting: Setting) -> list[Row]:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder for a while, and silence."""
+    """Yield a temporary folder, with the log reduced to errors."""
     log = logging.getLogger("moduseg")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -131,20 +136,22 @@ def _scratch() -> Iterator[Path]:
             log.setLevel(level)
 
 
-def _warm(work: Workspace) -> None:
-    """Draw the world, load every model, and use it once."""
+def _warm_up(work: Workspace) -> None:
+    """Draw the world, load every model, and run it once."""
     val, train = (work.dataset(split) for split in (work.eval_split, work.train_split))
     with torch.inference_mode():
         sample = val.load(val.ids[0], truth=work.proposer.needs_truth)
         work.backbone.tokens([sample.image])
-        found = work.proposer.propose(sample)
+        proposals = work.proposer.propose(sample)
         labelled = train.load(train.ids[0])
-        work.generator.generate(labelled, labelled.labels or (1,), found if work.generator.needs_proposals else None)
+        work.generator.generate(
+            labelled, labelled.labels or (1,), proposals if work.generator.needs_proposals else None
+        )
 
 
 def _peak(folder: Path, images: int) -> float:
-    """Megabytes that a process running `infer` held at its worst."""
-    # Drawn by another process, so that what drawing takes does not hide the rest.
+    """Return the peak memory of a process that runs `infer`, in megabytes."""
+    # Another process draws the world, so that the memory of drawing does not hide the rest.
     arguments = [
         *ORACLES,
         f"runtime.outputs={folder}",
@@ -177,13 +184,13 @@ def _infer(pipe: Connection, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("moduseg").setLevel(logging.ERROR)
     Infer.run(compose(arguments))
-    # Not `ru_maxrss`: a process inherits that of the one that started it.
+    # `ru_maxrss` will not do: a process inherits it from its parent.
     status = Path("/proc/self/status").read_text()
     pipe.send(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")))
 
 
-def _together(folder: Path, images: int, cores: Sequence[int]) -> tuple[float, float]:
-    """Seconds that as many shards as there are cores take for the proposals of a split, and the most one computed."""
+def _time_shards(folder: Path, images: int, cores: Sequence[int]) -> tuple[float, float]:
+    """Return the seconds that one shard per core takes for the proposals of a split, and the largest CPU time."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in cores]
     arguments = [f"runtime.outputs={folder}", "runtime.device=cpu", "runtime.batch_size=4", f"dataset.val={images}"]
@@ -211,7 +218,7 @@ def _shard(pipe: Connection, core: int, index: int, count: int, arguments: list[
     logging.getLogger("moduseg").setLevel(logging.ERROR)
     cfg = compose([*arguments, f"runtime.shard.index={index}", f"runtime.shard.count={count}"])
     work = Workspace(cfg)
-    _warm(work)
+    _warm_up(work)
     runner = Propose(work).runner()
     pipe.send("ready")
     pipe.recv()

@@ -1,4 +1,4 @@
-"""What contains a model: SAM's proposals beside the packaged generator's, inference beside its backbone."""
+"""Steps that contain a model: SAM's proposals beside the packaged generator's, inference beside its backbone."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ BASE = "SamAutomaticMaskGenerator"
 CUDA_MASKS = 100
 
 
-def matched(ours: Proposals, theirs: Proposals) -> tuple[float, float]:
-    """Share of their masks that ours match at IoU 0.98 or more, and of ours that match none of theirs."""
+def match_masks(ours: Proposals, theirs: Proposals) -> tuple[float, float]:
+    """Return the share of their masks that ours match at IoU 0.98, and the share of ours that match none of theirs."""
     a, b = (proposals.masks.flatten(1).float() for proposals in (ours, theirs))
     shared = a @ b.T
-    good = shared / (a.sum(1)[:, None] + b.sum(1)[None] - shared) >= 0.98
-    return good.any(0).float().mean().item(), 1 - good.any(1).float().mean().item()
+    is_match = shared / (a.sum(1)[:, None] + b.sum(1)[None] - shared) >= 0.98
+    return is_match.any(0).float().mean().item(), 1 - is_match.any(1).float().mean().item()
 
 
 def sam_miniature(setting: Setting) -> list[Row]:
-    """The shipped weights, settings and scenes, on one grid."""
+    """Measure SAM on the shipped weights, settings and scenes, both sides on one grid."""
     count = 1 if setting.is_small else 8
     dataset = datasets.build(compose([f"dataset.val={count}", "dataset.train=1"]).dataset, "val")
     scenes = [dataset.load(image_id) for image_id in dataset.ids]
     options = {key: value for key, value in compose(["proposer=sam_miniature"]).proposer.items() if key != "name"}
     if setting.is_small:
         options["points_per_side"] = 4
-    where = Device(setting.device)
+    device = Device(setting.device)
     packaged, grid = (
-        SamProposer(SamOptions(**{**options, "engine": engine}), where) for engine in ("packaged", "grid")
+        SamProposer(SamOptions(**{**options, "engine": engine}), device) for engine in ("packaged", "grid")
     )
-    agreement = [matched(grid.propose(scene), packaged.propose(scene)) for scene in scenes]
-    found, extra = (float(np.mean(values)) for values in zip(*agreement, strict=True))
+    agreement = [match_masks(grid.propose(scene), packaged.propose(scene)) for scene in scenes]
+    matched, extra = (float(np.mean(values)) for values in zip(*agreement, strict=True))
     times = interleave(
         {
             BASE: lambda: [packaged.propose(scene) for scene in scenes],
@@ -54,14 +54,14 @@ def sam_miniature(setting: Setting) -> list[Row]:
         setting.device,
     )
     title = f"SAM proposals, miniature, same grid, {count} scenes"
-    row = require_faster(title, 2, times, BASE, "ours", matched=found, extra=extra)
-    text = f"{row.result}; {100 * found:.1f} % matched, {100 * extra:.1f} % extra"
-    reached = bool(row.is_reached) and found >= 0.98 and extra <= 0.02
+    row = require_faster(title, 2, times, BASE, "ours", matched=matched, extra=extra)
+    text = f"{row.result}; {100 * matched:.1f} % matched, {100 * extra:.1f} % extra"
+    reached = bool(row.is_reached) and matched >= 0.98 and extra <= 0.02
     return [Row(title, f"{row.target}, 98 % matched", text, reached, row.details)]
 
 
 def sam_vit_h(setting: Setting) -> list[Row]:
-    """ViT-H with random weights, a grid of 32 x 32, about a hundred masks: agreement in float32, speed in bfloat16."""
+    """Measure ViT-H with random weights on a grid of 32 x 32: agreement in float32, speed in bfloat16."""
     title, target = "SAM ViT-H proposals, 32x32 grid, bfloat16", f"at least 3x {BASE}, 98 % matched"
     if setting.device.type != "cuda" and not setting.is_small:
         return [make_unmeasured_row(title, target, "no CUDA device")]
@@ -80,24 +80,23 @@ def sam_vit_h(setting: Setting) -> list[Row]:
     scores = SamProposer(SamOptions(**options, engine="grid"), exact).propose(sample).predicted_iou
     # NMS goes from the best score down, so that the best hundred stay whatever is cut off below them.
     options["pred_iou_thresh"] = float(scores[min(CUDA_MASKS, len(scores)) - 1]) - 1e-6
-    with _without_tf32():
+    with _WithoutTf32():
         ours, theirs = (
-            SamProposer(SamOptions(**options, engine=engine), exact).propose(sample)  # type: ignore[arg-type]
-            for engine in ("grid", "packaged")
+            SamProposer(SamOptions(**options, engine=engine), exact).propose(sample) for engine in ("grid", "packaged")
         )
-    found, extra = matched(ours, theirs)
-    rough = Device(setting.device, "bfloat16")
-    packaged, grid = (SamProposer(SamOptions(**options, engine=engine), rough) for engine in ("packaged", "grid"))  # type: ignore[arg-type]
+    matched, extra = match_masks(ours, theirs)
+    bfloat16 = Device(setting.device, "bfloat16")
+    packaged, grid = (SamProposer(SamOptions(**options, engine=engine), bfloat16) for engine in ("packaged", "grid"))
     times = interleave(
         {BASE: lambda: packaged.propose(sample), "ours": lambda: grid.propose(sample)}, setting.repeats, setting.device
     )
-    row = require_faster(title, 3, times, BASE, "ours", matched=found, extra=extra, masks=len(theirs))
-    text = f"{row.result}; {len(theirs)} masks, {100 * found:.1f} % matched, {100 * extra:.1f} % extra in float32"
-    return [Row(title, target, text, bool(row.is_reached) and found >= 0.98 and extra <= 0.02, row.details)]
+    row = require_faster(title, 3, times, BASE, "ours", matched=matched, extra=extra, masks=len(theirs))
+    text = f"{row.result}; {len(theirs)} masks, {100 * matched:.1f} % matched, {100 * extra:.1f} % extra in float32"
+    return [Row(title, target, text, bool(row.is_reached) and matched >= 0.98 and extra <= 0.02, row.details)]
 
 
-class _without_tf32:
-    """Float32 products in float32, as long as it is entered."""
+class _WithoutTf32:
+    """Context in which float32 products are computed in float32."""
 
     def __enter__(self) -> None:
         self._before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -109,7 +108,7 @@ class _without_tf32:
 
 @torch.inference_mode()
 def inference(setting: Setting) -> list[Row]:
-    """Everything behind the proposer: DINOv2-B with random weights, 60 proposals an image, a bank of 20,000 vectors."""
+    """Measure all after the proposer: DINOv2-B with random weights, 60 proposals an image, a bank of 20,000 vectors."""
     title, target = "inference without the proposer, DINOv2-B at 500x375", "backbone at least 50 % of the time"
     if setting.device.type != "cuda" and not setting.is_small:
         return [make_unmeasured_row(title, target, "no CUDA device")]

@@ -1,4 +1,4 @@
-"""Purification of a label map beside eroding it class by class."""
+"""Purification of a label map beside an erosion class by class."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests import reference
 KERNEL, ITERATIONS = 3, 20
 
 
-def label_map(classes: int, height: int, width: int, seed: int = 0) -> np.ndarray:
-    """`[H, W]` uint8: convex cells of `classes` labels, background among them, and an ignored ribbon."""
+def make_label_map(classes: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Return `[H, W]` uint8: convex cells of `classes` labels, background among them, and an ignored ribbon."""
     rng = np.random.default_rng(seed)
     centres = rng.uniform([0, 0], [height, width], (max(classes, 6), 2))
     y, x = np.mgrid[:height, :width]
@@ -24,11 +24,11 @@ def label_map(classes: int, height: int, width: int, seed: int = 0) -> np.ndarra
 
 
 def purification(setting: Setting) -> list[Row]:
-    """Twenty classes, and the four that a photograph may have."""
+    """Measure twenty classes, and four as in a photograph."""
     height, width = (40, 60) if setting.is_small else (375, 500)
     rows = []
-    for classes, least in ((20, 5.0), (4, 1.0)):
-        labels = label_map(classes, height, width)
+    for classes, min_ratio in ((20, 5.0), (4, 1.0)):
+        labels = make_label_map(classes, height, width)
         tensor = torch.from_numpy(labels).to(setting.device)
         np.testing.assert_array_equal(
             purify(tensor, KERNEL, ITERATIONS).cpu().numpy(), reference.purify(labels, KERNEL, ITERATIONS)
@@ -42,5 +42,5 @@ def purification(setting: Setting) -> list[Row]:
             setting.device,
         )
         title = f"purification, {classes} classes, {height}x{width}"
-        rows.append(require_faster(title, least, times, "cv2.erode per class", "ours"))
+        rows.append(require_faster(title, min_ratio, times, "cv2.erode per class", "ours"))
     return rows

@@ -1,4 +1,4 @@
-"""The steps after the models, from patch tokens and neighbours to the label map, beside the plain way."""
+"""The steps after the models, from patch tokens and neighbours to the label map, beside the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATCH, NMS_IOU, CLASSES, TOP_K = 14, 0.4, 21, 25
 
 @dataclass(frozen=True)
 class Case:
-    """One image's data: what the proposer, the backbone and the search give.
+    """The data of one image: results of the proposer, the backbone and the search.
 
     Attributes:
         masks: `[N, H, W]` bool.
@@ -36,19 +36,19 @@ class Case:
 
 
 def make_case(masks: np.ndarray, dim: int, seed: int = 0) -> Case:
-    """Tokens and neighbours for some masks: an image of four classes and background, three neighbours in ten wrong."""
+    """Draw tokens and neighbours for masks of four classes and background; three neighbours in ten are wrong."""
     rng = np.random.default_rng(seed)
     count, height, width = masks.shape
     shape = -(-height // PATCH), -(-width // PATCH), dim
-    own = rng.choice(np.append(0, rng.choice(np.arange(1, CLASSES), 4, replace=False)), (count, 1))
+    true_labels = rng.choice(np.append(0, rng.choice(np.arange(1, CLASSES), 4, replace=False)), (count, 1))
     wrong = rng.random((count, TOP_K)) < 0.3
-    labels = np.where(wrong, rng.integers(0, CLASSES, (count, TOP_K)), own)
+    labels = np.where(wrong, rng.integers(0, CLASSES, (count, TOP_K)), true_labels)
     similarities = -np.sort(-rng.uniform(0.3, 0.9, (count, TOP_K)).astype(np.float32), axis=1)
     return Case(masks, rng.normal(size=shape).astype(np.float32), labels, similarities)
 
 
-def disjoint_ids(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
-    """`[H, W]` int64: pixels go to the nearest of `count` centres; one in ten belongs to none (-1), in blocks."""
+def draw_id_map(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
+    """Return `[H, W]` int64, the nearest of `count` centres; one pixel in ten belongs to none (-1), in blocks."""
     centres = rng.uniform([0, 0], [height, width], (count, 2))
     y, x = np.mgrid[:height, :width]
     nearest = ((y[None] - centres[:, :1, None]) ** 2 + (x[None] - centres[:, 1:, None]) ** 2).argmin(0)
@@ -58,7 +58,7 @@ def disjoint_ids(rng: np.random.Generator, count: int, height: int, width: int) 
 
 
 def run_plain(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors and label map, one mask at a time."""
+    """Return vectors and label map, computed one mask at a time."""
     vectors = np.stack([reference.pool(case.tokens, reference.patch_coverage(mask, PATCH)) for mask in case.masks])
     pairs = zip(case.neighbour_labels, case.similarities, strict=True)
     votes = [reference.vote(a.tolist(), b.tolist()) for a, b in pairs]
@@ -67,15 +67,17 @@ def run_plain(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return vectors, reference.rasterize(case.masks[kept], labels[kept], scores[kept])
 
 
-def measure(title: str, least: float, case: Case, ours: Callable[[], tuple[Any, Any]], setting: Setting) -> Row:
-    """Both ways on one case, after a check that they agree."""
+def measure(title: str, min_ratio: float, case: Case, ours: Callable[[], tuple[Any, Any]], setting: Setting) -> Row:
+    """Measure both ways on one case, after a check that they agree."""
     vectors, label_map = ours()
     expected = run_plain(case)
     np.testing.assert_allclose(vectors.cpu().numpy(), expected[0], atol=1e-5)
     np.testing.assert_array_equal(label_map.cpu().numpy(), expected[1])
     ways = {"plain": lambda: run_plain(case), "ours": ours}
     times = interleave(ways, setting.repeats, setting.device)
-    return require_faster(title, least, times, "plain", "ours", masks=list(case.masks.shape), dim=case.tokens.shape[2])
+    return require_faster(
+        title, min_ratio, times, "plain", "ours", masks=list(case.masks.shape), dim=case.tokens.shape[2]
+    )
 
 
 def _size(setting: Setting) -> tuple[int, int, int]:
@@ -84,7 +86,7 @@ def _size(setting: Setting) -> tuple[int, int, int]:
 
 @torch.inference_mode()
 def overlapping(setting: Setting) -> list[Row]:
-    """Sixty overlapping proposals: what SAM gives."""
+    """Measure sixty overlapping proposals, as SAM gives them."""
     height, width, dim = _size(setting)
     masks = reference.random_masks(np.random.default_rng(0), 60, height, width)
     case = make_case(masks, dim)
@@ -105,9 +107,9 @@ def overlapping(setting: Setting) -> list[Row]:
 
 @torch.inference_mode()
 def disjoint(setting: Setting) -> list[Row]:
-    """Thirty disjoint proposals: what EntitySeg, superpixels and maps of ids give."""
+    """Measure thirty disjoint proposals, as EntitySeg, superpixels and id maps give them."""
     height, width, dim = _size(setting)
-    ids = disjoint_ids(np.random.default_rng(0), 30, height, width).astype(np.int32)
+    ids = draw_id_map(np.random.default_rng(0), 30, height, width).astype(np.int32)
     case = make_case(ids == np.arange(30)[:, None, None], dim)
     on_device = [
         torch.from_numpy(array).to(setting.device)

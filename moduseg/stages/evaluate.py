@@ -153,7 +153,7 @@ def _make_table(record: dict[str, Any]) -> str:
         ends = f"{format_value(interval['low'])} to {format_value(interval['high'])}"
         rows.insert(1, ("mIoU, 95 % interval over images", ends))
     if masks is not None:
-        rows += [(f"{title} of pseudo masks on {masks['split']}", value) for title, value in measure_rows(masks)]
+        rows += [(f"{title}, pseudo masks of {masks['split']}", value) for title, value in measure_rows(masks)]
     rows += [
         (figure.title.format_map(proposals), format_value(figure.read(proposals), decimals=figure.decimals))
         for figure in PROPOSAL_FIGURES
