@@ -1,4 +1,4 @@
-"""The errors that a user can mend. Each message names the value, what is allowed and the remedy, in one line."""
+"""Errors that a user can correct. Each message names the value, what is allowed and the remedy, in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ConfigError(ModusegError):
 
 
 class DataError(ModusegError):
-    """A file or an image cannot be used. In a stage it costs that image only, and is recorded."""
+    """A file or an image cannot be used. A stage records it and goes on without that image."""
 
 
 class LabelIdError(DataError):
@@ -23,19 +23,19 @@ class LabelIdError(DataError):
 
 
 class MissingError(ModusegError):
-    """A folder, a file or a set of weights that the run needs is not there."""
+    """A folder, a file or a set of weights that the run needs is missing."""
 
 
 class ArtefactError(ModusegError):
-    """A stored artefact does not fit what is asked of it (another backbone, class list or format)."""
+    """A stored artefact does not fit the request (another backbone, class list or format)."""
 
 
 class StorageError(ModusegError):
-    """A file cannot be written (disk full, no permission). It ends the run; what was finished before is kept."""
+    """A file cannot be written (disk full, no permission). The run ends; finished images are kept."""
 
 
 class IncompleteError(ModusegError):
-    """Other shards have work left, so that what needs all images has to wait. The commands print it and exit with 0."""
+    """Other shards are unfinished, so the merge cannot run yet. The commands print the message and exit with code 0."""
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str | None:

@@ -67,8 +67,12 @@ def read_size(path: Path) -> tuple[int, int]:
         return (width, height) if _read_orientation(picture) >= 5 else (height, width)
 
 
-def read_label_png(path: Path) -> np.ndarray:
+def read_label_png(path: Path, content: bytes | None = None) -> np.ndarray:
     """Read the class ids of a label map: indexed or grey, or a colour picture in the colours of the VOC palette.
+
+    Args:
+        path: the file; with `content`, its name for messages.
+        content: bytes of the file, if they were read already, such as from an archive.
 
     Returns:
         `[H, W]` uint8, ids as stored (255 where ignored).
@@ -76,13 +80,13 @@ def read_label_png(path: Path) -> np.ndarray:
     Raises:
         DataError: the file cannot be read, holds ids over 255, or colours that the palette does not have.
     """
-    plain = read_plain_png(Path(path), MAX_PIXELS)
+    plain = read_plain_png(Path(path), MAX_PIXELS, content)
     if plain is not None:
         return plain
-    with _open(path) as picture:
+    with _open(path, content=content) as picture:
         if picture.mode in ("RGB", "RGBA"):
             return _ids_of_colours(np.asarray(picture.convert("RGB")), path)
-        ids = _read_ids(picture, path)
+        ids = _read_ids(picture, path, content)
     if ids.size and int(ids.max()) > 255:
         raise DataError(f"{path}: got label id {int(ids.max())}, expected ids 0..255; store an 8-bit indexed PNG")
     return ids.astype(np.uint8)
@@ -163,12 +167,12 @@ def write_rgb_png(array: np.ndarray, compress_level: int = 6) -> bytes:
     return bytes(data)
 
 
-def _open(path: Path, decode: bool = True) -> Image.Image:
+def _open(path: Path, decode: bool = True, content: bytes | None = None) -> Image.Image:
     path = Path(path)
     try:
-        if path.stat().st_size == 0:
+        if (path.stat().st_size if content is None else len(content)) == 0:
             raise DataError(f"{path}: got an empty file (0 bytes), expected an image; fetch it again or leave it out")
-        picture = Image.open(path)
+        picture = Image.open(path if content is None else io.BytesIO(content))
         if picture.width * picture.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
         if decode:
@@ -226,7 +230,7 @@ def _turn_upright(array: np.ndarray, picture: Image.Image) -> np.ndarray:
     return np.asarray(Image.fromarray(array).transpose(_TRANSPOSE[orientation])) if orientation > 1 else array
 
 
-def _read_ids(picture: Image.Image, path: Path) -> np.ndarray:
+def _read_ids(picture: Image.Image, path: Path, content: bytes | None = None) -> np.ndarray:
     mode = picture.mode
     if mode not in ("P", "PA", "L", "LA", "1", "I") and not mode.startswith("I;16"):
         raise DataError(f"{path}: got {mode} pixels, expected an indexed or grey PNG; store ids, not colours")
@@ -235,7 +239,7 @@ def _read_ids(picture: Image.Image, path: Path) -> np.ndarray:
         raise DataError(f"{path}: got id {int(array.min())}, expected ids >= 0")
     if mode == "L" and picture.format == "PNG":
         # Pillow stretches 2-bit and 4-bit grey to 0..255, which would turn id 1 into 85 or 17.
-        with Path(path).open("rb") as file:
+        with Path(path).open("rb") if content is None else io.BytesIO(content) as file:
             depth = file.read(25)[24]
         array = array // {2: 85, 4: 17}.get(depth, 1)
     return array

@@ -6,6 +6,7 @@ inflated, which zlib-ng does in a sixth of the standard library's time. Pillow r
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 
@@ -33,18 +34,19 @@ def parse_png_header(data: bytes) -> tuple[int, int, int, int, int] | None:
     return width, height, depth, colour, interlace
 
 
-def read_plain_png(path: Path, max_pixels: int) -> np.ndarray | None:
+def read_plain_png(path: Path, max_pixels: int, content: bytes | None = None) -> np.ndarray | None:
     """Read the values of an 8-bit indexed or grey PNG without row filters.
 
     Args:
         path: the file.
         max_pixels: larger pictures are not read.
+        content: bytes of the file, if they were read already.
 
     Returns:
         `[H, W]` uint8; `None` for any other kind of file, and for one that is absent or damaged.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if content is None else io.BytesIO(content) as file:
             data = file.read(HEADER_BYTES)
             header = parse_png_header(data)
             if header is None:

@@ -6,14 +6,13 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
+from moduseg.datasets.io import read_label_png
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, DataError, MissingError
 from moduseg.files import file_digest
@@ -124,30 +123,21 @@ class FilePseudoMasks(PseudoMaskGenerator):
 
 
 def read_label_map(content: bytes, name: str, num_classes: int) -> np.ndarray:
-    """Return the `[H, W]` uint8 class ids of an indexed or 8-bit grey picture.
+    """Return the `[H, W]` uint8 class ids of a label map in any form that `read_label_png` reads.
 
     Args:
-        content: of the file.
-        name: for messages.
-        num_classes: foreground classes.
+        content: bytes of the file.
+        name: name of the file, for messages.
+        num_classes: number of foreground classes.
 
     Raises:
         DataError: damaged, of another kind, or an id other than 0..num_classes and 255.
     """
-    try:
-        with Image.open(BytesIO(content)) as picture:
-            if picture.mode not in ("P", "L", "1"):
-                raise DataError(
-                    f"{name}: got a {picture.mode} picture, expected one channel of class ids; save it as indexed PNG"
-                )
-            array = np.array(picture, dtype=np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        reason = "of no known kind" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{name}: not readable as a picture ({reason}); make it again") from error
-    wrong = sorted({int(v) for v in np.unique(array)} - set(range(num_classes + 1)) - {IGNORE_INDEX})
+    label_map = read_label_png(Path(name), content)
+    wrong = sorted({int(v) for v in np.unique(label_map)} - set(range(num_classes + 1)) - {IGNORE_INDEX})
     if wrong:
         raise DataError(f"{name}: got class ids {wrong[:5]}, expected 0..{num_classes} or 255; check the class list")
-    return array
+    return label_map
 
 
 def to_one_hot(array: np.ndarray, labels: tuple[int, ...] | None, device: Device) -> ScoreMaps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -20,7 +21,7 @@ from moduseg.files import file_digest
 from moduseg.masks.palette import voc_palette
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
-from moduseg.pseudo_masks.files import FilePseudoMasks
+from moduseg.pseudo_masks.files import FilePseudoMasks, read_label_map
 from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
 from moduseg.pseudo_masks.labels import make_label_map
 from moduseg.structures import Sample
@@ -113,10 +114,10 @@ def test_pattern_and_digest(tmp_path: Path) -> None:
         (None, "no such file"),
         (np.zeros((4, 2), np.uint8), r"got \(4, 2\) pixels, expected the image's \(2, 4\)"),
         (np.full((2, 4), 6, np.uint8), r"got class ids \[6\], expected 0..5 or 255"),
-        (np.zeros((2, 4, 3), np.uint8), "got a RGB picture, expected one channel"),
-        (np.zeros((2, 4), np.uint16), "picture, expected one channel"),
-        (b"", "not readable as a picture"),
-        (b"\x89PNG\r\n\x1a\n broken", "not readable as a picture"),
+        (np.full((2, 4, 3), 9, np.uint8), r"got a colour picture with 1 colours outside the VOC palette"),
+        (np.full((2, 4), 300, np.uint16), r"got label id 300, expected ids 0\.\.255"),
+        (b"", "got an empty file"),
+        (b"\x89PNG\r\n\x1a\n broken", "unreadable as an image"),
     ],
     ids=["absent", "size", "id", "rgb", "16 bit", "empty", "broken"],
 )
@@ -130,11 +131,25 @@ def test_bad_files(tmp_path: Path, content: np.ndarray | bytes | None, message: 
         FilePseudoMasks(str(tmp_path), CPU, CLASSES).generate(Sample("a", np.zeros((2, 4, 3), np.uint8)), (2,))
 
 
+@pytest.mark.parametrize(
+    "stored",
+    [
+        pytest.param(MAP, id="8-bit grey"),
+        pytest.param(MAP.astype(np.uint16), id="16-bit grey"),
+        pytest.param(voc_palette()[MAP], id="colours of the VOC palette"),
+    ],
+)
+def test_label_maps_of_any_tool_are_read(stored: np.ndarray) -> None:
+    content = BytesIO()
+    Image.fromarray(stored).save(content, "PNG")
+    np.testing.assert_array_equal(read_label_map(content.getvalue(), "a.png", 5), MAP)
+
+
 def test_truncated_file(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     write(file, np.random.default_rng(0).integers(0, 6, (80, 80)).astype(np.uint8))
     file.write_bytes(file.read_bytes()[:-900])
-    with pytest.raises(DataError, match="not readable as a picture"):
+    with pytest.raises(DataError, match="unreadable as an image"):
         FilePseudoMasks(str(tmp_path), CPU, CLASSES).generate(Sample("a", np.zeros((80, 80, 3), np.uint8)), (2,))
 
 
@@ -165,7 +180,7 @@ def test_an_archive_is_read_as_its_folder_would_be(tmp_path: Path) -> None:
     assert both[1].digest == file_digest(archive)
     for name, message in (
         ("c", r"masks\.zip/pseudo/c\.png: no such file.*pattern"),
-        ("b", "not readable as a picture"),
+        ("b", "unreadable as an image"),
     ):
         with pytest.raises(DataError, match=message):
             both[1].generate(Sample(name, item.image, (2,)), (2,))
