@@ -1,10 +1,11 @@
-"""The demo as a Gradio page: events in, values of components out; what they mean is in `moduseg.app`."""
+"""The demo as a Gradio page: events in, values of components out; `moduseg.app.session` does the work."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from moduseg.app.session import Session
 from moduseg.errors import MissingError, ModusegError
 
 TITLE = "moduseg"
-LEAST_SIDE = 512
-"""Pictures are shown at least about that many pixels large."""
+MIN_SIDE = 512
+"""Smaller pictures are enlarged until their longer side has about this many pixels."""
 INTRODUCTION = (
     "# moduseg\nDrop a picture. Click a region to see which regions of the bank gave it its label; name it otherwise, "
     "and the bank has learned it. Nothing is written before you save."
@@ -22,10 +23,10 @@ INTRODUCTION = (
 
 
 def import_gradio() -> Any:
-    """The package, of a version that this page is written for.
+    """Return the package, if its version is one that this page is written for.
 
     Raises:
-        MissingError: it is not there, or cannot be used.
+        MissingError: it is not installed, or too old.
     """
     try:
         gradio = importlib.import_module("gradio")
@@ -37,8 +38,31 @@ def import_gradio() -> Any:
     return gradio
 
 
+@dataclass(frozen=True)
+class PageView:
+    """What the page shows after an event.
+
+    Attributes:
+        proposal: the region that was clicked, `None` for none.
+        overlay: `[h, w, 3]` uint8, the picture in the colours of its labels; `None` without a picture.
+        labels: the classes in the picture, as text.
+        explanation: why the proposal has its label, as Markdown.
+        thumbnails: pictures of the neighbours with their captions.
+        label: the proposal's class.
+        message: what the event did.
+    """
+
+    proposal: int | None = None
+    overlay: np.ndarray | None = None
+    labels: str = ""
+    explanation: str = ""
+    thumbnails: tuple[tuple[np.ndarray, str], ...] = ()
+    label: str | None = None
+    message: str = ""
+
+
 class Page:
-    """What the events of the page do. Each visitor has a session of their own, held by the page's state.
+    """What the events of the page do. Each visitor has a session, which the page's state holds.
 
     Args:
         new_session: makes a session; models may be shared.
@@ -47,28 +71,28 @@ class Page:
     def __init__(self, new_session: Callable[[], Session]) -> None:
         self._new_session = new_session
 
-    def dropped(self, session: Session | None, image: np.ndarray | None) -> tuple[Any, ...]:
-        """A picture was dropped (or cleared): session, proposal, overlay, labels, explanation, thumbnails, message."""
+    def drop(self, session: Session | None, image: np.ndarray | None) -> tuple[Session, PageView]:
+        """Label a picture that was dropped; `None` if it was cleared."""
         session = session or self._new_session()
         if image is None:
-            return session, None, None, "", "", [], ""
+            return session, PageView()
         session.show(np.ascontiguousarray(image[:, :, :3]))
-        return session, None, picture(session), labels_text(session), "Click a region of the result.", [], ""
+        overlay, labels = draw_picture(session), describe_labels(session)
+        return session, PageView(overlay=overlay, labels=labels, explanation="Click a region of the result.")
 
-    def clicked(self, session: Session, x: float, y: float) -> tuple[Any, ...]:
-        """A place of the result was clicked: proposal, overlay, explanation, thumbnails, label."""
-        factor = enlargement(session)
-        proposal = session.at(x / factor, y / factor)
+    def click(self, session: Session, x: float, y: float) -> PageView:
+        """Explain the region at a pixel of the result."""
+        scale = picture_scale(session)
+        proposal = session.at(x / scale, y / scale)
         if proposal is None:
-            return None, picture(session), "No proposal covers this place; it counts as background.", [], None
-        return proposal, picture(session, proposal), *self._explained(session, proposal)
+            text = "No proposal covers this place; it counts as background."
+            return PageView(overlay=draw_picture(session), explanation=text)
+        return self._view(session, proposal)
 
-    def corrected(self, session: Session, proposal: int | None, label: str | None) -> tuple[Any, ...]:
-        """A label was given: overlay, labels, explanation, thumbnails, label, message, class names."""
+    def correct(self, session: Session, proposal: int | None, label: str | None) -> PageView:
+        """Add a region to the bank with the label that was given, and label the picture again."""
         if proposal is None or not (label or "").strip():
-            message = "Click a region first, then say what it is."
-            text, thumbnails, shown = self._explained(session, proposal)
-            return picture(session, proposal), labels_text(session), text, thumbnails, shown, message, session.classes
+            return self._view(session, proposal, "Click a region first, then say what it is.")
         changes = session.correct(proposal, label or "")
         lines = [f"Regions in the bank: {len(session.bank)}, corrections among them: {len(session.corrections)}."]
         if changes:
@@ -78,139 +102,156 @@ class Page:
                 f"No label changed: {session.top_k} neighbours vote, and the others still agree. Lower their number, "
                 "or name more regions."
             )
-        if session.left_out():
+        if session.dropped_corrections():
             lines.append("The outlier filter keeps some corrections out of the search.")
-        text, thumbnails, shown = self._explained(session, proposal)
-        message = "\n".join(lines)
-        return picture(session, proposal), labels_text(session), text, thumbnails, shown, message, session.classes
+        return self._view(session, proposal, "\n".join(lines))
 
-    def undone(self, session: Session, proposal: int | None) -> tuple[Any, ...]:
-        """The last correction is taken back; values as of `corrected`."""
-        taken = session.undo()
-        message = "Nothing to take back." if taken is None else f"Taken back: {taken.label}."
-        text, thumbnails, shown = self._explained(session, proposal)
-        return picture(session, proposal), labels_text(session), text, thumbnails, shown, message, session.classes
+    def undo(self, session: Session, proposal: int | None) -> PageView:
+        """Take the last correction back."""
+        correction = session.undo()
+        message = "Nothing to take back." if correction is None else f"Taken back: {correction.label}."
+        return self._view(session, proposal, message)
 
-    def votes_set(self, session: Session | None, proposal: int | None, top_k: int) -> tuple[Any, ...]:
-        """Another number of neighbours votes (0: as configured): overlay, labels, explanation, thumbnails, label."""
+    def set_votes(self, session: Session | None, proposal: int | None, top_k: int) -> PageView:
+        """Let another number of neighbours vote; 0 for the number that is configured."""
         if session is None:
-            return None, "", "", [], None
+            return PageView()
         session.set_top_k(int(top_k) or None)
-        return picture(session, proposal), labels_text(session), *self._explained(session, proposal)
+        return self._view(session, proposal)
 
-    def saved(self, session: Session, out: str) -> str:
-        """The bank is written: message."""
+    def save(self, session: Session, out: str) -> str:
+        """Write the bank, and return the message."""
         if not out.strip():
             return "Name a folder first."
         return f"Bank of {len(session.bank)} regions -> {session.save(out.strip())}"
 
-    def _explained(
-        self, session: Session, proposal: int | None
-    ) -> tuple[str, list[tuple[np.ndarray, str]], str | None]:
+    def _view(self, session: Session, proposal: int | None, message: str = "") -> PageView:
+        overlay, labels = draw_picture(session, proposal), describe_labels(session)
         if proposal is None:
-            return "", [], None
-        found = session.why(proposal)
-        votes = ", ".join(f"{name} {count}" for name, count in found.votes.items()) or "none"
-        text = f"**{found.label}**, score {found.score:.2f}; votes: {votes}"
-        pictures = [
-            (n.picture, f"{n.label} {n.similarity:.2f}{'' if n.voted else ', no vote'} ({n.image})")
-            for n in found.neighbours
+            return PageView(overlay=overlay, labels=labels, message=message)
+        why = session.why(proposal)
+        votes = ", ".join(f"{name} {count}" for name, count in why.votes.items()) or "none"
+        text = f"**{why.label}**, score {why.score:.2f}; votes: {votes}"
+        thumbnails = tuple(
+            (n.picture, f"{n.label} {n.similarity:.2f}{'' if n.has_voted else ', no vote'} ({n.image})")
+            for n in why.neighbours
             if n.picture is not None
-        ]
-        missing = len(found.neighbours) - len(pictures)
-        if missing:
-            text += f"; {missing} training images are not at hand"
-        return text, pictures, found.label
+        )
+        num_missing = len(why.neighbours) - len(thumbnails)
+        if num_missing:
+            text += f"; {num_missing} training images are not at hand"
+        return PageView(proposal, overlay, labels, text, thumbnails, why.label, message)
 
 
-def enlargement(session: Session) -> int:
-    """By how much a small picture is enlarged, a whole number."""
-    return max(1, LEAST_SIDE // max(session.image.shape[:2]))
+def picture_scale(session: Session) -> int:
+    """Return the whole number by which a small picture is enlarged."""
+    return max(1, MIN_SIDE // max(session.image.shape[:2]))
 
 
-def picture(session: Session, proposal: int | None = None) -> np.ndarray:
-    """What the page shows of `Session.overlay`, `[h, w, 3]` uint8."""
-    factor = enlargement(session)
-    return session.overlay(proposal).repeat(factor, 0).repeat(factor, 1)
+def draw_picture(session: Session, proposal: int | None = None) -> np.ndarray:
+    """Return `Session.overlay` at the size that the page shows, `[h, w, 3]` uint8."""
+    scale = picture_scale(session)
+    return session.overlay(proposal).repeat(scale, 0).repeat(scale, 1)
 
 
-def labels_text(session: Session) -> str:
-    """The classes in the picture with their share of it."""
+def describe_labels(session: Session) -> str:
+    """Return the classes in the picture with their share of it, as text."""
     pixels = session.prediction.label_map.size
     return ", ".join(f"{name} {100 * count / pixels:.0f} %" for name, count in session.labels())
 
 
 def build_page(new_session: Callable[[], Session], classes: tuple[str, ...]) -> Any:
-    """The page, a `gradio.Blocks`.
+    """Return the page, a `gradio.Blocks`.
 
     Args:
         new_session: makes a session for a visitor.
         classes: of the bank, offered as labels.
 
     Raises:
-        MissingError: gradio is not there.
+        MissingError: gradio is not installed, or too old.
     """
-    gr = import_gradio()
-    page = Page(new_session)
-
-    def guarded(act: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*values: Any) -> Any:
-            try:
-                return act(*values)
-            except ModusegError as error:
-                raise gr.Error(str(error)) from error
-
-        return run
-
-    def clicked(session: Session, event: Any) -> Any:
-        x, y = event.index
-        return page.clicked(session, x, y)
-
-    def with_choices(values: tuple[Any, ...]) -> tuple[Any, ...]:
-        *rest, names = values
-        rest[4] = gr.update(choices=list(names), value=rest[4])
-        return tuple(rest)
-
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
-        session, proposal = gr.State(None), gr.State(None)
-        gr.Markdown(INTRODUCTION)
-        with gr.Row():
-            dropped = gr.Image(type="numpy", label="picture", sources=["upload", "clipboard"], height=420)
-            result = gr.Image(type="numpy", format="png", label="result: click a region", interactive=False, height=420)
-        labels = gr.Markdown()
-        explanation = gr.Markdown()
-        # Thumbnails keep their size where there are few of them; older versions do so without being told.
-        few = {"fit_columns": False} if "fit_columns" in inspect.signature(gr.Gallery).parameters else {}
-        gallery = gr.Gallery(
-            label="why: the nearest regions of the bank", columns=6, height=220, object_fit="contain", **few
-        )
-        with gr.Row():
-            name = gr.Dropdown(list(classes), label="it is", allow_custom_value=True, value=None)
-            add = gr.Button("Add to the bank", variant="primary")
-            undo = gr.Button("Take back")
-            votes = gr.Slider(0, 50, value=0, step=1, label="neighbours that vote (0: as configured)")
-        message = gr.Markdown()
-        with gr.Row():
-            out = gr.Textbox(label="save the bank as", placeholder="my/bank")
-            save = gr.Button("Save")
-
-        views = [result, labels, explanation, gallery, name]
-        dropped.change(
-            guarded(page.dropped),
-            [session, dropped],
-            [session, proposal, result, labels, explanation, gallery, message],
-        )
-
-        # Gradio finds the event by the type of the parameter, which is known only here.
-        def on_click(session_value: Session, event: Any) -> Any:
-            return guarded(clicked)(session_value, event)
-
-        on_click.__annotations__["event"] = gr.SelectData
-        result.select(on_click, [session], [proposal, result, explanation, gallery, name])
-        add.click(
-            guarded(lambda s, p, n: with_choices(page.corrected(s, p, n))), [session, proposal, name], [*views, message]
-        )
-        undo.click(guarded(lambda s, p: with_choices(page.undone(s, p))), [session, proposal], [*views, message])
-        votes.release(guarded(page.votes_set), [session, proposal, votes], views)
-        save.click(guarded(page.saved), [session, out], [message])
+    gradio = import_gradio()
+    with gradio.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+        _connect_events(gradio, Page(new_session), _add_components(gradio, classes))
     return blocks
+
+
+def _add_components(gr: Any, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Lay the page out, and return its components; those that show a field of `PageView` have its name."""
+    parts = {"session": gr.State(None), "proposal": gr.State(None)}
+    gr.Markdown(INTRODUCTION)
+    with gr.Row():
+        parts["image"] = gr.Image(type="numpy", label="picture", sources=["upload", "clipboard"], height=420)
+        parts["overlay"] = gr.Image(
+            type="numpy", format="png", label="result: click a region", interactive=False, height=420
+        )
+    parts["labels"] = gr.Markdown()
+    parts["explanation"] = gr.Markdown()
+    # Without this option, few thumbnails would be stretched; older versions do not know it and do not stretch.
+    options = {"fit_columns": False} if "fit_columns" in inspect.signature(gr.Gallery).parameters else {}
+    parts["thumbnails"] = gr.Gallery(
+        label="why: the nearest regions of the bank", columns=6, height=220, object_fit="contain", **options
+    )
+    with gr.Row():
+        parts["label"] = gr.Dropdown(list(classes), label="it is", allow_custom_value=True, value=None)
+        parts["add"] = gr.Button("Add to the bank", variant="primary")
+        parts["undo"] = gr.Button("Take back")
+        parts["votes"] = gr.Slider(0, 50, value=0, step=1, label="neighbours that vote (0: as configured)")
+    parts["message"] = gr.Markdown()
+    with gr.Row():
+        parts["out"] = gr.Textbox(label="save the bank as", placeholder="my/bank")
+        parts["save"] = gr.Button("Save")
+    return parts
+
+
+def _connect_events(gr: Any, page: Page, parts: dict[str, Any]) -> None:
+    """Connect the components' events with the page's methods."""
+    region = ("overlay", "explanation", "thumbnails", "label")
+    everything = ("overlay", "labels", "explanation", "thumbnails", "label", "message")
+    dropped = ("proposal", "overlay", "labels", "explanation", "thumbnails", "message")
+
+    def on_drop(session: Session | None, image: np.ndarray | None) -> tuple[Any, ...]:
+        session, view = _raise_as(gr.Error, page.drop, session, image)
+        return session, *_values(view, dropped)
+
+    def on_click(session: Session, event: Any) -> tuple[Any, ...]:
+        return _values(_raise_as(gr.Error, page.click, session, *event.index), ("proposal", *region))
+
+    def on_correct(session: Session, proposal: int | None, label: str | None) -> tuple[Any, ...]:
+        view = _raise_as(gr.Error, page.correct, session, proposal, label)
+        return _values(view, everything, gr.update(choices=list(session.classes), value=view.label))
+
+    def on_undo(session: Session, proposal: int | None) -> tuple[Any, ...]:
+        view = _raise_as(gr.Error, page.undo, session, proposal)
+        return _values(view, everything, gr.update(choices=list(session.classes), value=view.label))
+
+    def on_votes(session: Session | None, proposal: int | None, top_k: int) -> tuple[Any, ...]:
+        view = _raise_as(gr.Error, page.set_votes, session, proposal, top_k)
+        return _values(view, ("overlay", "labels", "explanation", "thumbnails", "label"))
+
+    def on_save(session: Session, out: str) -> str:
+        return str(_raise_as(gr.Error, page.save, session, out))
+
+    # Gradio finds the event by the type of the parameter, which is known only here.
+    on_click.__annotations__["event"] = gr.SelectData
+    session, chosen = parts["session"], [parts["session"], parts["proposal"]]
+    parts["image"].change(on_drop, [session, parts["image"]], [session, *(parts[name] for name in dropped)])
+    parts["overlay"].select(on_click, [session], [parts[name] for name in ("proposal", *region)])
+    parts["add"].click(on_correct, [*chosen, parts["label"]], [parts[name] for name in everything])
+    parts["undo"].click(on_undo, chosen, [parts[name] for name in everything])
+    parts["votes"].release(on_votes, [*chosen, parts["votes"]], [parts[name] for name in everything[:-1]])
+    parts["save"].click(on_save, [session, parts["out"]], [parts["message"]])
+
+
+def _values(view: PageView, names: tuple[str, ...], label: Any = None) -> tuple[Any, ...]:
+    """Return fields of a view for the components of these names; `label` replaces that field."""
+    fields = {**vars(view), "thumbnails": list(view.thumbnails)}
+    return tuple(label if name == "label" and label is not None else fields[name] for name in names)
+
+
+def _raise_as(error_class: type[Exception], act: Callable[..., Any], *values: Any) -> Any:
+    """Return what `act` returns, with the package's errors raised as one that Gradio shows."""
+    try:
+        return act(*values)
+    except ModusegError as error:
+        raise error_class(str(error)) from error

@@ -21,8 +21,8 @@ class DemoOptions:
 
     Attributes:
         bank: folder of the bank.
-        host: address to listen on; the default is this machine alone.
-        port: port to listen on; a free one where left out.
+        host: address to listen on; the default is this machine only.
+        port: port to listen on; a free one if omitted.
     """
 
     bank: str
@@ -36,18 +36,19 @@ class DemoOptions:
 
 def main(options: DemoOptions, overrides: Sequence[str]) -> int:
     """Serve the page until it is interrupted."""
-    blocks = page(options, overrides)
+    blocks = open_page(options, overrides)
     log.info("demo_app: the bank is %s; stop with Ctrl-C", options.bank)
     launch(blocks, options, wait=True)
     return 0
 
 
-def page(options: DemoOptions, overrides: Sequence[str] = ()) -> Any:
-    """The page, not yet served.
+def open_page(options: DemoOptions, overrides: Sequence[str] = ()) -> Any:
+    """Return the page, not yet served.
 
     Raises:
-        MissingError: gradio is not there.
-        ArtefactError, ConfigError: see `Segmenter.from_bank`.
+        MissingError: gradio is not installed, or too old.
+        ArtefactError: no bank is there, or it is damaged.
+        ConfigError: an override is not allowed.
     """
     import_gradio()
     folder = Path(options.bank).expanduser()
@@ -57,7 +58,7 @@ def page(options: DemoOptions, overrides: Sequence[str] = ()) -> Any:
 
 
 def launch(blocks: Any, options: DemoOptions, wait: bool) -> str:
-    """Serve a page; its address. `wait` until it is interrupted."""
+    """Serve a page, and return its address; with `wait`, not before it is interrupted."""
     _, address, _ = blocks.launch(
         server_name=options.host, server_port=options.port, share=False, prevent_thread_lock=not wait, quiet=not wait
     )

@@ -1,11 +1,11 @@
-"""What the demo does, without any page around it: label an image, say why, take corrections into the bank.
+"""The demo without a page: label an image, say why, add corrections to the bank.
 
 session = Session.open_bank("outputs/miniature/build_bank/timm-train-1a2b3c4d")
 session.show(image)                     # [H, W, 3] uint8
 proposal = session.at(x, y)
 session.why(proposal)                   # label, votes, the nearest regions of the bank with their pictures
 session.correct(proposal, "red star")   # what changes in the picture
-session.save("my/bank")                 # a bank of its own; the one that was opened stays as it is
+session.save("my/bank")                 # a new bank; the one that was opened is not changed
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from moduseg.report.overlay import find_outlines, overlay_labels
 from moduseg.structures import IGNORE_INDEX, Prediction
 
 SHOWN = "shown"
-"""Images that were dropped are called `shown/<number>` in the bank."""
-NEIGHBOURS = 6
-"""Regions of the bank that explain a proposal, at least; fewer may vote."""
+"""Pictures that were shown are called `shown/<number>` in the bank."""
+MIN_NEIGHBOURS = 6
+"""At least this many regions of the bank explain a proposal; fewer may vote."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Neighbour:
         label: its class.
         image: id of its training image.
         similarity: cosine with the proposal.
-        voted: whether it is near enough to vote; the others are shown for comparison.
-        picture: `[h, w, 3]` uint8; `None` where the training image is not at hand.
+        has_voted: whether it was among the nearest that vote; the others are shown for comparison.
+        picture: `[h, w, 3]` uint8; `None` if the training image is not at hand.
     """
 
     row: int
     label: str
     image: str
     similarity: float
-    voted: bool
+    has_voted: bool
     picture: np.ndarray | None
 
 
@@ -66,7 +66,7 @@ class Explanation:
         label: the class that won.
         score: mean similarity of the neighbours that voted for it.
         votes: voting neighbours by class, most first.
-        runner_up: the class with the second most votes, `None` where all agree.
+        runner_up: the class with the second most votes, `None` if all agree.
         neighbours: nearest first.
     """
 
@@ -80,7 +80,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Change:
-    """A proposal of the picture whose label is another one now."""
+    """A proposal whose label changed."""
 
     proposal: int
     before: str
@@ -89,13 +89,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Correction:
-    """A region that somebody named.
+    """A region that a person named.
 
     Attributes:
-        image: id of the picture in the bank.
+        image: id of its picture in the bank.
         proposal: its number in that picture.
-        label: what it was said to be.
-        vector, area: what it gives to the bank.
+        label: the class it was given.
+        vector: `[C]` float32, what the bank stores of it.
+        area: pixels, as the bank counts them.
         mask: `[H, W]` bool.
     """
 
@@ -108,7 +109,7 @@ class Correction:
 
 
 class Session:
-    """One person's look at pictures with one bank, and what they taught it. Nothing is written before `save`.
+    """The pictures that one person looks at with one bank, and their corrections. Nothing is written before `save`.
 
     Args:
         segmenter: the bank and its models; other sessions may share it.
@@ -116,20 +117,20 @@ class Session:
     """
 
     def __init__(self, segmenter: Segmenter, folder: Path) -> None:
-        self._first, self._folder = segmenter, folder
+        self._original, self._folder = segmenter, folder
         self._top_k: int | None = None
         self._pictures = RegionPictures(folder, segmenter.bank)
         self.corrections: list[Correction] = []
         self._images: dict[str, np.ndarray] = {}
         self._image_id = ""
-        self._seen: Observation | None = None
+        self._observation: Observation | None = None
         self._prediction: Prediction | None = None
         self._segmenter = segmenter
-        self._renew()
+        self._label_again()
 
     @classmethod
     def open_bank(cls, path: str | Path, device: str = "auto") -> Session:
-        """A session with the bank in a folder.
+        """Return a session with the bank in a folder.
 
         Raises:
             ArtefactError: no bank is there, or it is damaged.
@@ -145,22 +146,22 @@ class Session:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, background first, those of corrections behind."""
+        """Class names, background first; new ones of corrections are appended."""
         return self.bank.classes
 
     @property
     def top_k(self) -> int:
-        """Neighbours that vote: as set, else as the bank was configured but no more than the rarest class has regions.
+        """Neighbours that vote: as set, or as the bank was configured, but at most the regions of the rarest class.
 
-        With more, a class of a few regions could never win a vote.
+        Among more neighbours, a class of a few regions could never win a vote.
         """
-        return self._votes(self.bank)
+        return self._count_votes(self.bank)
 
-    def _votes(self, bank: Bank) -> int:
+    def _count_votes(self, bank: Bank) -> int:
         if self._top_k is not None:
             return self._top_k
         rarest = min((count for count in bank.counts.values() if count), default=1)
-        return min(self._first.cfg.retrieval.top_k, rarest)
+        return min(self._original.cfg.retrieval.top_k, rarest)
 
     def set_top_k(self, top_k: int | None) -> None:
         """Let so many neighbours vote; `None` for the number that `top_k` describes.
@@ -171,10 +172,10 @@ class Session:
         if top_k is not None and top_k < 1:
             raise ConfigError(f"top_k: got {top_k}, expected 1 or more; try 5")
         self._top_k = top_k
-        self._renew()
+        self._label_again()
 
     def show(self, image: np.ndarray) -> None:
-        """Take a picture, `[H, W, 3]` uint8, and label it.
+        """Label a picture, `[H, W, 3]` uint8.
 
         Raises:
             ConfigError: not such an array.
@@ -186,28 +187,28 @@ class Session:
         taken = set(self.bank.image_ids) | set(self._images)
         self._image_id = next(name for i in range(1, len(taken) + 2) if (name := f"{SHOWN}/{i}") not in taken)
         self._images[self._image_id] = image
-        self._seen = self._segmenter.observe(image)
-        self._prediction = self._segmenter.label(self._seen)
+        self._observation = self._segmenter.observe(image)
+        self._prediction = self._segmenter.label(self._observation)
 
     @property
     def image(self) -> np.ndarray:
-        """The picture that is shown."""
-        self._need()
+        """The picture that is shown, `[H, W, 3]` uint8."""
+        self._shown_prediction()
         return self._images[self._image_id]
 
     @property
     def prediction(self) -> Prediction:
-        """What is said of it."""
-        return self._need()
+        """Its labels, and what retrieval says of its proposals."""
+        return self._shown_prediction()
 
     def labels(self) -> list[tuple[str, int]]:
-        """Classes in the picture and their pixels, most first."""
+        """Return the classes in the picture and their pixels, most first."""
         counts = np.bincount(self.prediction.label_map.ravel(), minlength=len(self.classes))
         present = [(self.classes[i], int(counts[i])) for i in np.flatnonzero(counts)]
         return sorted(present, key=lambda entry: -entry[1])
 
     def overlay(self, proposal: int | None = None) -> np.ndarray:
-        """`[H, W, 3]` uint8: the picture in the colours of its labels, a chosen proposal outlined and left clear."""
+        """Return `[H, W, 3]` uint8: the picture in the colours of its labels, a chosen proposal outlined."""
         painted = overlay_labels(self.image, self.prediction.label_map)
         if proposal is not None:
             mask = self.prediction.proposals.masks[proposal].cpu().numpy()
@@ -216,47 +217,48 @@ class Session:
         return painted
 
     def at(self, x: float, y: float) -> int | None:
-        """The proposal at a pixel: the one that is seen there, else the smallest that covers it; `None` for none."""
+        """Return the proposal at a pixel: the visible one, or else the smallest that covers it; `None` for none."""
         prediction = self.prediction
         height, width = prediction.label_map.shape
         column, row = int(x), int(y)
         if not (0 <= column < width and 0 <= row < height):
             return None
         covering = [int(i) for i in prediction.kept.tolist() if bool(prediction.proposals.masks[i, row, column])]
-        named = [i for i in covering if int(prediction.labels[i]) > 0]
-        if named:
-            return named[0]  # painted in descending score, as they are kept
+        foreground = [i for i in covering if int(prediction.labels[i]) > 0]
+        # Proposals are kept, and painted, in descending score: the first one is visible.
+        if foreground:
+            return foreground[0]
         areas = prediction.proposals.areas
         return min(covering, key=lambda i: (int(areas[i]), i), default=None)
 
     def why(self, proposal: int, pictures: bool = True) -> Explanation:
-        """Label, votes and neighbours of a proposal.
+        """Explain the label of a proposal by its votes and neighbours.
 
         Args:
             proposal: as `at` gives it.
-            pictures: whether the neighbours' pictures are made.
+            pictures: whether the neighbours' pictures are correction.
 
         Raises:
             ConfigError: no such proposal.
         """
-        prediction = self._need()
-        self._check(proposal)
+        prediction = self._shown_prediction()
+        self._check_proposal(proposal)
         bank = self.bank
-        found = []
+        neighbours = []
         rows, similarities = self._nearest(proposal)
         for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=True)):
             label, image = bank.classes[int(bank.labels[row])], bank.image_ids[int(bank.image_index[row])]
             picture = self._pictures.draw(image, label) if pictures else None
-            found.append(Neighbour(row, label, image, float(similarity), rank < self.top_k, picture))
-        votes = Counter(neighbour.label for neighbour in found if neighbour.voted)
+            neighbours.append(Neighbour(row, label, image, float(similarity), rank < self.top_k, picture))
+        votes = Counter(neighbour.label for neighbour in neighbours if neighbour.has_voted)
         label = self.classes[int(prediction.labels[proposal])]
         others = [name for name, _ in votes.most_common() if name != label]
         ordered = {name: votes[name] for name in [label, *others] if votes[name]}
         score = float(prediction.scores[proposal])
-        return Explanation(proposal, label, score, ordered, others[0] if others else None, tuple(found))
+        return Explanation(proposal, label, score, ordered, others[0] if others else None, tuple(neighbours))
 
     def correct(self, proposal: int, label: str) -> list[Change]:
-        """Say what a proposal is: its vector goes into the bank, and the picture is labelled anew.
+        """Name a proposal: its vector is added to the bank, and the picture is labelled again.
 
         A proposal that is corrected twice counts once.
 
@@ -265,24 +267,25 @@ class Session:
             label: a class of the bank, `background`, or a new name.
 
         Returns:
-            The proposals that have another label now.
+            The proposals whose label changed.
 
         Raises:
             ConfigError: no such proposal, or an empty name.
         """
-        before = self._need()
-        self._check(proposal)
+        before = self._shown_prediction()
+        self._check_proposal(proposal)
         name = label.strip()
         edit.append_classes(self.classes, [name])
-        seen, picture = self._seen, self._image_id
-        if seen is None:
+        observation, image_id = self._observation, self._image_id
+        if observation is None:
             raise ConfigError("picture: got none, expected one to be shown; drop a picture first")
-        mask = seen.proposals.masks[proposal]
-        vector, area = edit.pool_region(mask, seen.tokens, self._first.cfg.bank)
-        made = Correction(picture, proposal, name, vector.cpu(), area, mask.cpu().numpy())
-        self.corrections = [c for c in self.corrections if (c.image, c.proposal) != (picture, proposal)] + [made]
+        mask = observation.proposals.masks[proposal]
+        vector, area = edit.pool_region(mask, observation.tokens, self._original.cfg.bank)
+        correction = Correction(image_id, proposal, name, vector.cpu(), area, mask.cpu().numpy())
+        others = [c for c in self.corrections if (c.image, c.proposal) != (image_id, proposal)]
+        self.corrections = [*others, correction]
         names = [self.classes[int(i)] for i in before.labels]
-        self._renew()
+        self._label_again()
         return [
             Change(i, names[i], self.classes[int(label_id)])
             for i, label_id in enumerate(self.prediction.labels)
@@ -290,21 +293,21 @@ class Session:
         ]
 
     def undo(self) -> Correction | None:
-        """Take the last correction back; `None` where there is none."""
+        """Take the last correction back and return it; `None` if there is none."""
         if not self.corrections:
             return None
-        taken = self.corrections.pop()
-        self._renew()
-        return taken
+        correction = self.corrections.pop()
+        self._label_again()
+        return correction
 
-    def left_out(self) -> list[Correction]:
-        """Corrections that the outlier filter keeps out of the search."""
+    def dropped_corrections(self) -> list[Correction]:
+        """Return the corrections that the outlier filter keeps out of the search."""
         searched = set(self._segmenter.searched_rows)
-        start = len(self._first.bank)
+        start = len(self._original.bank)
         return [c for i, c in enumerate(self.corrections) if start + i not in searched]
 
     def save(self, out: str | Path) -> Path:
-        """Write the bank with the corrections into a folder of its own, with the pictures they came from.
+        """Write the bank with the corrections into a new folder, with their pictures, and return the folder.
 
         Raises:
             ConfigError: nothing was corrected.
@@ -315,10 +318,10 @@ class Session:
         target = Path(out).expanduser()
         files: dict[str, str] = {}
         maps: dict[str, np.ndarray] = {}
-        for made in self.corrections:
-            files[made.image] = str((target / "images" / f"{made.image}.png").resolve())
-            labels = maps.setdefault(made.image, np.full(made.mask.shape, IGNORE_INDEX, np.uint8))
-            labels[made.mask] = self.classes.index(made.label)
+        for correction in self.corrections:
+            files[correction.image] = str((target / "images" / f"{correction.image}.png").resolve())
+            labels = maps.setdefault(correction.image, np.full(correction.mask.shape, IGNORE_INDEX, np.uint8))
+            labels[correction.mask] = self.classes.index(correction.label)
         details = {"corrections": [[c.image, c.label, c.area] for c in self.corrections]}
         bank = edit.append_files(self.bank, files)
         path = write_derived(
@@ -335,36 +338,36 @@ class Session:
             write_atomic(path / "labels" / f"{image_id}.png", write_label_png(labels))
         return path
 
-    def objects(self) -> int:
-        """How many objects are seen in the picture."""
+    def count_objects(self) -> int:
+        """Return how many objects are visible in the picture."""
         return len(split_objects(self.prediction)[1])
 
-    def _renew(self) -> None:
-        """The segmenter and the prediction for the present corrections and number of votes."""
-        bank = self._first.bank
-        for made in self.corrections:
-            bank = edit.add_region(bank, made.image, made.label, made.vector, made.area)
-            self._pictures.add(made.image, made.label, self._images[made.image], made.mask)
-        retrieval = dataclasses.replace(self._first.cfg.retrieval, top_k=self._votes(bank))
-        self._segmenter = self._first.with_bank(bank, dataclasses.replace(self._first.cfg, retrieval=retrieval))
-        if self._seen is not None:
-            self._prediction = self._segmenter.label(self._seen)
+    def _label_again(self) -> None:
+        """Make the segmenter and the prediction for the present corrections and number of votes."""
+        bank = self._original.bank
+        for correction in self.corrections:
+            bank = edit.add_region(bank, correction.image, correction.label, correction.vector, correction.area)
+            self._pictures.add(correction.image, correction.label, self._images[correction.image], correction.mask)
+        retrieval = dataclasses.replace(self._original.cfg.retrieval, top_k=self._count_votes(bank))
+        self._segmenter = self._original.with_bank(bank, dataclasses.replace(self._original.cfg, retrieval=retrieval))
+        if self._observation is not None:
+            self._prediction = self._segmenter.label(self._observation)
 
     def _nearest(self, proposal: int) -> tuple[list[int], list[float]]:
-        """Rows and similarities of the neighbours that are shown; none of a proposal without a vector."""
-        if self._seen is None or not bool(self._seen.pooled[proposal].any()):
+        """Return rows and similarities of the neighbours that explain a proposal; none if it has no vector."""
+        if self._observation is None or not bool(self._observation.pooled[proposal].any()):
             return [], []
         rows, similarities = self._segmenter.nearest(
-            self._seen.pooled[proposal : proposal + 1], max(self.top_k, NEIGHBOURS)
+            self._observation.pooled[proposal : proposal + 1], max(self.top_k, MIN_NEIGHBOURS)
         )
         return rows[0].tolist(), similarities[0].tolist()
 
-    def _need(self) -> Prediction:
+    def _shown_prediction(self) -> Prediction:
         if self._prediction is None:
             raise ConfigError("picture: got none, expected one to be shown; drop a picture first")
         return self._prediction
 
-    def _check(self, proposal: int) -> None:
-        count = len(self._need().labels)
+    def _check_proposal(self, proposal: int) -> None:
+        count = len(self._shown_prediction().labels)
         if not 0 <= proposal < count:
             raise ConfigError(f"proposal: got {proposal}, expected 0..{count - 1}; click inside the picture")

@@ -13,7 +13,7 @@ import pytest
 
 from moduseg import Segmenter
 from moduseg.app import serve
-from moduseg.app.page import Page, enlargement, import_gradio
+from moduseg.app.page import Page, PageView, import_gradio, picture_scale
 from moduseg.app.session import Session
 from moduseg.bank.derived import digest_bank
 from moduseg.bank.store import Bank
@@ -68,7 +68,7 @@ def test_what_is_shown_is_what_the_api_predicts(session: Session, segmenter: Seg
     assert sum(pixels for _, pixels in session.labels()) == plain.label_map.size
     assert session.overlay().shape == session.image.shape
     assert not np.array_equal(session.overlay(some_object(session)), session.overlay())
-    assert session.objects() > 0
+    assert session.count_objects() > 0
 
 
 def test_a_click_finds_the_proposal_that_is_seen_there(session: Session) -> None:
@@ -90,12 +90,12 @@ def test_why_names_the_regions_that_voted(session: Session) -> None:
     found = session.why(proposal)
     assert found.label == session.classes[int(session.prediction.labels[proposal])]
     assert sum(found.votes.values()) == session.top_k == 1
-    assert [n.voted for n in found.neighbours] == [True] + 5 * [False]
+    assert [n.has_voted for n in found.neighbours] == [True] + 5 * [False]
     assert [n.row for n in found.neighbours][:1] == session.prediction.neighbours[proposal].tolist()
     assert next(iter(found.votes)) == found.label
     similarities = [n.similarity for n in found.neighbours]
     assert similarities == sorted(similarities, reverse=True)
-    won = [n.similarity for n in found.neighbours if n.label == found.label and n.voted]
+    won = [n.similarity for n in found.neighbours if n.label == found.label and n.has_voted]
     assert found.score == pytest.approx(np.mean(won), abs=1e-5)
     for neighbour in found.neighbours:
         assert neighbour.image.startswith("scene")
@@ -227,36 +227,36 @@ def test_a_region_is_cut_out_and_the_rest_dimmed() -> None:
 
 def test_the_events_of_the_page(segmenter: Segmenter, bank: Path, tmp_path: Path) -> None:
     page = Page(lambda: Session(segmenter, bank))
-    session, proposal, overlay, labels, text, thumbnails, message = page.dropped(None, scene(20).image)
-    assert (proposal, thumbnails, message) == (None, [], "")
-    factor = enlargement(session)
+    session, view = page.drop(None, scene(20).image)
+    assert (view.proposal, view.thumbnails, view.message) == (None, (), "")
+    factor = picture_scale(session)
     assert factor == 512 // 64
-    assert overlay.shape == (*(side * factor for side in scene(20).image.shape[:2]), 3)
-    assert "background" in labels
-    assert "Click" in text
-    assert page.dropped(session, None)[0] is session
+    assert view.overlay is not None
+    assert view.overlay.shape == (*(side * factor for side in scene(20).image.shape[:2]), 3)
+    assert "background" in view.labels
+    assert "Click" in view.explanation
+    assert page.drop(session, None) == (session, PageView())
     chosen = some_object(session)
     x, y = inside(session, chosen)
-    proposal, _, text, thumbnails, label = page.clicked(session, x * factor, y * factor)
-    assert proposal == chosen
-    assert f"**{label}**, score" in text
-    assert len(thumbnails) == 6
-    assert thumbnails[0][1].startswith(f"{label} ")
-    assert ["no vote" in caption for _, caption in thumbnails] == [False] + 5 * [True]
-    values = page.corrected(session, None, NAME)
-    assert values[5] == "Click a region first, then say what it is."
-    overlay, labels, text, thumbnails, label, message, names = page.corrected(session, proposal, NAME)
-    assert f"→ **{NAME}**" in message
-    assert NAME in labels
-    assert (label, names[-1]) == (NAME, NAME)
-    assert "No label changed" in page.corrected(session, proposal, NAME)[5]
-    assert "-> " in page.saved(session, str(tmp_path / "learned"))
-    assert page.saved(session, " ") == "Name a folder first."
-    values = page.votes_set(session, proposal, 5)
-    assert ["no vote" in caption for _, caption in values[3]] == 5 * [False] + [True]
-    assert page.votes_set(None, None, 5) == (None, "", "", [], None)
-    assert page.undone(session, proposal)[5] == f"Taken back: {NAME}."
-    assert page.undone(session, None)[5] == "Nothing to take back."
+    view = page.click(session, x * factor, y * factor)
+    assert view.proposal == chosen
+    assert f"**{view.label}**, score" in view.explanation
+    assert len(view.thumbnails) == 6
+    assert view.thumbnails[0][1].startswith(f"{view.label} ")
+    assert ["no vote" in caption for _, caption in view.thumbnails] == [False] + 5 * [True]
+    assert page.correct(session, None, NAME).message == "Click a region first, then say what it is."
+    view = page.correct(session, chosen, NAME)
+    assert f"→ **{NAME}**" in view.message
+    assert NAME in view.labels
+    assert (view.label, session.classes[-1]) == (NAME, NAME)
+    assert "No label changed" in page.correct(session, chosen, NAME).message
+    assert "-> " in page.save(session, str(tmp_path / "learned"))
+    assert page.save(session, " ") == "Name a folder first."
+    view = page.set_votes(session, chosen, 5)
+    assert ["no vote" in caption for _, caption in view.thumbnails] == 5 * [False] + [True]
+    assert page.set_votes(None, None, 5) == PageView()
+    assert page.undo(session, chosen).message == f"Taken back: {NAME}."
+    assert page.undo(session, None).message == "Nothing to take back."
 
 
 def test_without_gradio_there_is_one_line(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +265,7 @@ def test_without_gradio_there_is_one_line(bank: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     with pytest.raises(MissingError, match=r"gradio: cannot be imported \(No module named 'gradio'\); pip install"):
-        serve.page(serve.DemoOptions(str(bank)))
+        serve.open_page(serve.DemoOptions(str(bank)))
 
 
 def test_an_old_gradio_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_the_page_is_served_on_this_machine(bank: Path, monkeypatch: pytest.Monk
         pytest.skip(f"gradio is an optional package: {error}")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     options, overrides = parse([f"bank={bank}", "runtime.device=cpu"], serve.DemoOptions, "demo_app")
-    blocks = serve.page(options, overrides)
+    blocks = serve.open_page(options, overrides)
     address = serve.launch(blocks, options, wait=False)
     try:
         assert address.startswith("http://127.0.0.1:")
@@ -310,7 +310,7 @@ def test_drop_click_correct_and_see_the_change_in_a_browser(bank: Path, monkeypa
         pytest.skip(f"gradio is an optional package: {error}")
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     options, overrides = parse([f"bank={bank}", "runtime.device=cpu"], serve.DemoOptions, "demo_app")
-    blocks = serve.page(options, overrides)
+    blocks = serve.open_page(options, overrides)
     address = serve.launch(blocks, options, wait=False)
     outside: list[str] = []
     try:
