@@ -1,5 +1,5 @@
 "use strict";
-/* Which part is shown, by the address: #/<part>?key=value, with /image/<n> behind it for one image. */
+/* Show the part that the address names: #/<part>?key=value, with /image/<n> appended for one image. */
 
 (() => {
   const { h, get, views } = Report;
@@ -34,7 +34,7 @@
     const [, tab, image] = path.match(/^([a-z]*)\/?(?:image\/(\d+))?/) || [];
     const key = tabs.includes(tab) ? tab : "overview";
     const address = `${key}?${query || ""}`;
-    // Opening and closing an image leaves what is behind it as it is: only another part or another question renders.
+    // Opening or closing an image keeps the part behind it; only another part or another query renders.
     if (key !== shown.key || (query && address !== shown.address)) {
       shown = { key, address };
       Report.hideTip();

@@ -57,7 +57,7 @@ Report.ImageCanvas = class {
   apply() {
     const { scale, x, y } = this.view;
     this.plane.style.transform = `translate(-50%, -50%) translate(${x}px, ${y}px) scale(${scale})`;
-    // Photographs are smoothed until single pixels are what one looks at.
+    // Photographs are smoothed unless the zoom shows single pixels.
     this.photo.classList.toggle("pixels", (scale * this.plane.clientWidth) / this.width > 12);
   }
 
@@ -132,7 +132,7 @@ Report.ImageCanvas = class {
     this.press = null;
   }
 
-  /** The pixel of the maps under the pointer; null outside. */
+  /** Return the pixel of the maps under the pointer; null outside. */
   point(event) {
     const bounds = this.plane.getBoundingClientRect();
     const x = Math.floor(((event.clientX - bounds.left) / bounds.width) * this.width);

@@ -1,6 +1,6 @@
 "use strict";
-/* Label maps out of palette PNGs, numbers out of base64. Pixels are read from the file, not from a canvas: browsers
-   keep pages on disk from reading canvases, and some add noise to them. */
+/* Decode label maps from palette PNGs and numbers from base64. Pixels are read from the file, not from a canvas:
+   browsers forbid pages on disk to read canvases, and some add noise to them. */
 
 Report.codec = (() => {
   function bytes(text) {
@@ -10,7 +10,7 @@ Report.codec = (() => {
     return array;
   }
 
-  /* Written little-endian; so is every machine that a browser runs on today, but a view costs little. */
+  /* Numbers are little-endian in the file; a DataView reads them on any machine. */
   function numbers(text, size) {
     const array = bytes(text);
     const view = new DataView(array.buffer);
@@ -25,7 +25,7 @@ Report.codec = (() => {
     return new Uint8Array(await new Response(stream).arrayBuffer());
   }
 
-  /** { width, height, ids } of a PNG as the report writes them: 8-bit palette, rows unfiltered. */
+  /** Return { width, height, ids } of a PNG of the report: 8-bit palette, rows unfiltered. */
   async function labelMap(text) {
     const file = bytes(text);
     const view = new DataView(file.buffer);
@@ -43,7 +43,7 @@ Report.codec = (() => {
     return { width, height, ids };
   }
 
-  /** Neighbours: k a row, `rows` (none: 4294967295) and similarities in [-1, 1]. */
+  /** Return a function from index to its neighbours; row 4294967295 stands for none, similarities are in [-1, 1]. */
   function neighbours(content) {
     const rows = numbers(content.rows, 4);
     const steps = numbers(content.similarities, 2);
@@ -56,7 +56,7 @@ Report.codec = (() => {
     };
   }
 
-  /** The label maps of an image by name, decoded; kept for as long as the page keeps their text. */
+  /** Load and decode the label maps of an image, by name; cached as long as the page keeps their text. */
   const decoded = new WeakMap();
   async function mapsOf(index) {
     const content = await Report.load(`labels/${Report.numbered(index)}`);

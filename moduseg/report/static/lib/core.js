@@ -4,11 +4,11 @@
 window.Report = (() => {
   const values = new Map();
   const waiting = new Map();
-  /* Large values that can be loaded again are forgotten, the oldest first, so that long visits take no more memory. */
+  /* Large values that can be loaded again are dropped, the oldest first, so that long visits need no more memory. */
   const FORGETTABLE = /^(labels|why)\//;
   const REMEMBERED = 400;
 
-  /** Called by every script below data/. */
+  /** Store a value; every script below data/ calls this. */
   function receive(key, value) {
     values.set(key, value);
     if (values.size > REMEMBERED) {
@@ -19,7 +19,7 @@ window.Report = (() => {
     }
   }
 
-  /** The value that data/<key>.js hands over. Scripts in place of fetch: a page on disk may not fetch its own files. */
+  /** Load the value of data/<key>.js. It is a script because a page on disk may not fetch its own files. */
   function load(key) {
     if (values.has(key)) return Promise.resolve(values.get(key));
     if (!waiting.has(key)) {
@@ -47,7 +47,7 @@ window.Report = (() => {
 
   const get = (key) => values.get(key);
 
-  /** An element. Text is always text, never markup: names of images and classes come from files. */
+  /** Make an element. Text is never parsed as markup, since names of images and classes come from files. */
   function h(tag, attributes, ...children) {
     const element = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes || {})) {
@@ -62,7 +62,7 @@ window.Report = (() => {
     return element;
   }
 
-  /** An SVG element around one path; parsed, which spares the name space. */
+  /** Make an SVG element with one path; it is parsed from text, which sets the name space. */
   function svg(viewBox, path, name) {
     const template = document.createElement("template");
     template.innerHTML = `<svg viewBox="${viewBox}" class="${name}" aria-hidden="true"><path></path></svg>`;
@@ -95,9 +95,9 @@ window.Report = (() => {
     value === null || value === undefined
       ? "–"
       : `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(1)}`;
-  /** What results say of a measure: a value, or one for each class; undefined if the measure did not apply. */
+  /** Return a measure's value, or a value for each class; undefined if the measure did not apply. */
   const valueOf = (measure, record) => measure.name.split(".").reduce((value, key) => value?.[key], record);
-  /** A value of a measure as text. */
+  /** Return a value of a measure as text. */
   const formatted = (measure, value) => `${percent(value, measure.decimals)} ${measure.unit}`.trim();
   const integer = (value) => Math.round(value).toLocaleString("en");
   const numbered = (index) => String(index).padStart(6, "0");
@@ -107,13 +107,13 @@ window.Report = (() => {
     return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
   }
 
-  /** The coloured square of a label. */
+  /** Make the coloured square of a label. */
   const swatch = (label) => h("i", { class: "swatch", style: { "--c": colour(label) } });
   const colour = (label) => {
     const { colours, ignore } = get("summary");
     return label === ignore ? colours[colours.length - 1] : colours[label] || "#888888";
   };
-  /** The same, bright enough to be seen as a small dot on the page. */
+  /** Return the colour of a label, bright enough for a small dot on the page. */
   function vivid(label) {
     if (document.documentElement.dataset.theme !== "dark") return colour(label);
     const parts = [1, 3, 5].map((i) => parseInt(colour(label).slice(i, i + 2), 16));
@@ -170,7 +170,7 @@ window.Report = (() => {
     document.getElementById("tip").hidden = true;
   };
 
-  /** A row of buttons of which one is chosen. `options` are [value, text]; arrow keys move the choice. */
+  /** Make a row of buttons with one chosen. `options` are [value, text]; arrow keys move the choice. */
   function segmented(label, options, chosen, onChoose) {
     const box = h("div", { class: "segmented", role: "radiogroup", "aria-label": label });
     const choose = (value, focus) => {
@@ -213,7 +213,7 @@ window.Report = (() => {
     return box;
   }
 
-  /** A canvas as sharp as the screen; returns its context, scaled to CSS pixels. */
+  /** Give a canvas the screen's resolution, and return its context, scaled to CSS pixels. */
   function sharp(canvas, width, height) {
     const ratio = window.devicePixelRatio || 1;
     canvas.width = Math.round(width * ratio);

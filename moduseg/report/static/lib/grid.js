@@ -1,5 +1,5 @@
 "use strict";
-/* A grid of thousands of tiles of which only those near the screen exist. It scrolls with the page. */
+/* A grid of thousands of tiles that keeps only those near the screen in the page. It scrolls with the page. */
 
 Report.Grid = class {
   /**
@@ -28,7 +28,7 @@ Report.Grid = class {
     new ResizeObserver(queue).observe(this.element);
   }
 
-  /** Show other items, or the same in another order. */
+  /** Show items, in their order. */
   show(items) {
     this.items = items;
     this.forget();
@@ -56,7 +56,7 @@ Report.Grid = class {
     const rows = Math.ceil(this.items.length / columns);
     this.element.style.height = `${Math.max(0, rows * (height + gap) - gap)}px`;
     const top = this.element.getBoundingClientRect().top;
-    // Two screens' worth around what is visible: pictures are decoded before they scroll in.
+    // One more screen above and below is kept, so that pictures are decoded before they scroll in.
     const first = Math.max(0, Math.floor((-top - innerHeight) / (height + gap)));
     const last = Math.min(rows - 1, Math.floor((innerHeight * 2 - top) / (height + gap)));
     const wanted = new Set();

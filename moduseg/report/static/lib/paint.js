@@ -1,5 +1,5 @@
 "use strict";
-/* Label maps, errors and proposals as pixels over a photograph. */
+/* Paint label maps, errors and proposals as layers over a photograph. */
 
 Report.paint = (() => {
   const ERRORS = [
@@ -21,7 +21,7 @@ Report.paint = (() => {
     context.putImageData(picture, 0, 0);
   }
 
-  /** A label map in the classes' colours; `only` paints one label and dims the rest. */
+  /** Paint a label map in the classes' colours; `only` paints one label and dims the rest. */
   function labels(canvas, map, only = null) {
     const { ignore } = Report.get("summary");
     onto(canvas, map.width, map.height, (words, word) => {
@@ -37,7 +37,7 @@ Report.paint = (() => {
     });
   }
 
-  /** What is wrong: see ERRORS. Right background stays the photograph. */
+  /** Paint errors in the colours of ERRORS; correct background shows the photograph. */
   function errors(canvas, truth, prediction) {
     const { ignore } = Report.get("summary");
     onto(canvas, truth.width, truth.height, (words, word) => {
@@ -53,7 +53,7 @@ Report.paint = (() => {
     });
   }
 
-  /** A colour that differs strongly from those of the neighbours in the list. */
+  /** Return a colour that differs strongly from those of the neighbours in the list. */
   function distinct(index) {
     const hue = (47 + index * 137.508) % 360;
     const [s, l] = [
@@ -70,7 +70,7 @@ Report.paint = (() => {
     return [f(0), f(8), f(4)];
   }
 
-  /** Proposals, large ones first so that those inside them stay visible. `layers` are decoded id maps. */
+  /** Paint proposals, large ones first so that nested ones stay visible. `layers` are decoded id maps. */
   function proposals(canvas, layers, why) {
     const { width, height } = layers[0];
     const order = why.area
@@ -92,7 +92,7 @@ Report.paint = (() => {
     });
   }
 
-  /** Borders of all proposals as thin lines, drawn larger than the maps so that they stay thin. */
+  /** Draw the borders of all proposals at three times the maps' resolution, so that lines stay thin. */
   function borders(canvas, maps, scale = 3) {
     const { width, height } = maps[0];
     canvas.width = width * scale;
@@ -117,10 +117,10 @@ Report.paint = (() => {
     }
   }
 
-  /** The outline of one region as the path of an SVG, along the edges of pixels. `inside(i)` says what is in. */
+  /** Return the outline of a region as an SVG path along pixel edges. `inside(i)` tells which pixels are in it. */
   function outline(width, height, inside) {
     let path = "";
-    // Runs of edges become one line each: first those above each row, then those left of each column.
+    // Each run of edges becomes one line: horizontal runs above each row, then vertical runs left of each column.
     for (let y = 0; y <= height; y++) {
       for (let x = 0, start = -1; x <= width; x++) {
         const edge = x < width && (y > 0 && inside((y - 1) * width + x)) !== (y < height && inside(y * width + x));

@@ -2,7 +2,7 @@
 /* IoU of each image from the non-zero cells of its confusion matrix (truth * labels + predicted). */
 
 Report.scores = (() => {
-  /** Of one image: labels (label -> {hit, truth, predicted, iou}), miou and wrong in percent; null where not scored. */
+  /** Return labels (label -> {hit, truth, predicted, iou}), miou and wrong of an image in percent; null if unscored. */
   function ofImage([cells, counts]) {
     const { classes, has_background: background, ignore_uncovered: ignore } = Report.get("summary");
     const numLabels = classes.length;
@@ -15,7 +15,7 @@ Report.scores = (() => {
     for (let i = 0; i < cells.length; i++) {
       const truth = Math.floor(cells[i] / numLabels);
       const predicted = cells[i] % numLabels;
-      // Where label 0 is no class, a pixel predicted 0 is one left uncovered: wrong, or left out if so configured.
+      // If label 0 is no class, a pixel predicted 0 is uncovered: wrong, or ignored if so configured.
       if (!background && (truth === 0 || (predicted === 0 && ignore))) continue;
       total += counts[i];
       if (truth === predicted) {
@@ -34,7 +34,7 @@ Report.scores = (() => {
     return { labels, miou: sum / labels.size, wrong: 100 * (1 - hits / total), total };
   }
 
-  /** Every image of a column, computed once. */
+  /** Return the scores of every image of a column, computed once. */
   const computed = new Map();
   function all(column = "cells") {
     if (!computed.has(column)) {
@@ -44,14 +44,14 @@ Report.scores = (() => {
     return computed.get(column);
   }
 
-  /** Pixels of one cell of the confusion in an image. */
+  /** Return the pixels of one cell of an image's confusion matrix. */
   function cell(index, truth, predicted) {
     const [cells, counts] = Report.get("images").cells[index];
     const at = cells.indexOf(truth * Report.get("summary").classes.length + predicted);
     return at < 0 ? 0 : counts[at];
   }
 
-  /** Labels of an image with their pixels, most first: of truth and prediction if scored, else of the prediction. */
+  /** Return the labels of an image with their pixels, most first; unscored images give those of the prediction. */
   function present(index) {
     const score = all()?.[index];
     if (score)

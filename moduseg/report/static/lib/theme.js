@@ -1,5 +1,5 @@
 "use strict";
-/* Before anything is drawn: the reader's choice of light or dark, else the system's, so that no page flashes. */
+/* Set light or dark (the reader's choice, else the system's) before anything is drawn, so that nothing flashes. */
 
 document.documentElement.dataset.theme = (() => {
   let chosen = null;

@@ -11,7 +11,7 @@ Report.views.bank = (() => {
   });
   let filter = "";
 
-  /** A region in a dialog of its own. */
+  /** Open a region in the dialog. */
   async function open(row) {
     if (!dialog.firstChild) {
       dialog.append(

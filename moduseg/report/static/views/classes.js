@@ -1,12 +1,12 @@
 "use strict";
-/* Classes: bars of IoU, what each is taken for, its best and worst images; beside them the confusion matrix. */
+/* Classes: bars of IoU, what each class is confused with, its best and worst images, and the confusion matrix. */
 
 Report.views.classes = (() => {
   const { h, get, percent, swatch, valueOf, formatted } = Report;
   let order = "iou";
   let chosen = null;
 
-  /** Labels of the report with their figures; those in neither truth nor prediction have IoU null. */
+  /** Return the labels with their figures; the IoU is null for labels in neither truth nor prediction. */
   function rows() {
     const { classes, record, measures, has_background: background } = get("summary");
     const total = record.confusion.flat().reduce((a, b) => a + b, 0);

@@ -1,5 +1,5 @@
 "use strict";
-/* Two runs over the same images: classes with intervals of the difference, images ordered by it. */
+/* Two runs over the same images: the difference of each class with its interval, images ordered by their difference. */
 
 Report.views.compare = (() => {
   const { h, get, percent, signed, swatch, numbered } = Report;

@@ -1,5 +1,5 @@
 "use strict";
-/* The confusion matrix to hover: rows truth, columns prediction, in percent of either. */
+/* The confusion matrix: rows are the truth, columns the prediction, in percent of one of them. */
 
 Report.confusion = () => {
   const { h, get, percent, integer, swatch, nameOf } = Report;
@@ -72,7 +72,7 @@ Report.confusion = () => {
         ink.globalAlpha = 1;
         ink.fillStyle = ground;
         ink.fillRect(x + 0.5, y + 0.5, cell - 1, cell - 1);
-        // The square root lets small confusions be seen.
+        // The square root makes small confusions visible.
         ink.globalAlpha = Math.sqrt(value / 100);
         ink.fillStyle = t === p ? accent : bad;
         ink.fillRect(x + 0.5, y + 0.5, cell - 1, cell - 1);

@@ -7,7 +7,7 @@ Report.views.images = (() => {
   let grid = null;
   let current = [];
 
-  /** The images as the state orders them, each with the figure that it is ordered by. */
+  /** Return the images in the chosen order, each with the figure that decides it. */
   function selection() {
     const images = get("images");
     const scores = Report.scores.all();
@@ -43,7 +43,7 @@ Report.views.images = (() => {
   }
 
   /**
-   * A tile of an image.
+   * Make a tile of an image.
    * @param {number} index @param {string} tab where the viewer returns to @param {number[]} list what it steps through
    * @param {?number} label whose IoU is shown in place of the mean
    */

@@ -1,5 +1,5 @@
 "use strict";
-/* The bank on a plane: each region a point in its class's colour, its picture on hover. */
+/* The bank on a plane: each region is a point in the colour of its class, with a picture on hover. */
 
 Report.map = (bank, open) => {
   const { h, swatch, nameOf, numbered, integer } = Report;
@@ -51,7 +51,7 @@ Report.map = (bank, open) => {
       ink.strokeStyle = chosen ? text : line;
       ink.stroke();
     };
-    // The background is everywhere, so it lies below.
+    // Background regions are the most frequent, so they are drawn below the others.
     for (let i = 0; i < rows.length; i++) if (bank.labels[rows[i]] === 0) paint(i);
     for (let i = 0; i < rows.length; i++) if (bank.labels[rows[i]] !== 0) paint(i);
     if (state.hovered >= 0) paint(state.hovered, true);

@@ -1,5 +1,5 @@
 "use strict";
-/* The head of the report: what was measured, beside what is published, and with what it was made. */
+/* The overview: measures beside published ones, figures, times, configuration and versions. */
 
 Report.views.overview = (() => {
   const { h, get, percent, integer, duration, valueOf, formatted } = Report;
@@ -41,12 +41,12 @@ Report.views.overview = (() => {
     );
   }
 
-  /** One line from 0 to 100: the result with its interval, and the published figures where there are some. */
+  /** Draw the result with its interval, and published figures if there are any, on one axis. */
   function scale(summary) {
     const { record, published } = summary;
     const interval = record.miou_interval;
     const values = [record.miou, ...published.map((row) => row.value)];
-    // The axis shows the part in which something happens, in steps of ten.
+    // The axis covers only the range of the values, in steps of ten.
     const low = Math.max(0, Math.floor((Math.min(...values, interval?.low ?? 100) - 4) / 10) * 10);
     const high = Math.min(100, Math.ceil((Math.max(...values, interval?.high ?? 0) + 4) / 10) * 10);
     const at = (value) => `${(100 * (value - low)) / (high - low)}%`;
@@ -194,7 +194,7 @@ Report.views.overview = (() => {
     );
   }
 
-  /** The clipboard is closed to some pages on disk; a selection can always be copied. */
+  /** Copy text. Some browsers deny pages on disk the clipboard; there a selection is copied instead. */
   async function copy(text) {
     try {
       await navigator.clipboard.writeText(text);

@@ -1,5 +1,5 @@
 "use strict";
-/* One image: its layers, its figures, and why each proposal has its label. Keys: see `KEYS`. */
+/* One image: its layers, its figures, and why each proposal has its label. `KEYS` lists its keys. */
 
 Report.viewer = (() => {
   const { h, get, icon, ICONS, percent, swatch, nameOf, numbered } = Report;
@@ -206,7 +206,7 @@ Report.viewer = (() => {
     dialog.dispatchEvent(new CustomEvent("shown", { detail: index }));
   }
 
-  /** The regions of the image as buttons, large ones first: the way to the reasons without a pointer. */
+  /** List the regions of the image as buttons, large ones first, so that no pointer is needed. */
   function regions() {
     if (!why?.label)
       return h(
@@ -253,7 +253,7 @@ Report.viewer = (() => {
     }
   }
 
-  /** Proposals of an image with their id maps, and which of them decided each pixel. */
+  /** Load and decode the proposals of an image with their id maps. */
   async function reasonsOf(position) {
     const content = await Report.load(`why/${numbered(position)}`);
     if (!content.decoded) {
@@ -324,7 +324,7 @@ Report.viewer = (() => {
     ];
   }
 
-  /** One label alone, while its row is pointed at. */
+  /** Paint one label alone while its row is pointed at; `null` paints all. */
   function isolate(label) {
     if (!maps || !["labels", "truth", "pseudo"].includes(state.layer)) return;
     draw(label);
@@ -362,7 +362,7 @@ Report.viewer = (() => {
     }
   }
 
-  /** The proposals at a pixel: first the one that decided it, then the others, small ones first. */
+  /** Return the proposals at a pixel: first the one that decided it, then the others, small ones first. */
   function candidates(at) {
     if (!why) return [];
     const here = why.maps
@@ -374,7 +374,7 @@ Report.viewer = (() => {
     const remaining = here
       .filter((i) => rankOf(i) >= 0)
       .sort((a, b) => (why.label[a] === 0) - (why.label[b] === 0) || rankOf(a) - rankOf(b));
-    // Where proposals decide by majority, the best one of the winning label stands for it.
+    // If proposals decide by majority, the best one with the winning label represents them.
     const decisive = remaining.find((i) => why.label[i] === maps?.labels.ids[at]) ?? remaining[0];
     return [...(decisive === undefined ? [] : [decisive]), ...here.filter((i) => i !== decisive)];
   }
@@ -402,7 +402,7 @@ Report.viewer = (() => {
     );
   }
 
-  /** A click chooses a proposal; further clicks at the same place go through those that lie below. */
+  /** Choose the proposal at a pixel; further clicks at the same pixel choose those below, in turn. */
   function pick(point, trail) {
     const proposals = candidates(point.at);
     if (!proposals.length) return;

@@ -1,11 +1,11 @@
 "use strict";
-/* Why a proposal has its label: votes and neighbours; and what is known of a region of the bank. */
+/* Panels that say why a proposal has its label (votes, neighbours), and what a region of the bank did. */
 
 Report.why = (() => {
   const { h, get, swatch, nameOf, percent, integer } = Report;
   let bank = null;
 
-  /** The bank's columns, decoded once. */
+  /** Load and decode the bank's columns, once. */
   async function open() {
     if (bank) return bank;
     const content = await Report.load("bank");
@@ -31,7 +31,7 @@ Report.why = (() => {
       ? h("img", { src: `bank/${Report.numbered(row)}.jpg`, alt: "", loading: "lazy", decoding: "async" })
       : h("span", { class: "no-photo" }, "no picture");
 
-  /** A region of the bank as a card; `foot` is what is written below its label. */
+  /** Make a card of a bank region; `foot` is written below its label. */
   function card(row, foot, onOpen, voted = true) {
     const label = bank.labels[row];
     return h(
@@ -55,7 +55,7 @@ Report.why = (() => {
     h("span", { class: "number" }, value.toFixed(3)),
   ];
 
-  /** The panel of a proposal: `why` of its image, its number there, what to do when a region is clicked. */
+  /** Make the panel of a proposal: `why` is of its image, `onOpen(row)` is called if a region is clicked. */
   async function proposal(why, index, onOpen) {
     const head = h(
       "div",
@@ -133,7 +133,7 @@ Report.why = (() => {
     );
   }
 
-  /** The panel of a region: its training image, what it did, its own neighbours. `onImage(position)` opens an image. */
+  /** Make the panel of a region: its training image, its votes, its neighbours. `onImage(index)` opens an image. */
   async function region(row, onOpen, onImage) {
     await open();
     const label = bank.labels[row];
@@ -236,7 +236,7 @@ Report.why = (() => {
     );
   }
 
-  /** Panels one after another, with a way back: from a proposal to a region to that region's neighbours. */
+  /** Shows one panel after another with a way back: a proposal, a bank region, that region's neighbours. */
   class Trail {
     constructor(place, onImage) {
       Object.assign(this, { place, onImage, panels: [] });
@@ -245,7 +245,7 @@ Report.why = (() => {
       this.panels = [];
       this.place.replaceChildren(...content);
     }
-    /** Begin with a panel; `root` makes the panel that Back returns to, if there is one. */
+    /** Show a first panel; `root` makes the panel that Back returns to, if there is one. */
     async start(panel, root) {
       const first = await panel((row) => this.step(row));
       this.panels = [root, first].filter(Boolean);
@@ -273,7 +273,7 @@ Report.why = (() => {
           : null;
       const last = this.panels.at(-1);
       this.place.replaceChildren(...[back, typeof last === "function" ? last() : last].filter(Boolean));
-      // A panel begins where it can be seen, on the side of a wide screen as below the image on a narrow one.
+      // The start of the panel is scrolled into view, as it may be below the image on a narrow screen.
       const { top } = this.place.getBoundingClientRect();
       if (top < 50 || top > innerHeight - 160) this.place.scrollIntoView({ block: "start" });
       (back || this.place.querySelector("button"))?.focus({ preventScroll: true });
