@@ -1,4 +1,4 @@
-"""Check a data set: `python scripts/check_data.py dataset=voc [key=value ...]`; exit code 1 where it is broken."""
+"""Check a data set: `python scripts/check_data.py dataset=voc [key=value ...]`; exit code 1 if it is broken."""
 
 from moduseg.cli import run_script
 

@@ -1,4 +1,4 @@
-"""Withhold a class from the bank, then add it from a few tagged images: what that takes and gives (docs/bank.md).
+"""Withhold a class from the bank, then add it from a few tagged images: what it costs and what it gains (docs/bank.md).
 
 python scripts/new_class.py [class=<names>] [images=5] [key=value ...]
 """
