@@ -106,7 +106,9 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     def skipped(self) -> dict[str, str]:
         """Return the images without proposals or queries; those that the bank lacks are of another split."""
-        return skipped_images({"propose": self.proposals, "queries": self.input_folders["queries"]})
+        # The inputs come first, so that the stages of the bank run before those of the evaluated split.
+        queries = self.input_folders["queries"]
+        return skipped_images({"propose": self.proposals, "queries": queries})
 
     def load(self, image_id: str) -> tuple[str, Proposals, Tensor]:
         """Return an image's proposals and their vectors."""

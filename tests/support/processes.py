@@ -12,7 +12,16 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-STAGES = ("propose", "class_scores", "pseudo_masks", "build_bank", "queries", "infer", "evaluate")
+STAGES = {
+    "propose": "propose:Propose.run",
+    "class_scores": "class_scores:ClassScores.run",
+    "pseudo_masks": "pseudo_masks:PseudoMasks.run",
+    "build_bank": "build_bank:BuildBank.run",
+    "queries": "queries:Queries.run",
+    "infer": "infer:Infer.run",
+    "evaluate": "evaluate:run",
+}
+"""What runs each stage, in the order of the data: module of `moduseg.stages` and function."""
 
 
 def context() -> ForkServerContext:
@@ -26,7 +35,7 @@ def start(stage: str, arguments: Sequence[str], log: Path, file_limit: int | Non
     """Run a stage as the command line does; what it says goes to `log`.
 
     Args:
-        stage: the command that runs it.
+        stage: a key of `STAGES`.
         arguments: overrides.
         log: stdout and stderr.
         file_limit: largest file that the process may write, in bytes.
@@ -39,7 +48,7 @@ def start(stage: str, arguments: Sequence[str], log: Path, file_limit: int | Non
 def _run(stage: str, arguments: list[str], log: str, file_limit: int | None) -> None:
     import torch
 
-    from moduseg.cli.commands import COMMANDS
+    from moduseg.cli.commands import Command
     from moduseg.cli.main import guard, run_with_config
     from moduseg.config import compose
 
@@ -47,7 +56,8 @@ def _run(stage: str, arguments: list[str], log: str, file_limit: int | None) -> 
     with Path(log).open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        code = guard(lambda: run_with_config(COMMANDS[stage], compose(arguments)))
+        command = Command(stage, "pipeline", "", f"moduseg.stages.{STAGES[stage]}")
+        code = guard(lambda: run_with_config(command, compose(arguments)))
     os._exit(code)
 
 
