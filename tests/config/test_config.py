@@ -109,7 +109,7 @@ def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
     assert "Traceback" not in str(caught.value)
 
 
-def test_later_settings_leave_keys_alone_while_they_change_nothing() -> None:
+def test_later_settings_at_default_leave_keys_alone() -> None:
     parts = compose().retrieval.key_parts()
     assert {"engine", "storage"}.isdisjoint(parts)
     assert parts["top_k"] == 5

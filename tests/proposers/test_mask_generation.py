@@ -157,7 +157,7 @@ def test_filters_run_while_the_model_goes_on(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_error_of_a_filter_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It arrives where the proposals are asked for, whichever image it was, and no thread is left behind."""
+    """The error arrives at the caller, whichever image it was, and no thread is left."""
 
     def broken(*_: Any) -> None:
         raise RuntimeError("no memory for boxes")
@@ -188,7 +188,7 @@ def test_lower_precision_is_for_the_encoder_only(device: torch.device) -> None:
 def test_images_and_crops_embedded_together(
     layers: int, batches: list[int], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of several sizes, in batches that do not divide their number; with crops, in which images share batches."""
+    """Images differ in size and batches do not divide their number; with crops, images share batches."""
     pictures = [sample(48, 64), sample(70, 40), *scenes(1)]
     options = {**MINIATURE, "points_per_side": 6, "crop_n_layers": layers, "engine": "grid"}
     seen: list[int] = []
@@ -302,7 +302,7 @@ def blobs(count: int, device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(0, 5, 5), (3, 1, 1), (2, 31, 33), (2, 32, 32), (4, 57, 64), (2, 300, 1000)])
 def test_counts_above_a_level(shape: tuple[int, int, int], device: torch.device) -> None:
-    """Of any size, cut out of a larger tensor, and where every pixel counts."""
+    """Logits have any size, are cut out of a larger tensor, and may all be above the level."""
     torch.manual_seed(0)
     logits = torch.randn(shape[0], shape[1], shape[2] + 3, device=device)[..., :-3]
     for level in (-10.0, 0.5):
@@ -352,7 +352,7 @@ def test_boxes_are_those_of_the_enlarged_masks(embedded: Embedded, device: torch
 def test_stability_measured_late_chooses_the_same(
     threshold: float, overlap: float, rounds: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if every mask had been measured before NMS: with most stable, few, none; with and without the last resort."""
+    """The result is that of measuring every mask before NMS, with most masks stable, few or none, in both branches."""
     from torchvision.ops import nms
 
     monkeypatch.setattr(mask_generation, "MAX_UNSTABLE_ROUNDS", rounds)

@@ -250,7 +250,7 @@ def proposer(directory: str) -> Proposer:
 
 
 def test_video_checkpoints_give_their_image_model(tmp_path: Path) -> None:
-    """The published files of SAM 2 are of the video model; what only video needs is left out, nothing is missing."""
+    """The published files of SAM 2 hold the video model; tensors that only video needs are dropped, none is missing."""
     import transformers
 
     image_model = tiny_models.build_sam("sam2")

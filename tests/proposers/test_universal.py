@@ -93,7 +93,7 @@ def test_inputs_are_those_of_the_image_processor(
 
 
 @pytest.mark.parametrize("size", [(48, 64), (90, 50)])
-def test_scores_of_eomt_are_those_of_its_post_processing(size: tuple[int, int], directories: dict[str, str]) -> None:
+def test_scores_of_eomt_agree_with_its_post_processing(size: tuple[int, int], directories: dict[str, str]) -> None:
     import transformers
 
     proposer = UniversalProposer(UniversalOptions(weights=directories["eomt"], score_thresh=0.0), CPU)
@@ -108,7 +108,7 @@ def test_scores_of_eomt_are_those_of_its_post_processing(size: tuple[int, int], 
 
 
 @pytest.mark.parametrize("family", ["mask2former", "oneformer"])
-def test_scores_and_masks_are_those_of_the_post_processing(family: str, tmp_path: Path) -> None:
+def test_scores_and_masks_agree_with_the_post_processing(family: str, tmp_path: Path) -> None:
     """On an image of 384 x 384, at which `transformers` post-processes Mask2Former whatever its size."""
     import transformers
 
@@ -237,7 +237,7 @@ def test_wrong_directories_are_one_line(tmp_path: Path, change: str, message: st
     assert "\n" not in str(caught.value)
 
 
-def test_what_only_training_reads_may_be_missing_or_left_over(tmp_path: Path) -> None:
+def test_tensors_of_training_may_be_absent_or_extra(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     directory = tiny_models.save_universal("mask2former", tmp_path, SETTINGS["mask2former"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from moduseg.weights.sources import find_weights
 
 SIDE = 128
-"""Of SAM, SAM-HQ and SAM 2; the miniature's."""
+"""Side of the input of SAM, SAM-HQ and SAM 2 in pixels; the miniature has it too."""
 
 
 def _sam_parts(hq: bool) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _sam3_parts() -> dict[str, Any]:
 
 
 def build_sam(family: str) -> Any:
-    """A tiny model of `sam`, `sam_hq`, `sam2` or `sam3_tracker`, whose every parameter is random."""
+    """Build a tiny model of `sam`, `sam_hq`, `sam2` or `sam3_tracker`, whose every parameter is random."""
     import transformers
 
     name, parts = {
@@ -120,7 +120,7 @@ def build_sam(family: str) -> Any:
 
 
 def randomise(model: Any, seed: int = 0) -> Any:
-    """The model with parameters drawn anew, also those that start as zeros or tiny numbers."""
+    """Draw all parameters of a model again, also those that start as zeros or tiny numbers, and return the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -133,7 +133,7 @@ def randomise(model: Any, seed: int = 0) -> Any:
 
 
 def save(model: Any, folder: Path) -> str:
-    """Write a model as the hub has it; the directory's path."""
+    """Write a model as the hub stores it, and return the directory's path."""
     model.save_pretrained(folder)
     return str(folder)
 
@@ -165,16 +165,16 @@ _RENAMES = (
 
 
 def transformers_name(name: str) -> str:
-    """What `transformers` calls a tensor of `segment_anything`'s SAM."""
+    """Return the name that `transformers` gives a tensor of `segment_anything`'s SAM."""
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def transformers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `segment_anything`'s SAM under the names of `SamModel`."""
+    """Return the tensors of `segment_anything`'s SAM under the names of `SamModel`."""
     renamed = {transformers_name(name): tensor for name, tensor in state.items()}
-    # One matrix, which both parts of the model hold.
+    # Both parts of the model hold this matrix.
     renamed["prompt_encoder.shared_embedding.positional_embedding"] = renamed[
         "shared_image_embedding.positional_embedding"
     ]
@@ -195,7 +195,7 @@ def _swin() -> dict[str, Any]:
 
 
 def build_universal(family: str, classes: int = 3) -> Any:
-    """A tiny model of `mask2former`, `oneformer`, `eomt` or `eomt_dinov3`, whose every parameter is random."""
+    """Build a tiny model of `mask2former`, `oneformer`, `eomt` or `eomt_dinov3`, whose every parameter is random."""
     import transformers
 
     decoder = {"backbone_config": _swin(), "num_queries": 8, "hidden_dim": 32, "num_attention_heads": 4}
@@ -224,7 +224,7 @@ def build_universal(family: str, classes: int = 3) -> Any:
 
 
 def save_universal(family: str, folder: Path, settings: Mapping[str, Any], classes: int = 3) -> str:
-    """The model with its image processor's settings, and OneFormer's with a tokenizer; the directory's path."""
+    """Write a model with its image processor's settings (OneFormer: and a tokenizer), and return the directory's path."""
     save(build_universal(family, classes), folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     if family == "oneformer":

@@ -16,7 +16,7 @@ from moduseg.weights.sources import find_weights, load_state
 from tests.support.bomb import Bomb
 
 
-def test_auto_finds_a_device_and_float32_on_the_cpu() -> None:
+def test_auto_finds_a_device_and_its_precision() -> None:
     expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert resolve_device().torch_device.type == expected
     assert resolve_device("cpu").precision == "float32"
@@ -28,7 +28,7 @@ def test_unknown_devices_and_precisions_are_refused(name: str, precision: str) -
         resolve_device(name, precision)
 
 
-def test_autocast_is_off_in_float32_and_on_in_bfloat16() -> None:
+def test_autocast_is_on_in_bfloat16_only() -> None:
     a = torch.ones(2, 2)
     with resolve_device("cpu", "float32").autocast():
         assert (a @ a).dtype == torch.float32

@@ -56,7 +56,7 @@ def test_a_file_is_fetched_once(site: Site) -> None:
 
 
 @pytest.mark.parametrize("digest", [SHA256, None])
-def test_a_broken_connection_is_taken_up_where_it_ended(site: Site, digest: str | None) -> None:
+def test_a_broken_connection_is_continued(site: Site, digest: str | None) -> None:
     site.cuts = [1_500_000, 10]
     assert fetch(url_of(site), KEY, digest).read_bytes() == CONTENT
     assert site.parts == [None, "bytes=1500000-", "bytes=1500010-"]
@@ -162,7 +162,7 @@ def test_a_busy_server_is_asked_again(site: Site) -> None:
     assert len(site.asked) == 3 + download.ATTEMPTS
 
 
-def test_a_connection_that_brings_nothing_more_is_given_up(site: Site) -> None:
+def test_a_connection_without_progress_is_given_up(site: Site) -> None:
     site.cuts = [1000] + [0] * 20
     with pytest.raises(MissingError, match=r"ended at 1000 of 3000000 bytes.*1000 bytes are kept") as caught:
         fetch(url_of(site), KEY, SHA256)
@@ -244,7 +244,7 @@ def test_a_full_disk_ends_in_one_line(site: Site) -> None:
     assert len(site.asked) == 1
 
 
-def test_too_little_room_is_said_before_anything_is_fetched(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_found_before_the_download(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=2_000_000))
     with pytest.raises(StorageError, match=r"0\.00 GB are free.*MODUSEG_HOME="):
         fetch(url_of(site), KEY)

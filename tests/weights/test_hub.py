@@ -122,7 +122,7 @@ def test_half_a_model_is_none(cache: Cache, files: dict[str, bytes]) -> None:
         fetch_hub_folder(ID, None, KEY)
 
 
-def test_a_copy_without_tokenizer_is_not_enough_for_texts(cache: Cache) -> None:
+def test_texts_need_a_copy_with_a_tokenizer(cache: Cache) -> None:
     folder = cache(whole())
     with pytest.raises(MissingError):
         fetch_hub_folder(ID, None, KEY, companions=("tokenizer.json", "vocab.json"))
@@ -204,7 +204,7 @@ def test_a_model_is_fetched_once(site: Site) -> None:
     assert len(site.asked) == count
 
 
-def test_a_file_of_a_data_set_is_fetched_once(site: Site) -> None:
+def test_a_data_sets_file_is_fetched_once(site: Site) -> None:
     site.files["/datasets/owner/masks/VOC2012/pseudo.zip"] = b"archive"
     address = "hf://datasets/owner/masks/VOC2012/pseudo.zip"
     found = find_weights(address, KEY)
@@ -278,7 +278,7 @@ def test_a_full_disk(site: Site, error: Exception, monkeypatch: pytest.MonkeyPat
 # Digests
 
 
-def test_the_digest_is_that_of_the_files_that_are_loaded(cache: Cache, tmp_path: Path) -> None:
+def test_the_digest_covers_the_loaded_files_only(cache: Cache, tmp_path: Path) -> None:
     folder = cache(whole())
     first = model_digest(folder)
     copy = shutil.copytree(folder, tmp_path / "copy")
