@@ -224,7 +224,7 @@ def build_universal(family: str, classes: int = 3) -> Any:
 
 
 def save_universal(family: str, folder: Path, settings: Mapping[str, Any], classes: int = 3) -> str:
-    """Write a model with its image processor's settings (OneFormer: and a tokenizer), and return the directory's path."""
+    """Write a model with its image processor's settings and, for OneFormer, a tokenizer; return its directory."""
     save(build_universal(family, classes), folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     if family == "oneformer":
