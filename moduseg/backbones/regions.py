@@ -1,37 +1,10 @@
-"""Regions of a patch grid: from masks to ids, from pixels to patches, and which of them belong together."""
+"""Regions of a patch grid: from pixels to patches, and which of them belong together."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from moduseg.structures import Proposals
-
-RegionOrder = Literal["score", "area"]
-
-
-def make_id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
-    """Return the region of each pixel.
-
-    Args:
-        proposals: masks that may overlap.
-        order: which proposal has a pixel that several cover: `score` the one with the highest predicted IoU, `area` the
-            smallest one. Equal proposals: the first in the list.
-
-    Returns:
-        `[H, W]` int64 on the device of the masks: the proposal's index, -1 where there is none.
-    """
-    masks = proposals.masks
-    if not len(masks):
-        return torch.full(masks.shape[1:], -1, dtype=torch.int64, device=masks.device)
-    key = -proposals.predicted_iou if order == "score" else proposals.areas
-    best_first = key.argsort(stable=True)
-    stacked = masks[best_first]
-    # argmax takes the first of equal maxima.
-    return torch.where(stacked.any(0), best_first[stacked.to(torch.uint8).argmax(0)], -1)
 
 
 def sample_regions(ids: Tensor, grid: tuple[int, int], stride: int, input_size: tuple[int, int]) -> Tensor:

@@ -1,1 +1,1 @@
-"""Geometry of masks: run lengths, bits, cells, polygons."""
+"""Geometry of masks: run lengths, bits, cells, id maps, polygons."""

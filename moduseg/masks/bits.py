@@ -1,7 +1,7 @@
-"""Masks as bits, for the CPU: 64 pixels a word, so that what two masks share is an AND and a count of ones.
+"""Masks as bits, for the CPU: with 64 pixels a word, an intersection is an AND and a count of ones.
 
-Packing reads the masks once, at the speed of memory; areas, boxes, intersections and painting then touch an eighth of
-it. Other devices have matrix products instead (`suppress`, `rasterize`).
+Packing reads the masks once, at the speed of memory; areas, boxes, intersections and painting then read an eighth of
+the bytes. Other devices use matrix products instead.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 PACKED = ("cpu",)
 """Types of devices whose masks are packed into bits; the others multiply matrices."""
 _PAIR_WORDS = 1 << 16
-"""Words looked at together for pairs of masks: they stay in the cache."""
+"""Words processed at once for pairs of masks, so that they stay in the cache."""
 _ONES_OF = np.array([bin(value).count("1") for value in range(1 << 16)], dtype=np.uint8)
 """Ones in each 16-bit number, for numpy before 2.0."""
 
 
 @dataclass(frozen=True)
 class PackedMasks:
-    """Masks of one image, a bit a pixel; rows begin at a word.
+    """Masks of one image, one bit a pixel; each row begins at a word.
 
     Attributes:
-        words: `[N, H, L]` uint64, zeros at the end of a row.
+        words: `[N, H, L]` uint64, zero bits fill up a row.
         width: of the image in pixels.
     """
 
@@ -34,7 +34,7 @@ class PackedMasks:
 
     @classmethod
     def of(cls, masks: Tensor) -> PackedMasks:
-        """`[N, H, W]` bool on the CPU, packed."""
+        """Pack masks, `[N, H, W]` bool on the CPU."""
         count, height, width = masks.shape
         packed = np.packbits(masks.numpy(), axis=-1)
         words = np.zeros((count, height, -(-width // 64)), np.uint64)
@@ -45,7 +45,7 @@ class PackedMasks:
         return len(self.words)
 
     def select(self, keep: np.ndarray) -> PackedMasks:
-        """The masks that `keep` (indices) names, in its order."""
+        """Return the masks that `keep` (indices) names, in its order."""
         return PackedMasks(self.words[keep], self.width)
 
     @cached_property
@@ -59,17 +59,17 @@ class PackedMasks:
         union = np.bitwise_or.reduce(self.words, axis=0, keepdims=True)
         return int(self.areas.sum()) == int(_ones(union)[0])
 
-    def spans(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Top, bottom, left, right, `[N]` int64 each: the first row or column with a pixel, and one past the last.
+    def boxes(self) -> np.ndarray:
+        """Return `[N, 4]` int64 top, bottom, left, right: the first row or column with a pixel, and one past the last.
 
-        An empty mask has its first after its last.
+        The first one of an empty mask is greater than its last one.
         """
-        down = np.bitwise_or.reduce(self.words, axis=2)
-        across = np.bitwise_or.reduce(self.words, axis=1)
-        return *_ends(down != 0), *_ends(self._pixels(across).astype(bool))
+        rows = np.bitwise_or.reduce(self.words, axis=2)
+        columns = np.bitwise_or.reduce(self.words, axis=1)
+        return np.stack([*_ends(rows != 0), *_ends(self._pixels(columns).astype(bool))], axis=1)
 
     def shared(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """`[P]` int64: pixels that masks `first[p]` and `second[p]` share."""
+        """Return `[P]` int64: the pixels that masks `first[p]` and `second[p]` share."""
         step = max(1, _PAIR_WORDS // max(1, self.words[:1].size))
         counts = np.zeros(len(first), np.int64)
         for start in range(0, len(first), step):
@@ -78,7 +78,7 @@ class PackedMasks:
         return counts
 
     def paint(self, labels: np.ndarray) -> np.ndarray:
-        """`[H, W]` uint8: each pixel has the label of the first mask that covers it, 0 where there is none.
+        """Return `[H, W]` uint8: the label of the first mask that covers each pixel, 0 for none.
 
         Args:
             labels: `[N]` uint8.
@@ -86,21 +86,21 @@ class PackedMasks:
         result = np.zeros((self.words.shape[1], self.width), np.uint8)
         if not len(self):
             return result
-        fresh = self.words.copy()
-        fresh[1:] &= ~np.bitwise_or.accumulate(self.words, axis=0)[:-1]
-        # No two of the fresh parts share a pixel, so that the label's bits are gathered one binary digit at a time.
+        visible = self.words.copy()
+        visible[1:] &= ~np.bitwise_or.accumulate(self.words, axis=0)[:-1]
+        # No two visible parts share a pixel, so the labels are composed one binary digit at a time.
         for digit in range(int(labels.max()).bit_length()):
-            plane = np.bitwise_or.reduce(fresh[(labels >> digit) & 1 == 1], axis=0)
+            plane = np.bitwise_or.reduce(visible[(labels >> digit) & 1 == 1], axis=0)
             result |= self._pixels(plane) << np.uint8(digit)
         return result
 
     def _pixels(self, words: np.ndarray) -> np.ndarray:
-        """`[..., W]` uint8 of 0 and 1 from rows of words, `[..., L]`."""
+        """Return `[..., W]` uint8 of 0 and 1 from rows of words, `[..., L]`."""
         return np.unpackbits(words.view(np.uint8), axis=-1, count=self.width)
 
 
 def _ones(words: np.ndarray) -> np.ndarray:
-    """`[n]` int64, ones in each entry of `[n, ...]` uint64."""
+    """Return `[n]` int64, the ones in each entry of `[n, ...]` uint64."""
     words = words.reshape(len(words), -1) if words.size else np.zeros((len(words), 1), np.uint64)
     if hasattr(np, "bitwise_count"):
         return np.bitwise_count(words).sum(axis=1, dtype=np.int64)
@@ -108,9 +108,9 @@ def _ones(words: np.ndarray) -> np.ndarray:
 
 
 def _ends(hit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and one past the last true position of each row of `hit [N, L]`; `L` and 0 where there is none."""
+    """Return the first and one past the last true position of each row of `hit [N, L]`; `L` and 0 for none."""
     length = hit.shape[1]
     if not length:
         return np.zeros(len(hit), np.int64), np.zeros(len(hit), np.int64)
-    some = hit.any(axis=1)
-    return np.where(some, hit.argmax(axis=1), length), np.where(some, length - hit[:, ::-1].argmax(axis=1), 0)
+    is_hit = hit.any(axis=1)
+    return np.where(is_hit, hit.argmax(axis=1), length), np.where(is_hit, length - hit[:, ::-1].argmax(axis=1), 0)

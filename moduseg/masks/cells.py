@@ -1,7 +1,6 @@
 """Overlapping masks as a partition of the image: pixels that the same masks cover form a cell.
 
-There are a few dozen cells where there are thousands of pixels, so whatever asks for overlaps or paints label maps
-again and again asks the cells.
+An image has a few dozen cells and thousands of pixels, so that overlaps and label maps are computed on cells.
 """
 
 from __future__ import annotations
@@ -14,14 +13,18 @@ import torch
 from torch import Tensor
 
 _BITS = 36
-"""Masks between two renumberings: a cell number (below 2^27 pixels) and as many bits fit into 63."""
+"""Masks between two renumberings: a cell number (below 2^27) and this many bits fit into 63."""
 
 
 def split_into_cells(masks: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The cells of an image; arguments as `Cells.of`.
+    """Return the cells of an image.
+
+    Args:
+        masks: `[N, H, W]` bool.
+        values: `[H, W]` integers 0..255 that split cells further.
 
     Returns:
-        `code [H * W]` int64, the cell of each pixel, and `place [U]` int64, a pixel of each cell.
+        `cell_of [H * W]` int64, the cell of each pixel, and `cell_pixels [U]` int64, one pixel of each cell.
     """
     pixels = masks.flatten(1)
     code = torch.zeros(pixels.shape[1], dtype=torch.int64, device=masks.device)
@@ -31,20 +34,20 @@ def split_into_cells(masks: Tensor, values: Tensor | None = None) -> tuple[Tenso
         for mask in pixels[start : start + _BITS]:
             code = code * 2 + mask
         code = code.unique(return_inverse=True)[1]
-    # Any pixel of a cell stands for it.
-    place = torch.zeros(int(code.max()) + 1 if len(code) else 0, dtype=torch.int64, device=masks.device)
-    place[code] = torch.arange(len(code), device=masks.device)
-    return code, place
+    # Any pixel of a cell represents it.
+    cell_pixels = torch.zeros(int(code.max()) + 1 if len(code) else 0, dtype=torch.int64, device=masks.device)
+    cell_pixels[code] = torch.arange(len(code), device=masks.device)
+    return code, cell_pixels
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of one image; pixels of one cell are also alike in `values`, where these were given.
+    """The cells of one image; if `values` were given, all pixels of a cell have one value.
 
     Attributes:
-        cover: `[U, N]` bool, whether a mask holds the cell.
+        cover: `[U, N]` bool, whether a mask covers the cell.
         sizes: `[U]` int64, pixels of each cell.
-        values: `[U]` int64, see `of`; zeros where left out.
+        values: `[U]` int64, the value of each cell; zeros if omitted.
     """
 
     cover: np.ndarray
@@ -57,7 +60,7 @@ class Cells:
 
         Args:
             masks: `[N, H, W]` bool on any device.
-            values: `[H, W]` integers 0..255 that split cells further (the truth, to be counted against).
+            values: `[H, W]` integers 0..255 that split cells further, such as the ground truth.
 
         Raises:
             ValueError: `masks` is not `[N, H, W]` bool, or `values` of another size.
@@ -66,42 +69,42 @@ class Cells:
             raise ValueError(f"masks: got {tuple(masks.shape)} {masks.dtype}, expected [N, H, W] bool")
         if values is not None and values.shape != masks.shape[1:]:
             raise ValueError(f"values: got {tuple(values.shape)}, expected the masks' {tuple(masks.shape[1:])}")
-        code, place = split_into_cells(masks, values)
-        sizes = torch.bincount(code)
-        value = place.new_zeros(len(sizes)) if values is None else values.flatten().to(masks.device).long()[place]
-        return cls(masks.flatten(1)[:, place].T.cpu().numpy(), sizes.cpu().numpy(), value.cpu().numpy())
+        cell_of, pixels = split_into_cells(masks, values)
+        sizes = torch.bincount(cell_of)
+        value = pixels.new_zeros(len(sizes)) if values is None else values.flatten().to(masks.device).long()[pixels]
+        return cls(masks.flatten(1)[:, pixels].T.cpu().numpy(), sizes.cpu().numpy(), value.cpu().numpy())
 
     @cached_property
     def shared(self) -> np.ndarray:
-        """`[N, N]` int64: pixels that each two masks share; areas on the diagonal."""
+        """`[N, N]` int64: pixels that each pair of masks shares; areas on the diagonal."""
         # Counts below 2^53 are exact in float64, whatever the order of the sums.
         cover = self.cover.astype(np.float64)
         return (cover.T @ (cover * self.sizes[:, None])).astype(np.int64)
 
     @cached_property
     def ious(self) -> np.ndarray:
-        """`[N, N]` float64: intersection over union of each two masks, 0 where both are empty."""
+        """`[N, N]` float64: intersection over union of each pair of masks, 0 if both are empty."""
         areas = self.shared.diagonal()
         return self.shared / np.maximum(areas[:, None] + areas - self.shared, 1)
 
     def suppress(self, order: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
-        """Those of `order` that `moduseg.retrieval.suppress.suppress` keeps, in this order.
+        """Return the masks of `order` that greedy NMS within each label keeps, in this order.
 
         Args:
             order: `[K]` indices of masks, best first.
             labels: `[N]` integers.
             iou_threshold: in [0, 1].
         """
-        beaten = np.zeros(len(labels), dtype=bool)
+        is_suppressed = np.zeros(len(labels), dtype=bool)
         kept = []
         for index in order:
-            if not beaten[index]:
+            if not is_suppressed[index]:
                 kept.append(index)
-                beaten |= (labels == labels[index]) & (self.ious[index] > iou_threshold)
+                is_suppressed |= (labels == labels[index]) & (self.ious[index] > iou_threshold)
         return np.array(kept, dtype=np.int64)
 
     def paint(self, order: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """`[U]` int64: the label of the first mask of `order` that holds the cell and is not background, else 0.
+        """Return `[U]` int64: the label of the first foreground mask of `order` that covers each cell, else 0.
 
         Args:
             order: `[K]` indices of masks.

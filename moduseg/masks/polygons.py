@@ -5,10 +5,10 @@ annotation format of polygons has holes, so every hole is joined to its outer co
 back along the same line, which leaves one ring for each component and adds nothing to its area. A mask of several
 components gives several rings.
 
-Two conventions of coordinates are in use. On *edges*, a ring runs along the sides of pixels and pixel `(x, y)` is the
-square from `(x, y)` to `(x + 1, y + 1)`, as COCO's rasteriser and Label Studio have it. Through *centres*, it runs
-through the middle of the outermost pixels, which have whole-numbered coordinates, and whoever rasterises it draws the
-outline as well, as LabelMe does.
+Two conventions of coordinates are in use. With *edges*, a ring runs along sides of pixels, and pixel `(x, y)` is the
+square from `(x, y)` to `(x + 1, y + 1)`, as in COCO's rasteriser and Label Studio. With *centres*, it runs through the
+middle of the outermost pixels, which have integer coordinates, and a reader fills the ring and draws its outline, as
+LabelMe does.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from PIL import Image, ImageDraw
 
 Convention = Literal["edges", "centres"]
 MIN_IOU = 0.97
-"""Simplified polygons overlap the mask at least that much, whatever the tolerance."""
+"""Least IoU of simplified polygons with the mask, whatever the tolerance."""
 _SQUARE = np.ones((3, 3), np.uint8)
 
 
 def find_polygons(mask: np.ndarray, tolerance: float = 0.0, convention: Convention = "edges") -> list[np.ndarray]:
-    """Polygons of a mask, one for each component (pixels that touch at a corner belong together).
+    """Return the polygons of a mask, one for each component (pixels that touch at a corner are connected).
 
     Args:
         mask: `[H, W]` bool.
         tolerance: pixels that a simplified contour may lie off (Douglas-Peucker); 0 keeps every corner. It is halved
             until the polygons, rasterised, have an IoU of `MIN_IOU` with the mask.
-        convention: of the coordinates, see above.
+        convention: of the coordinates, as the module says.
 
     Returns:
         `[n, 2]` float64 `(x, y)` each, three points or more, not closed; none for an empty mask. With tolerance 0
@@ -48,10 +48,10 @@ def find_polygons(mask: np.ndarray, tolerance: float = 0.0, convention: Conventi
         raise ValueError(f"tolerance: got {tolerance}, expected 0 or more pixels; try 1")
     components = _contours(mask, convention)
     while True:
-        polygons = [_joined([_simplified(ring, tolerance) for ring in rings]) for rings in components]
+        polygons = [_join([_simplify(ring, tolerance) for ring in rings]) for rings in components]
         if tolerance == 0 or not polygons:
             return polygons
-        if iou(fill_polygons(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= MIN_IOU:
+        if compute_iou(fill_polygons(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= MIN_IOU:
             return polygons
         tolerance = tolerance / 2 if tolerance > 0.2 else 0.0
 
@@ -59,8 +59,16 @@ def find_polygons(mask: np.ndarray, tolerance: float = 0.0, convention: Conventi
 def fill_polygons(
     polygons: Sequence[np.ndarray], size: tuple[int, int], convention: Convention = "edges"
 ) -> np.ndarray:
-    """`[H, W]` bool of polygons of `find_polygons`, as the programs that read them rasterise: COCO's API on edges,
-    filled and outlined through centres."""
+    """Rasterise polygons of `find_polygons` as the programs that read them do.
+
+    Args:
+        polygons: `[n, 2]` float `(x, y)` each.
+        size: `(height, width)` of the mask.
+        convention: of the coordinates: `edges` as COCO's API, `centres` filled and outlined.
+
+    Returns:
+        `[H, W]` bool.
+    """
     if convention == "centres":
         canvas = Image.new("1", (size[1], size[0]))
         for polygon in polygons:
@@ -74,14 +82,14 @@ def fill_polygons(
     return np.asarray(coco.decode(coco.merge(runs)), dtype=bool)
 
 
-def iou(one: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union of two masks; 1 where both are empty."""
-    union = int((one | other).sum())
-    return int((one & other).sum()) / union if union else 1.0
+def compute_iou(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the intersection over union of two masks, 1 if both are empty."""
+    union = int((first | second).sum())
+    return int((first & second).sum()) / union if union else 1.0
 
 
 def _contours(mask: np.ndarray, convention: Convention) -> list[list[np.ndarray]]:
-    """Of each component the outer contour, then its holes; `[n, 2]` float64 each."""
+    """Return the outer contour of each component, then its holes; `[n, 2]` float64 each."""
     left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
     if not width:
         return []
@@ -93,8 +101,8 @@ def _contours(mask: np.ndarray, convention: Convention) -> list[list[np.ndarray]
         grid = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
         grid[1::2, 1::2] = inside
         inside, scale = cv2.dilate(grid, _SQUARE), 0.5
-    found, hierarchy = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    rings = [contour[:, 0].astype(np.float64) * scale + (left, top) for contour in found]
+    contours, hierarchy = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    rings = [contour[:, 0].astype(np.float64) * scale + (left, top) for contour in contours]
     parents = hierarchy[0, :, 3]
     return [
         [rings[i], *(rings[j] for j in range(len(rings)) if parents[j] == i)]
@@ -103,7 +111,8 @@ def _contours(mask: np.ndarray, convention: Convention) -> list[list[np.ndarray]
     ]  # fmt: skip
 
 
-def _simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
+def _simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
+    """Return the ring without points that lie within the tolerance; three points or more."""
     if tolerance > 0:
         simple = cv2.approxPolyDP(ring.astype(np.float32)[:, None], tolerance, True)[:, 0].astype(np.float64)
         ring = simple if len(simple) >= 3 else ring
@@ -111,8 +120,8 @@ def _simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
     return ring if len(ring) >= 3 else np.concatenate([ring, np.repeat(ring[-1:], 3 - len(ring), axis=0)])
 
 
-def _joined(rings: list[np.ndarray]) -> np.ndarray:
-    """One ring of an outer contour and its holes, each cut open at the points that are nearest."""
+def _join(rings: list[np.ndarray]) -> np.ndarray:
+    """Return one ring of an outer contour and its holes, each joined at the closest pair of points."""
     outer = rings[0]
     for hole in rings[1:]:
         distances = np.abs(outer[:, None] - hole[None]).sum(2)

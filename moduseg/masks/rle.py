@@ -1,6 +1,6 @@
-"""COCO's run-length encoding of masks, decoded without trust.
+"""COCO's run-length encoding of masks, checked before it is decoded.
 
-The decoder of pycocotools believes whatever the string says, beyond the end of its buffers.
+The decoder of pycocotools trusts the string, and then reads and writes beyond the end of its buffers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MAX_CHARACTERS = 7
 
 
 def decode_counts(text: str) -> np.ndarray:
-    """Run lengths from COCO's compressed string, as `[R]` int64; the first run is of zeros.
+    """Return the run lengths of COCO's compressed string, `[R]` int64; the first run is of zeros.
 
     Each number is a sequence of characters from `0` to `o` that carry 5 bits each, lowest first, and one that says
     whether more follow; from the fourth number on it is the difference to the number two before.
@@ -51,14 +51,14 @@ def decode_counts(text: str) -> np.ndarray:
 
 
 def read_runs(counts: object, pixels: int) -> np.ndarray:
-    """Run lengths, `[R]` int64 from zeros on, of a list of numbers or of a compressed string.
+    """Return checked run lengths, `[R]` int64, first of zeros, of a list of numbers or of a compressed string.
 
     Args:
         counts: as JSON gives it; nothing about it is assumed.
-        pixels: what the run lengths have to sum to.
+        pixels: the sum that the run lengths must have.
 
     Raises:
-        ValueError: they do not, or a run length is out of range or no whole number.
+        ValueError: another sum, or a run length that is out of range or no integer.
     """
     if isinstance(counts, list):
         if not all(type(c) is int and 0 <= c <= pixels for c in counts):
@@ -68,30 +68,30 @@ def read_runs(counts: object, pixels: int) -> np.ndarray:
         runs = decode_counts(counts)
     else:
         raise ValueError(f"'counts' of type {type(counts).__name__}")
-    # One by one first: a sum of large numbers could wrap around to the right one.
+    # Each one is checked first: a sum of large numbers could wrap around to the right one.
     if (len(runs) and runs.max() > pixels) or int(runs.sum()) != pixels:
         raise ValueError(f"run lengths that do not sum to {pixels} pixels")
     return runs
 
 
 def merge_disjoint_runs(runs: list[np.ndarray], size: tuple[int, int]) -> np.ndarray | None:
-    """One map for masks that share no pixel, decoded without a mask being filled in.
+    """Return one id map of masks that share no pixel, without decoding any of them.
 
     Args:
-        runs: of each mask, run lengths `[R]` int64 as `read_runs` gives them, down the columns.
+        runs: of each mask, run lengths `[R]` int64 column by column, as `read_runs` gives them.
         size: `(H, W)` of the image.
 
     Returns:
-        `[H, W]` int32, the index of the mask that each pixel belongs to, -1 where there is none; `None` where two masks
-        share a pixel.
+        `[H, W]` int32, the index of the mask that each pixel belongs to, -1 for none; `None` if two masks share a
+        pixel.
     """
-    # Runs of ones are every second one: where they end, how long they are, whose they are.
+    # Every second run is of ones: its length, its end, its mask.
     lengths = np.concatenate([np.zeros(0, np.int64), *(counts[1::2] for counts in runs)])
     ends = np.concatenate([np.zeros(0, np.int64), *(np.cumsum(counts)[1::2] for counts in runs)])
     owners = np.repeat(np.arange(len(runs), dtype=np.int32), [len(counts) // 2 for counts in runs])
-    some = lengths > 0
-    order = np.argsort(ends[some], kind="stable")
-    lengths, ends, owners = lengths[some][order], ends[some][order], owners[some][order]
+    is_filled = lengths > 0
+    order = np.argsort(ends[is_filled], kind="stable")
+    lengths, ends, owners = lengths[is_filled][order], ends[is_filled][order], owners[is_filled][order]
     gaps = ends - lengths - np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)]
     if (gaps < 0).any():
         return None
@@ -104,7 +104,7 @@ def merge_disjoint_runs(runs: list[np.ndarray], size: tuple[int, int]) -> np.nda
 
 
 def encode_polygons(polygons: list[Any], size: tuple[int, int]) -> np.ndarray:
-    """Run lengths, `[R]` int64 from zeros on, of the union of polygons as pycocotools rasterises them.
+    """Return the run lengths, `[R]` int64, first of zeros, of the union of polygons as pycocotools rasterises them.
 
     Args:
         polygons: as JSON gives them, each `x, y, x, y, ...` in pixels; nothing about them is assumed.
@@ -116,13 +116,13 @@ def encode_polygons(polygons: list[Any], size: tuple[int, int]) -> np.ndarray:
     """
     from pycocotools import mask as coco
 
-    longest = 2 * max(size)
+    max_coordinate = 2 * max(size)
     for polygon in polygons:
-        good = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        if not good or not all(_is_finite(c) and abs(c) <= longest for c in polygon):
+        has_points = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        if not has_points or not all(_is_finite(c) and abs(c) <= max_coordinate for c in polygon):
             raise ValueError(
                 f"a polygon is {' '.join(str(polygon).split())[:60]}, expected x, y, x, y, ... of three points or "
-                f"more, within {longest} pixels of the image"
+                f"more, within {max_coordinate} pixels of the image"
             )
         # The rasteriser takes memory in proportion to the outline, whatever lies inside the image.
         points = list(zip(polygon[0::2], polygon[1::2], strict=True))

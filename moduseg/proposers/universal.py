@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError
+from moduseg.masks.id_maps import to_disjoint
 from moduseg.proposers.base import Proposer
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_shortest_side, prepare_image
 from moduseg.proposers.mask_upsampling import Embedded, enlarge
@@ -198,22 +199,3 @@ class UniversalProposer(Proposer):
             image, inner, padded, mean=mean, std=std, device=self._device.torch_device, black=kind.startswith("eomt")
         )
         return pixels, Embedded(None, shape, inner, padded)
-
-
-def to_disjoint(proposals: Proposals) -> Proposals:
-    """Give each pixel to the best-scored mask that holds it (docs/method.md, step 8: higher score on top).
-
-    Args:
-        proposals: in descending score.
-
-    Returns:
-        The pixels that each mask keeps; masks without a pixel are dropped, scores are unchanged.
-    """
-    if not len(proposals):
-        return proposals
-    # Of equal values `argmax` gives the first, which is the best-scored mask.
-    owner = proposals.masks.to(torch.uint8).argmax(0)
-    rank = torch.arange(len(proposals), device=owner.device)
-    masks = proposals.masks & (owner == rank[:, None, None])
-    left = Proposals(masks, proposals.predicted_iou, proposals.stability_score)
-    return left.select(left.areas > 0)

@@ -16,8 +16,8 @@ from moduseg.backbones.base import Backbone
 from moduseg.backbones.clip import ClipEncoder, EncoderOptions
 from moduseg.backbones.clip_attention import Branches
 from moduseg.backbones.clip_model import ClipSource
-from moduseg.backbones.regions import RegionOrder, make_id_map
 from moduseg.devices import Device
+from moduseg.masks.id_maps import RegionOrder, make_id_map
 from moduseg.pseudo_masks.clip_words import KEY, ClipWordsGenerator, ClipWordsOptions
 from moduseg.structures import Proposals, Sample, TokenMap
 

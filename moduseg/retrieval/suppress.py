@@ -63,7 +63,7 @@ def _candidate_pairs(masks: PackedMasks, labels: np.ndarray, iou_threshold: floa
     first, second = _pairs_above(masks, first, second, max_shared, iou_threshold)
     if not len(first):
         return first, second
-    top, bottom, left, right = masks.spans()
+    top, bottom, left, right = masks.boxes().T
     heights = np.minimum(bottom[first], bottom[second]) - np.maximum(top[first], top[second])
     widths = np.minimum(right[first], right[second]) - np.maximum(left[first], left[second])
     max_shared = np.minimum(masks.areas[first], masks.areas[second])

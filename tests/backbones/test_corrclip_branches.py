@@ -22,8 +22,9 @@ from moduseg.backbones.clip_attention import (
     run_last_block,
     sum_branches,
 )
-from moduseg.backbones.regions import make_id_map, merge_regions, sample_regions
+from moduseg.backbones.regions import merge_regions, sample_regions
 from moduseg.errors import ConfigError
+from moduseg.masks.id_maps import make_id_map
 from moduseg.structures import Proposals
 from tests.backbones.test_clip_attention import GRID, make_clip
 

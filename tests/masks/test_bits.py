@@ -23,7 +23,7 @@ def test_counts_boxes_and_paint(
     first, second = np.nonzero(np.ones((12, 12)))
     expected = (masks[:, None] & masks[None]).sum((2, 3))
     np.testing.assert_array_equal(packed.shared(first, second).reshape(12, 12), expected)
-    for mask, *box in zip(masks, *packed.spans(), strict=True):
+    for mask, box in zip(masks, packed.boxes().tolist(), strict=True):
         rows, columns = np.nonzero(mask)
         if len(rows):
             assert box == [rows.min(), rows.max() + 1, columns.min(), columns.max() + 1]
@@ -56,4 +56,4 @@ def test_without_masks_or_pixels(shape: tuple[int, int, int], monkeypatch: pytes
         packed = PackedMasks.of(torch.zeros(shape, dtype=torch.bool))
         assert packed.areas.tolist() == [0] * shape[0]
         assert packed.paint(np.ones(shape[0], np.uint8)).shape == shape[1:]
-        assert all(len(side) == shape[0] for side in packed.spans())
+        assert packed.boxes().shape == (shape[0], 4)

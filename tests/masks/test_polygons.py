@@ -14,7 +14,7 @@ from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 
-from moduseg.masks.polygons import Convention, fill_polygons, find_polygons, iou
+from moduseg.masks.polygons import Convention, compute_iou, fill_polygons, find_polygons
 from moduseg.miniature.world.scenes import render_scene
 from moduseg.report.annotations import (
     PredictedObject,
@@ -95,7 +95,7 @@ def test_edges_and_centres_are_half_a_pixel_apart() -> None:
 def test_an_empty_mask_has_no_polygon_and_wrong_arguments_are_named() -> None:
     assert find_polygons(np.zeros((3, 4), dtype=bool)) == []
     assert not fill_polygons([], (3, 4)).any()
-    assert iou(np.zeros((2, 2), dtype=bool), np.zeros((2, 2), dtype=bool)) == 1.0
+    assert compute_iou(np.zeros((2, 2), dtype=bool), np.zeros((2, 2), dtype=bool)) == 1.0
     with pytest.raises(ValueError, match=r"got \(2, 2\) uint8, expected \[H, W\] bool"):
         find_polygons(np.zeros((2, 2), dtype=np.uint8))
     with pytest.raises(ValueError, match=r"tolerance: got -1"):
@@ -113,7 +113,7 @@ def test_simplified_polygons_stay_near_the_mask(convention: Convention, toleranc
             for how in points:
                 polygons = find_polygons(mask, how, convention)
                 points[how] += sum(len(p) for p in polygons)
-                assert iou(fill_polygons(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= 0.97
+                assert compute_iou(fill_polygons(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= 0.97
     assert points[tolerance] < 0.6 * points[0.0]
 
 
@@ -147,7 +147,7 @@ def test_coco_files_load_in_pycocotools(found: list[PredictedObject], tmp_path: 
     assert coco.getAnnIds(imgIds=2) == []
     for annotation, original in zip(annotations, found, strict=True):
         mask = coco.annToMask(annotation).astype(bool)
-        assert iou(mask, original.mask) > 0.95
+        assert compute_iou(mask, original.mask) > 0.95
         assert annotation["area"] == original.mask.sum()
         rows, columns = np.nonzero(original.mask)
         left, top, width, height = annotation["bbox"]
@@ -173,7 +173,7 @@ def test_labelme_files_have_its_keys_and_rasterise_to_the_masks(found: list[Pred
         canvas = Image.new("L", (60, 40))
         for shape in shapes:
             ImageDraw.Draw(canvas).polygon([tuple(point) for point in shape["points"]], fill=1, outline=1)
-        assert iou(np.asarray(canvas) > 0, original.mask) > 0.95
+        assert compute_iou(np.asarray(canvas) > 0, original.mask) > 0.95
 
 
 def test_to_label_studio_tasks_are_in_percent_and_fit_their_configuration(found: list[PredictedObject]) -> None:
@@ -206,7 +206,7 @@ def test_to_label_studio_tasks_are_in_percent_and_fit_their_configuration(found:
     ring = Outline(np.array(results[0]["value"]["points"]) / 100 * [60, 40])
     y, x = np.mgrid[:40, :60] + 0.5
     inside = ring.contains_points(np.stack([x.ravel(), y.ravel()], 1)).reshape(40, 60)
-    assert iou(inside, found[0].mask) > 0.95
+    assert compute_iou(inside, found[0].mask) > 0.95
 
 
 def prediction_of(masks: np.ndarray, labels: list[int], scores: list[float]) -> Prediction:

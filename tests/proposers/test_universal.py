@@ -12,9 +12,10 @@ import torch
 
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
+from moduseg.masks.id_maps import to_disjoint
 from moduseg.proposers import build
 from moduseg.proposers.inputs import fit_shortest_side
-from moduseg.proposers.universal import CLASSES, UniversalOptions, UniversalProposer, to_disjoint
+from moduseg.proposers.universal import CLASSES, UniversalOptions, UniversalProposer
 from moduseg.structures import Proposals, Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
 from tests.support import tiny_models

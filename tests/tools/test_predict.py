@@ -17,7 +17,7 @@ from moduseg.config import compose
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, ModusegError
 from moduseg.masks.palette import voc_palette
-from moduseg.masks.polygons import fill_polygons, iou
+from moduseg.masks.polygons import compute_iou, fill_polygons
 from moduseg.stages.build_bank import BuildBank
 from moduseg.tools import predict
 from tests.support.tagged_world import CLIP, ORACLE, image_id, settings, write_folder
@@ -70,12 +70,12 @@ def test_every_format_says_the_same(bank: Path, images: Path, tmp_path: Path, mo
             name_of = segmenter.classes[label]
             mask = label_map == label
             masks = [coco.annToMask(a).astype(bool) for a in annotations if a["category_id"] == label]
-            assert iou(np.any(masks, axis=0), mask) > 0.95
+            assert compute_iou(np.any(masks, axis=0), mask) > 0.95
             rings = [np.array(s["points"]) for s in labelme["shapes"] if s["label"] == name_of]
-            assert iou(fill_polygons(rings, (height, width), "centres"), mask) > 0.95
+            assert compute_iou(fill_polygons(rings, (height, width), "centres"), mask) > 0.95
             results = [r for r in task["predictions"][0]["result"] if r["value"]["polygonlabels"] == [name_of]]
             rings = [np.array(r["value"]["points"]) / 100 * [width, height] for r in results]
-            assert iou(fill_polygons(rings, (height, width)), mask) > 0.95
+            assert compute_iou(fill_polygons(rings, (height, width)), mask) > 0.95
             seen += 1
         assert {a["category_id"] for a in annotations} == set(np.unique(label_map).tolist()) - {0}
     assert seen > 3

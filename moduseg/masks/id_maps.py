@@ -1,0 +1,52 @@
+"""Overlapping proposals as disjoint regions: one map of ids, or masks without a common pixel."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moduseg.structures import Proposals
+
+RegionOrder = Literal["score", "area"]
+
+
+def make_id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
+    """Return the region of each pixel.
+
+    Args:
+        proposals: masks that may overlap.
+        order: which proposal has a pixel that several cover: `score` the one with the highest predicted IoU, `area` the
+            smallest one. Equal proposals: the first in the list.
+
+    Returns:
+        `[H, W]` int64 on the device of the masks: the proposal's index, -1 for none.
+    """
+    masks = proposals.masks
+    if not len(masks):
+        return torch.full(masks.shape[1:], -1, dtype=torch.int64, device=masks.device)
+    key = -proposals.predicted_iou if order == "score" else proposals.areas
+    best_first = key.argsort(stable=True)
+    stacked = masks[best_first]
+    # argmax takes the first of equal maxima.
+    return torch.where(stacked.any(0), best_first[stacked.to(torch.uint8).argmax(0)], -1)
+
+
+def to_disjoint(proposals: Proposals) -> Proposals:
+    """Give each pixel to the first proposal that covers it.
+
+    Args:
+        proposals: best first.
+
+    Returns:
+        The pixels that each mask keeps; masks without a pixel are dropped, scores are unchanged.
+    """
+    if not len(proposals):
+        return proposals
+    # argmax takes the first of equal maxima.
+    owner = proposals.masks.to(torch.uint8).argmax(0)
+    index = torch.arange(len(proposals), device=owner.device)
+    masks = proposals.masks & (owner == index[:, None, None])
+    disjoint = Proposals(masks, proposals.predicted_iou, proposals.stability_score)
+    return disjoint.select(disjoint.areas > 0)
