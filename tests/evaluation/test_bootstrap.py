@@ -48,17 +48,17 @@ def test_interval_narrows_with_images_and_widens_with_confidence(rng: np.random.
     few, many = (image_counts(list(_images(rng, n, 0.7))) for n in (10, 160))
 
     def width(counts: np.ndarray, confidence: float = 0.95) -> float:
-        found = bootstrap(counts, 500, confidence=confidence)
-        assert found.low < found.value < found.high
-        return found.high - found.low
+        estimate = bootstrap(counts, 500, confidence=confidence)
+        assert estimate.low < estimate.value < estimate.high
+        return estimate.high - estimate.low
 
     assert width(many) < 0.5 * width(few)
     assert width(few, 0.5) < width(few, 0.99)
 
 
 def test_one_image_has_no_spread(rng: np.random.Generator) -> None:
-    found = bootstrap(image_counts(list(_images(rng, 1, 0.7))), 50)
-    assert found.low == found.value == found.high
+    estimate = bootstrap(image_counts(list(_images(rng, 1, 0.7))), 50)
+    assert estimate.low == estimate.value == estimate.high
 
 
 def test_paired_runs(rng: np.random.Generator) -> None:
@@ -75,12 +75,12 @@ def test_paired_runs(rng: np.random.Generator) -> None:
         return image_counts(list(matrices))
 
     worse, better = run(0.85), run(0.92)
-    found = paired_bootstrap(worse, better, 500)
-    assert 0 < found.low < found.value < found.high
-    assert found.share_above == 1.0
-    assert found.value == pytest.approx(bootstrap(better, 1).value - bootstrap(worse, 1).value)
+    estimate = paired_bootstrap(worse, better, 500)
+    assert 0 < estimate.low < estimate.value < estimate.high
+    assert estimate.share_above == 1.0
+    assert estimate.value == pytest.approx(bootstrap(better, 1).value - bootstrap(worse, 1).value)
     alone = bootstrap(worse, 500)
-    assert found.high - found.low < 0.6 * (alone.high - alone.low)
+    assert estimate.high - estimate.low < 0.6 * (alone.high - alone.low)
     same = paired_bootstrap(worse, worse, 50)
     assert (same.value, same.low, same.high, same.share_above) == (0, 0, 0, 0.5)
     with pytest.raises(ValueError, match="expected the same images"):
@@ -101,5 +101,5 @@ def test_arguments(shape: tuple[int, ...], resamples: int, confidence: float) ->
     [(2.0, 0.9, 0.1), (-2.0, 0.1, 0.1), (2.0, 0.4, 0.6), (0.0, 0.5, None), (float("nan"), 0.5, None)],
 )
 def test_share_of_flipped_signs(value: float, share_above: float, expected: float | None) -> None:
-    found = PairedInterval(value, -1.0, 3.0, share_above=share_above).share_flipped
-    assert found == (None if expected is None else pytest.approx(expected))
+    estimate = PairedInterval(value, -1.0, 3.0, share_above=share_above).share_flipped
+    assert estimate == (None if expected is None else pytest.approx(expected))

@@ -26,12 +26,12 @@ def test_width_is_a_share_of_the_diagonal(shape: tuple[int, int], share: float, 
 def test_contours_of_a_square_by_hand() -> None:
     labels = np.zeros((9, 9), dtype=np.uint8)
     labels[2:7, 2:7] = 3
-    near = near_contour(labels, 1)
+    is_near = near_contour(labels, 1)
     expected = np.zeros((9, 9), dtype=bool)
     expected[[0, -1]] = expected[:, [0, -1]] = True  # the picture's border is a contour of the background
     expected[1:8, 1:8] = True
     expected[3:6, 3:6] = False
-    np.testing.assert_array_equal(near > 0, expected)
+    np.testing.assert_array_equal(is_near > 0, expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 31), (40, 50)])
@@ -45,9 +45,9 @@ def test_counts_match_eroding_class_by_class(
         for value, mask in enumerate(reference.random_masks(rng, 4, *shape), start=1):
             labels[mask] = value
     truth[reference.random_masks(rng, 1, *shape)[0]] = 255
-    found = boundary_counts(truth, prediction, 6, width)
-    np.testing.assert_array_equal(found, reference.boundary_counts(truth, prediction, 6, width))
-    assert found.dtype == np.int64
+    counts = boundary_counts(truth, prediction, 6, width)
+    np.testing.assert_array_equal(counts, reference.boundary_counts(truth, prediction, 6, width))
+    assert counts.dtype == np.int64
 
 
 def test_equal_maps_agree_whatever_is_ignored(rng: np.random.Generator) -> None:

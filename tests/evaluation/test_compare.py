@@ -81,23 +81,27 @@ def test_the_first_against_itself_differs_in_nothing(rng: np.random.Generator) -
 
 def test_the_sign_of_a_difference_does_not_matter_to_its_doubt(rng: np.random.Generator) -> None:
     first, second = (_split(run) for run in _runs(rng))
-    one = compare(first, second, CLASSES, names=("a", "b"), settings=CompareSettings(resamples=200))["classes"]["cat"]
-    other = compare(second, first, CLASSES, names=("b", "a"), settings=CompareSettings(resamples=200))["classes"]["cat"]
-    assert one["share_flipped"] == pytest.approx(other["share_flipped"])
-    assert one["low"] == pytest.approx(-other["high"])
+    forward = compare(first, second, CLASSES, names=("a", "b"), settings=CompareSettings(resamples=200))["classes"][
+        "cat"
+    ]
+    backward = compare(second, first, CLASSES, names=("b", "a"), settings=CompareSettings(resamples=200))["classes"][
+        "cat"
+    ]
+    assert forward["share_flipped"] == pytest.approx(backward["share_flipped"])
+    assert forward["low"] == pytest.approx(-backward["high"])
 
 
 def test_images_of_one_alone_are_left_out(rng: np.random.Generator) -> None:
     first, second = _runs(rng, 6)
-    whole = compare(
+    of_all = compare(
         _split(first[:4]), _split(second[:4]), CLASSES, names=("a", "b"), settings=CompareSettings(resamples=20)
     )
     order = [3, 0, 1, 2, 5]  # another order, and an image that the first lacks
     shuffled = _split([second[i] for i in order], [f"i{i}" for i in order])
-    part = compare(_split(first[:4]), shuffled, CLASSES, names=("a", "b"), settings=CompareSettings(resamples=20))
-    assert part["left_out"] == ["i5"]
-    assert part["classes"] == whole["classes"]
-    assert "Left out, scored by one alone: 1." in compare_markdown(part)
+    of_common = compare(_split(first[:4]), shuffled, CLASSES, names=("a", "b"), settings=CompareSettings(resamples=20))
+    assert of_common["left_out"] == ["i5"]
+    assert of_common["classes"] == of_all["classes"]
+    assert "Left out, scored by one alone: 1." in compare_markdown(of_common)
     assert compare(_split(first, width=3), _split(second), CLASSES, names=("a", "b"))["boundary_miou"] is None
 
 

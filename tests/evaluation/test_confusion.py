@@ -25,8 +25,8 @@ def test_counts_match_a_plain_loop(device: torch.device, rng: np.random.Generato
         truth = rng.choice([0, 1, 2, 3, 4, 255], shape).astype(np.uint8)
         prediction = rng.integers(0, 5, shape).astype(np.uint8)
         expected = _count_slowly(truth, prediction, 5)
-        given = torch.from_numpy(truth).to(device) if shape[0] == 4 else truth
-        np.testing.assert_array_equal(matrix.update(given, prediction).cpu(), expected)
+        truth_on_device = torch.from_numpy(truth).to(device) if shape[0] == 4 else truth
+        np.testing.assert_array_equal(matrix.update(truth_on_device, prediction).cpu(), expected)
         total += expected
     np.testing.assert_array_equal(matrix.matrix.cpu(), total)
     assert matrix.matrix.dtype == torch.int64
@@ -42,15 +42,15 @@ def test_label_counts_are_the_margins() -> None:
 
 
 def test_shards_add_up(rng: np.random.Generator) -> None:
-    whole, parts = ConfusionMatrix(4), [ConfusionMatrix(4), ConfusionMatrix(4)]
+    total_matrix, shards = ConfusionMatrix(4), [ConfusionMatrix(4), ConfusionMatrix(4)]
     for i in range(4):
         truth, prediction = rng.integers(0, 4, (2, 5, 5))
-        whole.update(truth, prediction)
-        parts[i % 2].update(truth, prediction)
-    parts[0].add(parts[1].matrix.numpy())
-    assert torch.equal(parts[0].matrix, whole.matrix)
+        total_matrix.update(truth, prediction)
+        shards[i % 2].update(truth, prediction)
+    shards[0].add(shards[1].matrix.numpy())
+    assert torch.equal(shards[0].matrix, total_matrix.matrix)
     with pytest.raises(ValueError, match=r"got \(3, 3\), expected \(4, 4\)"):
-        whole.add(np.zeros((3, 3)))
+        total_matrix.add(np.zeros((3, 3)))
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_bytes_are_counted_as_any_integers_are(
         truth[rng.random(shape) < 0.2] = 255
     if kind == "all ignored":
         truth[:] = 255
-    found = count_pixels(truth, prediction, size)
-    np.testing.assert_array_equal(found, _count_slowly(truth, prediction, size))
-    np.testing.assert_array_equal(found, count_pixels(truth.astype(np.int32), prediction, size))
-    assert found.dtype == torch.int64
+    actual = count_pixels(truth, prediction, size)
+    np.testing.assert_array_equal(actual, _count_slowly(truth, prediction, size))
+    np.testing.assert_array_equal(actual, count_pixels(truth.astype(np.int32), prediction, size))
+    assert actual.dtype == torch.int64
 
 
 @pytest.mark.parametrize("noise", [False, True])
@@ -132,9 +132,9 @@ def test_iou_agrees_with_torchmetrics(rng: np.random.Generator) -> None:
         prediction = np.where(prediction == 255, 0, prediction).astype(np.uint8)
         ours.update(truth, prediction)
         theirs.update(torch.from_numpy(prediction).long(), torch.from_numpy(truth).long())
-    expected, found = 100 * theirs.compute().double().numpy(), iou(ours.label_counts())
+    expected, actual = 100 * theirs.compute().double().numpy(), iou(ours.label_counts())
     present = np.arange(7) != 6
-    np.testing.assert_allclose(found[present], expected[present], rtol=1e-6)
-    assert np.isnan(found[6])
+    np.testing.assert_allclose(actual[present], expected[present], rtol=1e-6)
+    assert np.isnan(actual[6])
     assert expected[6] == 0
     assert mean_iou(ours.label_counts()) == pytest.approx(expected[present].mean())

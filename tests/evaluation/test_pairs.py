@@ -23,9 +23,9 @@ def _pair(image_id: str) -> tuple[np.ndarray, np.ndarray] | None:
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 5])
 def test_any_number_of_workers_gives_the_same_in_order(workers: int) -> None:
-    found = list(count_pairs(IDS, _pair, 3, boundary_width=0.1, workers=workers))
-    assert [image_id for image_id, _ in found] == IDS
-    for image_id, counts in found:
+    counted = list(count_pairs(IDS, _pair, 3, boundary_width=0.1, workers=workers))
+    assert [image_id for image_id, _ in counted] == IDS
+    for image_id, counts in counted:
         pair = _pair(image_id)
         if pair is None or counts is None:
             assert pair is counts
@@ -67,7 +67,7 @@ def test_no_image() -> None:
 
 def test_files_are_counted_as_the_plain_way_counts_them(tmp_path: Path) -> None:
     pairs = speed.write_pairs(tmp_path, 5, 60, 80)
-    expected = reference.confusion_of_files(pairs, speed.SIZE)
+    expected = reference.confusion_of_files(pairs, speed.NUM_LABELS)
     assert expected.sum() > 0
-    np.testing.assert_array_equal(speed.fast(pairs, 1).matrix(), expected)
-    np.testing.assert_array_equal(speed.fast(pairs, 2).matrix(), expected)
+    np.testing.assert_array_equal(speed.count_files(pairs, 1).matrix(), expected)
+    np.testing.assert_array_equal(speed.count_files(pairs, 2).matrix(), expected)

@@ -45,9 +45,9 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_ids_are_read_however_they_are_stored(folder: Path, content: bytes) -> None:
     (folder / "a.png").write_bytes(content)
-    found = PredictionFolder(folder, IDS, 3).read("a", (2, 3))
-    np.testing.assert_array_equal(found, LABELS)
-    assert found.dtype == np.uint8
+    labels_read = PredictionFolder(folder, IDS, 3).read("a", (2, 3))
+    np.testing.assert_array_equal(labels_read, LABELS)
+    assert labels_read.dtype == np.uint8
 
 
 def _with(value: int, dtype: type = np.uint8) -> bytes:

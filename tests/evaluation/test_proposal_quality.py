@@ -52,10 +52,10 @@ def test_best_iou_matches_a_plain_loop(
     for ignored in (None, ignore):
         kept = np.ones((9, 11), bool) if ignored is None else ~ignored
         expected = [max((o & p & kept).sum() / ((o | p) & kept).sum() for p in offered) for o in objects]
-        given = None if ignored is None else torch.from_numpy(ignored).to(device)
-        found = best_ious(torch.from_numpy(objects).to(device), torch.from_numpy(offered).to(device), given)
-        assert found.device.type == device.type
-        np.testing.assert_allclose(found.cpu(), expected, rtol=1e-6)
+        ignore_on_device = None if ignored is None else torch.from_numpy(ignored).to(device)
+        best = best_ious(torch.from_numpy(objects).to(device), torch.from_numpy(offered).to(device), ignore_on_device)
+        assert best.device.type == device.type
+        np.testing.assert_allclose(best.cpu(), expected, rtol=1e-6)
     with pytest.raises(ValueError, match="proposals: got masks"):
         best_ious(torch.zeros(1, 2, 2, dtype=torch.bool), torch.zeros(1, 2, 3, dtype=torch.bool))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.models import matched
+from benchmarks.models import match_masks
 from moduseg import datasets
 from moduseg.config import compose
 from moduseg.devices import Device
@@ -57,7 +57,7 @@ def both(picture: Sample, options: dict[str, Any], device: torch.device) -> tupl
 
 def agree(ours: Proposals, theirs: Proposals) -> None:
     assert len(theirs) > 1
-    share, extra = matched(ours, theirs)
+    share, extra = match_masks(ours, theirs)
     assert share >= 0.98
     assert extra <= 0.02
     if len(ours) == len(theirs):

@@ -45,11 +45,14 @@ def test_before_after_and_with_all(tmp_path: Path) -> None:
 def test_what_is_withheld_is_what_was_never_there(tmp_path: Path) -> None:
     """Taking images out of a bank gives the bank that was built without them."""
     without, holders = holding(NEW, 4, yes=False), holding(NEW, 2)
-    joint, own = write_folder(tmp_path / "joint", without + holders), write_folder(tmp_path / "own", without)
-    whole, alone = (BuildBank.run(compose(settings(root, tmp_path / "o", *CLIP))) for root in (joint, own))
-    gone = Bank.load(whole).image_ids[4:]
-    bank_tool.remove(bank_tool.RemoveOptions(str(whole), (NEW,), gone, out=str(tmp_path / "left")), [])
-    bank_tool.remove(bank_tool.RemoveOptions(str(alone), (NEW,), out=str(tmp_path / "alone")), [])
+    joint_root = write_folder(tmp_path / "joint", without + holders)
+    without_root = write_folder(tmp_path / "own", without)
+    joint_bank, without_bank = (
+        BuildBank.run(compose(settings(root, tmp_path / "o", *CLIP))) for root in (joint_root, without_root)
+    )
+    gone = Bank.load(joint_bank).image_ids[4:]
+    bank_tool.remove(bank_tool.RemoveOptions(str(joint_bank), (NEW,), gone, out=str(tmp_path / "left")), [])
+    bank_tool.remove(bank_tool.RemoveOptions(str(without_bank), (NEW,), out=str(tmp_path / "alone")), [])
     assert digest_bank(Bank.load(tmp_path / "left")) == digest_bank(Bank.load(tmp_path / "alone"))
 
 
@@ -59,8 +62,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         new_class.run(new_class.NewClassOptions(("bird",)), cfg)
     with pytest.raises(ConfigError, match=r"images: got 0, expected 1 or more"):
         parse(["images=0"], new_class.NewClassOptions, "new_class")
-    own = write_folder(tmp_path / "own", [0, 1], masks=False)
+    no_truth_root = write_folder(tmp_path / "own", [0, 1], masks=False)
     with pytest.raises(DataError, match=r"folder train: got no ground truth"):
         new_class.run(
-            new_class.NewClassOptions(), compose(settings(own, tmp_path / "o", *CLIP, "dataset.val_split=train"))
+            new_class.NewClassOptions(),
+            compose(settings(no_truth_root, tmp_path / "o", *CLIP, "dataset.val_split=train")),
         )

@@ -71,9 +71,9 @@ def test_every_table_is_checked() -> None:
 def test_published_figures_are_the_papers(name: str) -> None:
     table = load_paper_table(name)
     for dataset in DATASETS[:-1]:
-        found = {row: figure.value for row in table.rows if (figure := table.figure_of(row, dataset))}
+        value_by_row = {row: figure.value for row in table.rows if (figure := table.figure_of(row, dataset))}
         runnable = set(table.names(dataset)) | {row for row in table.rows if table.rows[row].is_quoted}
-        shown = {row: value for row, value in found.items() if row in runnable}
+        shown = {row: value for row, value in value_by_row.items() if row in runnable}
         assert shown == PUBLISHED[name].get(dataset, {})
     assert table.published_on == [d for d in DATASETS if d in PUBLISHED[name]]
 
@@ -84,8 +84,8 @@ def test_every_row_composes(name: str) -> None:
     table = load_paper_table(name)
     assert {"voc", "miniature"} <= set(table.datasets) <= set(BASE)
     for dataset in table.datasets:
-        own = [row for row in table.names(dataset) if getattr(table.rows[row], dataset) is not None]
-        rows = table.names(dataset) if dataset in ("voc", "miniature") else own or table.names(dataset)[:1]
+        coco_rows = [row for row in table.names(dataset) if getattr(table.rows[row], dataset) is not None]
+        rows = table.names(dataset) if dataset in ("voc", "miniature") else coco_rows or table.names(dataset)[:1]
         configurations = [compose(table.runs(row, dataset, 1)[0]).as_dict() for row in rows]
         assert all(configurations.count(one) == 1 for one in configurations)
         assert {one["dataset"]["name"] for one in configurations} == {dataset}

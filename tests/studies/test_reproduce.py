@@ -85,8 +85,8 @@ def test_a_table_of_rows_that_run_lack_something_and_fail(
 
     # What ran has the figures of `evaluate`, which makes nothing anew.
     for name, more in (("baseline", ["bank.purify.enabled=false", "bank.aggregation=hard"]), ("both", [])):
-        found = json.loads((evaluate.run(compose([*small, *more])) / "results.json").read_text())
-        assert rows[name]["ours"] == pytest.approx(found["prediction"]["miou"])
+        results = json.loads((evaluate.run(compose([*small, *more])) / "results.json").read_text())
+        assert rows[name]["ours"] == pytest.approx(results["prediction"]["miou"])
         assert rows[name]["columns"]["proposal recall"] == [pytest.approx(100.0)]
         assert (rows[name]["images"], rows[name]["split"], rows[name]["label_source"]) == (2, "val", "json")
         assert rows[name]["seconds"] > 0
@@ -125,14 +125,14 @@ def test_a_table_of_rows_that_run_lack_something_and_fail(
 
 
 def test_complete_rows_are_not_run_again_and_artefacts_are_shared(small: list[str], tmp_path: Path) -> None:
-    one = reproduce.run(ReproduceOptions("small", "miniature", "both"), small)
-    assert one.num_failed == 0
-    assert one.paths == [tmp_path / "out" / "tables" / "small-miniature-both.md"]
+    of_one_row = reproduce.run(ReproduceOptions("small", "miniature", "both"), small)
+    assert of_one_row.num_failed == 0
+    assert of_one_row.paths == [tmp_path / "out" / "tables" / "small-miniature-both.md"]
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "miniature").rglob("*") if p.is_file()}
     every = reproduce.run(ReproduceOptions("small", "miniature"), small)
     assert {p: p.stat().st_mtime_ns for p in made} == made
     assert len(list((tmp_path / "out" / "miniature" / "propose").iterdir())) == 1  # one for all rows
-    first = record_of(one.paths[0])["rows"][0]
+    first = record_of(of_one_row.paths[0])["rows"][0]
     again = next(row for row in record_of(every.paths[0])["rows"] if row["row"] == "both")
     assert (first["values"], first["seconds"], first["runs"]) == (again["values"], again["seconds"], again["runs"])
 
@@ -146,8 +146,8 @@ def test_another_split_is_not_compared(small: list[str]) -> None:
 
 def test_seeds_are_averaged(small: list[str], tmp_path: Path) -> None:
     """Two worlds; changes are those of each world."""
-    own = [o for o in small if not o.startswith("dataset.root")]
-    path = reproduce.run(ReproduceOptions("small", "miniature", seeds=2), own).paths[0]
+    without_root = [o for o in small if not o.startswith("dataset.root")]
+    path = reproduce.run(ReproduceOptions("small", "miniature", seeds=2), without_root).paths[0]
     rows = {row["row"]: row for row in record_of(path)["rows"]}
     baseline, both = rows["baseline"], rows["both"]
     assert [run[-1] for run in both["runs"]] == ["dataset.seed=0", "dataset.seed=1"]
@@ -202,12 +202,12 @@ def test_images_left_out_are_counted_and_end_with_one(
 def test_a_bug_in_one_row_does_not_end_the_night(
     small: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = evaluate.run
+    run_evaluate = evaluate.run
 
     def sometimes(cfg: Any, work: Any = None) -> Path:
         if cfg.bank.aggregation == "hard":
             raise RuntimeError("out of\nmemory")
-        return whole(cfg, work)
+        return run_evaluate(cfg, work)
 
     monkeypatch.setattr(evaluate, "run", sometimes)
     made = reproduce.run(ReproduceOptions("small", "miniature"), small)

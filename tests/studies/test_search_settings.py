@@ -26,16 +26,16 @@ def labels(folder: Path) -> dict[str, bytes]:
 def test_faiss_gives_the_same_label_maps_in_a_folder_of_its_own(world: tuple[Path, Path]) -> None:
     pytest.importorskip("faiss", reason="faiss is an extra: pip install 'moduseg[faiss]'")
     outputs, folder = world
-    found = Infer.run(compose(overrides(outputs, "retrieval.engine=faiss")))
-    assert found != folder
-    assert labels(found) == labels(folder)
+    other_folder = Infer.run(compose(overrides(outputs, "retrieval.engine=faiss")))
+    assert other_folder != folder
+    assert labels(other_folder) == labels(folder)
 
 
 def test_half_precision_has_a_folder_of_its_own(world: tuple[Path, Path]) -> None:
     outputs, folder = world
-    found = Infer.run(compose(overrides(outputs, "retrieval.storage=float16")))
-    assert found != folder
-    assert labels(found).keys() == labels(folder).keys()
+    other_folder = Infer.run(compose(overrides(outputs, "retrieval.storage=float16")))
+    assert other_folder != folder
+    assert labels(other_folder).keys() == labels(folder).keys()
 
 
 def test_disjoint_proposals_give_what_their_masks_give(
@@ -50,7 +50,7 @@ def test_disjoint_proposals_give_what_their_masks_give(
     assert all(proposals.id_map is None for proposals in without)
     for a, b in zip(with_maps, without, strict=True):
         np.testing.assert_array_equal(a.masks, b.masks)
-    found = Infer.run(compose(overrides(tmp_path, world=outputs)))
-    assert labels(found) == labels(folder)
+    other_folder = Infer.run(compose(overrides(tmp_path, world=outputs)))
+    assert labels(other_folder) == labels(folder)
     vectors = {path.name: path.read_bytes() for path in outputs.rglob("vectors/*.safetensors")}
     assert vectors == {path.name: path.read_bytes() for path in tmp_path.rglob("vectors/*.safetensors")}

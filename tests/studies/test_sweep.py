@@ -109,10 +109,10 @@ def test_the_winner_is_chosen_elsewhere(finished: Path) -> None:
     assert record["best"]["chosen by"] == max(row["chosen by"] for row in record["rows"])
     alone = json.loads((sweep.run([*arguments(finished), *grid]) / "results.json").read_text())
     assert [row["mIoU"] for row in record["rows"]] == [row["mIoU"] for row in alone["rows"]]
-    other = json.loads(
+    of_other_run = json.loads(
         (sweep.run([*arguments(finished), *grid, "select=retrieval.min_area=60"]) / "results.json").read_text()
     )
-    assert other["chosen_on"] == "val with retrieval.min_area=60, 3 images"
+    assert of_other_run["chosen_on"] == "val with retrieval.min_area=60, 3 images"
     with pytest.raises(ConfigError, match=r"select: got val, which is what is reported"):
         sweep.run([*arguments(finished), *grid, "select=val"])
     with pytest.raises(ConfigError, match=r"bank\.prototypes.*choose on another split"):
