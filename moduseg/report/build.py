@@ -20,7 +20,6 @@ from moduseg.config import Config
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.files import digest_of, file_digest, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import Workspace, log
-from moduseg.report.attribution import RetrievalResult
 from moduseg.report.bank_data import write_bank
 from moduseg.report.finished_run import FinishedRun, open_run
 from moduseg.report.image_data import RetrievalReplay, write_images
@@ -52,16 +51,13 @@ class Comparison:
     record: Mapping[str, Any]
 
 
-def write_report_of_run(
-    work: Workspace, path: Path, changed: bool, results: Mapping[str, RetrievalResult] | None = None
-) -> None:
+def write_report_of_run(work: Workspace, path: Path, changed: bool) -> None:
     """Write the report of a run that a stage has just ended, if `evaluation.report` asks for it.
 
     Args:
         work: of the run.
         path: its folder, complete.
         changed: whether its label maps differ from those of an earlier report.
-        results: what retrieval said of images that were labelled just now; the others are searched again.
 
     A report that cannot be written (a photograph that is gone) costs a warning, never the run.
     """
@@ -71,7 +67,7 @@ def write_report_of_run(
     if not changed and (folder / "index.html").is_file() and _stored_key(folder) == report_key(work.cfg, path):
         return
     try:
-        write_report(work, open_run(path, work), folder, results=results)
+        write_report(work, open_run(path, work), folder)
     except (ConfigError, DataError, ArtefactError, MissingError) as error:
         log.warning("report: not written: %s", error)
 
@@ -88,13 +84,7 @@ def add_figures(path: Path, record: Mapping[str, Any]) -> None:
         write_atomic(file, make_script("summary", content))
 
 
-def write_report(
-    work: Workspace,
-    run: FinishedRun,
-    folder: Path,
-    comparison: Comparison | None = None,
-    results: Mapping[str, RetrievalResult] | None = None,
-) -> Path:
+def write_report(work: Workspace, run: FinishedRun, folder: Path, comparison: Comparison | None = None) -> Path:
     """Write the report of an opened run, and return the path of `index.html`.
 
     Args:
@@ -102,7 +92,6 @@ def write_report(
         run: the run.
         folder: where it goes; an earlier report there is replaced.
         comparison: a second run to show beside it.
-        results: see `write_report_of_run`.
 
     Raises:
         DataError: a label map cannot be read.
@@ -117,7 +106,7 @@ def write_report(
         bank = Bank.load(run.inputs["build_bank"].path)
         if work.cfg.bank.path is not None:
             bank = remap_classes(bank, run.dataset.classes)
-        replay = RetrievalReplay(work.cfg, bank, run.inputs["queries"], work.device.torch_device, results)
+        replay = RetrievalReplay(work.cfg, bank, run.inputs["queries"], work.device.torch_device)
     images = write_images(work, run, page, ids, replay=replay, second=second)
     if bank is not None and replay is not None:
         write_bank(work, run, page, bank=bank, replay=replay, images=images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -44,18 +44,10 @@ class RetrievalReplay:
         bank: the stored bank.
         queries: folder of stage `queries`.
         device: where the search runs.
-        results: of images that were labelled just now, by image id; these are not searched again.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        bank: Bank,
-        queries: StageFolder,
-        device: torch.device,
-        results: Mapping[str, RetrievalResult] | None = None,
-    ) -> None:
-        self._queries, self._results = queries, results or {}
+    def __init__(self, cfg: Config, bank: Bank, queries: StageFolder, device: torch.device) -> None:
+        self._queries = queries
         self.bank = bank.configured(cfg.bank).to(device)
         self._retriever = Retriever(self.bank, cfg.retrieval)
 
@@ -65,11 +57,6 @@ class RetrievalReplay:
         Raises:
             DataError: the stored vectors are gone or do not fit the proposals.
         """
-        result = self._results.get(image_id)
-        if result is not None:
-            searched = proposals.select(self._retriever.is_searched(proposals))
-            if len(searched) == len(result.labels):
-                return searched, result
         pooled = self._queries.vectors(image_id)["pooled"]
         if len(pooled) != len(proposals):
             raise DataError(

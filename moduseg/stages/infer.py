@@ -18,7 +18,6 @@ from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.stage import Stage, skipped_images
 from moduseg.pipeline.workspace import log
 from moduseg.report import build
-from moduseg.report.attribution import RetrievalResult
 from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.evaluate_masks import score_or_draw
@@ -124,13 +123,10 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     def process(self, items: list[tuple[str, Proposals, Tensor]]) -> list[Files]:
         """Return the label maps of several images."""
-        files: list[Files] = []
-        for image_id, proposals, pooled in items:
-            prediction = self.retriever.predict(proposals, pooled)
-            if image_id in self._shown_ids:
-                self._results_by_image[image_id] = RetrievalResult.of(prediction)
-            files.append({stored_name("label_map", image_id): write_label_png(prediction.label_map)})
-        return files
+        return [
+            {stored_name("label_map", i): write_label_png(self.retriever.predict(proposals, pooled).label_map)}
+            for i, proposals, pooled in items
+        ]
 
     def reads(self, image_id: str) -> list[Path]:
         """Return the files of the image's proposals and their vectors."""
@@ -144,13 +140,4 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     def report(self, outcome: Outcome) -> None:
         """Write the report."""
-        build.write_report_of_run(self.work, self.artefact.path, outcome.changed, self._results_by_image)
-
-    @cached_property
-    def _results_by_image(self) -> dict[str, RetrievalResult]:
-        """What retrieval said of the images that the report shows."""
-        return {}
-
-    @cached_property
-    def _shown_ids(self) -> frozenset[str]:
-        return frozenset(build.choose_ids(self.cfg, self.dataset.ids) if self.cfg.evaluation.report else ())
+        build.write_report_of_run(self.work, self.artefact.path, outcome.changed)
