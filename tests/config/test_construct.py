@@ -41,7 +41,7 @@ class Outer:
 
 def test_values_are_taken_and_widened() -> None:
     thing = build_named(
-        "room", {"thing": Thing}, {"name": "thing", "width": 4, "ratio": 1, "scales": [1, 2]}, device="cpu"
+        "group", {"thing": Thing}, {"name": "thing", "width": 4, "ratio": 1, "scales": [1, 2]}, device="cpu"
     )
     assert thing.values == (4, "cpu", 1.0, "a", (1.0, 2.0), None, False)
 
@@ -49,20 +49,20 @@ def test_values_are_taken_and_widened() -> None:
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"name": "thnig", "width": 1}, r"room\.name: got 'thnig', expected one of thing"),
-        ({"name": "thing", "widht": 1}, r"room\.widht: unknown key.*did you mean room\.width"),
-        ({"name": "thing"}, r"room\.width: missing"),
-        ({"name": "thing", "width": "wide"}, r"room\.width: got 'wide' \(str\), expected a whole number"),
-        ({"name": "thing", "width": True}, r"room\.width: got True \(bool\), expected a whole number"),
-        ({"name": "thing", "width": 1, "mode": "c"}, r"room\.mode: got 'c'.*one of a, b"),
-        ({"name": "thing", "width": 1, "scales": [1, "x"]}, r"room\.scales\[1\]: got 'x'.*a number"),
-        ({"name": "thing", "width": 1, "path": 3}, r"room\.path: got 3 \(int\), expected text or null"),
-        ({"name": "thing", "width": 1, "device": "cuda"}, r"room\.device: unknown key"),
+        ({"name": "thnig", "width": 1}, r"group\.name: got 'thnig', expected one of thing"),
+        ({"name": "thing", "widht": 1}, r"group\.widht: unknown key.*did you mean group\.width"),
+        ({"name": "thing"}, r"group\.width: missing"),
+        ({"name": "thing", "width": "wide"}, r"group\.width: got 'wide' \(str\), expected a whole number"),
+        ({"name": "thing", "width": True}, r"group\.width: got True \(bool\), expected a whole number"),
+        ({"name": "thing", "width": 1, "mode": "c"}, r"group\.mode: got 'c'.*one of a, b"),
+        ({"name": "thing", "width": 1, "scales": [1, "x"]}, r"group\.scales\[1\]: got 'x'.*a number"),
+        ({"name": "thing", "width": 1, "path": 3}, r"group\.path: got 3 \(int\), expected text or null"),
+        ({"name": "thing", "width": 1, "device": "cuda"}, r"group\.device: unknown key"),
     ],
 )
 def test_mistakes_name_the_key(cfg: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_named("room", {"thing": Thing}, cfg, device="cpu")
+        build_named("group", {"thing": Thing}, cfg, device="cpu")
 
 
 def test_nested_dataclasses_are_built_and_checked() -> None:

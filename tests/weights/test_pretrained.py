@@ -16,13 +16,13 @@ def source(tmp_path: Path) -> Pretrained:
     """A directory whose files name an architecture and hold no weights."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    return Pretrained(str(tmp_path), None, "room.weights", "model")
+    return Pretrained(str(tmp_path), None, "group.weights", "model")
 
 
 @pytest.mark.parametrize(("classes", "message"), [
-    pytest.param({"sam": "SamModel"}, r"names model_type 'clip', expected one of sam; check room\.weights, or try it",
+    pytest.param({"sam": "SamModel"}, r"names model_type 'clip', expected one of sam; check group\.weights, or try it",
                  id="another architecture"),
-    pytest.param({"clip": "NoSuchModel"}, r"room\.weights: transformers \S+ has no NoSuchModel.*; upgrade it",
+    pytest.param({"clip": "NoSuchModel"}, r"group\.weights: transformers \S+ has no NoSuchModel.*; upgrade it",
                  id="transformers lacks the class"),
     pytest.param({"clip": "CLIPModel"}, r"not readable as a model \(.*\); fetch the files again", id="damaged weights"),
 ])  # fmt: skip
@@ -33,4 +33,4 @@ def test_a_model_that_cannot_be_loaded(source: Pretrained, classes: dict[str, st
 
 def test_weights_need_a_name() -> None:
     with pytest.raises(ValueError, match="weights: got an empty text"):
-        Pretrained("", None, "room.weights", "model")
+        Pretrained("", None, "group.weights", "model")
