@@ -1,4 +1,9 @@
-"""Bootstrap intervals: how far a measure would move if other images had been scored."""
+"""Bootstrap intervals: how far a measure would move if other images had been scored.
+
+Each draw weighs every image by an exponential random number (the Bayesian bootstrap: Rubin, Annals of Statistics 1981)
+instead of drawing images with replacement. No weight is 0, so a class of few images is in every draw. Drawn with
+replacement, a class in one of ten images is absent from a third of the draws, whose mean is then over other classes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ from moduseg.evaluation.measures import Compute, iou, mean_iou
 
 _CHUNK = 250
 """Resamples worked on at once, so that memory does not grow with their number."""
+_WEIGHT_UNITS = 1 << 12
+"""Weights are whole multiples of one 4096th of their mean: sums of weighted pixel counts then stay exact in float64."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,14 @@ def bootstrap(
     seed: int = 42,
     compute: Compute = mean_iou,
 ) -> Interval:
-    """Return a measure of a split with its percentile interval, images drawn with replacement.
+    """Return a measure of a split with its percentile interval over weighted images.
 
     Args:
         counts: `[n, 3, S]` of `image_counts`.
-        resamples: how many splits are drawn.
+        resamples: how many times the images are weighted.
         confidence: coverage of the interval, in (0, 1).
-        seed: of the draws; equal seeds and equal `n` draw the same images.
-        compute: the measure, one value for a split.
+        seed: of the draws; equal seeds and equal `n` draw the same weights.
+        compute: the measure, one value for a split; a ratio of pixel counts, which do not have to be whole.
 
     Raises:
         ValueError: no image, another shape, or a number out of range.
@@ -100,7 +107,7 @@ def paired_bootstrap(
     seed: int = 42,
     compute: Compute = mean_iou,
 ) -> PairedInterval:
-    """Return the difference `second - first` in a measure with its interval; both runs see the same draws of images.
+    """Return the difference `second - first` in a measure with its interval; both runs see the same draws.
 
     Args:
         first, second: `[n, 3, S]` of `image_counts`, images in the same order.
@@ -125,8 +132,6 @@ def paired_bootstrap_of_classes(
     compute: Compute = iou,
 ) -> list[PairedInterval]:
     """Return `paired_bootstrap` of a measure of each label, over the same draws.
-
-    A draw in which a label has no value in one run says nothing of it and is left out.
 
     Returns:
         One interval for each of the `S` labels; NaN where a label has no value in one run altogether.
@@ -171,12 +176,12 @@ def _resample(runs: list[np.ndarray], resamples: int, seed: int, compute: Comput
     """Return the measure of every run on every draw, `[runs, resamples, ...]`."""
     rng = np.random.default_rng(seed)
     num_images, _, num_labels = runs[0].shape
-    # Sums of pixel counts stay exact in float64 (below 2^53), so the matmul may add in any order.
+    # Sums of whole numbers stay exact in float64 (below 2^53), so the matmul may add in any order.
     flat = [run.reshape(num_images, -1).astype(np.float64) for run in runs]
     drawn: list[list[np.ndarray]] = [[] for _ in runs]
     for start in range(0, resamples, _CHUNK):
         num_draws = min(_CHUNK, resamples - start)
-        weights = rng.multinomial(num_images, np.full(num_images, 1.0 / num_images), size=num_draws).astype(np.float64)
+        weights = np.ceil(rng.standard_exponential((num_draws, num_images)) * _WEIGHT_UNITS)
         for chunks, counts in zip(drawn, flat, strict=True):
             chunks.append(compute((weights @ counts).reshape(-1, 3, num_labels)))
     return np.stack([np.concatenate(chunks) for chunks in drawn])

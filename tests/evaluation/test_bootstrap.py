@@ -32,10 +32,28 @@ def test_interval_matches_a_plain_loop(rng: np.random.Generator, compute: Comput
     again = np.random.default_rng(3)
     drawn = []
     for size in (250, 250, 100):
-        for weights in again.multinomial(12, np.full(12, 1 / 12), size=size):
+        for weights in np.ceil(4096 * again.standard_exponential((size, 12))):
             drawn.append(compute(label_counts(np.tensordot(weights, matrices, 1))))
     np.testing.assert_allclose((interval.low, interval.high), np.quantile(drawn, [0.025, 0.975]))
     assert interval.value == compute(label_counts(matrices.sum(0)))
+
+
+def test_a_rare_class_is_in_every_draw() -> None:
+    matrices = np.zeros((10, 2, 2), dtype=np.int64)
+    matrices[:, 0, 0] = 100
+    matrices[3] = [[50, 0], [50, 0]]  # the only image of class 1, none of whose pixels is right
+    interval = bootstrap(image_counts(list(matrices)), 500)
+    assert interval.value == pytest.approx(100 * 0.5 * 950 / 1000)
+    assert interval.high <= 50
+
+
+def test_intervals_are_as_wide_as_those_of_drawn_images(rng: np.random.Generator) -> None:
+    matrices = _images(rng, 80, 0.7)
+    interval = bootstrap(image_counts(list(matrices)), 2000)
+    weights = rng.multinomial(80, np.full(80, 1 / 80), size=2000)
+    drawn = [mean_iou(label_counts(np.tensordot(row, matrices, 1))) for row in weights]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert interval.high - interval.low == pytest.approx(high - low, rel=0.1)
 
 
 def test_seed_decides(rng: np.random.Generator) -> None:
