@@ -110,7 +110,7 @@ class UniversalProposer(Proposer):
         pixels, frame = self.prepare_input(sample.image)
         min_score = self._options.score_thresh
         with self._device.autocast():
-            output = self.model(pixel_values=pixels, **self._extra)
+            output = self.model(pixel_values=pixels, **self.extra_inputs)
         # The last class is "no object".
         classes = output.class_queries_logits[0].float().softmax(-1)[:, :-1].amax(-1)
         # A mask's score never exceeds that of its class.
@@ -148,8 +148,12 @@ class UniversalProposer(Proposer):
         return model.to(self._device.torch_device)
 
     @cached_property
-    def _extra(self) -> dict[str, Any]:
-        """Further inputs: OneFormer reads its task as text, token by token."""
+    def extra_inputs(self) -> dict[str, Any]:
+        """Further inputs: OneFormer reads its task as text, `[1, task_seq_len]` int64 tokens.
+
+        Raises:
+            MissingError, ArtefactError: as `propose` does.
+        """
         if self._source.model_type != "oneformer":
             return {}
         from transformers import CLIPTokenizer
@@ -161,13 +165,14 @@ class UniversalProposer(Proposer):
                 raise FileNotFoundError("no tokenizer.json or vocab.json")
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
             text = f"the task is {self._options.task}"
-            tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids
+            encoded = tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtefactError(
                 f"{folder}: no tokenizer, with which OneFormer reads its task ({' '.join(str(error).split())[:80]}); "
                 "fetch tokenizer.json, or vocab.json and merges.txt, from where the weights are"
             ) from error
-        return {"task_inputs": torch.tensor([tokens], device=self._device.torch_device)}
+        # OneFormer was trained with 0 in the padding, not with the token that CLIP's tokenizer pads with.
+        return {"task_inputs": (encoded.input_ids * encoded.attention_mask).to(self._device.torch_device)}
 
     def prepare_input(self, image: np.ndarray) -> tuple[Tensor, Embedded]:
         """Return the model's input, `[1, 3, H', W']`, and how its mask logits lie on the image.

@@ -186,33 +186,6 @@ def test_the_token_of_sam_hq_counts() -> None:
 # Preprocessing
 
 
-@pytest.mark.parametrize("size", [(96, 128), (150, 90), (300, 400), (33, 20)])
-@pytest.mark.parametrize(
-    ("processor", "family", "keys"),
-    [
-        ("SamImageProcessor", "sam", {"size": {"longest_edge": 128}, "pad_size": {"height": 128, "width": 128}}),
-        ("Sam2ImageProcessor", "sam2", {"size": {"height": 128, "width": 128}}),
-        ("Sam3ImageProcessor", "sam3_tracker", {"size": {"height": 112, "width": 112}}),
-    ],
-)
-def test_inputs_are_those_of_the_image_processor(
-    size: tuple[int, int], processor: str, family: str, keys: dict[str, Any]
-) -> None:
-    """Up to one step of 255, by which two rounding resizers may differ; the normalisation is each family's own."""
-    import transformers
-
-    image = sample(*size).image
-    theirs = getattr(transformers, processor)(**keys)
-    expected = theirs(image, return_tensors="pt")["pixel_values"]
-    hub = HubSam(tiny_models.build_sam(family), CPU, {})
-    seen: list[Tensor] = []
-    hub._model.get_image_embeddings = lambda pixels: seen.append(pixels) or pixels
-    hub.embed(image)
-    step = max(1 / (255 * s) for s in theirs.image_std)
-    assert seen[0].shape == expected.shape
-    assert (seen[0] - expected).abs().max() <= 1.01 * step
-
-
 def test_mean_and_deviation_come_from_the_directory(tmp_path: Path) -> None:
     directory = tiny_models.save(tiny_models.build_sam("sam2"), tmp_path)
     first = SamTransformersProposer(SamTransformersOptions(weights=directory, **OPEN), CPU)

@@ -74,25 +74,6 @@ class TestEomtDinov3(_Contract):
     family = "eomt_dinov3"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("size", [(48, 64), (90, 50), (64, 64), (200, 33)])
-def test_inputs_are_those_of_the_image_processor(
-    family: str, size: tuple[int, int], directories: dict[str, str]
-) -> None:
-    """Up to one step of 255, by which two rounding resizers may differ."""
-    import transformers
-
-    name = {"mask2former": "Mask2Former", "oneformer": "OneFormer"}.get(family, "Eomt")
-    theirs = getattr(transformers, f"{name}ImageProcessor")(**SETTINGS[family])
-    extra = {"task_inputs": ["panoptic"]} if family == "oneformer" else {}
-    image = sample(*size).image
-    expected = theirs(image, return_tensors="pt", **extra)["pixel_values"]
-    pixels, frame = UniversalProposer(UniversalOptions(weights=directories[family]), CPU).prepare_input(image)
-    assert pixels.shape == expected.shape
-    assert frame.padded_size == tuple(expected.shape[2:])
-    assert (pixels - expected).abs().max() <= 1.01 / (255 * 0.224)
-
-
 @pytest.mark.parametrize("size", [(48, 64), (90, 50)])
 def test_scores_of_eomt_agree_with_its_post_processing(size: tuple[int, int], directories: dict[str, str]) -> None:
     import transformers
@@ -119,7 +100,7 @@ def test_scores_and_masks_agree_with_the_post_processing(family: str, tmp_path: 
     picture = sample(384, 384)
     ours = proposer.propose(picture)
     with torch.no_grad():
-        output = proposer.model(pixel_values=proposer.prepare_input(picture.image)[0], **proposer._extra)
+        output = proposer.model(pixel_values=proposer.prepare_input(picture.image)[0], **proposer.extra_inputs)
     if family == "mask2former":
         processor = transformers.Mask2FormerImageProcessor(**settings)
         theirs = processor.post_process_instance_segmentation(output, threshold=0.0, return_binary_maps=True)[0]
