@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the plain imp
 
 from benchmarks import FIGURES, measure
 from benchmarks.common import Setting, as_json, describe_machine, make_markdown
-from moduseg.cli.main import guard
+from moduseg.cli.main import errors_as_exit_code
 from moduseg.devices import resolve_device
 from moduseg.errors import ConfigError
 
@@ -34,7 +34,7 @@ def main() -> int:
     given = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in sys.argv[1:]]
     arguments = parser.parse_args(given)
 
-    def job() -> int:
+    with errors_as_exit_code() as status:
         names = [name for name in arguments.only.split(",") if name] or list(FIGURES)
         for name in names:
             if name not in FIGURES:
@@ -50,9 +50,7 @@ def main() -> int:
         (arguments.out / "benchmark.json").write_text(json.dumps(as_json(rows, about), indent=1), encoding="utf-8")
         (arguments.out / "benchmark.md").write_text(make_markdown(rows, about), encoding="utf-8")
         print(make_markdown(rows, about))
-        return 0
-
-    return guard(job)
+    return status.code
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from omegaconf import DictConfig
 
 from moduseg.cli.commands import COMMANDS, Command
 from moduseg.cli.options import describe_keys, parse
-from moduseg.config import Config, compose, config_dir, from_hydra
+from moduseg.config import compose, config_dir, from_hydra
 from moduseg.errors import ConfigError, IncompleteError, ModusegError
 
 
@@ -41,12 +44,13 @@ def run_script(name: str) -> None:
         name: first word of a command's name.
     """
 
-    def run_found() -> int:
+    with errors_as_exit_code() as status:
         command, arguments = find_command(name, sys.argv[1:])
         _log_to_stdout(is_quiet=command.is_quiet)
-        return run_command(command, arguments)
-
-    sys.exit(guard(run_found))
+        run = bind_command(command, arguments)
+        # The command's function is called from here, so that a traceback has few lines above the stage's own.
+        status.code = to_exit_code(run())
+    sys.exit(status.code)
 
 
 def find_command(name: str, arguments: Sequence[str]) -> tuple[Command, list[str]]:
@@ -66,74 +70,23 @@ def find_command(name: str, arguments: Sequence[str]) -> tuple[Command, list[str
     return COMMANDS[f"{name} {verb}"], list(arguments[1:])
 
 
-def run_command(command: Command, arguments: Sequence[str]) -> int:
-    """Run a command and return its exit code.
+def bind_command(command: Command, arguments: Sequence[str]) -> Callable[[], int | Path]:
+    """Return the command's function with its arguments, checked, ready to be called.
 
     Options of Hydra (`--help`, `--cfg job`, `-m`) work for commands that read the configuration alone.
 
     Raises:
-        ModusegError: nothing could be done.
+        ConfigError: an unknown, missing or wrong argument.
     """
     if command.options is not None:
-        return _run_with_options(command, arguments)
+        return _bind_options(command, arguments)
     if command.config_name != "config" or any(argument.startswith("-") for argument in arguments):
-        return _run_with_hydra(command, arguments)
-    return run_with_config(command, compose(arguments))
+        return partial(_run_with_hydra, command, arguments)
+    cfg = compose(arguments)
+    return partial(load(command.function), cfg)
 
 
-def run_with_config(command: Command, cfg: Config | DictConfig) -> int:
-    """Run a command that reads the configuration alone, and return its exit code."""
-    return _exit_code(load(command.function)(cfg))
-
-
-def guard(job: Callable[[], int]) -> int:
-    """Return the exit code of `job`; an error that a user can mend becomes one line on stderr and code 2."""
-    try:
-        return job()
-    except IncompleteError as error:
-        print(f"moduseg: {' '.join(str(error).split())}")
-        return 0
-    except ModusegError as error:
-        print(f"moduseg: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("moduseg: interrupted; finished images are kept, run the same command to go on", file=sys.stderr)
-        return 130
-
-
-def _run_with_options(command: Command, arguments: Sequence[str]) -> int:
-    options_class = load(command.options or "")
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"{command.summary}\n\nmoduseg {command.name} [key=value ...]\n{describe_keys(options_class)}")
-        return 0
-    options, overrides = parse(
-        arguments,
-        options_class,
-        command.name.split()[-1],
-        words=command.words,
-        repeated=command.repeated,
-        accepts=command.accepts,
-    )
-    return _exit_code(load(command.function)(options, overrides))
-
-
-def _run_with_hydra(command: Command, arguments: Sequence[str]) -> int:
-    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command.config_name)
-    def job(composed: DictConfig) -> None:
-        def run_composed() -> int:
-            return run_with_config(command, from_hydra(composed) if command.config_name == "config" else composed)
-
-        _log_to_stdout(is_quiet=command.is_quiet)  # a launcher may have moved the job to another process
-        code = guard(run_composed)
-        if code:
-            sys.exit(code)
-
-    sys.argv[1:] = arguments
-    job()
-    return 0
-
-
-def _exit_code(result: int | Path) -> int:
+def to_exit_code(result: int | Path) -> int:
     """Return the exit code of what a command's function returned: the code, or the folder of an artefact."""
     if isinstance(result, int):
         return result
@@ -144,6 +97,70 @@ def _exit_code(result: int | Path) -> int:
     if failures:
         print(f"moduseg: {failures} images left out on the way, see failures.jsonl beside {result}", file=sys.stderr)
     return 1 if failures else 0
+
+
+@dataclass
+class ExitStatus:
+    """The exit code of a command.
+
+    Attributes:
+        code: 0 at first; set by the command, or by the error that ended it.
+    """
+
+    code: int = 0
+
+
+@contextmanager
+def errors_as_exit_code() -> Iterator[ExitStatus]:
+    """Turn an error that a user can mend into one line on stderr and an exit code."""
+    status = ExitStatus()
+    try:
+        yield status
+    except IncompleteError as error:
+        print(f"moduseg: {' '.join(str(error).split())}")
+        status.code = 0
+    except ModusegError as error:
+        print(f"moduseg: error: {' '.join(str(error).split())}", file=sys.stderr)
+        status.code = 2
+    except KeyboardInterrupt:
+        print("moduseg: interrupted; finished images are kept, run the same command to go on", file=sys.stderr)
+        status.code = 130
+
+
+def _bind_options(command: Command, arguments: Sequence[str]) -> Callable[[], int | Path]:
+    options_class = load(command.options or "")
+    if any(argument in ("-h", "--help") for argument in arguments):
+        text = f"{command.summary}\n\nmoduseg {command.name} [key=value ...]\n{describe_keys(options_class)}"
+        return partial(_print_help, text)
+    options, overrides = parse(
+        arguments,
+        options_class,
+        command.name.split()[-1],
+        words=command.words,
+        repeated=command.repeated,
+        accepts=command.accepts,
+    )
+    return partial(load(command.function), options, overrides)
+
+
+def _print_help(text: str) -> int:
+    print(text)
+    return 0
+
+
+def _run_with_hydra(command: Command, arguments: Sequence[str]) -> int:
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command.config_name)
+    def job(composed: DictConfig) -> None:
+        _log_to_stdout(is_quiet=command.is_quiet)  # a launcher may have moved the job to another process
+        with errors_as_exit_code() as status:
+            cfg = from_hydra(composed) if command.config_name == "config" else composed
+            status.code = to_exit_code(load(command.function)(cfg))
+        if status.code:
+            sys.exit(status.code)
+
+    sys.argv[1:] = arguments
+    job()
+    return 0
 
 
 def load(path: str) -> Any:

@@ -48,17 +48,16 @@ def start(stage: str, arguments: Sequence[str], log: Path, file_limit: int | Non
 def _run(stage: str, arguments: list[str], log: str, file_limit: int | None) -> None:
     import torch
 
-    from moduseg.cli.commands import Command
-    from moduseg.cli.main import guard, run_with_config
+    from moduseg.cli.main import errors_as_exit_code, load, to_exit_code
     from moduseg.config import compose
 
     torch.set_num_threads(1)
     with Path(log).open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        command = Command(stage, "pipeline", "", f"moduseg.stages.{STAGES[stage]}")
-        code = guard(lambda: run_with_config(command, compose(arguments)))
-    os._exit(code)
+        with errors_as_exit_code() as status:
+            status.code = to_exit_code(load(f"moduseg.stages.{STAGES[stage]}")(compose(arguments)))
+    os._exit(status.code)
 
 
 def preload() -> None:

@@ -15,7 +15,7 @@ from moduseg import Segmenter
 from moduseg.bank.store import Bank
 from moduseg.cli import entry
 from moduseg.cli.commands import COMMANDS
-from moduseg.cli.main import run_command
+from moduseg.cli.main import bind_command, to_exit_code
 from moduseg.cli.options import parse
 from moduseg.config import compose
 from moduseg.config.stored import reconfigure
@@ -36,7 +36,7 @@ LONGER = (*OLD, NEW)
 
 def run_verb(verb: str, arguments: list[str]) -> int:
     """Return the exit code of `moduseg bank <verb>`; its errors are raised."""
-    return run_command(COMMANDS[f"bank {verb}"], arguments)
+    return to_exit_code(bind_command(COMMANDS[f"bank {verb}"], arguments)())
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from moduseg.cli.commands import COMMANDS
-from moduseg.cli.main import guard, run_with_config
+from moduseg.cli.main import errors_as_exit_code, load, to_exit_code
 from moduseg.config import compose
 from moduseg.datasets import build
 from moduseg.datasets.io import read_label_png, write_label_png
@@ -59,7 +59,9 @@ def _check(name: str, root: Path, outputs: Path, *more: str) -> tuple[dict[str, 
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    return guard(lambda: run_with_config(COMMANDS[command], compose(arguments)))
+    with errors_as_exit_code() as status:
+        status.code = to_exit_code(load(COMMANDS[command].function)(compose(arguments)))
+    return status.code
 
 
 # The whole way --------------------------------------------------------------------------------------------------------
