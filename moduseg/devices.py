@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
 from moduseg.clock import model_pass
 from moduseg.errors import ConfigError
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -21,19 +24,112 @@ class Device:
 
     Attributes:
         torch_device: the device itself.
-        precision: `float32`, `bfloat16` or `float16`; only model forward passes are cast, never what follows them.
+        precision: only model forward passes are cast, never what follows them. `float32`; `tf32`, which is float32
+            whose products a CUDA device rounds to 10 bits of mantissa; `bfloat16` or `float16`.
     """
 
     torch_device: torch.device
     precision: str = "float32"
+
+    def with_precision(self, precision: str | None) -> Device:
+        """Return this device with the precision that a preset names for its model; only CUDA follows presets.
+
+        Args:
+            precision: a key of `PRECISIONS`; `None` keeps the device's own.
+        """
+        # Published models ran in half precision on GPUs, where it is fast; on a CPU it would be slower than float32.
+        if precision is None or self.torch_device.type != "cuda":
+            return self
+        return replace(self, precision=precision)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Run a model's forward pass in this precision, and count its seconds (`moduseg.clock`)."""
         dtype = PRECISIONS[self.precision]
         cast = nullcontext() if dtype is None else torch.autocast(self.torch_device.type, dtype=dtype)
-        with model_pass(self.torch_device), cast:
+        with self.run_uncast(), cast:
             yield
+
+    @contextmanager
+    def run_uncast(self) -> Iterator[None]:
+        """Run a part of a model that stays in float32 in every precision, and count its seconds."""
+        with model_pass(self.torch_device), self.hold_tf32():
+            yield
+
+    def hold_tf32(self) -> AbstractContextManager[None]:
+        """Keep PyTorch's TF32 off inside under `float32`, on under `tf32`, as it is under lower precisions.
+
+        Unless it is told otherwise, PyTorch rounds what goes into a CUDA device's convolutions.
+        """
+        if self.torch_device.type != "cuda" or PRECISIONS[self.precision] is not None:
+            return nullcontext()
+        return _tf32.hold(self.precision == "tf32")
+
+
+class _Tf32:
+    """PyTorch's switches for TF32, which are the process's: set while a pass needs them, then as they were.
+
+    Passes may overlap in several threads. While any of them is in float32, TF32 is off.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_passes = {True: 0, False: 0}
+        self._before: tuple[Any, ...] = ()
+
+    @contextmanager
+    def hold(self, is_allowed: bool) -> Iterator[None]:
+        """Keep the switches on or off in a pass."""
+        self._change(is_allowed, 1)
+        try:
+            yield
+        finally:
+            self._change(is_allowed, -1)
+
+    def _change(self, is_allowed: bool, step: int) -> None:
+        with self._lock:
+            if not any(self._num_passes.values()):
+                self._before = _read_tf32()
+            self._num_passes[is_allowed] += step
+            if any(self._num_passes.values()):
+                is_on = not self._num_passes[False]
+                _allow_tf32(is_on, is_on)
+            else:
+                _restore_tf32(self._before)
+
+
+_tf32 = _Tf32()
+
+
+def _read_tf32() -> tuple[Any, ...]:
+    """Return the state of PyTorch's switches: matrix products first, convolutions second."""
+    switches = _list_switches()
+    if switches:
+        return tuple(switch.fp32_precision for switch in switches)
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def _list_switches() -> list[Any]:
+    """List the switches of newer versions, which hold names of precisions; the older switches are a view of them."""
+    matmul = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    return [matmul, cudnn.conv, cudnn.rnn] if hasattr(matmul, "fp32_precision") else []
+
+
+def _allow_tf32(in_products: bool, in_convolutions: bool) -> None:
+    """Set the older switches, which every version has, so that the newer ones agree with them."""
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = in_products, in_convolutions
+    if not in_convolutions:
+        # Switched off, convolutions would follow the precision of the whole process, which may be TF32.
+        for switch in _list_switches()[1:]:
+            switch.fp32_precision = "ieee"
+
+
+def _restore_tf32(state: tuple[Any, ...]) -> None:
+    """Set the switches to what `_read_tf32` returned."""
+    _allow_tf32(*(value in (True, "tf32") for value in state[:2]))
+    for switch, precision in zip(_list_switches(), state, strict=False):
+        switch.fp32_precision = precision
 
 
 def resolve_device(name: str = "auto", precision: str = "auto") -> Device:
@@ -45,7 +141,7 @@ def resolve_device(name: str = "auto", precision: str = "auto") -> Device:
         precision: `auto` is bfloat16 on a CUDA device that has it and float32 elsewhere.
 
     Raises:
-        ConfigError: an unknown name, or a device that is not present.
+        ConfigError: an unknown name, a device that is not present, or `tf32` on one that has none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -69,5 +165,9 @@ def resolve_device(name: str = "auto", precision: str = "auto") -> Device:
     if precision not in PRECISIONS:
         raise ConfigError(
             f"runtime.precision: got {precision!r}, expected auto, {', '.join(PRECISIONS)}; try runtime.precision=auto"
+        )
+    if precision == "tf32" and device.type != "cuda":
+        raise ConfigError(
+            f"runtime.precision: got tf32 on {device.type}, expected it on cuda only; try runtime.precision=float32"
         )
     return Device(device, precision)

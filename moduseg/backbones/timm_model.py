@@ -213,7 +213,8 @@ def measure_grid(model: Any, name: str, stages: Sequence[int] = ()) -> tuple[int
     """Return a CNN's stride and the centre of its first cell, both in pixels (pixel 0 spans [0, 1]).
 
     A copy of the model is made linear (averaging convolutions; no norms, activations or gates) and gets the pixels'
-    coordinates as input: a cell then holds the mean coordinate of its receptive field. Weights do not matter.
+    coordinates as input: a cell then holds the mean coordinate of its receptive field. Weights do not matter. The copy
+    computes in float64 on the CPU: TF32 of a CUDA device rounds coordinates of 1024 and more to whole pixels or worse.
 
     Args:
         model: a timm CNN.
@@ -223,20 +224,19 @@ def measure_grid(model: Any, name: str, stages: Sequence[int] = ()) -> tuple[int
     Raises:
         ConfigError: the cells do not lie on a regular grid.
     """
-    device = next(model.parameters()).device
-    probe = _linearise(copy.deepcopy(model))
-    side = int(run_cnn(probe, torch.zeros(1, 3, 64, 64, device=device), stages).shape[-1])
+    probe = _linearise(copy.deepcopy(model).to("cpu", torch.float64))
+    side = int(run_cnn(probe, torch.zeros(1, 3, 64, 64, dtype=torch.float64), stages).shape[-1])
     stride = 64 // max(side, 1)
     width = _PROBE_CELLS * stride
-    coordinates = torch.arange(width, device=device).float() + 0.5
+    coordinates = torch.arange(width, dtype=torch.float64) + 0.5
     inputs = torch.stack([torch.ones_like(coordinates), coordinates]).view(2, 1, 1, width).expand(2, 3, stride, width)
     responses = run_cnn(probe, inputs.contiguous(), stages)
     middle = _PROBE_CELLS // 2
     centres = (responses[1].mean(0)[0] / responses[0].mean(0)[0])[middle - 2 : middle + 3]
-    indices = torch.arange(middle - 2, middle + 3, device=device)
-    # Convolutions move the centre by half pixels; rounding makes it the same on every device.
+    indices = torch.arange(middle - 2, middle + 3)
+    # Convolutions move the centre by half pixels; rounding removes what padding and sums add.
     offset = round(2 * float((centres - stride * indices).mean())) / 2
-    if len(centres) != 5 or not torch.allclose(centres, stride * indices + offset, atol=0.2):
+    if len(centres) != 5 or not torch.allclose(centres, stride * indices.double() + offset, atol=0.2):
         raise ConfigError(
             f"backbone.model: the cells of {name!r} do not lie on a regular grid (centres at {centres.tolist()} at "
             f"stride {stride}); try another CNN, such as mobilenetv2_100, or a ViT"

@@ -118,7 +118,9 @@ class SamProposer(Proposer):
         if self._options.engine == "grid":
             return self.propose_batch([sample])[0]
         check_thickness(sample, self.generator.predictor.transform.target_length)
-        records = [r for r in self.generator.generate(np.ascontiguousarray(sample.image)) if r["segmentation"].any()]
+        with self._device.hold_tf32():
+            records = self.generator.generate(np.ascontiguousarray(sample.image))
+        records = [record for record in records if record["segmentation"].any()]
         if not records:
             return Proposals(torch.zeros((0, *sample.size), dtype=torch.bool))
         records.sort(key=lambda record: -record["predicted_iou"])

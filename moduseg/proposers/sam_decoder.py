@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moduseg.clock import model_pass
 from moduseg.devices import Device
 from moduseg.proposers.mask_generation import Decoded, Promptable
 from moduseg.proposers.mask_upsampling import Embedded
@@ -73,7 +72,7 @@ class PackagedSam(Promptable):
         ]
 
     def decode(self, embedded: Embedded, points: Tensor, min_iou: float) -> Decoded:
-        with model_pass(self.device):
+        with self._device.run_uncast():
             return self._decode(embedded, points, min_iou)
 
     def _decode(self, embedded: Embedded, points: Tensor, min_iou: float) -> Decoded:

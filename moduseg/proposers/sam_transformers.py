@@ -160,7 +160,10 @@ class HubSam(Promptable):
         if self._name == "SamHQModel":
             features = dict(zip(("image_embeddings", "intermediate_embeddings"), embedded.features, strict=True))
         labels = torch.ones(1, len(points), 1, dtype=torch.int, device=points.device)
-        output = self._model(input_points=points[None, :, None], input_labels=labels, multimask_output=True, **features)
+        with self._device.run_uncast():
+            output = self._model(
+                input_points=points[None, :, None], input_labels=labels, multimask_output=True, **features
+            )
         predicted_iou, logits = output.iou_scores[0], output.pred_masks[0]
         passed = predicted_iou > min_iou if min_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
         return Decoded(logits[passed], predicted_iou[passed])

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from moduseg.backbones import build
 from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
@@ -156,6 +158,33 @@ def test_vit_impulse_lights_its_patch() -> None:
 )
 def test_cnn_grid(name: str, output_stride: int | None, stride: int, offset: float) -> None:
     assert measure_grid(build_model(name, {}, output_stride, 0), name) == (stride, offset)
+
+
+class RoundToTf32(TorchFunctionMode):
+    """Rounds what goes into convolutions and products in float32 to ten bits of mantissa, as TF32 does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.conv2d, torch.conv2d, F.linear):
+            args = tuple(
+                (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+                if isinstance(x, torch.Tensor) and x.dtype == torch.float32
+                else x
+                for x in args
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "stride", "offset"), [
+    ("mobilenetv2_035", 32, 0.5), ("resnet18", 32, 0.5), ("convnext_femto", 32, 16.0),
+])  # fmt: skip
+def test_cnn_grid_does_not_depend_on_tf32(name: str, stride: int, offset: float) -> None:
+    """The probe's coordinates reach 2048, and TF32 has eleven significant bits."""
+    model = build_model(name, {}, None, 0).eval()
+    with RoundToTf32():
+        rounded = F.conv2d(torch.full((1, 1, 1, 1), 2047.5), torch.ones(1, 1, 1, 1)).item()
+        assert measure_grid(model, name) == (stride, offset)
+    assert rounded == 2048.0
+    assert next(model.parameters()).dtype == torch.float32
 
 
 def test_cnn_grid_agrees_with_gradients() -> None:

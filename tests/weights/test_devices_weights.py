@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from moduseg.devices import resolve_device
+from moduseg.devices import Device, resolve_device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.files import file_digest
 from moduseg.weights.sources import find_weights, load_state
@@ -34,6 +36,82 @@ def test_autocast_is_on_in_bfloat16_only() -> None:
         assert (a @ a).dtype == torch.float32
     with resolve_device("cpu", "bfloat16").autocast():
         assert (a @ a).dtype == torch.bfloat16
+
+
+CUDA = torch.device("cuda")
+"""Named only: what is set for its passes can be read on a machine without it."""
+
+
+def read_tf32() -> tuple[bool, bool]:
+    """Whether matrix products and convolutions on CUDA may round to TF32."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.fixture(params=[(False, True), (True, True), (False, False)], ids=["as PyTorch starts", "all on", "all off"])
+def switches(request: pytest.FixtureRequest) -> Iterator[tuple[bool, bool]]:
+    """What the program that uses this package has set."""
+    before = read_tf32()
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize(("device", "precision", "expected"), [
+    pytest.param(CUDA, "float32", (False, False), id="float32 is not rounded"),
+    pytest.param(CUDA, "tf32", (True, True), id="tf32 is"),
+    pytest.param(CUDA, "bfloat16", None, id="lower precisions leave the switches alone"),
+    pytest.param(torch.device("cpu"), "float32", None, id="other devices as well"),
+])  # fmt: skip
+def test_tf32_is_set_within_a_pass_and_restored(
+    device: torch.device, precision: str, expected: tuple[bool, bool] | None, switches: tuple[bool, bool]
+) -> None:
+    made = Device(device, precision)
+    for context in (made.run_uncast, made.hold_tf32, *([made.autocast] if precision != "bfloat16" else [])):
+        with context():
+            assert read_tf32() == (expected or switches)
+            with context():
+                assert read_tf32() == (expected or switches)
+            assert read_tf32() == (expected or switches)
+        assert read_tf32() == switches
+    with pytest.raises(KeyError), made.run_uncast():
+        raise KeyError
+    assert read_tf32() == switches
+
+
+def test_newer_names_of_precisions_are_restored() -> None:
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has no names for precisions")
+    before = matmul.fp32_precision, conv.fp32_precision
+    for precision in ("float32", "tf32"):
+        with Device(CUDA, precision).hold_tf32():
+            expected = "ieee" if precision == "float32" else "tf32"
+            assert (matmul.fp32_precision, conv.fp32_precision) == (expected, expected)
+        assert (matmul.fp32_precision, conv.fp32_precision) == before
+
+
+def test_passes_of_several_threads_share_the_switches(switches: tuple[bool, bool]) -> None:
+    """A pass that ends while another runs does not switch TF32 on for it."""
+    first_is_in, first_may_leave = threading.Event(), threading.Event()
+
+    def run_first() -> None:
+        with Device(CUDA, "float32").hold_tf32():
+            first_is_in.set()
+            first_may_leave.wait(30)
+
+    thread = threading.Thread(target=run_first)
+    thread.start()
+    assert first_is_in.wait(30)
+    with Device(CUDA, "float32").hold_tf32(), Device(CUDA, "tf32").hold_tf32():
+        first_may_leave.set()
+        thread.join()
+        assert read_tf32() == (False, False)
+    assert read_tf32() == switches
+
+
+def test_tf32_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"runtime\.precision: got tf32 on cpu, expected it on cuda only; try"):
+        resolve_device("cpu", "tf32")
 
 
 def test_states_are_read_from_both_formats(tmp_path: Path) -> None:
