@@ -20,7 +20,7 @@ from moduseg.backbones.clip_attention import (
     cosine_similarity,
     encode_patches,
 )
-from moduseg.backbones.clip_model import Activation, ClipModelOptions, ClipSource
+from moduseg.backbones.clip_model import ClipModelOptions, ClipSource
 from moduseg.backbones.inputs import batch_equal, pad_and_stack, round_up, to_input
 from moduseg.backbones.regions import merge_regions, sample_regions
 from moduseg.devices import Device
@@ -234,7 +234,6 @@ class ClipOptions(ClipModelOptions):
     """Settings of a CLIP backbone: which model, and what is taken from it.
 
     Attributes:
-        activation: `quick_gelu` or `gelu`, as the model was trained (`ClipSource`); what `config.json` says if omitted.
         variant: how the last block is run; `proxyclip` and `corrclip` need a second backbone, which `pseudo_masks` has.
         project, short_side, batch_size, gaussian_std: as in `EncoderOptions`.
 
@@ -242,7 +241,6 @@ class ClipOptions(ClipModelOptions):
         ValueError: a value out of range.
     """
 
-    activation: Activation | None = None
     variant: Literal["plain", "maskclip", "sclip", "clearclip", "naclip"] = "plain"
     project: bool = False
     short_side: int | None = None
@@ -269,7 +267,7 @@ class ClipBackbone(Backbone):
     """
 
     def __init__(self, options: ClipOptions, device: Device) -> None:
-        self._source = ClipSource(options, device, activation=options.activation)
+        self._source = ClipSource(options, device)
         self._encoder = ClipEncoder(
             self._source,
             EncoderOptions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from moduseg.devices import Device
+from moduseg.devices import Device, Precision
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.weights.hub import first_line, model_digest
 from moduseg.weights.pretrained import Pretrained
@@ -27,6 +28,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """OpenAI's normalisation of inputs in [0, 1], for directories without a preprocessor file."""
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+QUICK_GELU_WEIGHTS = re.compile(r"openai/clip-|facebook/metaclip-(?!2-)")
+"""How hub ids of weights begin that were trained with quick GELU, whatever a conversion's `config.json` says."""
 _TEXTS_AT_ONCE = 128
 
 
@@ -42,6 +45,10 @@ class ClipModelOptions:
         config: `CLIPConfig`'s arguments (`{vision_config: {...}, text_config: {...}}`), for `random` only.
         tokenizer: directory of a tokenizer; that of the weights if omitted.
         seed: of `random` weights.
+        activation: of both encoders' MLPs, as they were trained: `quick_gelu` (OpenAI, MetaCLIP) or `gelu` (OpenCLIP's
+            own). It goes before `config.json`, with a warning if they differ: conversions of MetaCLIP have been
+            published with the wrong one. What `config.json` says if omitted.
+        precision: of the forward passes on a CUDA device; the run's if omitted.
 
     Raises:
         ValueError: values that do not go together.
@@ -52,10 +59,14 @@ class ClipModelOptions:
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     seed: int = 0
+    activation: Activation | None = None
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         if not self.weights:
             raise ValueError("weights: got an empty text, expected a directory, a hub id or random; try miniature/clip")
+        if self.activation == "gelu" and QUICK_GELU_WEIGHTS.match(self.weights):
+            raise ValueError(f"activation: got gelu, expected quick_gelu, with which {self.weights} was trained")
         if self.config is not None and self.weights != "random":
             raise ValueError(f"config: got one beside weights={self.weights}, expected it with weights=random only")
 
@@ -65,21 +76,13 @@ class ClipSource:
 
     Args:
         options: which CLIP.
-        device: where the model runs.
+        device: where the model runs; its precision holds unless the options name one.
         key: the configuration key of `weights`, for messages.
-        activation: of both encoders' MLPs, as they were trained: `quick_gelu` (OpenAI, MetaCLIP) or `gelu` (OpenCLIP's
-            own). It overrides `config.json`, with a warning where they differ: conversions of MetaCLIP have been
-            published with the wrong one. What `config.json` says if omitted.
     """
 
-    def __init__(
-        self,
-        options: ClipModelOptions,
-        device: Device,
-        key: str = "backbone.weights",
-        activation: Activation | None = None,
-    ) -> None:
-        self.options, self.device, self.key, self.activation = options, device, key, activation
+    def __init__(self, options: ClipModelOptions, device: Device, key: str = "backbone.weights") -> None:
+        self.options, self.key = options, key
+        self.device = device.with_precision(options.precision)
 
     @property
     def digest(self) -> str:
@@ -102,7 +105,8 @@ class ClipSource:
         Raises:
             MissingError: no weights there.
             ArtefactError: damaged files, another model's, or tensors missing or left over.
-            ConfigError: a `config` that makes no CLIP.
+            ConfigError: a `config` that makes no CLIP, or a `config.json` with another activation than its weights were
+                trained with, if `activation` is omitted.
         """
         from transformers import CLIPModel
 
@@ -218,14 +222,23 @@ class ClipSource:
 
     def _override_activation(self, config: CLIPConfig) -> CLIPConfig:
         """Set the activation of both encoders to the one with which they were trained, if it is given."""
+        activation, key = self.options.activation, self.key.rsplit(".", 1)[0] + ".activation"
         for part in (config.text_config, config.vision_config):
-            if self.activation is not None and part.hidden_act != self.activation:
+            if (
+                activation is None
+                and part.hidden_act != "quick_gelu"
+                and QUICK_GELU_WEIGHTS.match(self.options.weights)
+            ):
+                raise ConfigError(
+                    f"{self.key}: the {part.model_type} of {self.options.weights} has {part.hidden_act} in its "
+                    f"config.json, expected quick_gelu, with which it was trained; set {key}=quick_gelu"
+                )
+            if activation is not None and part.hidden_act != activation:
                 log.warning(
                     "%s: the %s has %s in its configuration and runs with %s, as %s says",
-                    *(self.key, part.model_type, part.hidden_act, self.activation),
-                    self.key.rsplit(".", 1)[0] + ".activation",
+                    *(self.key, part.model_type, part.hidden_act, activation, key),
                 )
-                part.hidden_act = self.activation
+                part.hidden_act = activation
         return config
 
 

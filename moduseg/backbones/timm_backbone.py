@@ -32,7 +32,7 @@ from moduseg.backbones.timm_model import (
 )
 from moduseg.backbones.timm_published import fetch_published_file, suggest_hub
 from moduseg.backbones.windows import encode_windows
-from moduseg.devices import Device
+from moduseg.devices import Device, Precision
 from moduseg.errors import ConfigError, MissingError
 from moduseg.files import file_digest
 from moduseg.structures import TokenMap
@@ -70,6 +70,7 @@ class TimmOptions:
         batch_size: images of one padded size, or windows of them, that share a forward pass.
         seed: of `random` weights.
         revision: branch, tag or commit of the hub's repository, for `hub`.
+        precision: of the forward passes on a CUDA device; the run's if omitted.
 
     Raises:
         ValueError: a number out of range.
@@ -92,6 +93,7 @@ class TimmOptions:
     antialias: bool | None = None
     window: int | None = None
     stride: int | None = None
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -124,7 +126,7 @@ class TimmBackbone(Backbone):
     """
 
     def __init__(self, options: TimmOptions, device: Device) -> None:
-        self._options, self._device = options, device
+        self._options, self._device = options, device.with_precision(options.precision)
         self._layers = options.layers or [options.layer]
 
     @property

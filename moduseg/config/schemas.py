@@ -292,7 +292,8 @@ class RuntimeConfig:
     Attributes:
         outputs: folder of all artefacts.
         device: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
-        precision: `auto`, `float32`, `bfloat16` or `float16`, of model forward passes.
+        precision: `auto`, `float32`, `tf32`, `bfloat16` or `float16`, of the forward passes of models whose
+            options name no `precision` of their own.
         batch_size: images of a batch, the unit of resume and of sharding.
         seed: seed of the confidence intervals.
         workers: threads that load images; 0 takes one a core, 4 at most.
