@@ -2,7 +2,8 @@
 
 A pickle is a program that names functions and calls them. Here every name that NumPy writes for an array maps to an
 inert stand-in that keeps its arguments, any other name is refused, and the arrays are made afterwards from the plain
-bytes that the stand-ins kept.
+bytes that the stand-ins kept. What a file may take is bounded by its size: Python's own unpickler is used, because the
+one in C allocates whatever length or memo index nine bytes announce.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from typing import Any
 import numpy as np
 
 from moduseg.errors import DataError
+from moduseg.structures import IGNORE_INDEX
 
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 28
 """Larger files are refused; the largest known one, of COCO's 123,287 images, has some 60 MB."""
+MAX_OPERATIONS = 10_000_000
+"""Pickles of more operations are refused, since one byte can make an empty list; COCO's take some two million."""
+_MAX_DIMENSIONS = 2
+_MAX_ENTRIES = IGNORE_INDEX - 1
+"""Longest vector: classes beside background that an 8-bit label map can hold."""
 _MAGIC = b"\x93NUMPY"
 _REMEDY = "expected a dictionary from image ids to 0/1 vectors, as numpy.save writes it; save the labels as JSON"
 _DAMAGE = (
@@ -35,7 +42,9 @@ class _Dtype:
     __slots__ = ("code", "order")
 
     def __init__(self, code: object) -> None:
-        self.code = str(code)
+        if not isinstance(code, str):
+            raise pickle.UnpicklingError("a malformed data type")
+        self.code = code
         self.order: Any = "="
 
     def __setstate__(self, state: Any) -> None:
@@ -77,7 +86,8 @@ class _Array:
         shape, data = self.shape, self.data
         if isinstance(data, str):  # what Python 2 called bytes
             data = data.encode("latin-1")
-        is_shape = isinstance(shape, tuple) and all(type(n) is int and 0 <= n <= MAX_BYTES for n in shape)
+        is_shape = isinstance(shape, tuple) and len(shape) <= _MAX_DIMENSIONS
+        is_shape = is_shape and all(type(n) is int and 0 <= n < 1 << 31 for n in shape)
         if type(self.dtype) is not _Dtype or not is_shape or not isinstance(data, bytes | bytearray):
             raise pickle.UnpicklingError("a malformed array")
         dtype = self.dtype.to_numpy()
@@ -130,7 +140,64 @@ _NAMES: Mapping[tuple[str, str], _Callable] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Operations(dict[int, Callable[[Any], None]]):
+    """The unpickler's operations by code; each use is counted, and too many are an error."""
+
+    def __init__(self, operations: Mapping[int, Callable[[Any], None]]) -> None:
+        super().__init__(operations)
+        self._left = MAX_OPERATIONS
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self._left -= 1
+        if self._left < 0:
+            raise pickle.UnpicklingError(f"more than {MAX_OPERATIONS} operations")
+        return super().__getitem__(code)
+
+
+def _load_bytes(unpickler: Any) -> None:
+    # Python's own operation allocates the announced length before it reads.
+    unpickler.append(unpickler.read(int.from_bytes(unpickler.read(8), "little")))
+
+
+def _load_items(unpickler: Any) -> None:
+    items = unpickler.pop_mark()
+    _fill(unpickler.stack[-1], items)
+
+
+def _load_item(unpickler: Any) -> None:
+    value, key = unpickler.stack.pop(), unpickler.stack.pop()
+    _fill(unpickler.stack[-1], [key, value])
+
+
+def _load_dictionary(unpickler: Any) -> None:
+    items = unpickler.pop_mark()
+    unpickler.append({})
+    _fill(unpickler.stack[-1], items)
+
+
+def _fill(target: Any, items: list[Any]) -> None:
+    """Add keys and values, which alternate; a nested tuple as key could take for ever to hash."""
+    if type(target) is not dict or not all(type(key) in (str, bytes, int, float, _Array) for key in items[::2]):
+        raise pickle.UnpicklingError("a key that is neither text nor a number")
+    target.update(zip(items[::2], items[1::2], strict=True))
+
+
+_ALLOWED = {
+    **pickle._Unpickler.dispatch,
+    pickle.BYTEARRAY8[0]: _load_bytes,
+    pickle.SETITEM[0]: _load_item,
+    pickle.SETITEMS[0]: _load_items,
+    pickle.DICT[0]: _load_dictionary,
+}
+for _code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
+    del _ALLOWED[_code[0]]
+
+
+class _Unpickler(pickle._Unpickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, encoding="latin1")
+        self.dispatch = _Operations(_ALLOWED)  # type: ignore[misc]  # each file is counted by itself
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES:
             raise pickle.UnpicklingError(f"the name {f'{module}.{name}'[:80]!r}, which no array needs")
@@ -160,23 +227,30 @@ def read_npy_labels(path: Path) -> tuple[dict[str, tuple[int, ...]], int]:
     except OSError as error:
         raise DataError(f"{path}: unreadable ({error.strerror}); check the file and its permissions") from error
     except _DAMAGE as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: refused to read further, it has {why}; {_REMEDY}") from error
+        raise DataError(f"{path}: refused to read further, it has {_one_line(error)}; {_REMEDY}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: got {type(content).__name__.strip('_').lower()} of something else; {_REMEDY}")
     labels: dict[str, tuple[int, ...]] = {}
     lengths: set[int] = set()
-    for key, value in content.items():
+    # Images of equal labels share one tuple, because a file may name one vector a million times.
+    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for number, (key, value) in enumerate(content.items(), start=1):
         try:
             name, vector = _to_id(key), _to_vector(value)
         except _DAMAGE as error:
-            raise DataError(f"{path}: entry {str(key)[:60]!r} has {error}; {_REMEDY}") from error
+            named = f" {key[:60]!r}" if isinstance(key, str | bytes) else ""
+            raise DataError(f"{path}: entry {number}{named} has {_one_line(error)}; {_REMEDY}") from error
         lengths.add(len(vector))
-        labels[name] = tuple(int(i) + 1 for i in np.flatnonzero(vector))
+        present = tuple(int(i) + 1 for i in np.flatnonzero(vector))
+        labels[name] = shared.setdefault(present, present)
     if len(lengths) != 1:
         got = f"vectors of {min(lengths)} to {max(lengths)} entries" if lengths else "no entry"
         raise DataError(f"{path}: got {got}, expected vectors of one length; {_REMEDY}")
     return labels, lengths.pop()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _unpickle(data: bytes) -> object:
@@ -189,7 +263,7 @@ def _unpickle(data: bytes) -> object:
         header = data[first:start].decode("latin-1")
         if not re.search(r"'descr': '\|O'", header) or not re.search(r"'shape': \((1,)?\)", header):
             raise ValueError(f"an array that is no single object, {' '.join(header.split())[:100]}")
-    content = _Unpickler(io.BytesIO(data[start:]), encoding="latin1").load()
+    content = _Unpickler(io.BytesIO(data[start:])).load()
     return content.unwrap() if type(content) is _Array else content
 
 
@@ -204,7 +278,14 @@ def _to_id(key: object) -> str:
 
 
 def _to_vector(value: object) -> np.ndarray:
-    vector = value.to_numpy() if type(value) is _Array else np.asarray(value if isinstance(value, list) else None)
+    if type(value) is _Array:
+        vector = value.to_numpy()
+    else:
+        # Lists inside lists may share their content, and as an array would be far larger than the file.
+        is_flat = isinstance(value, list) and all(type(entry) in (bool, int, float) for entry in value)
+        vector = np.asarray(value if is_flat else None)
     if vector.ndim != 1 or vector.dtype.kind not in "biuf" or not np.isin(vector, (0, 1)).all():
         raise ValueError("no vector of zeros and ones")
+    if len(vector) > _MAX_ENTRIES:
+        raise ValueError(f"a vector of {len(vector)} entries, more than {_MAX_ENTRIES} classes")
     return vector

@@ -23,6 +23,9 @@ from moduseg.structures import Proposals
 SUFFIXES = (".npz", ".png")
 MAP_NAME = "instance_mask"
 SCORES_NAME = "scores"
+MAX_UNCHECKED_MASK_PIXELS = 1 << 30
+"""Most pixels in all the masks of a file together if its image, which would bound them, is not at hand."""
+MAX_SCORES = 1 << 20
 _AGAIN = "write it again"
 
 
@@ -39,26 +42,35 @@ def read_id_map(path: Path, expected_size: tuple[int, int] | None = None) -> Pro
     Raises:
         DataError: the file is absent, damaged, of another content or of another size; one line.
     """
-    ids, scores = _read_npz(path) if path.suffix.lower() == ".npz" else (_read_png(path), None)
+    is_archive = path.suffix.lower() == ".npz"
+    ids, scores = _read_npz(path, expected_size) if is_archive else (_read_png(path, expected_size), None)
     height, width = ids.shape
-    if expected_size is not None and ids.shape != tuple(expected_size):
-        raise DataError(
-            f"{path}: the map is {height} x {width} (height x width), the image is {expected_size[0]} x "
-            f"{expected_size[1]}; make the proposals from the same file as the image"
-        )
     region_ids = np.unique(ids)
-    region_ids = region_ids[region_ids > 0]
-    if len(region_ids) * ids.size > MAX_MASK_PIXELS:
+    region_ids = region_ids[region_ids > 0].astype(np.int64)
+    max_pixels = MAX_MASK_PIXELS if expected_size is not None else MAX_UNCHECKED_MASK_PIXELS
+    if len(region_ids) * ids.size > max_pixels:
         raise DataError(
-            f"{path}: {len(region_ids)} regions of {height} x {width} pixels are more than the {MAX_MASK_PIXELS} "
+            f"{path}: {len(region_ids)} regions of {height} x {width} pixels are more than the {max_pixels} "
             "pixels that fit in memory; keep fewer regions or a smaller image"
         )
-    # An id that is no region gets index 0 here, which the next line replaces.
-    indices = np.searchsorted(region_ids, ids)
-    numbered = torch.from_numpy(np.where(ids > 0, indices, -1).astype(np.int32))
+    numbered = np.full(ids.shape, -1, dtype=np.int32)
+    for row, row_ids in enumerate(ids):  # a row at a time, because the positions take 8 bytes a pixel
+        is_region = row_ids > 0
+        numbered[row, is_region] = np.searchsorted(region_ids, row_ids[is_region])
     return Proposals.of_id_map(
-        numbered, len(region_ids), None if scores is None else _select_scores(scores, region_ids, path)
+        torch.from_numpy(numbered),
+        len(region_ids),
+        None if scores is None else _select_scores(scores, region_ids, path),
     )
+
+
+def _check_size(size: tuple[int, ...], expected_size: tuple[int, int] | None, path: Path) -> None:
+    """Raise an error if a map that is not yet in memory has another size than its image, or is too large."""
+    if expected_size is not None and tuple(size) != tuple(expected_size):
+        raise DataError(
+            f"{path}: the map is {size[0]} x {size[1]} (height x width), the image is {expected_size[0]} x "
+            f"{expected_size[1]}; make the proposals from the same file as the image"
+        )
 
 
 def _select_scores(scores: np.ndarray, ids: np.ndarray, path: Path) -> torch.Tensor:
@@ -75,8 +87,8 @@ def _select_scores(scores: np.ndarray, ids: np.ndarray, path: Path) -> torch.Ten
     return torch.from_numpy(chosen.astype(np.float32))
 
 
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the map as `[H, W]` int64, and `[S]` float64 scores if there are any."""
+def _read_npz(path: Path, expected_size: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the map as `[H, W]` integers, and `[S]` float64 scores if there are any."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -85,7 +97,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                     f"{path}: holds {', '.join(sorted(names)[:5]) or 'nothing'}, expected an array {MAP_NAME!r}; "
                     f"save it with numpy.savez_compressed(path, {MAP_NAME}=ids)"
                 )
-            ids = _read_array(archive, MAP_NAME, path, dimensions=2, kinds="iub")
+            ids = _read_array(archive, MAP_NAME, path, dimensions=2, kinds="iub", expected_size=expected_size)
             scores = None
             if SCORES_NAME in names:
                 scores = _read_array(archive, SCORES_NAME, path, dimensions=1, kinds="fiu").astype(np.float64)
@@ -97,10 +109,18 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise DataError(f"{path}: {SCORES_NAME!r} holds values that are no numbers up to 1e6; {_AGAIN}")
     if ids.max() > np.iinfo(np.int32).max:
         raise DataError(f"{path}: got id {ids.max()}, expected ids up to {np.iinfo(np.int32).max}; number them from 1")
-    return ids.astype(np.int64), scores
+    return ids, scores
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, path: Path, *, dimensions: int, kinds: str) -> np.ndarray:
+def _read_array(
+    archive: zipfile.ZipFile,
+    name: str,
+    path: Path,
+    *,
+    dimensions: int,
+    kinds: str,
+    expected_size: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Read an array of an archive, whose header is checked before its data are read."""
     with archive.open(f"{name}.npy") as file:
         shape, dtype = _read_header(file)
@@ -108,8 +128,10 @@ def _read_array(archive: zipfile.ZipFile, name: str, path: Path, *, dimensions: 
     if len(shape) != dimensions or dtype.kind not in kinds or empty:
         expected = "[H, W] whole numbers" if dimensions == 2 else "[S] numbers"
         raise DataError(f"{path}: {name!r} is {list(shape)} {dtype}, expected {expected}; {_AGAIN}")
-    if int(np.prod(shape, dtype=np.float64)) > MAX_PIXELS:
-        raise DataError(f"{path}: {name!r} is {list(shape)}, expected {MAX_PIXELS} values at most; {_AGAIN}")
+    max_values = MAX_PIXELS if dimensions == 2 else MAX_SCORES
+    if int(np.prod(shape, dtype=np.float64)) > max_values:
+        raise DataError(f"{path}: {name!r} is {list(shape)}, expected {max_values} values at most; {_AGAIN}")
+    _check_size(shape, expected_size, path)
     with archive.open(f"{name}.npy") as file:
         array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
     return array
@@ -123,8 +145,8 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def _read_png(path: Path) -> np.ndarray:
-    """Return the map as `[H, W]` int64."""
+def _read_png(path: Path, expected_size: tuple[int, int] | None) -> np.ndarray:
+    """Return the map as `[H, W]` integers."""
     try:
         with path.open("rb") as file:
             header = file.read(26)
@@ -133,7 +155,8 @@ def _read_png(path: Path) -> np.ndarray:
                 raise ValueError(f"a {picture.format} file")
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, {MAX_PIXELS} are read at most")
-            mode, ids = picture.mode, np.asarray(picture).astype(np.int64)
+            _check_size((picture.height, picture.width), expected_size, path)
+            mode, ids = picture.mode, np.asarray(picture)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file, expected a map of ids; {_AGAIN}") from error
     except (

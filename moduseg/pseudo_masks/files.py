@@ -21,6 +21,9 @@ from moduseg.structures import IGNORE_INDEX, Proposals, Sample, ScoreMaps
 from moduseg.weights.sources import ADDRESSES, find_weights
 
 KEY = "pseudo_masks.generator.folder"
+_MAX_BYTES_PER_PIXEL = 8
+"""Four channels of 16 bits, not compressed."""
+_MAX_METADATA_BYTES = 1 << 20
 
 
 class FilePseudoMasks(PseudoMaskGenerator):
@@ -81,7 +84,7 @@ class FilePseudoMasks(PseudoMaskGenerator):
         """
         name = self._pattern.replace("{id}", sample.id)
         where = self._root / name
-        array = read_label_map(self._read(name), str(where), len(self._classes) - 1)
+        array = read_label_map(self._read(name, sample.size), str(where), len(self._classes) - 1)
         if array.shape != sample.size:
             raise DataError(f"{where}: got {array.shape} pixels, expected the image's {sample.size}; make it again")
         return to_one_hot(array, labels if self._filter else None, self._device)
@@ -108,17 +111,25 @@ class FilePseudoMasks(PseudoMaskGenerator):
                 f"{self._root}: not readable as a zip archive ({error}); remove it and fetch it again"
             ) from error
 
-    def _read(self, name: str) -> bytes:
-        """Return the content of a file of the folder or archive."""
+    def _read(self, name: str, size: tuple[int, int]) -> bytes:
+        """Return the content of a file of the folder or archive, if it is no larger than one of this size can be."""
         where = self._root / name
+        max_bytes = _MAX_BYTES_PER_PIXEL * size[0] * size[1] + _MAX_METADATA_BYTES
         try:
+            num_bytes = where.stat().st_size if self._archive is None else self._archive.getinfo(name).file_size
+            if num_bytes > max_bytes:
+                raise DataError(
+                    f"{where}: got {num_bytes} bytes, expected at most {max_bytes} for a label map of {size[0]} x "
+                    f"{size[1]} pixels; make it again"
+                )
             return where.read_bytes() if self._archive is None else self._archive.read(name)
         except (FileNotFoundError, KeyError) as error:
             raise DataError(
                 f"{where}: no such file; make the label map, take the image out of the list, or set "
                 f"pseudo_masks.generator.pattern (now {self._pattern!r}) to how the files are named"
             ) from error
-        except (OSError, BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, RuntimeError, EOFError, BadZipFile, zlib.error) as error:
+            # An archive raises RuntimeError for a password, and NotImplementedError for a compression it does not know.
             raise DataError(f"{where}: cannot be read ({error}); make it again") from error
 
 

@@ -6,12 +6,14 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moduseg.datasets import npy_labels
 from moduseg.datasets.labels import read_label_file
 from moduseg.datasets.npy_labels import read_npy_labels
 from moduseg.errors import DataError
@@ -168,6 +170,60 @@ def test_other_content_is_one_line(tmp_path: Path, content: bytes, words: str) -
         read_npy_labels(path)
     assert "\n" not in str(caught.value)
     assert "save the labels as JSON" in str(caught.value)
+
+
+ANNOUNCED = (1 << 31).to_bytes(8, "little")
+KEYED = b"}X\x01\x00\x00\x00a"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\x80\x02Nr" + (3 << 26).to_bytes(4, "little") + b".", id="an index of the memo"),
+        pytest.param(b"N" + b"p199999999\n" + b".", id="an index of the memo as text"),
+        pytest.param(b"\x80\x05\x96" + ANNOUNCED + b".", id="announced bytes that may change"),
+        pytest.param(b"\x80\x04\x8e" + ANNOUNCED + b".", id="announced bytes"),
+        pytest.param(b"\x80\x04\x8d" + ANNOUNCED + b".", id="announced text"),
+        pytest.param(b"\x80\x04\x95" + ANNOUNCED + b"N.", id="an announced frame"),
+        pytest.param(b"]" + b"0]" * 60_000 + b".", id="more operations than any file needs"),
+        pytest.param(b"}N" + b"2\x86" * 60 + b"Ns.", id="a nested key that takes for ever to hash"),
+        pytest.param(KEYED + b"]" + b"(" + b"K\x01" * 300 + b"es.", id="a vector longer than any class list"),
+        pytest.param(
+            KEYED + b"]q\x00(K\x01K\x00e0" + b"".join(
+                b"]q%c(" % (level + 1) + b"h%c" % level * 40 + b"e0" for level in range(6)
+            ) + b"h\x06s.",
+            id="lists that share their content",
+        ),
+        pytest.param(b"}\x8a\x88" + b"\x13" + b"\x01" * 5000 + b"]s.", id="a number of too many digits"),
+    ],
+)  # fmt: skip
+def test_a_small_file_takes_little_memory(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npy_labels, "MAX_OPERATIONS", 100_000)
+    path = tmp_path / "l.npy"
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="expected a dictionary") as caught:
+            read_npy_labels(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 20
+    assert "\n" not in str(caught.value)
+
+
+def test_one_vector_for_many_images(tmp_path: Path) -> None:
+    path = tmp_path / "l.npy"
+    vector = [1] * 200
+    path.write_bytes(pickle.dumps(dict.fromkeys(range(3000), vector)))
+    tracemalloc.start()
+    try:
+        labels, _ = read_npy_labels(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert labels["2999"] == tuple(range(1, 201))
+    assert peak < 3 << 20
 
 
 def test_arrays_that_are_no_dictionary(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from moduseg.proposers.id_maps import read_id_map
 from moduseg.structures import Sample
 from moduseg.tools.convert import convert_folder
 from tests.proposers.contract import CPU, ProposerContract, sample
+from tests.support.grey_png import encode_grey_png
 
 ROOT = Path(__file__).parents[2]
 IDS = np.array([[0, 1, 1, 4], [2, 2, 1, 4], [0, 0, 0, 300]])
@@ -121,17 +123,7 @@ def _values(path: Path, ids: np.ndarray) -> set[int]:
 
 
 def test_grey_of_four_bits(tmp_path: Path) -> None:
-    """Grey of 2 and 4 bits, which Pillow stretches when it reads, and cannot write."""
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b"\0\x01\x2f" + b"\0\x00\xf0"  # ids 0, 1, 2, 15 and 0, 0, 15, 0
-    header = struct.pack(">IIBBBBB", 4, 2, 4, 0, 0, 0, 0)
-    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    (tmp_path / "a.png").write_bytes(encode_grey_png(np.array([[0, 1, 2, 15], [0, 0, 15, 0]]), 4))
     assert read_id_map(tmp_path / "a.png").areas.tolist() == [1, 1, 2]
 
 
@@ -160,6 +152,7 @@ def _bomb(path: Path) -> None:
         (lambda p: write_npz(p, scores=np.ones((4, 1))), r"'scores' is \[4, 1\]"),
         (lambda p: write_npz(p, scores=np.array([1, np.nan, 1, 1])), r"'scores' holds values that are no numbers"),
         (lambda p: np.savez(p, masks=IDS), r"holds masks, expected an array 'instance_mask'"),
+        (lambda p: write_npz(p, scores=np.ones(1 << 21)), r"'scores' is \[2097152\], expected 1048576 values at most"),
         (_bomb, r"'instance_mask' is \[1048576, 1048576\], expected 100000000 values at most"),
         (lambda p: p.write_bytes(b""), r"not readable as \.npz"),
         (lambda p: p.write_bytes(write_npz(p).read_bytes()[:150]), r"not readable as \.npz"),
@@ -188,6 +181,25 @@ def test_bad_png_is_one_line(tmp_path: Path, make: Any, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         read_id_map(tmp_path / "a.png")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".png"])
+def test_a_map_far_larger_than_its_image_is_not_decoded(tmp_path: Path, suffix: str) -> None:
+    ids = np.zeros((6000, 6000), np.uint16)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".npz":
+        np.savez_compressed(path, instance_mask=ids.astype(np.int64))
+    else:
+        Image.fromarray(ids).save(path)
+    assert path.stat().st_size < 300_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="the map is 6000 x 6000"):
+            read_id_map(path, (4, 3))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".png"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from moduseg.pseudo_masks.labels import make_label_map
 from moduseg.structures import Sample
 from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
 from tests.support.devices import CPU
+from tests.support.grey_png import encode_grey_png
 
 
 def no_backbone() -> Backbone:
@@ -143,6 +145,41 @@ def test_label_maps_of_any_tool_are_read(stored: np.ndarray) -> None:
     content = BytesIO()
     Image.fromarray(stored).save(content, "PNG")
     np.testing.assert_array_equal(read_label_map(content.getvalue(), "a.png", 5), MAP)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_of_few_bits_keeps_its_ids(tmp_path: Path, bits: int) -> None:
+    ids = np.array([[0, 1, 0, 1], [0, 0, min(2**bits - 1, 5), 1]], np.uint8)
+    content = encode_grey_png(ids, bits)
+    (tmp_path / "a.png").write_bytes(content)
+    archive = packed(tmp_path / "masks.zip", {"a.png": content})
+    item = Sample("a", np.zeros((2, 4, 3), np.uint8))
+    for folder in (tmp_path, archive):
+        generator = FilePseudoMasks(str(folder), CPU, CLASSES, filter_labels=False)
+        np.testing.assert_array_equal(make_label_map(generator.generate(item, ()), "given"), ids)
+
+
+def test_an_archive_that_inflates_without_end(tmp_path: Path) -> None:
+    archive = tmp_path / "masks.zip"
+    with ZipFile(archive, "w", ZIP_DEFLATED) as file:
+        file.writestr("a.png", b"\0" * (64 << 20))
+    assert archive.stat().st_size < 300_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"a\.png: got 67108864 bytes, expected at most 1048640"):
+            FilePseudoMasks(str(archive), CPU, CLASSES).generate(Sample("a", np.zeros((2, 4, 3), np.uint8)), (2,))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["folder", "archive"])
+def test_a_name_with_a_nul_byte(tmp_path: Path, packs: bool) -> None:
+    folder = packed(tmp_path / "masks.zip", {}) if packs else tmp_path
+    item = Sample("a\0b", np.zeros((2, 4, 3), np.uint8))
+    with pytest.raises(DataError, match=r"no such file|cannot be read"):
+        FilePseudoMasks(str(folder), CPU, CLASSES).generate(item, (2,))
 
 
 def test_truncated_file(tmp_path: Path) -> None:
