@@ -192,6 +192,11 @@ class Bank:
         return SearchBank(vectors[rows], labels[rows], chosen_rows[rows], mean)
 
 
+def encode_vectors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the bytes of a file that `read_vectors` reads; the tensors may be on any device."""
+    return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+
 def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Read the tensors that a stage stored for one image.
 

@@ -1,6 +1,7 @@
-"""COCO's run-length encoding of masks, checked before it is decoded.
+"""COCO's run-length encoding of masks: written from packed bits, checked before it is decoded.
 
-The decoder of pycocotools trusts the string, and then reads and writes beyond the end of its buffers.
+The decoder of pycocotools trusts the string, and then reads and writes beyond the end of its buffers; its encoder keeps
+the interpreter's lock, so that no other thread feeds a device meanwhile.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from moduseg.masks.bits import PackedMasks
 
 _MAX_CHARACTERS = 7
 """Characters of one run length in the compressed form: 5 bits each, and counts have 32 bits."""
@@ -48,6 +51,69 @@ def decode_counts(text: str) -> np.ndarray:
     if counts.min() < 0:
         raise ValueError("a negative run length")
     return counts
+
+
+def encode_masks(packed: PackedMasks) -> list[str]:
+    """Return COCO's compressed run lengths of each mask, the strings that pycocotools gives."""
+    count, height, _ = packed.words.shape
+    pixels = height * packed.width
+    changes = _find_changes(packed)
+    # A run ends before each change, and the last one of a mask with its last pixel.
+    mask_of_change = changes // max(pixels, 1)
+    num_runs = np.bincount(mask_of_change, minlength=count) + 1
+    last_runs = np.cumsum(num_runs) - 1
+    ends = np.empty(len(changes) + count, np.int64)
+    ends[np.arange(len(changes)) + mask_of_change] = changes
+    ends[last_runs] = np.arange(1, count + 1) * pixels
+    runs = np.diff(ends, prepend=0)
+    # From the fourth run of a mask on, the difference to the run two before is stored.
+    position = np.arange(len(runs)) - np.repeat(last_runs + 1 - num_runs, num_runs)
+    later = np.flatnonzero(position > 2)
+    values = runs.copy()
+    values[later] -= runs[later - 2]
+    characters, num_characters = _encode_numbers(values)
+    text = characters.tobytes().decode("ascii")
+    text_ends = np.cumsum(num_characters)[last_runs].tolist()
+    return [text[start:stop] for start, stop in pairwise([0, *text_ends])]
+
+
+def _find_changes(packed: PackedMasks) -> np.ndarray:
+    """Return where pixels differ from the one before, down the columns; the pixel before the first is no mask's.
+
+    Returns:
+        `[P]` int64, ascending, `mask * H * W + column * H + row`.
+    """
+    words, width = packed.words, packed.width
+    height, row_words = words.shape[1:]
+    changes = np.empty_like(words)
+    np.bitwise_xor(words[:, 1:], words[:, :-1], out=changes[:, 1:])
+    # The first pixel of a column follows the last one of the column before.
+    first, last = (np.unpackbits(words[:, row].view(np.uint8), axis=1) for row in (0, -1))
+    first[:, 1:width] ^= last[:, : width - 1]
+    changes[:, 0] = np.packbits(first, axis=1).view(np.uint64)
+    filled = np.flatnonzero(changes)
+    bits = np.flatnonzero(np.unpackbits(changes.ravel()[filled].view(np.uint8)))
+    word = filled[bits >> 6]
+    mask_and_row, word_in_row = np.divmod(word, row_words)
+    mask, row = np.divmod(mask_and_row, height)
+    result = (mask * width + word_in_row * 64 + (bits & 63)) * height + row
+    result.sort()
+    return result
+
+
+def _encode_numbers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the characters of numbers, `[R]` int64, as `decode_counts` reads them, and how many each number has."""
+    characters = np.zeros((len(values), _MAX_CHARACTERS), np.uint8)
+    num_characters = np.zeros(len(values), np.int64)
+    unfinished, rest = np.arange(len(values)), values
+    for column in range(_MAX_CHARACTERS):
+        digits, rest = rest & 31, rest >> 5
+        # The highest bit of the last digit is the sign, so what is left must be all zeros or all ones.
+        has_more = rest != -(digits >> 4)
+        characters[unfinished, column] = (digits | has_more << 5) + 48
+        num_characters[unfinished] += 1
+        unfinished, rest = unfinished[has_more], rest[has_more]
+    return characters[np.arange(_MAX_CHARACTERS) < num_characters[:, None]], num_characters
 
 
 def read_runs(counts: object, pixels: int) -> np.ndarray:

@@ -26,14 +26,14 @@ from moduseg.clock import model_seconds
 from moduseg.errors import ArtefactError, ConfigError, DataError, IncompleteError, MissingError, StorageError
 from moduseg.files import canonical_json, write_atomic
 from moduseg.pipeline.artefacts import Artefact
-from moduseg.pipeline.records import Files, Record, Records
+from moduseg.pipeline.records import Files, Record, Records, encode_files
 
 __all__ = ["BatchJob", "BatchRunner", "Files", "Outcome", "Shard"]
 
 Item = TypeVar("Item")
 MAX_AUTO_WORKERS = 4
 _MAX_PENDING_WRITES = 2
-"""Batches that may wait for the writer before the loop waits for it: this bounds the memory."""
+"""Batches that may wait for encoding and writing before the loop waits for them: this bounds the memory."""
 
 _FATAL = (StorageError, ConfigError, MissingError, ArtefactError, MemoryError)
 """Errors that the next image would meet as well: they end the run instead of being recorded."""
@@ -67,7 +67,8 @@ class Outcome:
         failed: error of each image that has no result, by id, in list order.
         processed_now: number of images processed by this call; the others were done before.
         changed: whether anything in the artefact differs from when it was last complete.
-        seconds: by step, of all runs that made the artefact: `load` and `write` in their threads, `work` between them,
+        seconds: by step, of all runs that made the artefact: `load` and `write` (which includes encoding) in their
+            threads, `work` between them,
             `model` of it in forward passes, `wall` on the clock.
         content_digest: SHA-256 over all file digests and failures, independent of which run wrote them.
     """
@@ -110,6 +111,13 @@ class BatchJob(Generic[Item]):
 class _Loaded(Generic[Item]):
     sizes: list[int]
     item: Item | None
+    error: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    files: dict[str, bytes]
     error: str | None
     seconds: float
 
@@ -236,7 +244,7 @@ class BatchRunner(Generic[Item]):
     def process_batches(self, indices: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Load, process and write these batches: the loop body that every way of running shares.
 
-        Threads load images ahead of `process`, another thread writes files after it, both in order.
+        Threads load images ahead of `process`; after it, threads encode files and another one writes them in order.
 
         Yields:
             Index and number of results of each batch when its record is on disk.
@@ -246,6 +254,7 @@ class BatchRunner(Generic[Item]):
         """
         num_workers = self.shard.workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
         loaders = ThreadPoolExecutor(num_workers, thread_name_prefix="load")
+        encoders = ThreadPoolExecutor(num_workers, thread_name_prefix="encode")
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         writing: deque[tuple[int, Future[int]]] = deque()
         is_broken = Event()
@@ -261,12 +270,15 @@ class BatchRunner(Generic[Item]):
                     yield written, num_results.result()
                 now = time.perf_counter()
                 record["seconds"]["wall"], batch_start = now - batch_start, now
-                writing.append((index, writer.submit(self._write, index, record, results, is_broken)))
+                encoding = {image_id: encoders.submit(_encode, files) for image_id, files in results.items()}
+                writing.append((index, writer.submit(self._write, index, record, encoding, is_broken)))
             for written, num_results in writing:
                 yield written, num_results.result()
         finally:
             loaders.shutdown(cancel_futures=True)
+            # The writer goes first: the batch that it is at waits for its encoded files.
             writer.shutdown(cancel_futures=True)
+            encoders.shutdown(cancel_futures=True)
 
     def _load_ahead(
         self, loaders: ThreadPoolExecutor, indices: Sequence[int], num_workers: int
@@ -330,13 +342,24 @@ class BatchRunner(Generic[Item]):
         seconds = {"load": sum(image.seconds for image in loaded)}
         return {"ids": ids, "stamps": [image.sizes for image in loaded], "failed": failed, "seconds": seconds}, results
 
-    def _write(self, index: int, record: Record, results: dict[str, Files], is_broken: Event) -> int:
+    def _write(self, index: int, record: Record, encoding: dict[str, Future[_Encoded]], is_broken: Event) -> int:
+        """Write the files and the record of a batch; an image whose files cannot be encoded has failed."""
         if is_broken.is_set():  # an earlier batch could not be written, and the loop is about to raise its error
             return 0
-        start = time.perf_counter()
+        results: dict[str, dict[str, bytes]] = {}
+        seconds, failed = 0.0, record["failed"]
         try:
+            for image_id, future in encoding.items():
+                encoded = future.result()
+                seconds += encoded.seconds
+                if encoded.error is None:
+                    results[image_id] = encoded.files
+                else:
+                    failed[image_id] = encoded.error
+            record["failed"] = {image_id: failed[image_id] for image_id in record["ids"] if image_id in failed}
+            start = time.perf_counter()
             record["files"] = self._records.write(index, results)
-            record["seconds"]["write"] = time.perf_counter() - start
+            record["seconds"]["write"] = seconds + time.perf_counter() - start
             self._records.commit(index, record)
         except BaseException:
             is_broken.set()
@@ -369,6 +392,19 @@ class BatchRunner(Generic[Item]):
             f"are missing, of shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}; when they are done, "
             f"run any shard again, or without runtime.shard -> {self.artefact.path}"
         )
+
+
+def _encode(files: Files) -> _Encoded:
+    """Encode the files of one image."""
+    start, error = time.perf_counter(), None
+    contents: dict[str, bytes] = {}
+    try:
+        contents = encode_files(files)
+    except _FATAL:
+        raise
+    except Exception as caught:
+        error = _describe(caught)
+    return _Encoded(contents, error, time.perf_counter() - start)
 
 
 def _describe(error: Exception) -> str:

@@ -15,8 +15,10 @@ from typing import Any
 from moduseg.files import write_atomic
 from moduseg.pipeline.artefacts import Artefact
 
-Files = dict[str, bytes]
-"""What a stage writes for one image: path inside the artefact -> content."""
+Files = Mapping[str, bytes | Callable[[], bytes]]
+"""What a stage writes for one image: path inside the artefact -> content, or a function that encodes the content.
+
+Functions are called in other threads, while the stage is at its next images."""
 Record = dict[str, Any]
 """`ids`, `stamps` (input sizes by id), `files` (path -> size, sha256), `failed` (id -> error), `seconds` (by step)."""
 _KEYS = ("ids", "stamps", "files", "failed", "seconds")
@@ -62,7 +64,7 @@ class Records:
             # Whatever is wrong with the record, the batch is done again.
             return None
 
-    def write(self, index: int, results: Mapping[str, Files]) -> dict[str, tuple[int, str]]:
+    def write(self, index: int, results: Mapping[str, Mapping[str, bytes]]) -> dict[str, tuple[int, str]]:
         """Write the files of a batch's images and return size and sha256 of each.
 
         Raises:
@@ -103,6 +105,11 @@ class Records:
             return
         for relative in stale:
             self._artefact.file(relative).unlink(missing_ok=True)
+
+
+def encode_files(files: Files) -> dict[str, bytes]:
+    """Return the content of one image's files, encoding those that a function encodes."""
+    return {relative: content if isinstance(content, bytes) else content() for relative, content in files.items()}
 
 
 def file_sizes(paths: Sequence[Path]) -> list[int]:

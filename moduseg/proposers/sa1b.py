@@ -20,15 +20,14 @@ import numpy as np
 import torch
 
 from moduseg.errors import DataError
-from moduseg.masks.rle import encode_polygons, merge_disjoint_runs, read_runs
+from moduseg.masks.bits import PackedMasks
+from moduseg.masks.rle import encode_masks, encode_polygons, merge_disjoint_runs, read_runs
 from moduseg.structures import Proposals
 
 MAX_PIXELS = 100_000_000
 """Largest image, in pixels, whose masks are read if the caller does not know its size."""
 MAX_MASK_PIXELS = 1 << 31
 """Most pixels in all the masks of one file together, a byte each in memory."""
-_MAX_AREAS = 255
-"""Run lengths whose areas pycocotools may compute at once: it keeps their number in a byte."""
 
 
 def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
@@ -38,28 +37,22 @@ def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
         proposals: masks `[N, H, W]` bool on any device; scores are written so that they read back exactly.
         image_id: id of the image, also written as `file_name`.
     """
-    from pycocotools import mask as coco
-
-    count, height, width = proposals.masks.shape
-    runs: list[dict[str, Any]] = []
-    if count:
-        # Run lengths go down the columns, so the encoder wants [H, W, N] in Fortran order: a view of [N, W, H].
-        columns = proposals.masks.transpose(1, 2).contiguous().cpu().numpy().view(np.uint8)
-        runs = coco.encode(columns.transpose(2, 1, 0))
+    _, height, width = proposals.masks.shape
+    packed = PackedMasks.of(proposals.masks.cpu())
     annotations = [
         {
             "id": index,
-            "segmentation": {"size": [height, width], "counts": run["counts"].decode("ascii")},
-            "area": int(area),
-            "bbox": bbox,
+            "segmentation": {"size": [height, width], "counts": counts},
+            "area": area,
+            "bbox": [left, top, right - left, bottom - top] if area else [0.0] * 4,
             "predicted_iou": predicted_iou,
             "stability_score": stability_score,
         }
-        for index, (run, area, bbox, predicted_iou, stability_score) in enumerate(
+        for index, (counts, area, (top, bottom, left, right), predicted_iou, stability_score) in enumerate(
             zip(
-                runs,
-                (area for start in range(0, count, _MAX_AREAS) for area in coco.area(runs[start : start + _MAX_AREAS])),
-                coco.toBbox(runs).tolist() if runs else [],
+                encode_masks(packed),
+                packed.areas.tolist(),
+                packed.boxes().astype(float).tolist(),
                 _to_shortest(proposals.predicted_iou),
                 _to_shortest(proposals.stability_score),
                 strict=True,
@@ -78,6 +71,15 @@ def dump(data: dict[str, Any]) -> bytes:
         ValueError: a score is not finite.
     """
     return (json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode()
+
+
+def encode_proposals(proposals: Proposals, image_id: str) -> bytes:
+    """Return one image's proposals as the bytes of their file; arguments as those of `to_annotations`.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    return dump(to_annotations(proposals, image_id))
 
 
 def read_proposals(path: Path, expected_size: tuple[int, int] | None = None) -> Proposals:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save as save_tensors
 
 from moduseg.bank.aggregation import aggregate, coverage, harden
 from moduseg.bank.purification import class_regions, purify
-from moduseg.bank.store import Bank
+from moduseg.bank.store import Bank, encode_vectors
 from moduseg.config import BankConfig
 from moduseg.errors import ArtefactError, DataError
 from moduseg.files import file_digest, to_json_values
@@ -89,8 +89,7 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
                 {name: torch.cat((entry[name], mirror[name])) for name in entry}
                 for entry, mirror in zip(entries, mirrored, strict=True)
             ]
-        stored = [{name: tensor.cpu().contiguous() for name, tensor in entry.items()} for entry in entries]
-        return [{stored_name("vectors", i): save_tensors(entry)} for i, entry in zip(ids, stored, strict=True)]
+        return [{stored_name("vectors", i): partial(encode_vectors, e)} for i, e in zip(ids, entries, strict=True)]
 
     def reads(self, image_id: str) -> list[Path]:
         """Return the files of the image and its pseudo mask."""

@@ -6,7 +6,7 @@ The scores do not depend on what turns them into labels, so background rules and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
         """Return the scores of several images."""
         generate = self.work.generator.generate
         return [
-            {stored_name("scores", sample.id): pack(generate(sample, sample.labels or (), proposals))}
+            {stored_name("scores", sample.id): partial(pack, generate(sample, sample.labels or (), proposals))}
             for sample, proposals in items
         ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
     def process(self, items: list[tuple[str, Proposals, Tensor]]) -> list[Files]:
         """Return the label maps of several images."""
         return [
-            {stored_name("label_map", i): write_label_png(self.retriever.predict(proposals, pooled).label_map)}
+            {stored_name("label_map", i): partial(write_label_png, self.retriever.predict(proposals, pooled).label_map)}
             for i, proposals, pooled in items
         ]
 

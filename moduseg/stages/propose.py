@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Propose(Stage[Sample]):
     def process(self, items: list[Sample]) -> list[Files]:
         """Return the proposals of several images."""
         return [
-            {stored_name("proposals", sample.id): sa1b.dump(sa1b.to_annotations(proposals, sample.id))}
+            {stored_name("proposals", sample.id): partial(sa1b.encode_proposals, proposals, sample.id)}
             for sample, proposals in zip(items, self.proposer.propose_batch(items), strict=True)
         ]
 

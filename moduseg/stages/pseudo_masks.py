@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class PseudoMasks(Stage[ScoredImage]):
         """Return the label maps of several images."""
         settings, device = self.cfg.pseudo_masks, self.work.device.torch_device
         return [
-            {stored_name("label_map", item.id): write_label_png(to_label_map(item, settings, device).cpu().numpy())}
+            {stored_name("label_map", item.id): partial(_encode_label_map, to_label_map(item, settings, device))}
             for item in items
         ]
 
@@ -115,6 +116,10 @@ class PseudoMasks(Stage[ScoredImage]):
             proposals = StageFolder(Propose.run(self.cfg, self.work, self.split))
         score_or_draw(self.work, self.artefact, outcome, self.dataset, proposals=proposals, inputs=self.input_folders)
         return {"split": self.split}
+
+
+def _encode_label_map(label_map: Tensor) -> bytes:
+    return write_label_png(label_map.cpu().numpy())
 
 
 def label_stored_scores(

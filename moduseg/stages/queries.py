@@ -5,12 +5,12 @@ What follows (centring, search, vote, suppression) costs little, so ablations of
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as save_tensors
-
 from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
+from moduseg.bank.store import encode_vectors
 from moduseg.pipeline.batches import Files
 from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.stage import Stage
@@ -58,7 +58,7 @@ class Queries(Stage[tuple[Sample, Proposals]]):
             if self.cfg.bank.aggregation == "hard":
                 weights = harden(weights)
             pooled = aggregate(tokens.tokens, weights, normalize=False)
-            files.append({stored_name("vectors", sample.id): save_tensors({"pooled": pooled.cpu().contiguous()})})
+            files.append({stored_name("vectors", sample.id): partial(encode_vectors, {"pooled": pooled})})
         return files
 
     def reads(self, image_id: str) -> list[Path]:

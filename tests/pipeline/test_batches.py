@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from moduseg.errors import DataError, IncompleteError, StorageError
 from moduseg.pipeline.artefacts import Artefact
-from moduseg.pipeline.batches import BatchJob, BatchRunner, Outcome, Shard
+from moduseg.pipeline.batches import BatchJob, BatchRunner, Files, Outcome, Shard
 
 IDS = tuple(f"im{i}" for i in range(7))
 
@@ -174,6 +175,59 @@ def test_digests_find_what_sizes_do_not(world: World) -> None:
     assert world.run().processed_now == 0
     assert world.runner(shard=Shard(verify=True)).run().processed_now == 3
     assert world.files() == before
+
+
+def test_files_are_encoded_while_the_next_images_are_processed(tmp_path: Path) -> None:
+    """The first batch's file is encoded only once the second batch has been processed, in another thread."""
+    is_second_processed, threads = threading.Event(), set[str]()
+
+    def encode(image_id: str) -> bytes:
+        threads.add(threading.current_thread().name)
+        assert is_second_processed.wait(10)
+        return image_id.encode()
+
+    def process(items: list[str]) -> list[Files]:
+        if items == ["b"]:
+            is_second_processed.set()
+        return [{f"out/{item}.txt": partial(encode, item)} for item in items]
+
+    artefact = Artefact(tmp_path, "d", "s", "n", {})
+    assert BatchRunner(artefact, BatchJob("ab", str, process, 1)).run().failed == {}
+    assert [(artefact.path / f"out/{name}.txt").read_bytes() for name in "ab"] == [b"a", b"b"]
+    assert threading.current_thread().name not in threads
+
+
+def test_no_more_than_three_batches_wait_for_their_files(tmp_path: Path) -> None:
+    """What is not encoded yet is bounded: two batches and the one that was just processed."""
+    lock, waiting, largest = threading.Lock(), [0], [0]
+
+    def encode() -> bytes:
+        time.sleep(0.01)
+        with lock:
+            waiting[0] -= 1
+        return b"x"
+
+    def process(items: list[str]) -> list[Files]:
+        with lock:
+            waiting[0] += 1
+            largest[0] = max(largest[0], waiting[0])
+        return [{f"out/{items[0]}.txt": encode}]
+
+    BatchRunner(Artefact(tmp_path, "d", "s", "n", {}), BatchJob("abcdefgh", str, process, 1)).run()
+    assert 1 < largest[0] <= 3
+
+
+def test_an_image_whose_files_cannot_be_encoded_costs_only_itself(world: World) -> None:
+    def refuse() -> bytes:
+        raise ValueError("not finite")
+
+    def process(items: list[str]) -> list[Files]:
+        return [{f"out/{i}.txt": refuse if i == "im4" else b"x", f"out/{i}.json": b"y"} for i in items]
+
+    artefact = Artefact(world.folder, "d", "s", "n", {})
+    outcome = BatchRunner(artefact, BatchJob(IDS, str, process, 3)).run()
+    assert (outcome.failed, outcome.processed_now) == ({"im4": "ValueError: not finite"}, 6)
+    assert sorted(p.name for p in artefact.path.glob("out/*4*")) == []
 
 
 @pytest.mark.parametrize("workers", [1, 4])

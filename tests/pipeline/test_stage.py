@@ -16,6 +16,7 @@ from safetensors.torch import load as load_tensors
 from moduseg.config import compose
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import StageFolder
+from moduseg.pipeline.records import encode_files
 from moduseg.pipeline.stage import Stage, rebuild_runner, skipped_images
 from moduseg.pipeline.workspace import Workspace
 from moduseg.pseudo_masks.store import unpack
@@ -47,7 +48,7 @@ def work(tmp_path: Path) -> Workspace:
 def only_file(files: list[Files], name: str) -> bytes:
     """Return the content of the one file of the one image."""
     assert [list(of_image) for of_image in files] == [[name]]
-    return files[0][name]
+    return encode_files(files[0])[name]
 
 
 def decode(png: bytes) -> np.ndarray:

@@ -36,6 +36,13 @@ def test_what_comes_back(background: bool, ignore: bool, device: torch.device) -
         assert torch.equal(after.ignore, before.ignore)
 
 
+def test_the_fast_compression_is_written_and_any_is_read() -> None:
+    data = pack(maps(torch.device("cpu")))
+    assert data[1] >> 6 == 0  # the header's level, of which the default is 2
+    slower = zlib.compress(zlib.decompress(data), 6)
+    assert torch.equal(unpack(slower).scores, unpack(data).scores)
+
+
 def test_no_class_and_equal_bytes(device: torch.device) -> None:
     empty = ScoreMaps((), torch.zeros(0, 4, 5, device=device))
     assert unpack(pack(empty)).scores.shape == (0, 4, 5)
