@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -32,6 +32,9 @@ Box = tuple[int, int, int, int]
 """x0, y0, x1, y1 in pixels."""
 _MAX_CALLS_WAITING = 3
 """Calls to the filters that may be waiting while the model goes on."""
+_MAX_PENDING_LOGITS = 1 << 28
+"""Logits, 4 bytes each, that a GPU holds before they are filtered. The host waits for each filter, so that the masks of
+many points are filtered together; a CPU filters the masks of some points while the model is at the next ones."""
 MAX_UNSTABLE_ROUNDS = 10
 """After so many rounds in which NMS kept an unstable mask, all masks that are left are measured at once."""
 
@@ -80,10 +83,10 @@ class Promptable(ABC):
 
 @dataclass(frozen=True)
 class _Masks:
-    """Masks of one crop that passed its first filters.
+    """Masks of one crop that passed its first filters. All but the logits are on the CPU, where NMS is done.
 
     Attributes:
-        logits: `[N, h, w]` float32, at the decoder's resolution.
+        logits: `[N, h, w]` float32, at the decoder's resolution, on the model's device.
         predicted_iou: `[N]` float32.
         boxes: `[N, 4]` float32, x0, y0, x1, y1 of the outermost pixels, in the crop's frame.
         stability_score: `[N]` float32, NaN if not measured.
@@ -95,8 +98,10 @@ class _Masks:
     stability_score: Tensor
 
     def select(self, keep: Tensor) -> _Masks:
-        """Return the rows that `keep` (`[N]` bool or indices) names."""
-        return _Masks(self.logits[keep], self.predicted_iou[keep], self.boxes[keep], self.stability_score[keep])
+        """Return the rows that `keep` (`[N]` bool or indices, on the CPU) names."""
+        rows = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep
+        logits = self.logits[rows.to(self.logits.device)]
+        return _Masks(logits, self.predicted_iou[rows], self.boxes[rows], self.stability_score[rows])
 
 
 @dataclass(frozen=True)
@@ -181,14 +186,36 @@ def generate_batch(
                 crop = _Crop(box, (images[index].shape[0], images[index].shape[1]), replace(embedded, features=None))
                 scale = np.array([embedded.input_size[1], embedded.input_size[0]])
                 points = torch.from_numpy((grids[layer] * scale).astype(np.float32)).to(model.device)
+                decoded = (
+                    model.decode(embedded, part, options.pred_iou_thresh)
+                    for part in points.split(options.points_per_batch)
+                )
                 passed = [
-                    thread.submit(filters.prefilter, model.decode(embedded, some, options.pred_iou_thresh), crop)
-                    for some in points.split(options.points_per_batch)
+                    thread.submit(filters.prefilter, joined, crop) for joined in _join_pending(decoded, model.device)
                 ]
                 masks[index].append(thread.submit(filters.choose, passed, crop))
         if images:
             proposals.append(thread.submit(filters.assemble, masks[-1]))
         return [future.result() for future in proposals]
+
+
+def _join_pending(decoded: Iterator[Decoded], device: torch.device) -> Iterator[Decoded]:
+    """Join the masks of successive points, as many as the device holds before their filters are run."""
+    max_logits = 0 if device.type == "cpu" else _MAX_PENDING_LOGITS
+    pending: list[Decoded] = []
+    for part in decoded:
+        pending.append(part)
+        if sum(waiting.logits.numel() for waiting in pending) >= max_logits:
+            yield _join(pending)
+            pending = []
+    if pending:
+        yield _join(pending)
+
+
+def _join(parts: list[Decoded]) -> Decoded:
+    if len(parts) == 1:
+        return parts[0]
+    return Decoded(torch.cat([part.logits for part in parts]), torch.cat([part.predicted_iou for part in parts]))
 
 
 class _FilterThread:
@@ -243,11 +270,21 @@ class _Filters:
     def prefilter(self, decoded: Decoded, crop: _Crop) -> _Masks:
         """Return those masks that may be stable, have pixels and are not cut off by the crop."""
         rows = mask_upsampling.find_possibly_stable(decoded.logits, crop.embedded, self.threshold, self.options)
-        boxes, has_pixels = mask_upsampling.measure_boxes(decoded.logits, rows, crop.embedded, self.threshold)
-        keep = has_pixels & ~_are_cut_off(boxes, crop)
-        rows = rows[keep]
         predicted_iou = decoded.predicted_iou[rows]
-        return _Masks(decoded.logits[rows], predicted_iou, boxes[keep], torch.full_like(predicted_iou, torch.nan))
+        if decoded.logits.device.type == "cpu":
+            logits = decoded.logits
+            boxes, has_pixels = mask_upsampling.measure_boxes(logits, rows, crop.embedded, self.threshold)
+            stability_score = torch.full_like(predicted_iou, torch.nan)
+        else:
+            # Elsewhere masks are enlarged fast, and waiting is what takes the time: all that the filters need is
+            # measured at once and copied once.
+            logits, rows = decoded.logits[rows], torch.arange(len(rows))
+            measured = mask_upsampling.measure_masks(logits, crop.embedded, self.threshold, self.options)
+            table = torch.cat([measured, predicted_iou[:, None]], dim=1).cpu()
+            boxes, has_pixels, stability_score, predicted_iou = table[:, :4], table[:, 4] > 0, table[:, 5], table[:, 6]
+        keep = (has_pixels & ~_are_cut_off(boxes, crop)).nonzero()[:, 0]
+        chosen = rows[keep].to(logits.device)
+        return _Masks(logits[chosen], predicted_iou[keep], boxes[keep], stability_score[keep])
 
     def choose(self, passed: list[Future[_Masks]], crop: _Crop) -> tuple[_Crop, _Masks]:
         """Return the masks of one crop that pass all of its filters, best predicted IoU first."""
@@ -272,13 +309,15 @@ class _Filters:
 
         options = self.options
         stability = masks.stability_score.clone()
-        left = torch.arange(len(stability), device=stability.device)
+        left = (~(stability < options.stability_score_thresh)).nonzero()[:, 0]  # true if not measured
         unstable_rounds = 0
         while True:
             keep = left[nms(masks.boxes[left], masks.predicted_iou[left], options.box_nms_thresh)]
             rows = left if unstable_rounds == MAX_UNSTABLE_ROUNDS else keep
             rows = rows[stability[rows].isnan()]
-            stability[rows] = mask_upsampling.measure_stability(masks.logits[rows], embedded, self.threshold, options)
+            if len(rows):
+                logits = masks.logits[rows.to(masks.logits.device)]
+                stability[rows] = mask_upsampling.measure_stability(logits, embedded, self.threshold, options).cpu()
             is_unstable = stability < options.stability_score_thresh  # false if not measured
             if options.stability_score_thresh <= 0 or not is_unstable[keep].any():
                 return replace(masks, stability_score=stability).select(keep)
@@ -292,14 +331,15 @@ class _Filters:
         height, width = crops[0][0].image_size
         predicted_iou = torch.cat([masks.predicted_iou for _, masks in crops])
         stability_score = torch.cat([masks.stability_score for _, masks in crops])
-        full_size = torch.zeros(len(predicted_iou), height, width, dtype=torch.bool, device=predicted_iou.device)
+        device = crops[0][1].logits.device
+        full_size = torch.zeros(len(predicted_iou), height, width, dtype=torch.bool, device=device)
         row = 0
         for crop, masks in crops:
             x0, y0, x1, y1 = crop.box
             for logits in mask_upsampling.enlarge(masks.logits, crop.embedded):
                 full_size[row : row + len(logits), y0:y1, x0:x1] = logits > self.threshold
                 row += len(logits)
-        proposals = Proposals(full_size, predicted_iou, stability_score).to(torch.device("cpu"))
+        proposals = Proposals(full_size.cpu(), predicted_iou, stability_score)
         if options.min_mask_region_area > 0 and len(proposals):
             proposals = _remove_small_regions(
                 proposals, options.min_mask_region_area, max(options.box_nms_thresh, options.crop_nms_thresh)

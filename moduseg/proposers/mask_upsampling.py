@@ -143,11 +143,33 @@ def measure_boxes(logits: Tensor, rows: Tensor, embedded: Embedded, threshold: f
         return _measure_boxes_once(logits, rows, target, embedded.size, threshold)
     corners, filled = [logits.new_zeros(0, 4)], [torch.zeros(0, dtype=torch.bool, device=logits.device)]
     for chunk in enlarge(logits[rows], embedded):
-        across, down = chunk.amax(1) > threshold, chunk.amax(2) > threshold
-        (left, right), (top, bottom) = _find_ends(across), _find_ends(down)
-        corners.append(torch.stack([left, top, right, bottom], dim=1).float())
-        filled.append(down.any(1))
+        boxes, has_pixels = _measure_enlarged(chunk, threshold)
+        corners.append(boxes)
+        filled.append(has_pixels)
     return torch.cat(corners), torch.cat(filled)
+
+
+def measure_masks(logits: Tensor, embedded: Embedded, threshold: float, options: GridOptions) -> Tensor:
+    """Return box, pixels and stability of masks at full size, enlarged once, without waiting for the device.
+
+    Returns:
+        `[N, 6]` float32: x0, y0, x1, y1 of the outermost pixels, 1 if there are pixels and 0 if not, and the stability
+        of `measure_stability`.
+    """
+    low, high = threshold - options.stability_score_offset, threshold + options.stability_score_offset
+    parts = [logits.new_zeros(0, 6)]
+    for chunk in enlarge(logits, embedded):
+        boxes, has_pixels = _measure_enlarged(chunk, threshold)
+        stability = count_above(chunk, high) / count_above(chunk, low)
+        parts.append(torch.cat([boxes, has_pixels[:, None], stability[:, None]], dim=1))
+    return torch.cat(parts)
+
+
+def _measure_enlarged(enlarged: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return the boxes `[n, 4]` float32 of full-size logits `[n, H, W]`, and whether there are pixels, `[n]` bool."""
+    across, down = enlarged.amax(1) > threshold, enlarged.amax(2) > threshold
+    (left, right), (top, bottom) = _find_ends(across), _find_ends(down)
+    return torch.stack([left, top, right, bottom], dim=1).float(), down.any(1)
 
 
 def _measure_boxes_once(

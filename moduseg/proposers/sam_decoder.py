@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +45,12 @@ class PackagedSam(Promptable):
     def device(self) -> torch.device:
         return self._device.torch_device
 
+    @cached_property
+    def _positions(self) -> Tensor:
+        """Positions of the embedding's cells, `[1, C, h, w]`."""
+        positions: Tensor = self._sam.prompt_encoder.get_dense_pe()
+        return positions
+
     @property
     def side(self) -> int:
         """Side of the model's square input, in pixels."""
@@ -78,15 +85,18 @@ class PackagedSam(Promptable):
     def _decode(self, embedded: Embedded, points: Tensor, min_iou: float) -> Decoded:
         """Run the prompt encoder and the mask decoder once."""
         prompts, decoder = self._sam.prompt_encoder, self._sam.mask_decoder
-        labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
-        sparse, dense = prompts(points=(points[:, None], labels), boxes=None, masks=None)
         outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = torch.cat([outputs.expand(len(points), -1, -1), sparse], dim=1)
-        queries, keys = _run_two_way(decoder.transformer, embedded.features + dense[:1], prompts.get_dense_pe(), tokens)
+        tokens = torch.cat([outputs.expand(len(points), -1, -1), _embed_points(prompts, points)], dim=1)
+        image = embedded.features + prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        queries, keys = _run_two_way(decoder.transformer, image, self._positions, tokens)
         # The first mask token is for several prompts at once; a single point has the others.
         predicted_iou = decoder.iou_prediction_head(queries[:, 0])[:, 1:]
         passed = predicted_iou > min_iou if min_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
-        (rows,) = passed.any(1).nonzero(as_tuple=True)
+        has_passed = passed.any(1)
+        # The host waits for the device here and nowhere else, and learns both sizes.
+        num_rows, num_masks = torch.stack([has_passed.sum(), passed.sum()]).tolist()
+        rows = _find_true(has_passed, num_rows)
+        chosen = _find_true(passed[rows].flatten(), num_masks)
         grid = embedded.features.shape[-2:]
         upscaled = decoder.output_upscaling(keys[rows].transpose(1, 2).unflatten(2, grid))
         hyper = torch.stack(
@@ -94,7 +104,28 @@ class PackagedSam(Promptable):
             dim=1,
         )
         logits = (hyper @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
-        return Decoded(logits[passed[rows]], predicted_iou[passed])
+        return Decoded(logits.flatten(0, 1)[chosen], predicted_iou[rows].flatten()[chosen])
+
+
+def _embed_points(prompts: Any, points: Tensor) -> Tensor:
+    """Run `PromptEncoder` on foreground points `[P, 2]`, each followed by the point that stands for no box.
+
+    The encoder itself looks for the two kinds of points, which makes the host wait for the device six times.
+
+    Returns:
+        `[P, 2, C]`.
+    """
+    centres = points[:, None] + 0.5
+    positions = prompts.pe_layer.forward_with_coords(
+        torch.cat([centres, torch.zeros_like(centres)], dim=1), prompts.input_image_size
+    )
+    foreground = positions[:, 0] + prompts.point_embeddings[1].weight
+    return torch.stack([foreground, prompts.not_a_point_embed.weight.expand_as(foreground)], dim=1)
+
+
+def _find_true(flags: Tensor, count: int) -> Tensor:
+    """Return the indices of the true ones of `[N]` flags, in order, without waiting: how many there are is known."""
+    return flags.to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 
 def _run_two_way(transformer: Any, image: Tensor, image_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,16 +197,30 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` -> `[B, H, W, C]`."""
-        from segment_anything.modeling.image_encoder import get_rel_pos
-
         batch, height, width, _ = x.shape
         q, k, v = self.qkv(x).view(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = None
         if self.use_rel_pos:
             grid = q.unflatten(2, (height, width))
-            rows = torch.einsum("bnhwc,hkc->bnhwk", grid, get_rel_pos(height, height, self.rel_pos_h).to(q.dtype))
-            columns = torch.einsum("bnhwc,wkc->bnhwk", grid, get_rel_pos(width, width, self.rel_pos_w).to(q.dtype))
+            rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _spread_positions(self.rel_pos_h, height).to(q.dtype))
+            columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _spread_positions(self.rel_pos_w, width).to(q.dtype))
             bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         result: Tensor = self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
         return result
+
+
+def _spread_positions(table: Tensor, side: int) -> Tensor:
+    """Return the embedding of the distance between each query and each key along one side.
+
+    `segment_anything`'s function makes the indices on the host, one copy to the device a block and side.
+
+    Args:
+        table: `[2 * side - 1, C]`, the embeddings of the distances `1 - side` to `side - 1`.
+        side: cells of the image or window.
+
+    Returns:
+        `[side, side, C]`, queries first.
+    """
+    cells = torch.arange(side, device=table.device)
+    return table[cells[:, None] - cells + side - 1]

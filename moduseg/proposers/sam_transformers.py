@@ -165,8 +165,10 @@ class HubSam(Promptable):
                 input_points=points[None, :, None], input_labels=labels, multimask_output=True, **features
             )
         predicted_iou, logits = output.iou_scores[0], output.pred_masks[0]
-        passed = predicted_iou > min_iou if min_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
-        return Decoded(logits[passed], predicted_iou[passed])
+        if min_iou <= 0:
+            return Decoded(logits.flatten(0, 1), predicted_iou.flatten())
+        rows = (predicted_iou > min_iou).flatten().nonzero()[:, 0]
+        return Decoded(logits.flatten(0, 1)[rows], predicted_iou.flatten()[rows])
 
 
 def _to_float(value: Any) -> Any:

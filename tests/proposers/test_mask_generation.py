@@ -359,16 +359,16 @@ def test_stability_measured_late_chooses_the_same(
     embedded = SHAPES["padded"]
     logits = blobs(300, device)
     boxes, filled = mask_upsampling.measure_boxes(logits, torch.arange(300, device=device), embedded, 0.0)
-    logits, boxes = logits[filled], boxes[filled]
-    scores = torch.rand(len(logits), generator=torch.Generator().manual_seed(0)).mul(20).round().to(device)  # ties
+    logits, boxes = logits[filled], boxes[filled].cpu()
+    scores = torch.rand(len(logits), generator=torch.Generator().manual_seed(0)).mul(20).round()  # ties
     options = GridOptions(stability_score_thresh=threshold, box_nms_thresh=overlap)
-    stability = mask_upsampling.measure_stability(logits, embedded, 0.0, options)
+    stability = mask_upsampling.measure_stability(logits, embedded, 0.0, options).cpu()
     (stable,) = (stability >= threshold).nonzero(as_tuple=True)
     expected = stable[nms(boxes[stable], scores[stable], overlap)]
     masks = mask_generation._Masks(logits, scores, boxes, torch.full_like(scores, torch.nan))
     found = mask_generation._Filters(0.0, options).choose_stable(masks, embedded)
     assert torch.equal(found.boxes, boxes[expected])
-    assert torch.equal(found.logits, logits[expected])
+    assert torch.equal(found.logits.cpu(), logits.cpu()[expected])
     torch.testing.assert_close(found.stability_score, stability[expected])
     assert (len(expected) == 0) == (threshold == 1)
 
