@@ -7,6 +7,7 @@ prediction = segmenter.predict("photo.jpg")
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,10 @@ class Observation:
 
 
 class Segmenter:
-    """Predicts label maps with a finished bank.
+    """Predicts label maps with a finished bank; threads may share it.
+
+    The models keep state during a pass (SAM's predictor its image, a ViT its resampled positions), so that one image at
+    a time goes through them, in this segmenter and in all that `with_bank` makes of it.
 
     Args:
         bank: the stored bank.
@@ -61,6 +65,7 @@ class Segmenter:
     def __init__(self, bank: Bank, proposer: Proposer, backbone: Backbone, cfg: Config, device: Device) -> None:
         bank.check_fits(backbone.digest, backbone.dim, bank.classes)
         self.bank, self.proposer, self.backbone, self.cfg, self.device = bank, proposer, backbone, cfg, device
+        self._model_lock = threading.RLock()
         self._retriever = Retriever(bank.configured(cfg.bank).to(device.torch_device), cfg.retrieval)
 
     @classmethod
@@ -125,10 +130,10 @@ class Segmenter:
         """
         pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
         sample = Sample("image" if isinstance(image, np.ndarray) else Path(image).stem, pixels)
-        proposals = self.proposer.propose(sample)
+        with self._model_lock:
+            proposals, tokens = self.proposer.propose(sample), self.backbone.tokens([pixels])[0]
         # Proposals that retrieval would drop need no vector.
         proposals = proposals.select(self._retriever.is_searched(proposals)).to(self.device.torch_device)
-        tokens = self.backbone.tokens([pixels])[0]
         weights = proposal_coverage(proposals, tokens)
         if self.cfg.bank.aggregation == "hard":
             weights = harden(weights)
@@ -158,7 +163,9 @@ class Segmenter:
         Raises:
             ArtefactError: the bank was made with other backbone weights.
         """
-        return Segmenter(bank, self.proposer, self.backbone, cfg or self.cfg, self.device)
+        segmenter = Segmenter(bank, self.proposer, self.backbone, cfg or self.cfg, self.device)
+        segmenter._model_lock = self._model_lock
+        return segmenter
 
     @property
     def searched_rows(self) -> tuple[int, ...]:

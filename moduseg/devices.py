@@ -18,6 +18,21 @@ PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float1
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 
+_seeding = threading.Lock()
+
+
+@contextmanager
+def seed_weights(seed: int) -> Iterator[None]:
+    """Draw the random weights of a model from a seed; the caller's random state does not change.
+
+    Threads wait for each other: they share one random state.
+    """
+    # Only the CPU's generator draws weights; seeding it alone leaves the others untouched.
+    with _seeding, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 @dataclass(frozen=True)
 class Device:
     """A device, and the precision of model forward passes on it.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from moduseg.devices import Device, Precision
+from moduseg.devices import Device, Precision, seed_weights
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.weights.hub import first_line, model_digest
 from moduseg.weights.pretrained import Pretrained
@@ -211,9 +211,7 @@ class ClipSource:
 
         # What transformers 5 raises for a value that its configuration refuses is no ValueError.
         refused = getattr(errors, "StrictDataclassError", ValueError)
-        # Only the CPU's generator draws weights; seeding it alone leaves the others untouched.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.options.seed)
+        with seed_weights(self.options.seed):
             try:
                 return CLIPModel(self._override_activation(CLIPConfig(**(self.options.config or {}))))
             except (refused, TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError) as error:

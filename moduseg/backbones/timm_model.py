@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moduseg.devices import seed_weights
 from moduseg.errors import ArtefactError, ConfigError, suggest
 from moduseg.weights.sources import load_state
 
@@ -60,9 +61,7 @@ def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None,
     arguments = {"num_classes": 0, **kwargs}
     if output_stride is not None:
         arguments |= {"output_stride": output_stride}
-    # Only the CPU's generator draws weights; seeding it alone leaves the others untouched.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seed_weights(seed):
         try:
             try:
                 model = timm.create_model(name, dynamic_img_size=True, **arguments)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moduseg.clock import count_passes
-from moduseg.devices import Device
+from moduseg.devices import Device, seed_weights
 from moduseg.errors import ArtefactError, MissingError
 from moduseg.files import file_digest
 from moduseg.proposers.base import Proposer
@@ -190,9 +190,7 @@ class SamProposer(Proposer):
         """
         options = self._options
         path = None if options.checkpoint == "random" else self._find_checkpoint()
-        # Only the CPU's generator draws weights; seeding it alone leaves the others untouched.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(options.seed)
+        with seed_weights(options.seed):
             sam = _get_builders()[options.model]()
         if path is not None:
             expected, state = sam.state_dict(), load_state(path)
