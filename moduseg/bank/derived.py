@@ -76,16 +76,10 @@ def write_derived(
     }
     key = digest_of(parts)
     target = folder or outputs / str(bank.info.get("dataset", "bank")) / STAGE / f"{operation}-{key[:8]}"
-    if target.resolve() in [path.resolve() for path in sources]:
-        raise ArtefactError(f"{target}: is the folder of the bank itself, which is never changed; set out=<new folder>")
-    manifest = target / "manifest.json"
-    if target.exists() and any(target.iterdir()):
-        held = read_json(manifest).get("key") if manifest.is_file() else None
-        if held != key:
-            raise ArtefactError(f"{target}: holds something else (key {held!r}); set out=<new folder>, or remove it")
+    _check_free(target, key, sources)
     bank.save(target)
     write_json(
-        manifest,
+        target / "manifest.json",
         {
             "stage": STAGE,
             "key": key,
@@ -100,3 +94,14 @@ def write_derived(
         },
     )
     return target
+
+
+def _check_free(folder: Path, key: str, sources: Sequence[Path]) -> None:
+    """Refuse a folder that is one of the sources, or that holds anything but the artefact of this key."""
+    if folder.resolve() in [path.resolve() for path in sources]:
+        raise ArtefactError(f"{folder}: is the folder of the bank itself, which is never changed; set out=<new folder>")
+    if folder.exists() and any(folder.iterdir()):
+        manifest = folder / "manifest.json"
+        held = read_json(manifest).get("key") if manifest.is_file() else None
+        if held != key:
+            raise ArtefactError(f"{folder}: holds something else (key {held!r}); set out=<new folder>, or remove it")

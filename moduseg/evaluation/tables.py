@@ -108,9 +108,9 @@ def results_record(
     Raises:
         ValueError: names and counts do not fit, or `run.extra` replaces an entry.
     """
-    if counts.confusion.shape != (len(classes), len(classes)):
-        shape = counts.confusion.shape
-        raise ValueError(f"confusion: got {shape}, expected {(len(classes),) * 2} as there are class names")
+    expected = (len(classes), len(classes))
+    if counts.confusion.shape != expected:
+        raise ValueError(f"confusion: got {counts.confusion.shape}, expected {expected} as there are class names")
     measured = measure_label_maps(counts, classes)
     groups = {name: measured.pop(name) for name in ("boundary_iou", "uncovered") if name in measured}
     record: dict[str, Any] = {
@@ -139,8 +139,7 @@ def results_record(
         }
     if "uncovered" in groups:
         record["uncovered"] = {"rule": counts.uncovered, **groups["uncovered"]}
-    replaced = sorted(set(record) & set(run.extra))
-    if replaced:
+    if replaced := sorted(set(record) & set(run.extra)):
         raise ValueError(f"extra: got {', '.join(replaced)}, which results hold already; choose other names")
     return {**record, **run.extra}
 

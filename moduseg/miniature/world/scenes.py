@@ -217,7 +217,7 @@ def render_scene(seed: int, split: str | int, index: int, config: WorldConfig | 
     canvas, stuff, stuff_map = _background(rng, h, w, scale)
     for _ in range(int(rng.integers(config.max_clutter + 1))):
         _draw_clutter(canvas, rng, scale)
-    instances, classes = _objects(canvas, rng, config)
+    instances, classes = _draw_objects(canvas, rng, config)
     image = _camera(canvas, rng, config)
 
     # `_objects` refuses to cover an object completely. Numbering would stay dense even if it did.
@@ -265,31 +265,47 @@ def _draw_clutter(canvas: np.ndarray, rng: np.random.Generator, s: float) -> Non
     canvas += alpha * (colour - canvas)
 
 
-def _objects(canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig) -> tuple[np.ndarray, list[int]]:
+@dataclass(frozen=True)
+class _Placement:
+    """Class of an object, its centre `[2]` as x, y, and its radius, in pixels."""
+
+    class_id: int
+    centre: np.ndarray
+    radius: float
+
+
+def _place_object(
+    rng: np.random.Generator, config: WorldConfig, size: tuple[int, int], sibling: _Placement | None
+) -> _Placement:
+    """Draw where an object of `(height, width)` scenes goes: beside a sibling of its class, or anywhere."""
+    if sibling is not None:
+        angle, radius = rng.uniform(0, 2 * math.pi), sibling.radius * rng.uniform(0.75, 1.3)
+        reach = rng.uniform(0.7, 0.95) * (sibling.radius + radius)
+        centre = sibling.centre + reach * np.array([math.cos(angle), math.sin(angle)])
+        return _Placement(sibling.class_id, centre, radius)
+    class_id = int(rng.integers(1, len(CLASSES)))
+    radius = config.size * (config.radius[0] + (config.radius[1] - config.radius[0]) * rng.random() ** 1.4)
+    margin, (height, width) = 0.2 * radius, size
+    return _Placement(class_id, rng.uniform([-margin, -margin], [width + margin, height + margin]), radius)
+
+
+def _draw_objects(canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig) -> tuple[np.ndarray, list[int]]:
     """Draw the objects from back to front: id map `[H, W]` uint16 and the class of each id."""
     h, w = canvas.shape[:2]
-    size, scale = config.size, config.detail * config.size / 128.0
+    scale = config.detail * config.size / 128.0
     instances = np.zeros((h, w), np.uint16)
     classes: list[int] = []
     areas = [0]
-    sibling: tuple[int, np.ndarray, float] | None = None
+    sibling: _Placement | None = None
     wanted = int(rng.integers(1, config.max_objects + 1))
     for _attempt in range(6 * wanted):
         if len(classes) >= wanted:
             break
-        if sibling is not None:
-            class_id, centre, radius = sibling
-            angle, radius = rng.uniform(0, 2 * math.pi), radius * rng.uniform(0.75, 1.3)
-            reach = rng.uniform(0.7, 0.95) * (sibling[2] + radius)
-            centre = centre + reach * np.array([math.cos(angle), math.sin(angle)])
-        else:
-            class_id = int(rng.integers(1, len(CLASSES)))
-            radius = size * (config.radius[0] + (config.radius[1] - config.radius[0]) * rng.random() ** 1.4)
-            centre = rng.uniform([-0.2 * radius, -0.2 * radius], [w + 0.2 * radius, h + 0.2 * radius])
+        placement = _place_object(rng, config, (h, w), sibling)
         sibling = None
-        hue_name, shape = CLASSES[class_id].split()
-        linear = _random_linear(rng, radius)
-        contours = [c @ linear + centre for c in outline(shape, rng)]
+        hue_name, shape = CLASSES[placement.class_id].split()
+        linear = _random_linear(rng, placement.radius)
+        contours = [c @ linear + placement.centre for c in outline(shape, rng)]
         low = np.maximum(np.floor(contours[0].min(0)) - 2, 0).astype(int)
         high = np.minimum(np.ceil(contours[0].max(0)) + 3, [w, h]).astype(int)
         if (high - low).min() < 3:
@@ -315,16 +331,16 @@ def _objects(canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig) 
             usual=USUAL_PATTERNS[shape],
             loyalty=config.loyalty,
         )
-        skin = trim(rng, skin, alpha, radius, usual=USUAL_TRIMS[shape], loyalty=config.trim_loyalty)
+        skin = trim(rng, skin, alpha, placement.radius, usual=USUAL_TRIMS[shape], loyalty=config.trim_loyalty)
         if rng.random() < 0.35:
             _cast_shadow(canvas, contours, rng, scale)
         target = canvas[window[0] : window[1], window[2] : window[3]]
         target += alpha[..., None] * (skin - target)
-        classes.append(class_id)
+        classes.append(placement.class_id)
         areas.append(area)
         view[inside] = len(classes)
         if rng.random() < config.cluster:
-            sibling = (class_id, centre, radius)
+            sibling = placement
     if not classes:  # practically impossible; a scene without an object would have no tag, so draw one in the middle
         contours = [c * 0.2 * min(h, w) + [w / 2, h / 2] for c in outline("disc", rng)]
         alpha = fill(contours, (0, h, 0, w))
