@@ -140,7 +140,15 @@ class Page:
         num_missing = len(why.neighbours) - len(thumbnails)
         if num_missing:
             text += f"; {num_missing} training images are not at hand"
-        return PageView(proposal, overlay, labels, text, thumbnails, why.label, message)
+        return PageView(
+            proposal=proposal,
+            overlay=overlay,
+            labels=labels,
+            explanation=text,
+            thumbnails=thumbnails,
+            label=why.label,
+            message=message,
+        )
 
 
 def picture_scale(session: Session) -> int:

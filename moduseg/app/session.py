@@ -249,13 +249,29 @@ class Session:
         for rank, (row, similarity) in enumerate(zip(rows, similarities, strict=True)):
             label, image = bank.classes[int(bank.labels[row])], bank.image_ids[int(bank.image_index[row])]
             picture = self._pictures.draw(image, label) if pictures else None
-            neighbours.append(Neighbour(row, label, image, float(similarity), rank < self.top_k, picture))
+            neighbours.append(
+                Neighbour(
+                    row=row,
+                    label=label,
+                    image=image,
+                    similarity=float(similarity),
+                    has_voted=rank < self.top_k,
+                    picture=picture,
+                )
+            )
         votes = Counter(neighbour.label for neighbour in neighbours if neighbour.has_voted)
         label = self.classes[int(prediction.labels[proposal])]
         others = [name for name, _ in votes.most_common() if name != label]
         ordered = {name: votes[name] for name in [label, *others] if votes[name]}
         score = float(prediction.scores[proposal])
-        return Explanation(proposal, label, score, ordered, others[0] if others else None, tuple(neighbours))
+        return Explanation(
+            proposal=proposal,
+            label=label,
+            score=score,
+            votes=ordered,
+            runner_up=others[0] if others else None,
+            neighbours=tuple(neighbours),
+        )
 
     def correct(self, proposal: int, label: str) -> list[Change]:
         """Name a proposal: its vector is added to the bank, and the picture is labelled again.
@@ -281,7 +297,9 @@ class Session:
             raise ConfigError("picture: got none, expected one to be shown; drop a picture first")
         mask = observation.proposals.masks[proposal]
         vector, area = edit.pool_region(mask, observation.tokens, self._original.cfg.bank)
-        correction = Correction(image_id, proposal, name, vector.cpu(), area, mask.cpu().numpy())
+        correction = Correction(
+            image=image_id, proposal=proposal, label=name, vector=vector.cpu(), area=area, mask=mask.cpu().numpy()
+        )
         others = [c for c in self.corrections if (c.image, c.proposal) != (image_id, proposal)]
         self.corrections = [*others, correction]
         names = [self.classes[int(i)] for i in before.labels]

@@ -63,13 +63,13 @@ def remove(bank: Bank, classes: Sequence[str] = (), images: Sequence[str] = (), 
     new_image = _new_positions(bank.image_ids, kept_images)
     files = {i: f for i, f in files_of(bank).items() if i not in set(images)}
     return Bank(
-        bank.pooled[keep],
-        new_label[bank.labels[keep]],
-        new_image[bank.image_index[keep]],
-        bank.areas[keep],
-        kept_images,
-        kept_classes,
-        _replace_files(bank.info, files),
+        pooled=bank.pooled[keep],
+        labels=new_label[bank.labels[keep]],
+        image_index=new_image[bank.image_index[keep]],
+        areas=bank.areas[keep],
+        image_ids=kept_images,
+        classes=kept_classes,
+        info=_replace_files(bank.info, files),
     )
 
 
@@ -109,13 +109,13 @@ def merge(banks: Sequence[Bank]) -> Bank:
     if len(classes) > MAX_CLASSES:
         raise ConfigError(f"merge: got {len(classes)} classes, expected at most {MAX_CLASSES} with the background")
     return Bank(
-        torch.cat([bank.pooled for bank in banks]),
-        torch.cat(labels),
-        torch.cat(index),
-        torch.cat([bank.areas for bank in banks]),
-        tuple(image_ids),
-        tuple(classes),
-        _replace_files({**first.info, "label_source": "+".join(s for s in sources if s)}, files),
+        pooled=torch.cat([bank.pooled for bank in banks]),
+        labels=torch.cat(labels),
+        image_index=torch.cat(index),
+        areas=torch.cat([bank.areas for bank in banks]),
+        image_ids=tuple(image_ids),
+        classes=tuple(classes),
+        info=_replace_files({**first.info, "label_source": "+".join(s for s in sources if s)}, files),
     )
 
 

@@ -106,7 +106,20 @@ def compute_class_statistics(bank: Bank, vectors: Tensor, nearest: Tensor, searc
     for label, name in enumerate(bank.classes):
         rows = torch.nonzero(bank.labels == label).flatten()
         if not len(rows):
-            result.append(ClassStatistics(name, 0, 0, 0, None, None, None, None, None, None))
+            result.append(
+                ClassStatistics(
+                    name=name,
+                    vectors=0,
+                    dropped=0,
+                    images=0,
+                    median_area=None,
+                    spread=None,
+                    nearest=None,
+                    similarity=None,
+                    overlap=None,
+                    overlaps_with=None,
+                )
+            )
             continue
         others = [i for i in range(len(bank.classes)) if i != label and int(counts[i])]
         closest = max(others, key=lambda i: float(cosines[label, i])) if others else None
@@ -114,16 +127,16 @@ def compute_class_statistics(bank: Bank, vectors: Tensor, nearest: Tensor, searc
         confused = confused[(confused >= 0) & (confused != label)]
         result.append(
             ClassStatistics(
-                name,
-                len(rows),
-                int((~is_kept[rows]).sum()),
-                len(bank.image_index[rows].unique()),
-                int(bank.areas[rows].median()),
-                float((vectors[rows] - means[label]).norm(dim=1).mean()),
-                None if closest is None else bank.classes[closest],
-                None if closest is None else float(cosines[label, closest]),
-                len(confused) / len(rows) if len(bank) > 1 else None,
-                bank.classes[int(confused.bincount().argmax())] if len(confused) else None,
+                name=name,
+                vectors=len(rows),
+                dropped=int((~is_kept[rows]).sum()),
+                images=len(bank.image_index[rows].unique()),
+                median_area=int(bank.areas[rows].median()),
+                spread=float((vectors[rows] - means[label]).norm(dim=1).mean()),
+                nearest=None if closest is None else bank.classes[closest],
+                similarity=None if closest is None else float(cosines[label, closest]),
+                overlap=len(confused) / len(rows) if len(bank) > 1 else None,
+                overlaps_with=bank.classes[int(confused.bincount().argmax())] if len(confused) else None,
             )
         )
     return result
@@ -144,14 +157,14 @@ def compute_region_statistics(
         other = int(nearest[row])
         regions.append(
             RegionStatistics(
-                row,
-                bank.image_ids[int(bank.image_index[row])],
-                bank.classes[label],
-                int(bank.areas[row]),
-                float((vectors[row] - means[label]).norm()),
-                other,
-                None if other < 0 else bank.classes[int(bank.labels[other])],
-                row not in kept_rows,
+                row=row,
+                image=bank.image_ids[int(bank.image_index[row])],
+                label=bank.classes[label],
+                area=int(bank.areas[row]),
+                distance=float((vectors[row] - means[label]).norm()),
+                nearest_row=other,
+                nearest_label=None if other < 0 else bank.classes[int(bank.labels[other])],
+                dropped=row not in kept_rows,
             )
         )
     return sorted(regions, key=lambda r: (r.nearest_label in (r.label, None), -r.distance, r.row))

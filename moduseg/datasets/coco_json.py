@@ -172,15 +172,15 @@ def _build_index(path: Path, text: str) -> CocoIndex:
     for row, value in zip(row_of[order].tolist(), np.array(sums, dtype=np.int64)[order].tolist(), strict=True):
         checksums[row] = (int(checksums[row]) * 31 + value) % (1 << 61)
     return CocoIndex(
-        path,
-        tuple(images[number][0] for number in numbers),
-        np.array([images[number][1:] for number in numbers], dtype=np.int32).reshape(-1, 2),
-        np.searchsorted(row_of[order], np.arange(len(numbers) + 1)),
-        np.array(offsets, dtype=np.int64)[order],
-        np.array(lengths, dtype=np.int32)[order],
-        np.array(categories, dtype=np.uint8)[order],
-        np.array(crowd, dtype=bool)[order],
-        checksums,
+        path=path,
+        ids=tuple(images[number][0] for number in numbers),
+        sizes=np.array([images[number][1:] for number in numbers], dtype=np.int32).reshape(-1, 2),
+        starts=np.searchsorted(row_of[order], np.arange(len(numbers) + 1)),
+        offsets=np.array(offsets, dtype=np.int64)[order],
+        lengths=np.array(lengths, dtype=np.int32)[order],
+        classes=np.array(categories, dtype=np.uint8)[order],
+        crowd=np.array(crowd, dtype=bool)[order],
+        checksums=checksums,
     )
 
 

@@ -66,7 +66,14 @@ class Workspace:
     def shard(self) -> Shard:
         """The part of each stage that this process does."""
         runtime, peers = self.cfg.runtime, self.peers
-        return Shard(peers.index, peers.count, runtime.workers, runtime.verify, not peers.is_leader, runtime.shard.wait)
+        return Shard(
+            index=peers.index,
+            count=peers.count,
+            workers=runtime.workers,
+            verify=runtime.verify,
+            quiet=not peers.is_leader,
+            wait=runtime.shard.wait,
+        )
 
     @cached_property
     def device(self) -> Device:

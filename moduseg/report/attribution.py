@@ -39,12 +39,12 @@ class RetrievalResult:
     def of(cls, prediction: Prediction) -> RetrievalResult:
         """Return what a report keeps of a prediction: all neighbours, as all of them have voted, but no mask."""
         return cls(
-            prediction.labels.numpy(),
-            prediction.scores.numpy(),
-            prediction.kept.numpy(),
-            prediction.neighbours.numpy().astype(np.int32),
-            prediction.neighbour_labels.numpy().astype(np.int16),
-            prediction.similarities.numpy(),
+            labels=prediction.labels.numpy(),
+            scores=prediction.scores.numpy(),
+            kept=prediction.kept.numpy(),
+            rows=prediction.neighbours.numpy().astype(np.int32),
+            row_labels=prediction.neighbour_labels.numpy().astype(np.int16),
+            similarities=prediction.similarities.numpy(),
         )
 
 

@@ -137,13 +137,13 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
             "config": self.cfg.as_dict(),
         }
         return Bank(
-            torch.cat(pooled),
-            torch.cat(labels),
-            torch.cat(index),
-            torch.cat(areas),
-            tuple(ids),
-            tuple(dataset.classes),
-            info,
+            pooled=torch.cat(pooled),
+            labels=torch.cat(labels),
+            image_index=torch.cat(index),
+            areas=torch.cat(areas),
+            image_ids=tuple(ids),
+            classes=tuple(dataset.classes),
+            info=info,
         )
 
 

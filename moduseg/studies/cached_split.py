@@ -252,7 +252,9 @@ class CachedSplit:
             vectors = vectors if searched.centre is None else vectors - searched.centre
             index = indices.build(searched.vectors, self._search_settings.engine, self._search_settings.storage)
             images = self._images_of(searched) if self._is_held_out else None
-            self._views[name] = BankView(name, searched, index, vectors, self._top_k, images)
+            self._views[name] = BankView(
+                name=name, bank=searched, index=index, queries=vectors, top_k=self._top_k, images=images
+            )
         return self._views[name]
 
     def _images_of(self, searched: SearchBank) -> tuple[Tensor, Tensor]:

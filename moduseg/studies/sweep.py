@@ -324,13 +324,13 @@ def _make_curves(record: Mapping[str, Any]) -> list[Curve]:
         default = record["default"][key]
         lines.append(
             Curve(
-                key,
-                [_text(v) for v in values],
-                line,
-                [mean(g) for g in groups],
-                [min(g) for g in groups],
-                [max(g) for g in groups],
-                values.index(default) if default in values else None,
+                name=key,
+                values=[_text(v) for v in values],
+                line=line,
+                average=[mean(g) for g in groups],
+                lowest=[min(g) for g in groups],
+                highest=[max(g) for g in groups],
+                default=values.index(default) if default in values else None,
             )
         )
     return lines

@@ -149,7 +149,15 @@ def _open_side(folder: str, cfg: Config, names_dataset: bool) -> Side:
     has_background = rule == "background"
     uncovered: Uncovered = "ignore" if rule == "ignore" else "wrong"
     digest = hashlib.sha256(data).hexdigest()
-    return Side(path, counts, digest, classes, setting, has_background, uncovered)
+    return Side(
+        path=path,
+        counts=counts,
+        digest=digest,
+        classes=classes,
+        setting=setting,
+        has_background=has_background,
+        uncovered=uncovered,
+    )
 
 
 def _name_sides(first: Path, second: Path) -> tuple[str, str]:

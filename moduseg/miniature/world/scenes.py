@@ -227,7 +227,9 @@ def render_scene(seed: int, split: str | int, index: int, config: WorldConfig | 
     kept = tuple(classes[int(i)] for i in visible)
     instances = renumber[instances]
     semantic = np.array([0, *kept], np.uint8)[instances]
-    return Scene(image, semantic, instances, kept, stuff, stuff_map)
+    return Scene(
+        image=image, semantic=semantic, instances=instances, instance_classes=kept, stuff=stuff, stuff_map=stuff_map
+    )
 
 
 def _background(rng: np.random.Generator, h: int, w: int, s: float) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
