@@ -6,14 +6,18 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moduseg.app.session import Session
-from moduseg.errors import MissingError, ModusegError
+from moduseg.datasets.io import read_image, read_size
+from moduseg.errors import ConfigError, DataError, MissingError, ModusegError
 
 TITLE = "moduseg"
+MAX_PIXELS = 16_000_000
+"""Larger pictures are refused, unless `max_pixels` says otherwise."""
 MIN_SIDE = 512
 """Smaller pictures are enlarged until their longer side has about this many pixels."""
 INTRODUCTION = (
@@ -66,17 +70,31 @@ class Page:
 
     Args:
         new_session: makes a session; models may be shared.
+        save_folder: banks are saved below it; `None` if the page saves none.
+        max_pixels: larger pictures are refused.
     """
 
-    def __init__(self, new_session: Callable[[], Session]) -> None:
+    def __init__(
+        self, new_session: Callable[[], Session], save_folder: Path | None = None, max_pixels: int = MAX_PIXELS
+    ) -> None:
         self._new_session = new_session
+        self.save_folder, self._max_pixels = save_folder, max_pixels
 
-    def drop(self, session: Session | None, image: np.ndarray | None) -> tuple[Session, PageView]:
-        """Label a picture that was dropped; `None` if it was cleared."""
+    def drop(self, session: Session | None, file: str | None) -> tuple[Session, PageView]:
+        """Label a picture that was dropped, by its file; `None` if it was cleared.
+
+        Raises:
+            DataError: no picture, or one of too many pixels.
+        """
         session = session or self._new_session()
-        if image is None:
+        if file is None:
             return session, PageView()
-        session.show(np.ascontiguousarray(image[:, :, :3]))
+        height, width = read_size(Path(file))
+        if height * width > self._max_pixels:
+            raise DataError(
+                f"picture: got {width} x {height} pixels, expected at most {self._max_pixels}; make it smaller"
+            )
+        session.show(read_image(Path(file)))
         overlay, labels = draw_picture(session), describe_labels(session)
         return session, PageView(overlay=overlay, labels=labels, explanation="Click a region of the result.")
 
@@ -119,11 +137,23 @@ class Page:
         session.set_top_k(int(top_k) or None)
         return self._view(session, proposal)
 
-    def save(self, session: Session, out: str) -> str:
-        """Write the bank, and return the message."""
-        if not out.strip():
+    def save(self, session: Session, name: str) -> str:
+        """Write the bank into a folder of this name below `save_folder`, and return the message.
+
+        Raises:
+            ConfigError: the page saves nothing, or the name leads out of that folder.
+        """
+        if self.save_folder is None:
+            raise ConfigError("save: the page is open to others, expected host=127.0.0.1; start it on this machine")
+        if not name.strip():
             return "Name a folder first."
-        return f"Bank of {len(session.bank)} regions -> {session.save(out.strip())}"
+        target = (self.save_folder / name.strip()).resolve() if name.isprintable() else self.save_folder
+        if target == self.save_folder.resolve() or not target.is_relative_to(self.save_folder.resolve()):
+            raise ConfigError(
+                f"save: got {name.strip()!r}, expected the name of a folder below {self.save_folder}; try my_bank, or "
+                "start the page with save_folder=<folder>"
+            )
+        return f"Bank of {len(session.bank)} regions -> {session.save(target)}"
 
     def _view(self, session: Session, proposal: int | None, message: str = "") -> PageView:
         overlay, labels = draw_picture(session, proposal), describe_labels(session)
@@ -168,11 +198,11 @@ def describe_labels(session: Session) -> str:
     return ", ".join(f"{name} {100 * count / pixels:.0f} %" for name, count in session.labels())
 
 
-def build_page(new_session: Callable[[], Session], classes: tuple[str, ...]) -> Any:
+def build_page(page: Page, classes: tuple[str, ...]) -> Any:
     """Return the page, a `gradio.Blocks`.
 
     Args:
-        new_session: makes a session for a visitor.
+        page: what its events do.
         classes: of the bank, offered as labels.
 
     Raises:
@@ -180,16 +210,19 @@ def build_page(new_session: Callable[[], Session], classes: tuple[str, ...]) -> 
     """
     gradio = import_gradio()
     with gradio.Blocks(title=TITLE, analytics_enabled=False) as blocks:
-        _connect_events(gradio, Page(new_session), _add_components(gradio, classes))
+        _connect_events(gradio, page, _add_components(gradio, classes, can_save=page.save_folder is not None))
     return blocks
 
 
-def _add_components(gr: Any, classes: tuple[str, ...]) -> dict[str, Any]:
+def _add_components(gr: Any, classes: tuple[str, ...], can_save: bool) -> dict[str, Any]:
     """Lay the page out, and return its components; those that show a field of `PageView` have its name."""
     parts = {"session": gr.State(None), "proposal": gr.State(None)}
     gr.Markdown(INTRODUCTION)
     with gr.Row():
-        parts["image"] = gr.Image(type="numpy", label="picture", sources=["upload", "clipboard"], height=420)
+        # Gradio would decode a picture of any size; without a mode it hands the file over, whose header is read first.
+        parts["image"] = gr.Image(
+            type="filepath", image_mode=None, label="picture", sources=["upload", "clipboard"], height=420
+        )
         parts["overlay"] = gr.Image(
             type="numpy", format="png", label="result: click a region", interactive=False, height=420
         )
@@ -206,9 +239,10 @@ def _add_components(gr: Any, classes: tuple[str, ...]) -> dict[str, Any]:
         parts["undo"] = gr.Button("Take back")
         parts["votes"] = gr.Slider(0, 50, value=0, step=1, label="neighbours that vote (0: as configured)")
     parts["message"] = gr.Markdown()
-    with gr.Row():
-        parts["out"] = gr.Textbox(label="save the bank as", placeholder="my/bank")
-        parts["save"] = gr.Button("Save")
+    if can_save:
+        with gr.Row():
+            parts["name"] = gr.Textbox(label="save the bank as", placeholder="my_bank")
+            parts["save"] = gr.Button("Save")
     return parts
 
 
@@ -218,8 +252,8 @@ def _connect_events(gr: Any, page: Page, parts: dict[str, Any]) -> None:
     everything = ("overlay", "labels", "explanation", "thumbnails", "label", "message")
     dropped = ("proposal", "overlay", "labels", "explanation", "thumbnails", "message")
 
-    def on_drop(session: Session | None, image: np.ndarray | None) -> tuple[Any, ...]:
-        session, view = _raise_as(gr.Error, page.drop, session, image)
+    def on_drop(session: Session | None, file: str | None) -> tuple[Any, ...]:
+        session, view = _raise_as(gr.Error, page.drop, session, file)
         return session, *_values(view, dropped)
 
     def on_click(session: Session, event: Any) -> tuple[Any, ...]:
@@ -237,8 +271,8 @@ def _connect_events(gr: Any, page: Page, parts: dict[str, Any]) -> None:
         view = _raise_as(gr.Error, page.set_votes, session, proposal, top_k)
         return _values(view, ("overlay", "labels", "explanation", "thumbnails", "label"))
 
-    def on_save(session: Session, out: str) -> str:
-        return str(_raise_as(gr.Error, page.save, session, out))
+    def on_save(session: Session, name: str) -> str:
+        return str(_raise_as(gr.Error, page.save, session, name))
 
     # Gradio finds the event by the type of the parameter, which is known only here.
     on_click.__annotations__["event"] = gr.SelectData
@@ -248,7 +282,8 @@ def _connect_events(gr: Any, page: Page, parts: dict[str, Any]) -> None:
     parts["add"].click(on_correct, [*chosen, parts["label"]], [parts[name] for name in everything])
     parts["undo"].click(on_undo, chosen, [parts[name] for name in everything])
     parts["votes"].release(on_votes, [*chosen, parts["votes"]], [parts[name] for name in everything[:-1]])
-    parts["save"].click(on_save, [session, parts["out"]], [parts["message"]])
+    if "save" in parts:
+        parts["save"].click(on_save, [session, parts["name"]], [parts["message"]])
 
 
 def _values(view: PageView, names: tuple[str, ...], label: Any = None) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,12 +115,15 @@ class Session:
     Args:
         segmenter: the bank and its models; other sessions may share it.
         folder: of the bank.
+        picture_folders, is_public: which training images may be shown; see `RegionPictures`.
     """
 
-    def __init__(self, segmenter: Segmenter, folder: Path) -> None:
+    def __init__(
+        self, segmenter: Segmenter, folder: Path, *, picture_folders: Sequence[Path] = (), is_public: bool = False
+    ) -> None:
         self._original, self._folder = segmenter, folder
         self._top_k: int | None = None
-        self._pictures = RegionPictures(folder, segmenter.bank)
+        self._pictures = RegionPictures(folder, segmenter.bank, picture_folders=picture_folders, is_public=is_public)
         self.corrections: list[Correction] = []
         self._images: dict[str, np.ndarray] = {}
         self._image_id = ""
@@ -184,7 +188,9 @@ class Session:
             raise ConfigError(
                 f"picture: got {image.shape} {image.dtype}, expected [H, W, 3] uint8 RGB; try another file"
             )
-        taken = set(self.bank.image_ids) | set(self._images)
+        corrected = {correction.image for correction in self.corrections}
+        self._images = {image_id: shown for image_id, shown in self._images.items() if image_id in corrected}
+        taken = set(self.bank.image_ids) | corrected
         self._image_id = next(name for i in range(1, len(taken) + 2) if (name := f"{SHOWN}/{i}") not in taken)
         self._images[self._image_id] = image
         self._observation = self._segmenter.observe(image)

@@ -93,7 +93,7 @@ class Bank:
         """Read what `save` wrote.
 
         Raises:
-            ArtefactError: a file is missing or damaged, or the two do not fit each other.
+            ArtefactError: a file is missing or damaged, holds NaN or infinity, or the two do not fit each other.
         """
         path = folder / "bank.safetensors"
         try:
@@ -101,6 +101,7 @@ class Bank:
             info = dict(read_json(folder / "bank.json"))
             image_ids, classes = tuple(info.pop("image_ids")), tuple(info.pop("classes"))
             values = {name: tensors[name] for name in _TENSORS}
+            _check_values(values, [*image_ids, *classes])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, json.JSONDecodeError) as error:
             raise ArtefactError(
                 f"{path}: not readable as a bank ({error}); remove {folder} and build it again"
@@ -223,6 +224,20 @@ def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
             f"{path}: not readable as vectors ({why}); run again with runtime.verify=true, which makes it again"
         ) from error
     return tensors
+
+
+def _check_values(tensors: Mapping[str, Tensor], names: Sequence[Any]) -> None:
+    """Raise `ValueError` for tensors and names that no bank holds, whoever wrote the files."""
+    for name, tensor in tensors.items():
+        expected = torch.float32 if name == "pooled" else torch.int64
+        if tensor.dtype != expected:
+            raise ValueError(f"{name} is {tensor.dtype}, expected {expected}")
+    # A NaN would be every query's nearest neighbour, or none's, as the search happens to compare.
+    if not bool(torch.isfinite(tensors["pooled"]).all()):
+        rows = (~torch.isfinite(tensors["pooled"]).all(1)).nonzero()[:, 0].tolist()
+        raise ValueError(f"{len(rows)} vectors hold NaN or infinity, the first in row {rows[0]}")
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("image_ids and classes have to be text")
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from moduseg.bank.edit import files_of
 from moduseg.bank.store import Bank
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import read_image, read_label_png
-from moduseg.errors import ModusegError
+from moduseg.datasets.labels import check_id
+from moduseg.errors import DataError, ModusegError
 from moduseg.files import read_json
 from moduseg.report.overlay import find_outlines, resize_image, resize_labels
 
@@ -30,14 +32,31 @@ class RegionPictures:
     Training images are found through the bank's data set, or are files that the bank names; regions are those of the
     pseudo masks. If an image is gone, its regions have no picture; if a pseudo mask is gone, no outline.
 
+    A bank may come from a stranger, who could name any picture of this machine. So files that it names are shown only
+    if they are below the bank's folder, `picture_folders`, or the current folder (unless the home folder is below it).
+
     Args:
         folder: of the bank.
         bank: its content.
         size: longer side of a picture, in pixels.
+        picture_folders: folders whose pictures may be shown.
+        is_public: whether others see the pictures: then those of the data set and of the current folder are shown only
+            if they are below the bank's folder or `picture_folders` as well.
     """
 
-    def __init__(self, folder: Path, bank: Bank, size: int = 160) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bank: Bank,
+        size: int = 160,
+        *,
+        picture_folders: Sequence[Path] = (),
+        is_public: bool = False,
+    ) -> None:
         self._folder, self._bank, self._size = folder, bank, size
+        self._is_public = is_public
+        folders = [folder, *picture_folders, *([] if is_public else _find_current_folder())]
+        self._allowed = [allowed.expanduser().resolve() for allowed in folders]
         self._added: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._read = lru_cache(maxsize=32)(self._read_image)
 
@@ -62,7 +81,7 @@ class RegionPictures:
 
     def find_label_map(self, image_id: str) -> tuple[np.ndarray, tuple[str, ...]] | None:
         """Return the `[H, W]` uint8 pseudo mask of a training image and the class names of its ids; `None` if gone."""
-        for folder, classes in self._label_maps:
+        for folder, classes in self._label_maps if _is_inside(image_id) else ():
             file = folder / f"{image_id}.png"
             if file.is_file():
                 return read_label_png(file), classes
@@ -72,11 +91,21 @@ class RegionPictures:
         named = files_of(self._bank).get(image_id)
         try:
             if named is not None:
-                return read_image(Path(named))
-            dataset = self._dataset
-            return None if dataset is None else read_image(dataset.image_path(image_id))
+                return read_image(Path(named)) if self._may_show(named) else None
+            if self._dataset is None or not _is_inside(image_id):
+                return None
+            path = self._dataset.image_path(image_id)
+            return None if self._is_public and not self._may_show(path) else read_image(path)
         except ModusegError:
             return None  # the file was moved; a region is listed without its picture
+
+    def _may_show(self, file: str | Path) -> bool:
+        """Return whether a file that the bank leads to is below one of the folders that may be shown."""
+        try:
+            path = Path(file).resolve()
+        except (OSError, RuntimeError, TypeError, ValueError):  # a loop of links, no text, or a NUL byte
+            return False
+        return any(path.is_relative_to(folder) for folder in self._allowed)
 
     @cached_property
     def _dataset(self) -> Dataset | None:
@@ -94,11 +123,29 @@ class RegionPictures:
         return _find_label_maps(self._folder, _MAX_DEPTH)
 
     def _mask(self, image_id: str, class_name: str) -> np.ndarray | None:
-        for folder, classes in self._label_maps:
+        for folder, classes in self._label_maps if _is_inside(image_id) else ():
             file = folder / f"{image_id}.png"
             if class_name in classes and file.is_file():
                 return np.asarray(read_label_png(file) == classes.index(class_name))
         return None
+
+
+def _is_inside(image_id: str) -> bool:
+    """Return whether an id names a file inside the folder of its images."""
+    try:
+        check_id(image_id, "bank")
+    except DataError:
+        return False
+    return True
+
+
+def _find_current_folder() -> list[Path]:
+    """Return the current folder, unless everything of the person or the machine is below it."""
+    current = Path.cwd()
+    try:
+        return [] if Path.home().is_relative_to(current) else [current]
+    except RuntimeError:  # a user without a home folder
+        return [current]
 
 
 def _find_label_maps(folder: Path, depth: int) -> list[tuple[Path, tuple[str, ...]]]:

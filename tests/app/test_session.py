@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import shutil
 import urllib.request
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from moduseg import Segmenter
 from moduseg.app import serve
 from moduseg.app.page import Page, PageView, import_gradio, picture_scale
 from moduseg.app.session import Session
+from moduseg.bank import edit
 from moduseg.bank.derived import digest_bank
 from moduseg.bank.store import Bank
 from moduseg.cli.options import parse
 from moduseg.config import compose
-from moduseg.errors import ArtefactError, ConfigError, MissingError
+from moduseg.datasets.io import write_rgb_png
+from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.report.bank_regions import RegionPictures, draw_region
 from moduseg.stages import extend_bank
 from moduseg.stages.build_bank import BuildBank
@@ -198,7 +202,7 @@ def test_pictures_of_regions_are_looked_for_through_the_folders(bank: Path, tmp_
     options = extend_bank.AddOptions(str(bank), (str(more),), out=str(tmp_path / "new"))
     extend_bank.run(options, [f"runtime.outputs={tmp_path / 'o'}"])
     stored = Bank.load(tmp_path / "new")
-    pictures = RegionPictures(tmp_path / "new", stored, size=100)
+    pictures = RegionPictures(tmp_path / "new", stored, size=100, picture_folders=[more])
     for row in range(len(stored)):
         name, label = stored.image_ids[int(stored.image_index[row])], stored.classes[int(stored.labels[row])]
         assert pictures.draw(name, label) is not None
@@ -211,6 +215,111 @@ def test_pictures_of_regions_are_looked_for_through_the_folders(bank: Path, tmp_
     (more / "images" / f"{image_id(30)}.png").unlink()
     assert RegionPictures(tmp_path / "new", stored).draw(image_id(30), label) is None
     assert RegionPictures(tmp_path / "new", stored).draw("nobody", label) is None
+
+
+def name_picture(bank: Bank, image: str, file: str) -> Bank:
+    """The bank with a file named for one of its images, as somebody who writes a bank.json by hand can."""
+    return edit.append_files(bank, {image: file})
+
+
+def test_a_foreign_bank_shows_no_file_outside_its_images(
+    bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bank)
+    stored, shown = Bank.load(bank), write_rgb_png(scene(20).image)
+    first = stored.image_ids[0]
+    folder, private = tmp_path / "foreign", tmp_path / "private.png"
+    (folder / "images").mkdir(parents=True)
+    private.write_bytes(shown)
+    (folder / "images" / "own.png").write_bytes(shown)
+    (folder / "images" / "link.png").symlink_to(private)
+    for file, is_shown in {
+        str(folder / "images" / "own.png"): True,
+        str(private): False,
+        str(folder / "images" / ".." / ".." / "private.png"): False,
+        str(folder / "images" / "link.png"): False,
+        "pictures\0.png": False,
+    }.items():
+        pictures = RegionPictures(folder, name_picture(stored, first, file))
+        assert (pictures.find_image(first) is not None) == is_shown, file
+    allowed = RegionPictures(folder, name_picture(stored, first, str(private)), picture_folders=[tmp_path])
+    assert allowed.find_image(first) is not None
+    monkeypatch.chdir(tmp_path)
+    assert RegionPictures(folder, name_picture(stored, first, str(private))).find_image(first) is not None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RegionPictures(folder, name_picture(stored, first, str(private))).find_image(first) is None
+    for outside in ("../images/" + first, str(tmp_path / "private"), "a\0b"):
+        pictures = RegionPictures(folder, stored)
+        assert pictures.find_image(outside) is None
+        assert pictures.find_label_map(outside) is None
+
+
+def test_a_public_page_shows_no_training_image_outside_the_bank(bank: Path) -> None:
+    stored = Bank.load(bank)
+    first = stored.image_ids[0]
+    root = Path(stored.info["config"]["dataset"]["root"])
+    assert RegionPictures(bank, stored).find_image(first) is not None
+    assert RegionPictures(bank, stored, is_public=True).find_image(first) is None
+    assert RegionPictures(bank, stored, picture_folders=[root], is_public=True).find_image(first) is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("../escaped", id="parent folder"),
+        pytest.param("/tmp/escaped", id="absolute path"),
+        pytest.param(".", id="the folder itself"),
+        pytest.param("a\0b", id="NUL byte"),
+        pytest.param("link/escaped", id="through a link"),
+    ],
+)
+def test_the_page_saves_below_one_folder(session: Session, tmp_path: Path, name: str) -> None:
+    session.correct(some_object(session), NAME)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match=r"save: got .*, expected the name of a folder below"):
+        Page(lambda: session, save_folder=folder).save(session, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+    assert [path.name for path in folder.iterdir()] == ["link"]
+
+
+def test_a_page_that_is_open_to_others_saves_nothing(session: Session) -> None:
+    session.correct(some_object(session), NAME)
+    with pytest.raises(ConfigError, match="save: the page is open to others"):
+        Page(lambda: session).save(session, "learned")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", False), ("127.8.9.1", False), ("::1", False), ("[::1]", False), ("localhost", False),
+        ("0.0.0.0", True), ("::", True), ("192.168.1.7", True), ("", True), ("example.org", True),
+    ],
+)  # fmt: skip
+def test_only_a_loopback_address_is_private(host: str, expected: bool) -> None:
+    assert serve.DemoOptions("bank", host=host).is_public == expected
+
+
+def test_a_large_picture_is_refused_before_it_is_decoded(session: Session, tmp_path: Path) -> None:
+    header = io.BytesIO()
+    Image.new("1", (5000, 4000)).save(header, "PNG")
+    (tmp_path / "large.png").write_bytes(header.getvalue()[:60])  # the header alone
+    page = Page(lambda: session)
+    with pytest.raises(DataError, match="picture: got 5000 x 4000 pixels, expected at most 16000000"):
+        page.drop(session, str(tmp_path / "large.png"))
+    (tmp_path / "scene.png").write_bytes(write_rgb_png(scene(20).image))
+    with pytest.raises(DataError, match="expected at most 100"):
+        Page(lambda: session, max_pixels=100).drop(session, str(tmp_path / "scene.png"))
+
+
+def test_pictures_without_a_correction_are_forgotten(session: Session) -> None:
+    for index in range(21, 25):
+        session.show(scene(index).image)
+    assert len(session._images) == 1
+    session.correct(some_object(session), NAME)
+    session.show(scene(25).image)
+    assert len(session._images) == 2
 
 
 def test_a_region_is_cut_out_and_the_rest_dimmed() -> None:
@@ -226,8 +335,9 @@ def test_a_region_is_cut_out_and_the_rest_dimmed() -> None:
 
 
 def test_the_events_of_the_page(segmenter: Segmenter, bank: Path, tmp_path: Path) -> None:
-    page = Page(lambda: Session(segmenter, bank))
-    session, view = page.drop(None, scene(20).image)
+    page = Page(lambda: Session(segmenter, bank), save_folder=tmp_path)
+    (tmp_path / "scene.png").write_bytes(write_rgb_png(scene(20).image))
+    session, view = page.drop(None, str(tmp_path / "scene.png"))
     assert (view.proposal, view.thumbnails, view.message) == (None, (), "")
     factor = picture_scale(session)
     assert factor == 512 // 64
@@ -250,7 +360,7 @@ def test_the_events_of_the_page(segmenter: Segmenter, bank: Path, tmp_path: Path
     assert NAME in view.labels
     assert (view.label, session.classes[-1]) == (NAME, NAME)
     assert "No label changed" in page.correct(session, chosen, NAME).message
-    assert "-> " in page.save(session, str(tmp_path / "learned"))
+    assert "-> " in page.save(session, "learned")
     assert page.save(session, " ") == "Name a folder first."
     view = page.set_votes(session, chosen, 5)
     assert ["no vote" in caption for _, caption in view.thumbnails] == 5 * [False] + [True]
