@@ -34,6 +34,10 @@ class StorageError(ModusegError):
     """A file cannot be written (disk full, no permission). The run ends; finished images are kept."""
 
 
+class DeviceError(ModusegError):
+    """The device is lost, or image after image fails through no fault of its own. Finished images are kept."""
+
+
 class IncompleteError(ModusegError):
     """Other shards are unfinished, so the merge cannot run yet. The commands print the message and exit with code 0."""
 

@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import platform
-import re
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,26 @@ from moduseg.errors import ArtefactError, MissingError, StorageError
 FORMAT = 1
 """Raised when the files of a stage change meaning, so that older folders are not taken for new ones."""
 
-_HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "host"
-# Containers sharing this folder may have equal host names and process ids, so a random token tells them apart.
+_MAX_LEFTOVER_AGE = 24 * 3600
+"""Seconds after which a temporary file is a leftover, whoever wrote it: writing one takes seconds."""
+_ATTEMPTS = 3
+"""How often a file is written whose folder another process removes meanwhile."""
+
+
+def _identify_machine() -> str:
+    """Return text that two processes share only if each sees the other's process id.
+
+    Containers may have equal host names; what they do not share is the namespace of their process ids.
+    """
+    parts = [platform.node()]
+    with suppress(OSError):  # not Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+_MACHINE = _identify_machine()
+# Containers sharing this folder may have equal process ids, so a random token tells their files apart.
 _TOKEN = os.urandom(4).hex()
 
 
@@ -42,21 +61,35 @@ def to_json_values(value: Any) -> Any:
     return value
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, is_durable: bool = False) -> None:
     """Write `data` so that `path` holds either all of it or its former content, even if the process dies meanwhile.
+
+    Args:
+        path: the file; its folder is made if need be.
+        data: the new content.
+        is_durable: whether that also holds if the machine loses its power. It takes the time that the disk takes.
 
     Raises:
         StorageError: disk full, no permission, read-only file system.
     """
-    temporary = path.with_name(f".{path.name}.{_HOST}.{_TOKEN}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_MACHINE}.{_TOKEN}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        for attempt in range(_ATTEMPTS):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(data)
+                if is_durable:
+                    with temporary.open("rb+") as file:
+                        os.fsync(file.fileno())
+                temporary.replace(path)
+                break
+            except FileNotFoundError:
+                # Another process that writes the same result has removed the folder.
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
     except OSError as error:
         remedy = {
             errno.ENOSPC: "free some space",
@@ -71,9 +104,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         ) from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, is_durable: bool = False) -> None:
     """Write indented JSON with `write_atomic`."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), is_durable=is_durable)
 
 
 def read_json(path: Path) -> Any:
@@ -110,11 +143,27 @@ def file_digest(path: Path) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files below a folder that killed processes of this machine left."""
-    for leftover in folder.rglob(f".*.{_HOST}.*.tmp"):
-        owner = leftover.name.split(".")[-2]
-        if owner.isdigit() and not _is_running(int(owner)):
+    """Remove temporary files below a folder that killed processes left.
+
+    Whether a process runs can be told on its own machine and in its own container alone; files of others are removed
+    when they are a day old.
+    """
+    for leftover in folder.rglob(".*.tmp"):
+        *_, machine, _, owner, _ = ("", *leftover.name.split("."))
+        if machine == _MACHINE and owner.isdigit():
+            is_left = not _is_running(int(owner))
+        else:
+            is_left = _age(leftover) > _MAX_LEFTOVER_AGE
+        if is_left:
             leftover.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file was changed; 0 if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_running(pid: int) -> bool:

@@ -294,10 +294,13 @@ class RuntimeConfig:
         device: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
         precision: `auto`, `float32`, `tf32`, `bfloat16` or `float16`, of the forward passes of models whose
             options name no `precision` of their own.
-        batch_size: images of a batch, the unit of resume and of sharding.
+        batch_size: images that pass through a stage's models at once on a GPU, fewer where its memory ends; on the CPU
+            all of a record do. It changes neither keys nor what is done again.
+        record_size: images that are recorded together, the unit of resume and of sharding; a folder that was begun
+            keeps the size that it was begun with.
         seed: seed of the confidence intervals.
         workers: threads that load images; 0 takes one a core, 4 at most.
-        verify: compare files of earlier runs with their digests, not only with their sizes.
+        verify: compare files of earlier runs and their inputs with their digests, not only with sizes and times.
         engine: `local` or `ray`.
         shard: the share of this process.
         ray: the workers of `ray`.
@@ -307,6 +310,7 @@ class RuntimeConfig:
     device: str = "auto"
     precision: str = "auto"
     batch_size: int = 8
+    record_size: int = 8
     seed: int = 42
     workers: int = 0
     verify: bool = False
@@ -316,6 +320,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _check_range("batch_size", self.batch_size, 1, 4096, "8 is the default")
+        _check_range("record_size", self.record_size, 1, 4096, "8 is the default")
         _check_range("workers", self.workers, 0, 256, "0 takes one a core, 4 at most")
         if self.engine == "ray" and self.shard.count > 1:
             raise ValueError(
@@ -324,7 +329,7 @@ class RuntimeConfig:
             )
 
 
-_DISTRIBUTION = ("workers", "verify", "engine", "shard", "ray")
+_DISTRIBUTION = ("record_size", "workers", "verify", "engine", "shard", "ray")
 """Settings of `runtime` that distribute the work; they are not recorded with a result."""
 
 

@@ -7,12 +7,16 @@ keys of the artefacts it was made from. Runs that differ never share a folder, r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from moduseg.errors import ArtefactError
 from moduseg.files import FORMAT, digest_of, read_json, remove_leftovers, write_json
+
+log = logging.getLogger("moduseg")
 
 
 class Artefact:
@@ -95,7 +99,9 @@ class Artefact:
             entries = [p for p in (*self.path.iterdir(), *self.path.glob("panels/**/*")) if p.name[0] != "."]
             files = sorted(p for p in entries if p.is_file() and p != self.manifest_path)
             fields["products"] = {p.relative_to(self.path).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
-        write_json(self.manifest_path, {"stage": self.stage, "key": self.key, "parts": self.parts, **fields})
+        write_json(
+            self.manifest_path, {"stage": self.stage, "key": self.key, "parts": self.parts, **fields}, is_durable=True
+        )
 
     def file(self, relative: str) -> Path:
         """Return `path / relative`; a path that leaves the folder is refused.
@@ -107,6 +113,26 @@ class Artefact:
         if candidate.is_absolute() or ".." in candidate.parts:
             raise ArtefactError(f"{relative!r}: leaves the folder {self.path}; rename the image")
         return self.path / candidate
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Let one process at a time merge; one that dies releases its lock.
+
+        On a file system without locks every process merges, with the same bytes.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / ".merge.lock")
+        with ExitStack() as stack:
+            try:
+                try:
+                    stack.enter_context(lock.acquire(timeout=1))
+                except Timeout:
+                    log.info("waiting for another process that merges %s", self.path)
+                    stack.enter_context(lock.acquire())
+            except (OSError, NotImplementedError) as error:
+                log.debug("%s: no lock (%s)", self.path, error)
+            yield
 
     def _stored_manifest(self) -> dict[str, Any] | None:
         """Return the content of `manifest.json`; `None` if it is absent or damaged: the stage is then checked again."""

@@ -1,9 +1,10 @@
 """The one loop over images: batches, resume, failures, progress, shards.
 
 Batches are cut from the whole list of ids once, so that a batch holds the same images however the run was interrupted
-or sharded. `BatchRunner.process_batches` is the only loop body: a plain process, a rank of torchrun, a task of a job
-array and a worker of Ray all call it with their own batches. An image that cannot be processed is recorded in its batch
-and the loop goes on.
+or sharded. Their size is the unit of resume; how many images of a batch pass through a model at once is another number
+(`moduseg.pipeline.forward`). `BatchRunner.process_batches` is the only loop body: a plain process, a rank of torchrun,
+a task of a job array and a worker of Ray all call it with their own batches. An image that cannot be processed is
+recorded in its batch and the loop goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from threading import Event
 from typing import Any, Generic, TypeVar
 
@@ -23,10 +26,11 @@ import torch
 from tqdm import tqdm
 
 from moduseg.clock import model_seconds
-from moduseg.errors import ArtefactError, ConfigError, DataError, IncompleteError, MissingError, StorageError
+from moduseg.errors import DataError, IncompleteError
 from moduseg.files import canonical_json, write_atomic
 from moduseg.pipeline.artefacts import Artefact
-from moduseg.pipeline.records import Files, Record, Records, encode_files
+from moduseg.pipeline.forward import FATAL, ForwardBatches, describe, is_device_lost, lost_device
+from moduseg.pipeline.records import Files, InputStamp, Record, Records, encode_files, read_batch_size
 
 __all__ = ["BatchJob", "BatchRunner", "Files", "Outcome", "Shard"]
 
@@ -34,9 +38,6 @@ Item = TypeVar("Item")
 MAX_AUTO_WORKERS = 4
 _MAX_PENDING_WRITES = 2
 """Batches that may wait for encoding and writing before the loop waits for them: this bounds the memory."""
-
-_FATAL = (StorageError, ConfigError, MissingError, ArtefactError, MemoryError)
-"""Errors that the next image would meet as well: they end the run instead of being recorded."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Shard:
     Attributes:
         index, count: batch `i` is done by the shard whose index is `i % count`.
         workers: threads that load images; 0 takes one a core, 4 at most.
-        verify: whether files of earlier runs are compared with their digests, not their sizes alone.
+        verify: whether files of earlier runs and their inputs are compared with their digests.
         quiet: whether another process shows the progress.
         wait: seconds to wait for the other shards before the merge is given up.
     """
@@ -80,7 +81,7 @@ class Outcome:
     content_digest: str = ""
 
 
-def _no_input_sizes(image_id: str) -> list[int]:
+def _no_inputs(image_id: str) -> list[Path]:
     return []
 
 
@@ -92,10 +93,11 @@ class BatchJob(Generic[Item]):
         ids: every image of the stage, in the order of the data set.
         load: id -> what `process` needs of it; may raise `DataError`. Runs in several threads, ahead of `process`.
         process: several loaded items -> the files of each, in order. Runs in inference mode.
-        batch_size: images in a batch.
+        batch_size: images in a batch, the unit of resume. A folder that was begun keeps the size it was begun with.
         title: text of the progress bar.
         skipped: images that an earlier stage could not process, with its error.
-        input_sizes: id -> sizes of its input files; a batch whose inputs changed since it was made is done again.
+        reads: id -> its input files; a batch whose inputs changed since it was made is done again.
+        max_forward: images that `process` gets at once; all of a batch if `None`.
     """
 
     ids: Sequence[str]
@@ -104,12 +106,13 @@ class BatchJob(Generic[Item]):
     batch_size: int
     title: str = ""
     skipped: Mapping[str, str] = field(default_factory=dict)
-    input_sizes: Callable[[str], list[int]] = _no_input_sizes
+    reads: Callable[[str], list[Path]] = _no_inputs
+    max_forward: int | None = None
 
 
 @dataclass(frozen=True)
 class _Loaded(Generic[Item]):
-    sizes: list[int]
+    stamps: list[InputStamp]
     item: Item | None
     error: str | None
     seconds: float
@@ -134,8 +137,11 @@ class BatchRunner(Generic[Item]):
     def __init__(self, artefact: Artefact, job: BatchJob[Item], shard: Shard | None = None) -> None:
         self.artefact, self.job, self.shard = artefact, job, shard or Shard()
         self.ids = list(job.ids)
-        self.batches = [self.ids[i : i + job.batch_size] for i in range(0, len(self.ids), job.batch_size)]
-        self._records = Records(artefact, self.batches, job.input_sizes, self.shard.verify)
+        size = read_batch_size(artefact, self.ids) or job.batch_size
+        self.batches = [self.ids[i : i + size] for i in range(0, len(self.ids), size)]
+        self._records = Records(artefact, self.batches, job.reads, self.shard.verify)
+        self._valid_records: dict[int, Record] = {}
+        self._forward = ForwardBatches(job.title, job.max_forward)
 
     def run(self) -> Outcome:
         """Process what is not done, and collect the results of all batches; errors as of `run_shard` and `collect`."""
@@ -152,12 +158,14 @@ class BatchRunner(Generic[Item]):
             Images that have a result now and were processed by this call.
 
         Raises:
-            StorageError, ConfigError, MissingError, ArtefactError: the run cannot go on.
+            StorageError, ConfigError, MissingError, ArtefactError, DeviceError: the run cannot go on.
         """
         of_shard = range(self.shard.index, len(self.batches), self.shard.count)
         unfinished = [index for index in of_shard if self._is_open(index)]
         if not unfinished:
             return 0
+        for index in unfinished:
+            self._valid_records.pop(index, None)
         num_images = sum(len(self.batches[i]) for i in of_shard)
         num_done = num_images - sum(len(self.batches[i]) for i in unfinished)
         processed_now = 0
@@ -195,44 +203,54 @@ class BatchRunner(Generic[Item]):
         """
         end = time.monotonic() + self.shard.wait
         pause = 0.05
+        outcome: Outcome | None = None
         while True:
             is_over = time.monotonic() >= end
-            try:
-                outcome = self._collect_once(processed_now)
+            missing = [] if outcome else list(islice(self._missing_batches(), None if is_over else 1))
+            if missing and is_over:
+                raise IncompleteError(self._describe_missing(missing))
+            if not missing:
+                outcome = outcome or self._summarise(processed_now)
+                outcome.changed = self.needs_merge(outcome)
                 if is_over or self.shard.index == 0 or not outcome.changed:
                     return outcome
-            except IncompleteError:
-                if is_over:
-                    raise
             time.sleep(min(pause, max(0.0, end - time.monotonic())))
             pause = min(2 * pause, 1.0)
 
-    def _collect_once(self, processed_now: int) -> Outcome:
-        outcome = Outcome(processed_now=processed_now)
-        # Read the record of every batch.
-        digest, missing = hashlib.sha256(), []
-        for index in range(len(self.batches)):
+    def needs_merge(self, outcome: Outcome) -> bool:
+        """Return whether the artefact does not hold what the batches gave, or is damaged."""
+        is_intact = self.artefact.is_intact(self.shard.verify)
+        return not is_intact or self.artefact.manifest.get("content") != outcome.content_digest
+
+    def _missing_batches(self) -> Iterator[int]:
+        """Yield the batches without a valid record; a record that was found valid before is not read again."""
+        return (index for index in range(len(self.batches)) if self._read(index) is None)
+
+    def _read(self, index: int) -> Record | None:
+        if index not in self._valid_records:
             record = self._records.read(index)
             if record is None:
-                missing.append(index)
-                continue
+                return None
+            self._valid_records[index] = record
+        return self._valid_records[index]
+
+    def _summarise(self, processed_now: int) -> Outcome:
+        """Return what all batches gave, whose records are valid, and write `failures.jsonl`."""
+        outcome = Outcome(processed_now=processed_now)
+        digest = hashlib.sha256()
+        for _, record in sorted(self._valid_records.items()):
             outcome.failed.update(record["failed"])
             for relative, (_, sha256) in record["files"].items():
                 digest.update(f"{relative}\n{sha256}\n".encode())
             for step, value in record["seconds"].items():
                 outcome.seconds[step] = outcome.seconds.get(step, 0.0) + value
-        if missing:
-            raise IncompleteError(self._describe_missing(missing))
         if self.ids and len(outcome.failed) == len(self.ids):
             first_id, first_error = next(iter(outcome.failed.items()))
             raise DataError(
                 f"{self.job.title}: none of {len(self.ids)} images could be processed; first {first_id}: {first_error}"
             )
-        # Compare with what the artefact held when it was last complete.
         digest.update(canonical_json(outcome.failed).encode())
         outcome.content_digest = digest.hexdigest()
-        is_intact = self.artefact.is_intact(self.shard.verify)
-        outcome.changed = not is_intact or self.artefact.manifest.get("content") != outcome.content_digest
         # Write the list of failures, unless it is there.
         lines = [json.dumps({"id": i, "error": e}, ensure_ascii=False) + "\n" for i, e in outcome.failed.items()]
         failures = self.artefact.path / "failures.jsonl"
@@ -250,7 +268,7 @@ class BatchRunner(Generic[Item]):
             Index and number of results of each batch when its record is on disk.
 
         Raises:
-            StorageError, ConfigError, MissingError, ArtefactError: the run cannot go on.
+            StorageError, ConfigError, MissingError, ArtefactError, DeviceError: the run cannot go on.
         """
         num_workers = self.shard.workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
         loaders = ThreadPoolExecutor(num_workers, thread_name_prefix="load")
@@ -276,8 +294,9 @@ class BatchRunner(Generic[Item]):
                 yield written, num_results.result()
         finally:
             loaders.shutdown(cancel_futures=True)
-            # The writer goes first: the batch that it is at waits for its encoded files.
-            writer.shutdown(cancel_futures=True)
+            # Batches that wait to be written are finished work, also when the next one ends the run. The writer goes
+            # first: the batch that it is at waits for its encoded files.
+            writer.shutdown()
             encoders.shutdown(cancel_futures=True)
 
     def _load_ahead(
@@ -302,16 +321,16 @@ class BatchRunner(Generic[Item]):
 
     def _load_image(self, image_id: str) -> _Loaded[Item]:
         start = time.perf_counter()
-        # Sizes are taken before the files are read, so that the next run notices a file that changes meanwhile.
-        sizes = self.job.input_sizes(image_id)
+        # Stamps are taken before the files are read, so that the next run notices a file that changes meanwhile.
+        stamps = self._records.stamp_inputs(image_id)
         item, error = None, None
         try:
             item = self._load_unless_skipped(image_id)
-        except _FATAL:
+        except FATAL:
             raise
         except Exception as caught:
-            error = _describe(caught)
-        return _Loaded(sizes, item, error, time.perf_counter() - start)
+            error = describe(caught)
+        return _Loaded(stamps, item, error, time.perf_counter() - start)
 
     def _load_unless_skipped(self, image_id: str) -> Item:
         if image_id in self.job.skipped:
@@ -325,22 +344,13 @@ class BatchRunner(Generic[Item]):
         items: dict[str, Any] = {i: image.item for i, image in zip(ids, loaded, strict=True) if image.error is None}
         results: dict[str, Files] = {}
         with torch.inference_mode():
-            try:
-                results = dict(zip(items, self.job.process(list(items.values())), strict=True)) if items else {}
-            except _FATAL:
-                raise
-            except Exception:
-                # An image of the batch is to blame: process them one by one to find it.
-                for image_id, item in items.items():
-                    try:
-                        results[image_id] = self.job.process([item])[0]
-                    except _FATAL:
-                        raise
-                    except Exception as error:
-                        failed[image_id] = _describe(error)
+            for part in self._forward.cut(list(items)):
+                with self._forward.catch():
+                    results |= dict(zip(part, self.job.process([items[i] for i in part]), strict=True))
+        failed.update(self._forward.failed)
         failed = {image_id: failed[image_id] for image_id in ids if image_id in failed}
         seconds = {"load": sum(image.seconds for image in loaded)}
-        return {"ids": ids, "stamps": [image.sizes for image in loaded], "failed": failed, "seconds": seconds}, results
+        return {"ids": ids, "stamps": [image.stamps for image in loaded], "failed": failed, "seconds": seconds}, results
 
     def _write(self, index: int, record: Record, encoding: dict[str, Future[_Encoded]], is_broken: Event) -> int:
         """Write the files and the record of a batch; an image whose files cannot be encoded has failed."""
@@ -367,7 +377,7 @@ class BatchRunner(Generic[Item]):
         return len(results)
 
     def _is_open(self, index: int) -> bool:
-        record = self._records.read(index)
+        record = self._read(index)
         return record is None or self._is_worth_a_retry(record)
 
     def _is_worth_a_retry(self, record: Record) -> bool:
@@ -375,10 +385,10 @@ class BatchRunner(Generic[Item]):
         for image_id in record["failed"]:
             try:
                 self._load_unless_skipped(image_id)
-            except _FATAL:
+            except FATAL:
                 raise
             except Exception as error:
-                if _describe(error) == record["failed"][image_id]:
+                if describe(error) == record["failed"][image_id]:
                     continue
             return True
         return False
@@ -400,14 +410,10 @@ def _encode(files: Files) -> _Encoded:
     contents: dict[str, bytes] = {}
     try:
         contents = encode_files(files)
-    except _FATAL:
+    except FATAL:
         raise
     except Exception as caught:
-        error = _describe(caught)
+        if is_device_lost(caught):
+            raise lost_device("files", caught) from caught
+        error = describe(caught)
     return _Encoded(contents, error, time.perf_counter() - start)
-
-
-def _describe(error: Exception) -> str:
-    """Return one line: the message of the package's own errors, with the type before it for others."""
-    text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, DataError) else f"{type(error).__name__}: {text}"

@@ -78,7 +78,7 @@ class RayWorkers:
         except ray.exceptions.RayError as error:
             raise ModusegError(
                 f"runtime.engine: Ray gave up ({_first_line(error)}); a worker that dies again and again is most often "
-                "short of memory: set runtime.ray.actors or runtime.batch_size lower; finished images are kept"
+                "short of memory: set runtime.ray.actors lower; finished images are kept"
             ) from error
 
 

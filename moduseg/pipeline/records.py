@@ -1,7 +1,8 @@
 """Records of finished batches: what was read, what was written, what failed.
 
-A batch is done when its record `batches/<index>.json` exists, the sizes of its input files have not changed, and every
-file that the record names has the recorded size (and, if asked for, the recorded sha256).
+A batch is done when its record `batches/<index>.json` exists, its input files have not changed, and every file that the
+record names has the recorded size (and, if asked for, the recorded sha256). An input has not changed if its size and
+time of change are the recorded ones, or if its content is: copies of a data set have other times.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from moduseg.files import write_atomic
@@ -20,8 +22,11 @@ Files = Mapping[str, bytes | Callable[[], bytes]]
 
 Functions are called in other threads, while the stage is at its next images."""
 Record = dict[str, Any]
-"""`ids`, `stamps` (input sizes by id), `files` (path -> size, sha256), `failed` (id -> error), `seconds` (by step)."""
-_KEYS = ("ids", "stamps", "files", "failed", "seconds")
+"""`ids`, `stamps` (of their inputs), `files` (path -> size, sha256), `failed` (id -> error), `seconds` (by step)."""
+InputStamp = tuple[int, int, str]
+"""Size of an input file (-1 if it is absent), time of change in nanoseconds, sha256; earlier records hold the size."""
+_KEYS = ("files", "failed", "seconds")
+"""What is read of a valid record."""
 
 
 class Records:
@@ -30,18 +35,18 @@ class Records:
     Args:
         artefact: where files and records are.
         batches: the ids of each batch.
-        input_sizes: id -> sizes of the files it is made from; a batch whose inputs changed is done again.
-        verify: whether files are read and compared with their digests, not their sizes alone.
+        reads: id -> the files it is made from; a batch whose inputs changed is done again.
+        verify: whether inputs and files are read and compared with their digests.
     """
 
     def __init__(
         self,
         artefact: Artefact,
         batches: Sequence[Sequence[str]],
-        input_sizes: Callable[[str], list[int]],
+        reads: Callable[[str], list[Path]],
         verify: bool = False,
     ) -> None:
-        self._artefact, self._batches, self._input_sizes, self._verify = artefact, batches, input_sizes, verify
+        self._artefact, self._batches, self._reads, self._verify = artefact, batches, reads, verify
 
     def read(self, index: int) -> Record | None:
         """Return the record of a finished batch; `None` if it is missing or damaged, or if a file of it changed."""
@@ -53,8 +58,8 @@ class Records:
             if record["ids"] != list(self._batches[index]) or not isinstance(record["failed"], dict):
                 return None
             # The runner loads an image that failed again, which tells more than the sizes of its files.
-            for image_id, sizes in zip(record["ids"], record["stamps"], strict=True):
-                if image_id not in record["failed"] and sizes != self._input_sizes(image_id):
+            for image_id, stamps in zip(record["ids"], record["stamps"], strict=True):
+                if image_id not in record["failed"] and not self._has_same_inputs(image_id, stamps):
                     return None
             for relative, (size, digest) in record["files"].items():
                 if not self._is_intact(self._artefact.file(relative), size, digest):
@@ -63,6 +68,10 @@ class Records:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             # Whatever is wrong with the record, the batch is done again.
             return None
+
+    def stamp_inputs(self, image_id: str) -> list[InputStamp]:
+        """Return what an image's inputs are recognised by."""
+        return [_stamp(path) for path in self._reads(image_id)]
 
     def write(self, index: int, results: Mapping[str, Mapping[str, bytes]]) -> dict[str, tuple[int, str]]:
         """Write the files of a batch's images and return size and sha256 of each.
@@ -73,7 +82,8 @@ class Records:
         files: dict[str, tuple[int, str]] = {}
         for content in results.values():
             for relative, data in content.items():
-                write_atomic(self._artefact.file(relative), data)
+                # The record will say that the file is there, so it is to be there after a loss of power too.
+                write_atomic(self._artefact.file(relative), data, is_durable=True)
                 files[relative] = (len(data), hashlib.sha256(data).hexdigest())
         return files
 
@@ -84,15 +94,28 @@ class Records:
             StorageError: it cannot be written.
         """
         self._remove_stale(index, record["files"])
-        write_atomic(self._path(index), json.dumps(record, ensure_ascii=False).encode())
+        write_atomic(self._path(index), json.dumps(record, ensure_ascii=False).encode(), is_durable=True)
 
     def _path(self, index: int) -> Path:
         return self._artefact.path / "batches" / f"{index:06d}.json"
 
-    def _is_intact(self, file: Path, size: int, digest: str) -> bool:
-        if not file.is_file() or file.stat().st_size != size:
+    def _has_same_inputs(self, image_id: str, stamps: Sequence[Any]) -> bool:
+        paths = self._reads(image_id)
+        return len(paths) == len(stamps) and all(map(self._is_same_input, paths, stamps))
+
+    def _is_same_input(self, path: Path, stamp: Any) -> bool:
+        size, mtime = _size_and_time(path)
+        if isinstance(stamp, int):  # of an earlier version
+            return size == stamp
+        recorded_size, recorded_mtime, digest = stamp
+        if size != recorded_size:
             return False
-        return not self._verify or hashlib.sha256(file.read_bytes()).hexdigest() == digest
+        return (mtime == recorded_mtime and not self._verify) or size < 0 or _sha256(path) == digest
+
+    def _is_intact(self, file: Path, size: int, digest: str) -> bool:
+        if _size_and_time(file)[0] != size:
+            return False
+        return not self._verify or _sha256(file) == digest
 
     def _remove_stale(self, index: int, files: Mapping[str, object]) -> None:
         """Remove the files of images that had a result in an earlier run and have none now."""
@@ -112,6 +135,40 @@ def encode_files(files: Files) -> dict[str, bytes]:
     return {relative: content if isinstance(content, bytes) else content() for relative, content in files.items()}
 
 
-def file_sizes(paths: Sequence[Path]) -> list[int]:
-    """Return the bytes of each file, -1 if it is absent: a change of an input shows without reading it."""
-    return [path.stat().st_size if path.is_file() else -1 for path in paths]
+def read_batch_size(artefact: Artefact, ids: Sequence[str]) -> int | None:
+    """Return the number of images in the batches of a folder that was begun; `None` if it has no record.
+
+    Args:
+        artefact: the folder.
+        ids: every image of the stage, in the order of the data set.
+    """
+    for path in sorted((artefact.path / "batches").glob("*.json")):
+        try:
+            index, recorded = int(path.stem), json.loads(path.read_text(encoding="utf-8"))["ids"]
+            first = ids.index(recorded[0])
+            if list(ids[first : first + len(recorded)]) != recorded:
+                continue
+            # The last batch may hold fewer images than the others; where it begins tells their number.
+            return first // index if index else len(recorded)
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            continue
+    return None
+
+
+def _stamp(path: Path) -> InputStamp:
+    size, mtime = _size_and_time(path)
+    return size, mtime, _sha256(path) if size >= 0 else ""
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Return size and time of change of a file; -1 and 0 if it is absent."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, 0
+    return (stat.st_size, stat.st_mtime_ns) if S_ISREG(stat.st_mode) else (-1, 0)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

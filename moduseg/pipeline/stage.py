@@ -15,7 +15,6 @@ from moduseg.errors import DataError
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import BatchJob, BatchRunner, Files, Item, Outcome
 from moduseg.pipeline.manifests import StageFolder, wall_seconds
-from moduseg.pipeline.records import file_sizes
 from moduseg.pipeline.workspace import Finished, Workspace
 
 log = logging.getLogger("moduseg")
@@ -71,7 +70,7 @@ class Stage(ABC, Generic[Item]):
 
     @abstractmethod
     def reads(self, image_id: str) -> list[Path]:
-        """Return the files that an image's result is made from; if their sizes change it is made again."""
+        """Return the files that an image's result is made from; if they change it is made again."""
 
     def image_ids(self) -> Sequence[str]:
         """Return the ids of the images to process, in the order of the data set."""
@@ -133,9 +132,7 @@ class Stage(ABC, Generic[Item]):
                 runner = stage.runner()
                 share = partial(runner.run_shard, stage._ray_batches())
                 task = f"{stage.name}-{stage.artefact.key}"
-                folder = Path(
-                    stage.work.peers.run_then_merge(task, share, lambda num: stage._complete(runner.collect(num)))
-                )
+                folder = Path(stage.work.peers.run_then_merge(task, share, partial(stage._complete, runner)))
             finished[result] = folder
         return finished[result]
 
@@ -160,10 +157,12 @@ class Stage(ABC, Generic[Item]):
             self.image_ids(),
             self.load,
             self.process,
-            self.cfg.runtime.batch_size,
+            self.cfg.runtime.record_size,
             title=self.title,
             skipped=self.skipped(),
-            input_sizes=lambda image_id: file_sizes(self.reads(image_id)),
+            reads=self.reads,
+            # On the CPU the last bits of a result may depend on which images share a pass, and runs are to agree.
+            max_forward=None if self.work.device.torch_device.type == "cpu" else self.cfg.runtime.batch_size,
         )
         return BatchRunner(self.artefact, job, self.work.shard)
 
@@ -185,8 +184,20 @@ class Stage(ABC, Generic[Item]):
         rebuild = partial(rebuild_runner, type(self), cfg, finished, self._requested_split)
         return partial(RayWorkers(**vars(runtime.ray)).run, rebuild)
 
-    def _complete(self, outcome: Outcome) -> str:
-        """Merge, write the manifest, say what was done, and return the folder."""
+    def _complete(self, runner: BatchRunner[Item], processed_now: int) -> str:
+        """Collect what the batches gave, complete the folder with it, and return the folder."""
+        outcome = runner.collect(processed_now)
+        if outcome.changed:
+            with self.artefact.lock():
+                # Another shard that found all batches done may have merged them in the meantime.
+                outcome.changed = runner.needs_merge(outcome)
+                self._write_products(outcome)
+        else:
+            self._write_products(outcome)
+        return str(self.artefact.path)
+
+    def _write_products(self, outcome: Outcome) -> None:
+        """Merge, write the manifest and the report, and say what was done."""
         fields, folder, total = self.merge(outcome), self.artefact.path, len(self.image_ids())
         failures = len(outcome.failed) + sum(f.num_failures for f in self.input_folders.values())
         stored = self.artefact.manifest
@@ -217,7 +228,6 @@ class Stage(ABC, Generic[Item]):
             more = len(outcome.failed) - _MAX_LISTED_FAILURES
             log.warning("  and %d more, see %s", more, folder / "failures.jsonl")
         self.report(outcome)
-        return str(folder)
 
 
 def skipped_images(folders: Mapping[str, StageFolder]) -> dict[str, str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from moduseg.errors import ArtefactError, StorageError
-from moduseg.files import _HOST, write_atomic, write_json
+from moduseg.files import _MACHINE, _identify_machine, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 
 
@@ -67,13 +68,64 @@ def test_leftovers_of_a_dead_process_are_swept_and_those_of_a_living_one_kept(tm
     dead = int(subprocess.check_output([sys.executable, "-c", "import os; print(os.getpid())"]))
     folder = Artefact(tmp_path, "world", "infer", "vit", {}).path / "labels"
     folder.mkdir()
-    orphan = folder / f".a.png.{_HOST}.{dead}.tmp"
-    alive = folder / f".b.png.{_HOST}.{os.getppid()}.tmp"
+    orphan = folder / f".a.png.{_MACHINE}.0123abcd.{dead}.tmp"
+    alive = folder / f".b.png.{_MACHINE}.0123abcd.{os.getppid()}.tmp"
     orphan.touch()
     alive.touch()
     Artefact(tmp_path, "world", "infer", "vit", {})
     assert not orphan.exists()
     assert alive.exists()
+
+
+@pytest.mark.parametrize(("age", "is_kept"), [
+    pytest.param(60, True, id="a minute old"),
+    pytest.param(2 * 24 * 3600, False, id="two days old"),
+])  # fmt: skip
+def test_a_file_of_another_container_is_a_leftover_when_it_is_old(tmp_path: Path, age: float, is_kept: bool) -> None:
+    """Containers may share host name and folder; a process id means nothing outside of its own."""
+    dead = int(subprocess.check_output([sys.executable, "-c", "import os; print(os.getpid())"]))
+    folder = Artefact(tmp_path, "world", "infer", "vit", {}).path
+    other = folder / f".a.png.{'0' * 12}.0123abcd.{dead}.tmp"
+    other.touch()
+    os.utime(other, (time.time() - age,) * 2)
+    Artefact(tmp_path, "world", "infer", "vit", {})
+    assert other.exists() == is_kept
+
+
+def test_the_namespace_of_process_ids_tells_containers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = _identify_machine()
+    monkeypatch.setattr(Path, "readlink", lambda path: Path("pid:[4026532000]"))
+    other = _identify_machine()
+    monkeypatch.setattr(Path, "readlink", lambda path: Path("pid:[4026532001]"))
+    assert len({here, other, _identify_machine()}) == 3
+
+
+def test_a_folder_that_another_process_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, original, num_writes = tmp_path / "panels" / "a.png", Path.write_bytes, 0
+
+    def remove_folder(self: Path, data: bytes) -> int:
+        nonlocal num_writes
+        num_writes += 1
+        if num_writes == 1:
+            self.parent.rmdir()
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", remove_folder)
+    write_atomic(target, b"picture")
+    assert (target.read_bytes(), num_writes) == (b"picture", 2)
+
+
+def test_a_durable_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, synced, fsync = tmp_path / "record.json", list[bool](), os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(target.exists())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_atomic(target, b"{}", is_durable=True)
+    assert synced == [False]
+    assert target.read_bytes() == b"{}"
 
 
 def test_a_damaged_manifest_is_written_anew_and_what_was_merged_is_compared_with_it(tmp_path: Path) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from moduseg.errors import DataError, IncompleteError, StorageError
+from moduseg.errors import DataError, DeviceError, IncompleteError, StorageError
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import BatchJob, BatchRunner, Files, Outcome, Shard
+from moduseg.pipeline.records import Record, Records
 
 IDS = tuple(f"im{i}" for i in range(7))
 
@@ -22,7 +26,12 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.broken, self.poisoned = folder, set[str](), set[str]()
-        self.sizes: dict[str, int] = {}
+        self.inputs = folder / "inputs"
+        self.inputs.mkdir()
+        for image_id in IDS:
+            self.write_input(image_id, b"1")
+        self.max_items = len(IDS)
+        self.error: Exception | None = None
         self.worked: list[str] = []
         self.batches: list[list[str]] = []
 
@@ -34,15 +43,31 @@ class World:
     def process(self, items: list[str]) -> list[dict[str, bytes]]:
         if self.poisoned & set(items):
             raise RuntimeError("bad\nvalues")
+        if len(items) > self.max_items:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if self.error is not None:
+            raise self.error
         self.batches.append(list(items))
         self.worked += items
         return [{f"out/{item}.txt": item.encode() * 3} for item in items]
 
-    def input_sizes(self, image_id: str) -> list[int]:
-        return [self.sizes.get(image_id, 1)]
+    def reads(self, image_id: str) -> list[Path]:
+        return [self.inputs / image_id]
+
+    def write_input(self, image_id: str, content: bytes, mtime: int = 1_000_000_000) -> None:
+        """Write the file that an image is made from, as if at that time."""
+        (self.inputs / image_id).write_bytes(content)
+        os.utime(self.inputs / image_id, (mtime, mtime))
+
+    def record(self, index: int) -> Path:
+        return Artefact(self.folder, "d", "s", "n", {}).path / "batches" / f"{index:06d}.json"
 
     def runner(
-        self, batch_size: int = 3, skipped: dict[str, str] | None = None, shard: Shard | None = None
+        self,
+        batch_size: int = 3,
+        skipped: dict[str, str] | None = None,
+        shard: Shard | None = None,
+        max_forward: int | None = None,
     ) -> BatchRunner[str]:
         job = BatchJob(
             IDS,
@@ -51,7 +76,8 @@ class World:
             batch_size,
             title="test",
             skipped=skipped or {},
-            input_sizes=self.input_sizes,
+            reads=self.reads,
+            max_forward=max_forward,
         )
         return BatchRunner(Artefact(self.folder, "d", "s", "n", {}), job, shard)
 
@@ -118,25 +144,70 @@ def test_a_broken_image_is_recorded_and_tried_again_without_redoing_the_rest(wor
 
 def test_an_image_that_breaks_later_loses_its_files(world: World) -> None:
     world.run()
-    world.broken, world.sizes = {"im4"}, {"im4": 0}
+    world.broken = {"im4"}
+    world.write_input("im4", b"")
     assert world.run().failed == {"im4": "im4: truncated"}
     assert sorted(world.files()) == [f"im{i}.txt" for i in (0, 1, 2, 3, 5, 6)]
 
 
-def test_another_batch_size_loses_nothing(world: World) -> None:
-    world.run()
-    before = world.files()
-    for size in (4, 2, 3):
-        world.runner(size).run()
-        assert world.files() == before
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 100])
+@pytest.mark.parametrize("done", [
+    pytest.param([0, 1, 2], id="all is done"),
+    pytest.param([0], id="the first batch is done"),
+    pytest.param([2], id="the last batch is done"),
+])  # fmt: skip
+def test_another_batch_size_throws_nothing_away(world: World, size: int, done: list[int]) -> None:
+    """A folder keeps the size that it was begun with."""
+    finished = [image_id for batch in done for image_id in world.runner(3).batches[batch]]
+    assert len(dict(world.runner(3).process_batches(done))) == len(done)
+    world.worked.clear()
+    world.runner(size).run()
+    assert sorted(world.worked) == sorted(set(IDS) - set(finished))
+    assert len(world.files()) == len(IDS)
 
 
-def test_a_changed_input_redoes_its_batch_alone(world: World) -> None:
+def test_a_damaged_record_does_not_tell_the_batch_size(world: World) -> None:
     world.run()
-    world.sizes["im6"] = 2
-    assert world.run().processed_now == 1
-    assert world.worked == ["im6"]
-    assert world.run().processed_now == 0
+    world.record(0).write_text('{"ids": ["im0"')
+    world.record(1).write_text('{"ids": ["im1", "im0"]}')
+    assert world.runner(2).batches == [["im0", "im1", "im2"], ["im3", "im4", "im5"], ["im6"]]
+
+
+@pytest.mark.parametrize(("content", "mtime", "verify", "num_again"), [
+    pytest.param(b"22", 1_000_000_000, False, 1, id="another size"),
+    pytest.param(b"2", 1_000_000_001, False, 1, id="the same size, later"),
+    pytest.param(b"1", 1_000_000_001, False, 0, id="a copy, later"),
+    pytest.param(b"2", 1_000_000_000, False, 0, id="the same size and time"),
+    pytest.param(b"2", 1_000_000_000, True, 1, id="the same size and time, verified"),
+    pytest.param(None, 0, False, 1, id="gone"),
+])  # fmt: skip
+def test_a_changed_input_redoes_its_batch_alone(
+    world: World, content: bytes | None, mtime: int, verify: bool, num_again: int
+) -> None:
+    world.run()
+    world.worked.clear()
+    if content is None:
+        (world.inputs / "im6").unlink()
+    else:
+        world.write_input("im6", content, mtime)
+    assert world.runner(shard=Shard(verify=verify)).run_shard() == num_again
+    assert world.worked == ["im6"] * num_again
+    assert world.runner(shard=Shard(verify=verify)).run_shard() == 0
+
+
+@pytest.mark.parametrize(("content", "num_again"), [
+    pytest.param(b"2", 0, id="the same size"),
+    pytest.param(b"22", 1, id="another size"),
+])  # fmt: skip
+def test_a_record_of_sizes_alone_is_believed(world: World, content: bytes, num_again: int) -> None:
+    """Earlier versions recorded nothing else."""
+    world.run()
+    record = json.loads(world.record(2).read_text())
+    record["stamps"] = [[size for size, _, _ in stamps] for stamps in record["stamps"]]
+    assert record["stamps"] == [[1]]
+    world.record(2).write_text(json.dumps(record))
+    world.write_input("im6", content, 1_000_000_001)
+    assert world.runner().run_shard() == num_again
 
 
 def test_a_poisoned_image_costs_only_itself(world: World) -> None:
@@ -144,6 +215,73 @@ def test_a_poisoned_image_costs_only_itself(world: World) -> None:
     outcome = world.run()
     assert outcome.failed == {"im4": "RuntimeError: bad values"}
     assert sorted(world.files()) == [f"im{i}.txt" for i in (0, 1, 2, 3, 5, 6)]
+
+
+def test_a_forward_batch_is_part_of_a_batch(world: World) -> None:
+    assert world.runner(max_forward=2).run().processed_now == 7
+    assert world.batches == [["im0", "im1"], ["im2"], ["im3", "im4"], ["im5"], ["im6"]]
+    assert len(list(world.record(0).parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize(("max_items", "batches"), [
+    pytest.param(2, [["im0", "im1"], ["im2", "im3"], ["im4", "im5"], ["im6"]], id="half of it fits"),
+    pytest.param(1, [[image_id] for image_id in IDS], id="one image fits"),
+])  # fmt: skip
+def test_out_of_memory_halves_the_forward_batch(
+    world: World, caplog: pytest.LogCaptureFixture, max_items: int, batches: list[list[str]]
+) -> None:
+    world.max_items = max_items
+    outcome = world.runner(4).run()
+    assert (outcome.failed, outcome.processed_now) == ({}, 7)
+    assert world.batches == batches
+    assert "test: no memory for 4 images at once; going on with 2" in caplog.text
+
+
+def test_an_image_without_memory_costs_only_itself(world: World) -> None:
+    world.max_items = 1
+    process = world.process
+
+    def fail_on_one(items: list[str]) -> list[dict[str, bytes]]:
+        if items == ["im4"]:
+            raise MemoryError("Unable to allocate 9.00 GiB")
+        return process(items)
+
+    world.process = fail_on_one  # type: ignore[method-assign]
+    assert world.run().failed == {"im4": "MemoryError: Unable to allocate 9.00 GiB"}
+    assert len(world.files()) == 6
+
+
+LOST = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    pytest.param(RuntimeError(LOST), "test: the device is lost (RuntimeError: CUDA error: an illegal", id="lost"),
+    pytest.param(RuntimeError("odd"), "test: 3 images in a row failed, the last one im5: RuntimeError: odd;", id="odd"),
+    pytest.param(MemoryError(), "test: 3 images in a row failed, the last one im5: MemoryError: no mess", id="memory"),
+])  # fmt: skip
+def test_a_lost_device_ends_the_run_and_keeps_what_is_done(world: World, error: Exception, message: str) -> None:
+    """Recorded as failures of all other images, it would leave a bank of the few before."""
+    process = world.process
+
+    def lose_device(items: list[str]) -> list[dict[str, bytes]]:
+        if "im3" in items:
+            world.error = error
+        return process(items)
+
+    world.process = lose_device  # type: ignore[method-assign]
+    with pytest.raises(DeviceError, match=re.escape(message)) as raised:
+        world.run()
+    assert "\n" not in str(raised.value)
+    assert sorted(world.files()) == ["im0.txt", "im1.txt", "im2.txt"]
+    world.process, world.error = process, None  # type: ignore[method-assign]
+    outcome = world.run()
+    assert (outcome.processed_now, outcome.failed) == (4, {})
+
+
+def test_errors_of_images_may_follow_each_other(world: World) -> None:
+    world.error = DataError("too thin")
+    with pytest.raises(DataError, match="none of 7 images could be processed; first im0: too thin"):
+        world.run()
 
 
 def test_images_an_earlier_stage_lost_are_left_out_until_it_has_them(world: World) -> None:
@@ -265,6 +403,25 @@ def test_shards_do_their_own_batches_and_say_who_is_missing(world: World) -> Non
     assert [shard(index).run_shard() for index in (0, 1, 2)] == [3, 0, 2]
     assert shard(2).collect(2).processed_now == 2
     assert len(world.files()) == 7
+
+
+def test_a_waiting_shard_reads_no_record_twice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.runner(1, shard=Shard(1, 2)).run_shard()
+    waiting = world.runner(1, shard=Shard(1, 2, wait=0.6))
+    reads = list[int]()
+    read = Records.read
+
+    def count(self: Records, index: int) -> Record | None:
+        reads.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(Records, "read", count)
+    assert waiting.run_shard() == 0
+    with pytest.raises(IncompleteError, match=r"4 of 7 images are missing, of shard 0"):
+        waiting.collect()
+    # The shard's own three, batch 0 at each look, and every batch that is missing once for the message.
+    assert sorted(index for index in reads if index) == [1, 2, 3, 4, 5, 6]
+    assert 3 <= reads.count(0) <= 7
 
 
 def test_nothing_but_failures_is_an_error(world: World) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,6 +154,37 @@ def test_a_stage_says_what_it_does_and_nothing_else(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (folder.path / "out").iterdir()}
     assert Shout.run(cfg) == folder.path
     assert {path: path.stat().st_mtime_ns for path in (folder.path / "out").iterdir()} == before
+
+
+class Rebuild(Shout):
+    """Merges into a folder that it makes anew, as pictures of an earlier result are removed."""
+
+    name = "rebuild"
+
+    def merge(self, outcome: Outcome) -> dict[str, Any]:
+        folder = self.artefact.path / "pictures"
+        if outcome.changed:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            time.sleep(0.2)
+            (folder / "a.txt").touch(exist_ok=False)
+        return {}
+
+
+def test_two_mergers_take_turns(tmp_path: Path) -> None:
+    """Shards that find all batches done at the same moment; the second one finds the merge done too."""
+    cfg = compose(overrides(tmp_path))
+    Shout.run(cfg)  # draws the data set
+    stages = [Rebuild(Workspace(cfg)) for _ in range(2)]
+    runners = [stage.runner() for stage in stages]
+    num_processed = [runner.run_shard() for runner in runners]
+    outcomes = [runner.collect() for runner in runners]
+    assert [outcome.changed for outcome in outcomes] == [True, True]
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(Rebuild._complete, stages, runners, num_processed))
+    assert folders == [str(stages[0].artefact.path)] * 2
+    assert [path.name for path in (stages[0].artefact.path / "pictures").iterdir()] == ["a.txt"]
+    assert stages[0].artefact.is_complete
 
 
 def test_a_stage_runs_once_in_a_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ def overrides(outputs: Path, *more: str, train: int = 6, val: int = 4, world: Pa
         f"dataset.root={root}",
         f"dataset.train={train}",
         f"dataset.val={val}",
-        "runtime.batch_size=2",
+        "runtime.record_size=2",
         "retrieval.top_k=1",
         "evaluation.bootstrap=50",
         "evaluation.panels=2",

@@ -68,7 +68,7 @@ def settings(root: Path, outputs: Path, *more: str) -> list[str]:
         "backbone=miniature_random",
         f"runtime.outputs={outputs}",
         "runtime.device=cpu",
-        "runtime.batch_size=2",
+        "runtime.record_size=2",
         "bank.min_area=10",
         "retrieval.top_k=1",
         "evaluation.panels=0",
