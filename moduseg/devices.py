@@ -81,6 +81,12 @@ class Device:
         return _tf32.hold(self.precision == "tf32")
 
 
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Return whether a CUDA device multiplies in bfloat16 itself; emulated, it is slower than float32."""
+    # PyTorch's own function answers for the current device, which may be another one.
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class _Tf32:
     """PyTorch's switches for TF32, which are the process's: set while a pass needs them, then as they were.
 
@@ -176,7 +182,7 @@ def resolve_device(name: str = "auto", precision: str = "auto") -> Device:
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        precision = "bfloat16" if device.type == "cuda" and _computes_bfloat16(device) else "float32"
     if precision not in PRECISIONS:
         raise ConfigError(
             f"runtime.precision: got {precision!r}, expected auto, {', '.join(PRECISIONS)}; try runtime.precision=auto"

@@ -16,6 +16,8 @@ from moduseg.errors import ArtefactError, DataError
 from moduseg.pseudo_masks.cam import ActivationGenerator, ActivationOptions, paint_regions, scale_scores
 from moduseg.structures import Proposals, Sample, ScoreMaps
 
+_CHUNK = 1 << 15
+"""Training regions that are held in float32 at once."""
 _PARTS = ("regions", "centre", "image", "ids", "tags")
 
 
@@ -117,12 +119,13 @@ class NeighbourCamGenerator(ActivationGenerator):
             ids.append(_hash_image_id(sample))
             tags.append([int(label in (sample.labels or ())) for label in range(1, num_classes + 1)])
         pooled = torch.cat(vectors)
+        vectors.clear()
         if not len(pooled):
             raise DataError("pseudo_masks.generator: no region in any training image; check the proposals")
         centre = pooled.mean(0)
         return {
             **state,
-            "regions": F.normalize(pooled - centre, dim=1).half(),
+            "regions": torch.cat([F.normalize(part - centre, dim=1).half() for part in pooled.split(_CHUNK)]),
             "centre": centre,
             "image": torch.cat(image_of_region),
             "ids": torch.tensor(ids),
@@ -184,11 +187,11 @@ class NeighbourCamGenerator(ActivationGenerator):
         # The similarity of each region to its most similar region of each training image.
         num_images = len(training["ids"])
         unit_vectors = F.normalize(pooled - training["centre"], dim=1)
-        similarities = unit_vectors @ training["regions"].float().T
         best_by_image = torch.full((len(unit_vectors), num_images), -torch.inf, device=pooled.device)
-        best_by_image = best_by_image.scatter_reduce(
-            1, training["image"].expand(len(unit_vectors), -1), similarities, "amax"
-        )
+        # The training regions stay in half precision; a part of them at a time is multiplied in float32.
+        for regions, image in zip(training["regions"].split(_CHUNK), training["image"].split(_CHUNK), strict=True):
+            similarities = unit_vectors @ regions.float().T
+            best_by_image.scatter_reduce_(1, image.expand(len(unit_vectors), -1), similarities, "amax")
         # Images without a region say nothing, and an image is no evidence about itself.
         has_regions = torch.bincount(training["image"], minlength=num_images) > 0
         is_witness = has_regions & (training["ids"] != _hash_image_id(sample))

@@ -18,7 +18,7 @@ _CHUNK = 65536
 
 
 class FaissIndex(BankIndex):
-    """`faiss.IndexFlatIP` on the CPU, or `GpuIndexFlatIP` if faiss has it.
+    """`faiss.IndexFlatIP` on the CPU; on CUDA `GpuIndexFlatIP` on the GPU of the vectors, if faiss has it.
 
     It compares all vectors, in float32 with its own rounding. The neighbours that it finds are compared again as
     `ExactIndex` does, so that similarities and their order are equal. Only if more than `_SLACK` vectors lie within a
@@ -45,7 +45,10 @@ class FaissIndex(BankIndex):
             ) from error
         self._index: Any = faiss.IndexFlatIP(self.dim)
         if vectors.device.type == "cuda" and hasattr(faiss, "GpuIndexFlatIP"):
-            self._index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), self.dim)
+            # Without a configuration faiss takes GPU 0, whichever the process uses.
+            settings = faiss.GpuIndexFlatConfig()
+            settings.device = torch.cuda.current_device() if vectors.device.index is None else vectors.device.index
+            self._index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), self.dim, settings)
         for part in vectors.split(_CHUNK) if len(vectors) else ():
             self._index.add(_normalize(part))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moduseg.bank.aggregation import coverage
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError
-from moduseg.pseudo_masks import build
+from moduseg.pseudo_masks import build, cam_neighbours
 from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator, NeighbourCamOptions
 from moduseg.pseudo_masks.labels import make_label_map
 from moduseg.structures import Proposals, Sample
@@ -143,6 +143,25 @@ def test_smaller_proposals_decide_and_the_rest_scores_nothing() -> None:
     assert scores[0, 5, 5] > scores[0, 0, 15] > 0
     assert not scores[:, :, 20:].any()
     assert not fitted().generate(item, (2, 4), Proposals(masks[:0])).scores.any()
+
+
+def test_training_regions_stay_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part by part gives the same scores, and no more than a part is ever in float32."""
+    item, generator = sample(name="24-2"), fitted()
+    expected = generator.generate(item, (2, 4), quarters(item)).scores
+    rows: list[int] = []
+    to_float = Tensor.float
+
+    def record(tensor: Tensor) -> Tensor:
+        rows.extend([len(tensor)] * (tensor.dtype == torch.float16))
+        return to_float(tensor)
+
+    monkeypatch.setattr(cam_neighbours, "_CHUNK", 10)
+    monkeypatch.setattr(Tensor, "float", record)
+    scores = fitted().generate(item, (2, 4), quarters(item)).scores
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+    assert max(rows) == 10
+    assert sum(rows) == 4 * sum(1 for _ in world())
 
 
 @pytest.mark.parametrize("relative", [True, False])

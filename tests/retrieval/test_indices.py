@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,25 @@ def test_faiss_finds_the_same(bank_size: int, top_k: int, rng: np.random.Generat
     expected = search(queries, bank, top_k)
     for ours, exact in zip(search(queries, indices.build(bank, "faiss"), top_k), expected, strict=True):
         assert torch.equal(ours, exact)
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_faiss_takes_the_gpu_of_the_vectors(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for faiss with GPUs notes the one it is told to use."""
+    devices: list[int] = []
+    stand_in = SimpleNamespace(
+        IndexFlatIP=lambda dim: None,
+        GpuIndexFlatConfig=SimpleNamespace,
+        StandardGpuResources=lambda: "resources",
+        GpuIndexFlatIP=lambda resources, dim, config: devices.append(config.device),
+    )
+    monkeypatch.setitem(sys.modules, "faiss", stand_in)
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", index)  # type: ignore[assignment]
+
+    FaissIndex(torch.empty(0, 4).as_subclass(OnGpu))
+    assert devices == [index]
 
 
 def test_faiss_refuses_what_is_no_number(rng: np.random.Generator) -> None:

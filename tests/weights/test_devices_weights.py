@@ -30,6 +30,24 @@ def test_unknown_devices_and_precisions_are_refused(name: str, precision: str) -
         resolve_device(name, precision)
 
 
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param("cuda:0", "bfloat16", id="Ampere"),
+        pytest.param("cuda:1", "float32", id="Turing would emulate it"),
+        pytest.param("cuda", "float32", id="the GPU of the second rank"),
+    ],
+)
+def test_bfloat16_is_taken_where_the_device_has_it(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = [(8, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert resolve_device(name).precision == precision
+
+
 def test_autocast_is_on_in_bfloat16_only() -> None:
     a = torch.ones(2, 2)
     with resolve_device("cpu", "float32").autocast():
