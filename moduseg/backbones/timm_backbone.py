@@ -139,7 +139,7 @@ class TimmBackbone(Backbone):
         """
         if self._options.weights == "random":
             return f"random-{self._options.seed}"
-        return file_digest(self._find_weights())
+        return file_digest(self._weights_path)
 
     @property
     def dim(self) -> int:
@@ -178,8 +178,9 @@ class TimmBackbone(Backbone):
                 maps[index] = TokenMap(grid.clone(), self.stride, images[index].shape[:2], (height, width))
         return [maps[index] for index in range(len(images))]
 
-    def _find_weights(self) -> Path:
-        """Return the path of the weight file, fetched if needed."""
+    @cached_property
+    def _weights_path(self) -> Path:
+        """The path of the weight file, fetched if needed."""
         name, weights = self._options.model, self._options.weights
         if weights == "hub":
             return fetch_published_file(name, self._options.revision, KEY)
@@ -194,7 +195,7 @@ class TimmBackbone(Backbone):
     @cached_property
     def _model(self) -> Any:
         options, name = self._options, self._options.model
-        path = None if options.weights == "random" else self._find_weights()
+        path = None if options.weights == "random" else self._weights_path
         model = build_model(name, options.model_kwargs or {}, options.output_stride, options.seed)
         blocks = check_layers(model, self._layers, name)
         if options.facet == "qk":

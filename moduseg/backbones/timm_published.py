@@ -1,20 +1,36 @@
-"""Where timm publishes the weights of its models."""
+"""Where timm publishes the weights of its models, and where their makers do."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from moduseg.backbones.timm_model import find_pretrained_id
-from moduseg.errors import ConfigError
+from moduseg.errors import ConfigError, MissingError
 from moduseg.weights.hub import fetch_hub_file, get_page_url
+
+log = logging.getLogger("moduseg")
+MAKERS = {
+    "naflexvit_base_patch16_radio_v3": "nvidia/C-RADIOv3-B",
+    "naflexvit_large_patch16_radio_v3": "nvidia/C-RADIOv3-L",
+    "naflexvit_huge_patch16_radio_v3": "nvidia/C-RADIOv3-H",
+    "naflexvit_giant_patch16_radio_v3": "nvidia/C-RADIOv3-g",
+    "naflexvit_so400m_patch16_radio_v4": "nvidia/C-RADIOv4-SO400M",
+    "naflexvit_huge_patch16_radio_v4": "nvidia/C-RADIOv4-H",
+}
+"""Repositories of NVIDIA, as timm's list of C-RADIO models names them. timm converts the names of their tensors
+(`radio_model.model.*`) when a file is loaded, and drops input conditioner and teachers' heads."""
 
 
 def fetch_published_file(name: str, revision: str | None, key: str) -> Path:
     """Return the file of timm's published weights of a model, fetched from the hub if it is not on this machine.
 
+    If it cannot be had, the maker's own file is taken where timm can read it, and a warning says so.
+
     Args:
         name: timm's name, with or without `.tag`.
-        revision: branch, tag or commit of the hub's repository; what timm names, mostly `main`, if omitted.
+        revision: branch, tag or commit of timm's repository, and then of no other; what timm names, mostly `main`, if
+            omitted.
         key: the configuration key, for messages.
 
     Raises:
@@ -28,7 +44,19 @@ def fetch_published_file(name: str, revision: str | None, key: str) -> Path:
     safe = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
     preferred = safe.get(published, published.rpartition(".")[0] + ".safetensors")
     names = list(dict.fromkeys([preferred, published]))
-    return fetch_hub_file(hub_id, names, revision or named or None, key, value="hub")
+    maker = MAKERS.get(name.partition(".")[0]) if revision is None else None
+    try:
+        return fetch_hub_file(hub_id, names, revision or named or None, key, value="hub")
+    except MissingError as error:
+        if maker is None:
+            raise
+        try:
+            path = fetch_hub_file(maker, ["model.safetensors"], None, key, value="hub")
+        except MissingError:
+            address = f"hf://{maker}/model.safetensors"
+            raise MissingError(f"{error}; {address}, the maker's own file, could not be had either") from error
+    log.warning("%s: timm's file of %s could not be had; the maker's own, %s, has its place", key, name, path)
+    return path
 
 
 def suggest_hub(name: str, key: str) -> str:

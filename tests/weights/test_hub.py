@@ -24,6 +24,8 @@ from moduseg.weights import hub
 from moduseg.weights.download import get_cache_home
 from moduseg.weights.hub import fetch_hub_file, fetch_hub_folder, get_cached_folder, list_weight_files, model_digest
 from moduseg.weights.sources import find_model_folder, find_weights
+from tests.support.agree_vit import DEPTH, HEADS, WIDTH, radio_state
+from tests.support.agreement import picture
 from tests.support.bomb import Bomb
 from tests.support.devices import CPU
 from tests.support.serving import HubHandler, Site, go_online, serve
@@ -344,6 +346,51 @@ def test_published_weights_are_what_timm_loads(
         assert torch.equal(tensor, expected[key]), key
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     assert backbone.tokens([image])[0].tokens.isfinite().all()
+
+
+RADIO = "naflexvit_so400m_patch16_radio_v4"
+
+
+def make_radio(**options: Any) -> TimmBackbone:
+    """A tiny C-RADIOv4 with published weights."""
+    kwargs = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 4.0}
+    return TimmBackbone(TimmOptions(f"{RADIO}.c_radio", weights="hub", model_kwargs=kwargs, **options), CPU)
+
+
+def test_nvidias_file_is_taken_where_timms_is_not_to_be_had(
+    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same weights under NVIDIA's names and under timm's: the same tokens."""
+    save_file(radio_state(), tmp_path / "nvidia.safetensors")
+    theirs = cache({"model.safetensors": (tmp_path / "nvidia.safetensors").read_bytes()}, "nvidia/C-RADIOv4-SO400M")
+    backbone = make_radio()
+    assert backbone.digest == file_digest(theirs / "model.safetensors")
+    tokens = backbone.tokens([picture(48, 64)])[0].tokens
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"backbone.weights: timm's file of {RADIO}.c_radio could not be had; the maker's own, "
+        f"{theirs / 'model.safetensors'}, has its place"
+    ]
+    save_file(backbone._model.state_dict(), tmp_path / "timm.safetensors")
+    timms = cache(
+        {"model.safetensors": (tmp_path / "timm.safetensors").read_bytes()}, f"timm/{RADIO}.c_radio", commit=COMMIT
+    )
+    caplog.clear()
+    preferred = make_radio()
+    assert preferred.digest == file_digest(timms / "model.safetensors") != backbone.digest
+    assert torch.equal(preferred.tokens([picture(48, 64)])[0].tokens, tokens)
+    assert not caplog.records
+
+
+def test_neither_of_two_publishers_has_the_file(cache: Cache) -> None:
+    with pytest.raises(
+        MissingError, match=r"timm/naflexvit.*hf://nvidia/C-RADIOv4-SO400M/model\.safetensors"
+    ) as caught:
+        _ = make_radio().digest
+    assert "\n" not in str(caught.value)
+    cache({"model.safetensors": b"x"}, "nvidia/C-RADIOv4-SO400M")
+    # A revision is one of timm's repository.
+    with pytest.raises(MissingError, match=r"timm/naflexvit.*at revision v2"):
+        _ = make_radio(revision="v2").digest
 
 
 def test_the_revision_of_published_weights(cache: Cache) -> None:
