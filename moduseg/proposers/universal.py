@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moduseg.devices import Device
-from moduseg.errors import ArtefactError
+from moduseg.errors import ArtefactError, ConfigError
 from moduseg.masks.id_maps import to_disjoint
 from moduseg.proposers.base import Proposer
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_shortest_side, prepare_image
@@ -49,6 +49,9 @@ class UniversalOptions:
         mask_thresh: smallest probability of a mask's pixels, between 0 and 1.
         disjoint: give each pixel to the best-scored mask that holds it; masks that lose all their pixels are dropped.
         task: the task that OneFormer is asked for; the other models have no such input.
+        short_side: the image is resized until its short side has this many pixels, or fewer if the long side would
+            exceed `max_long_side`; as the image processor's settings say if omitted. EoMT has one size and takes none.
+        max_long_side: limit of the long side, in pixels; as the settings say if omitted.
 
     Raises:
         ValueError: a value out of range.
@@ -60,6 +63,8 @@ class UniversalOptions:
     mask_thresh: float = 0.5
     disjoint: bool = False
     task: Literal["panoptic", "instance", "semantic"] = "panoptic"
+    short_side: int | None = None
+    max_long_side: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.score_thresh <= 1:
@@ -68,6 +73,10 @@ class UniversalOptions:
             raise ValueError(f"mask_thresh: got {self.mask_thresh}, expected a number between 0 and 1; try 0.5")
         if self.task not in ("panoptic", "instance", "semantic"):
             raise ValueError(f"task: got {self.task!r}, expected panoptic, instance or semantic; try panoptic")
+        for name, usual in (("short_side", 800), ("max_long_side", 1333)):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected 1 or more; the models were published with {usual}")
 
 
 class UniversalProposer(Proposer):
@@ -106,6 +115,7 @@ class UniversalProposer(Proposer):
         Raises:
             MissingError: the model is not there and cannot be fetched.
             ArtefactError: it is another model, or damaged.
+            ConfigError: as `prepare_input` does.
         """
         pixels, frame = self.prepare_input(sample.image)
         min_score = self._options.score_thresh
@@ -174,22 +184,33 @@ class UniversalProposer(Proposer):
         # OneFormer was trained with 0 in the padding, not with the token that CLIP's tokenizer pads with.
         return {"task_inputs": (encoded.input_ids * encoded.attention_mask).to(self._device.torch_device)}
 
+    def _fit_size(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the size that an image of `shape` is resized to: the options' first, then the processor's settings."""
+        options, settings, kind = self._options, self._source.preprocessor, self._source.model_type
+        if (options.short_side or options.max_long_side) and kind.startswith("eomt"):
+            raise ConfigError(
+                f"proposer.short_side: got a size for {kind}, which has positions for one size only; leave "
+                "proposer.short_side and proposer.max_long_side out"
+            )
+        size = settings.get("size") or DEFAULT_SIZE[kind]
+        if isinstance(size, int):
+            size = {"shortest_edge": size, "longest_edge": settings.get("max_size")}
+        if "height" in size and "width" in size and options.short_side is None:
+            return int(size["height"]), int(size["width"])
+        short_side = options.short_side or int(size["shortest_edge"])
+        return fit_shortest_side(shape, short_side, options.max_long_side or size.get("longest_edge"))
+
     def prepare_input(self, image: np.ndarray) -> tuple[Tensor, Embedded]:
         """Return the model's input, `[1, 3, H', W']`, and how its mask logits lie on the image.
 
         Raises:
             MissingError, ArtefactError: as `propose` does.
+            ConfigError: a size for a model that has one only.
         """
         model = self.model
         settings, kind = self._source.preprocessor, self._source.model_type
-        size = settings.get("size") or DEFAULT_SIZE[kind]
-        if isinstance(size, int):
-            size = {"shortest_edge": size, "longest_edge": settings.get("max_size")}
         shape = (image.shape[0], image.shape[1])
-        if "height" in size and "width" in size:
-            inner = (int(size["height"]), int(size["width"]))
-        else:
-            inner = fit_shortest_side(shape, int(size["shortest_edge"]), size.get("longest_edge"))
+        inner = self._fit_size(shape)
         if kind == "mask2former" and (step := int(settings.get("size_divisor", 32) or 0)):
             # Stretched, not padded, to a multiple of what its backbone halves.
             inner = (-(-inner[0] // step) * step, -(-inner[1] // step) * step)

@@ -192,6 +192,34 @@ def test_old_settings_and_none(tmp_path: Path) -> None:
     assert input_size() == (800, 1200)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param({"short_side": 32}, (32, 48), id="short side"),
+        pytest.param({"short_side": 96}, (64, 96), id="the settings' limit holds"),
+        pytest.param({"short_side": 96, "max_long_side": 192}, (96, 144), id="another limit"),
+        pytest.param({"max_long_side": 48}, (32, 48), id="the limit alone"),
+    ],
+)
+@pytest.mark.parametrize("family", ["mask2former", "oneformer"])
+def test_size_of_the_input(
+    family: str, options: dict[str, int], expected: tuple[int, int], directories: dict[str, str]
+) -> None:
+    """Mask2Former's is stretched to a multiple of 32 in addition."""
+    proposer = UniversalProposer(UniversalOptions(weights=directories[family], **options), CPU)  # type: ignore[arg-type]
+    input_size = proposer.prepare_input(sample(60, 90).image)[1].input_size
+    assert input_size == (tuple(-(-side // 32) * 32 for side in expected) if family == "mask2former" else expected)
+
+
+@pytest.mark.parametrize("family", ["eomt", "eomt_dinov3"])
+def test_eomt_takes_no_other_size(family: str, directories: dict[str, str]) -> None:
+    proposer = UniversalProposer(UniversalOptions(weights=directories[family], short_side=32), CPU)
+    with pytest.raises(
+        ConfigError, match=rf"proposer\.short_side: got a size for {family}, which has positions for one"
+    ):
+        proposer.prepare_input(sample(60, 90).image)
+
+
 # Weights
 
 
@@ -249,7 +277,8 @@ def test_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("weights", ""), ("score_thresh", 1.5), ("mask_thresh", 0.0), ("task", "depth")]
+    ("key", "value"),
+    [("weights", ""), ("score_thresh", 1.5), ("mask_thresh", 0.0), ("task", "depth"), ("short_side", 0)],
 )
 def test_wrong_values(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"{key}: got"):
