@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moduseg.structures import Proposals
 
-RegionOrder = Literal["score", "area"]
+RegionOrder = Literal["score", "area", "largest"]
 
 
 def make_id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
@@ -18,7 +18,8 @@ def make_id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
     Args:
         proposals: masks that may overlap.
         order: which proposal has a pixel that several cover: `score` the one with the highest predicted IoU, `area` the
-            smallest one. Equal proposals: the first in the list.
+            smallest one, `largest` the largest one. Equal proposals: the first in the list; of equally large ones the
+            last, since `largest` is what painting in ascending area leaves.
 
     Returns:
         `[H, W]` int64 on the device of the masks: the proposal's index, -1 for none.
@@ -28,6 +29,8 @@ def make_id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
         return torch.full(masks.shape[1:], -1, dtype=torch.int64, device=masks.device)
     key = -proposals.predicted_iou if order == "score" else proposals.areas
     best_first = key.argsort(stable=True)
+    if order == "largest":
+        best_first = best_first.flip(0)
     stacked = masks[best_first]
     # argmax takes the first of equal maxima.
     return torch.where(stacked.any(0), best_first[stacked.to(torch.uint8).argmax(0)], -1)

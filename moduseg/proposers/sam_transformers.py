@@ -42,6 +42,7 @@ class SamTransformersOptions(EncoderOptions):
     Attributes:
         weights: a directory as `save_pretrained` writes it, or a hub id such as `facebook/sam2.1-hiera-large`.
         revision: branch, tag or commit of a hub id.
+        multimask_output: three masks for each point; `False` gives one, which is meant to be the object.
 
     Raises:
         ValueError: a value out of range.
@@ -49,6 +50,7 @@ class SamTransformersOptions(EncoderOptions):
 
     weights: str
     revision: str | None = None
+    multimask_output: bool = True
 
 
 class SamTransformersProposer(Proposer):
@@ -106,7 +108,13 @@ class SamTransformersProposer(Proposer):
             MissingError, ArtefactError: as `propose` does.
         """
         model = self._source.load_by_type(CLASSES, "try proposer=mask2former for models without prompts")
-        return HubSam(model, self._device, self._source.preprocessor, compiled=self._options.compile)
+        return HubSam(
+            model,
+            self._device,
+            self._source.preprocessor,
+            compiled=self._options.compile,
+            multimask_output=self._options.multimask_output,
+        )
 
 
 class HubSam(Promptable):
@@ -117,10 +125,24 @@ class HubSam(Promptable):
         device: where it is moved to; precision holds for the image encoder.
         preprocessor: settings of its image processor: `image_mean` and `image_std`.
         compiled: have `torch.compile` translate the image encoder, at its first pass.
+        multimask_output: three masks for each point, or one.
     """
 
-    def __init__(self, model: Any, device: Device, preprocessor: dict[str, Any], *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: Device,
+        preprocessor: dict[str, Any],
+        *,
+        compiled: bool = False,
+        multimask_output: bool = True,
+    ) -> None:
         self._model, self._device = model.to(device.torch_device), device
+        self._multimask_output = multimask_output
+        # SAM 2's own mask generation has the decoder's single mask as it is; a user's click may take another in its
+        # place if that is more stable.
+        if hasattr(model.mask_decoder, "dynamic_multimask_via_stability"):
+            model.mask_decoder.dynamic_multimask_via_stability = False
         self._name = type(model).__name__
         self.squash = self._name in SQUASHED
         self.side = int(model.config.prompt_encoder_config.image_size)
@@ -162,7 +184,10 @@ class HubSam(Promptable):
         labels = torch.ones(1, len(points), 1, dtype=torch.int, device=points.device)
         with self._device.run_uncast():
             output = self._model(
-                input_points=points[None, :, None], input_labels=labels, multimask_output=True, **features
+                input_points=points[None, :, None],
+                input_labels=labels,
+                multimask_output=self._multimask_output,
+                **features,
             )
         predicted_iou, logits = output.iou_scores[0], output.pred_masks[0]
         if min_iou <= 0:

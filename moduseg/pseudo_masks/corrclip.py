@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ class CorrClipOptions(ClipWordsOptions, Branches):
         merge_eps: distance up to which regions are merged; 0 merges none.
         min_score: proposals with a lower `predicted_iou` are no regions (the paper: 0.5).
         min_area: proposals with fewer pixels are no regions (the paper: no minimum).
-        region_order: which of several proposals has a pixel: `score` the best one (the paper), `area` the smallest one.
+        region_order: which of several proposals has a pixel: `score` the best one (the paper), `area` the smallest
+            one, `largest` the largest one, as CorrCLIP has it with SAM 2.
 
     Raises:
         ValueError: a value out of range.
@@ -50,8 +51,9 @@ class CorrClipOptions(ClipWordsOptions, Branches):
             raise ValueError(f"min_score: got {self.min_score}, expected 0 to 1; the paper uses 0.5")
         if self.min_area < 0:
             raise ValueError(f"min_area: got {self.min_area}, expected 0 or more; the paper uses 0")
-        if self.region_order not in ("score", "area"):
-            raise ValueError(f"region_order: got {self.region_order!r}, expected score or area; the paper uses score")
+        if self.region_order not in get_args(RegionOrder):
+            names = ", ".join(get_args(RegionOrder))
+            raise ValueError(f"region_order: got {self.region_order!r}, expected one of {names}; the paper uses score")
         Branches.__post_init__(self)
         ClipWordsOptions.__post_init__(self)
 

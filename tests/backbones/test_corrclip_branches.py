@@ -236,6 +236,8 @@ def test_who_has_a_pixel(device: torch.device) -> None:
     proposals = Proposals(masks, torch.tensor([0.8, 0.6, 0.9], device=device))
     assert make_id_map(proposals).tolist() == [[0, 0, 2, 2, -1]]
     assert make_id_map(proposals, "area").tolist() == [[0, 1, 1, 2, -1]]
+    assert make_id_map(proposals, "largest").tolist() == [[0, 0, 0, 0, -1]]
+    assert make_id_map(proposals.select([1, 2]), "largest").tolist() == [[-1, 0, 1, 1, -1]]
     assert make_id_map(proposals.select(torch.zeros(3, dtype=torch.bool, device=device))).tolist() == [[-1] * 5]
 
 

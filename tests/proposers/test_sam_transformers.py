@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moduseg.config import compose
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.miniature.models.sam import build_miniature_sam
@@ -333,3 +334,30 @@ def test_every_family_has_its_class() -> None:
 
     for name in CLASSES.values():
         assert hasattr(transformers, name), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_mask_a_point(family: str, tmp_path: Path) -> None:
+    """The decoder's first mask, as the model gives it; SAM 2 does not replace it by a more stable one."""
+    directory = tiny_models.save(tiny_models.build_sam(family), tmp_path)
+    options = SamTransformersOptions(weights=directory, **OPEN, multimask_output=False)
+    hub = SamTransformersProposer(options, CPU).promptable
+    embedded = hub.embed(sample(96, 128).image)
+    points = torch.tensor([[30.0, 40.0], [90.0, 60.0], [10.0, 12.0]])
+    with torch.no_grad():
+        single = hub.decode(embedded, points, 0.0)
+        hub._multimask_output = True
+        three = hub.decode(embedded, points, 0.0)
+    assert (len(single.logits), len(three.logits)) == (3, 9)
+    assert not (single.predicted_iou[:, None] == three.predicted_iou).any()
+    assert len(SamTransformersProposer(options, CPU).propose(sample(96, 128))) <= 4
+
+
+def test_the_preset_of_regions_is_corrclips() -> None:
+    settings = compose(["proposer=sam_regions"]).proposer
+    numbers = [
+        settings[k] for k in ("points_per_side", "pred_iou_thresh", "stability_score_thresh", "multimask_output")
+    ]
+    assert numbers == [8, 0.4, 0.4, False]
+    generator = compose(["pseudo_masks=corrclip_sam_regions"]).pseudo_masks.generator
+    assert (generator["region_order"], generator["min_score"]) == ("largest", 0.0)
