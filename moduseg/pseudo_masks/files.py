@@ -35,11 +35,12 @@ class FilePseudoMasks(PseudoMaskGenerator):
             first use.
         device: where the scores are put.
         classes: class names, background first; ids beyond them are an error.
-        pattern: name of an image's file inside `folder`; `{id}` is the image's id.
+        pattern: name of an image's file inside `folder`; `{id}` is the image's id, `{name}` the last part of an id that
+            has folders. `**/` in front finds the file in any folder.
         filter_labels: pixels of classes outside the image-level labels become background (docs/method.md, step 1).
 
     Raises:
-        ValueError: a pattern without `{id}`.
+        ValueError: a pattern without `{id}` or `{name}`.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class FilePseudoMasks(PseudoMaskGenerator):
         pattern: str = "{id}.png",
         filter_labels: bool = True,
     ) -> None:
-        if "{id}" not in pattern:
+        if "{id}" not in pattern and "{name}" not in pattern:
             raise ValueError(f"pattern: got {pattern!r}, expected a file name with {{id}}; try {{id}}.png")
         self._folder, self._device, self._classes = folder, device, tuple(classes)
         self._pattern, self._filter = pattern, filter_labels
@@ -82,7 +83,7 @@ class FilePseudoMasks(PseudoMaskGenerator):
                 that are no class.
             ArtefactError: the archive is damaged.
         """
-        name = self._pattern.replace("{id}", sample.id)
+        name = self._find_name(self._pattern.replace("{id}", sample.id).replace("{name}", sample.id.split("/")[-1]))
         where = self._root / name
         array = read_label_map(self._read(name, sample.size), str(where), len(self._classes) - 1)
         if array.shape != sample.size:
@@ -99,6 +100,33 @@ class FilePseudoMasks(PseudoMaskGenerator):
                 f"{KEY}: got {self._folder!r}, no such folder or .zip; set {KEY}=<folder or .zip of label PNGs>"
             )
         return root
+
+    def _find_name(self, name: str) -> str:
+        """Return the name of a file inside the folder or archive, which may lie in any folder if `**/` asks for it."""
+        searched = name.removeprefix("**/")
+        if searched == name:
+            return name
+        same_end = self._names_by_end.get(searched.split("/")[-1], [])
+        names = [inside for inside in same_end if f"/{inside}".endswith(f"/{searched}")]
+        if len(names) > 1:
+            raise DataError(
+                f"{self._root}: got {len(names)} files {searched} ({names[0]}, {names[1]}), expected one; name the "
+                "folder in pseudo_masks.generator.pattern"
+            )
+        return names[0] if names else searched
+
+    @cached_property
+    def _names_by_end(self) -> dict[str, list[str]]:
+        """The files inside the folder or archive by the last part of their names."""
+        if self._archive is not None:
+            names = sorted(self._archive.namelist())
+        else:
+            paths = self._root.rglob("*" + Path(self._pattern).suffix)
+            names = sorted(path.relative_to(self._root).as_posix() for path in paths)
+        by_end: dict[str, list[str]] = {}
+        for name in names:
+            by_end.setdefault(name.split("/")[-1], []).append(name)
+        return by_end
 
     @cached_property
     def _archive(self) -> ZipFile | None:

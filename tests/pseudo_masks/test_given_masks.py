@@ -235,16 +235,25 @@ def test_a_damaged_archive(tmp_path: Path) -> None:
         FilePseudoMasks(str(archive), CPU, CLASSES).generate(item, (2,))
 
 
-@pytest.mark.parametrize(("name", "folder"), [("published_voc", "VOC2012"), ("published_coco", "COCO2014")])
+@pytest.mark.parametrize(("name", "folder", "image_id", "inside"), [
+    ("published_voc", "VOC2012", "2007_000032", "pseudo/corrclip/2007_000032.png"),
+    ("published_coco", "COCO2014", "COCO_train2014_000000000009",
+     "pseudo/corrclip/train2014/COCO_train2014_000000000009.png"),
+    ("published_ade20k", "ADEChallengeData2016", "ADE_train_00000001",
+     "pseudo/corrclip/training/ADE_train_00000001.png"),
+    ("published_cityscapes", "CityScapes", "aachen/aachen_000000_000019",
+     "pseudo/corrclip/train/aachen_000000_000019_leftImg8bit.png"),
+    ("published_cityscapes", "CityScapes", "aachen/aachen_000000_000019", "aachen_000000_000019_leftImg8bit.png"),
+])  # fmt: skip
 def test_the_published_masks_say_what_to_fetch(
-    name: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, folder: str, image_id: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The archive is found where it is put, at the place that the message names."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("MODUSEG_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.delenv("MODUSEG_VOC_MASKS", raising=False)
-    monkeypatch.delenv("MODUSEG_COCO_MASKS", raising=False)
+    for data in ("VOC", "COCO", "ADE20K", "CITYSCAPES"):
+        monkeypatch.delenv(f"MODUSEG_{data}_MASKS", raising=False)
     settings = compose([f"pseudo_masks={name}"]).pseudo_masks.generator
     home = tmp_path / "home" / "huggingface.co" / "datasets" / "QZing007" / "ModuSeg-Pseudo-Masks" / "main"
     with pytest.raises(MissingError, match=r"pseudo_masks\.generator\.folder: got .hf://datasets/QZing007") as caught:
@@ -253,11 +262,27 @@ def test_the_published_masks_say_what_to_fetch(
     assert f"fetch {folder}/pseudo.zip from {page} into {home}" in str(caught.value)
     (home / folder).mkdir(parents=True)
     write(tmp_path / "a.png", MAP)
-    inside = settings["pattern"].replace("{id}", "a")
     packed(home / folder / "pseudo.zip", {inside: (tmp_path / "a.png").read_bytes()})
-    maps = build(settings, CPU, no_backbone, CLASSES).generate(Sample("a", np.zeros((2, 4, 3), np.uint8)), (2,), None)
+    item = Sample(image_id, np.zeros((2, 4, 3), np.uint8))
+    maps = build(settings, CPU, no_backbone, CLASSES).generate(item, (2,), None)
     assert make_label_map(maps, "given").tolist() == [[0, 0, 2, 255], [0, 0, 0, 2]]
-    assert inside.startswith("pseudo/corrclip/")
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_a_file_is_found_in_any_folder(kind: str, tmp_path: Path) -> None:
+    root = tmp_path / "masks"
+    for name in ("deep/er/x_1.png", "x_2.png", "a/x_3.png", "b/x_3.png"):
+        write(root / name, MAP)
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.png")}
+    packed(tmp_path / "masks.zip", files)
+    where = root if kind == "folder" else tmp_path / "masks.zip"
+    generator = FilePseudoMasks(str(where), CPU, CLASSES, "**/{name}.png")
+    for image_id in ("city/x_1", "x_2"):
+        maps = generator.generate(Sample(image_id, np.zeros((2, 4, 3), np.uint8)), (2,))
+        assert make_label_map(maps, "given").tolist() == [[0, 0, 2, 255], [0, 0, 0, 2]]
+    for image_id, message in (("x_3", r"got 2 files x_3\.png \(a/x_3\.png, b/x_3\.png\)"), ("x_4", "x_4.png: no such")):
+        with pytest.raises(DataError, match=message):
+            generator.generate(Sample(image_id, np.zeros((2, 4, 3), np.uint8)), (2,))
 
 
 def test_missing_folder(tmp_path: Path) -> None:
