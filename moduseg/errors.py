@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_CREDENTIALS = re.compile(r"(?i)\b(https?|ftp)://[^\s/?#\"'<>]*@")
+
+
+def hide_credentials(text: str) -> str:
+    """Return a text in which web addresses have no `user:password@`."""
+    return _CREDENTIALS.sub(r"\1://", text) if "://" in text else text
 
 
 class ModusegError(Exception):
-    """Base of every error that moduseg raises on purpose; the commands print its message and exit with code 2."""
+    """Base of every error that moduseg raises on purpose; the commands print its message and exit with code 2.
+
+    Names and passwords inside web addresses are left out of the message.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(hide_credentials(a) if isinstance(a, str) else a for a in arguments))
 
 
 class ConfigError(ModusegError):

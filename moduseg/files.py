@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moduseg.errors import ArtefactError, MissingError, StorageError
+from moduseg.errors import ArtefactError, MissingError, StorageError, hide_credentials
 
 FORMAT = 1
 """Raised when the files of a stage change meaning, so that older folders are not taken for new ones."""
@@ -43,8 +43,10 @@ _TOKEN = os.urandom(4).hex()
 
 
 def canonical_json(value: Any) -> str:
-    """Return JSON with sorted keys and without spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """Return JSON with sorted keys and without spaces: equal values give equal text, as do addresses that differ in
+    their `user:password@` alone.
+    """
+    return hide_credentials(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
 
 def digest_of(value: Any) -> str:
@@ -105,8 +107,9 @@ def write_atomic(path: Path, data: bytes, *, is_durable: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any, *, is_durable: bool = False) -> None:
-    """Write indented JSON with `write_atomic`."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), is_durable=is_durable)
+    """Write indented JSON with `write_atomic`; web addresses in it lose their `user:password@`."""
+    text = hide_credentials(json.dumps(value, indent=2, ensure_ascii=False))
+    write_atomic(path, (text + "\n").encode(), is_durable=is_durable)
 
 
 def read_json(path: Path) -> Any:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from moduseg.cli.commands import COMMANDS, Command
 from moduseg.cli.options import describe_keys, parse
 from moduseg.config import compose, config_dir, from_hydra
-from moduseg.errors import ConfigError, IncompleteError, ModusegError
+from moduseg.errors import ConfigError, IncompleteError, ModusegError, hide_credentials
 
 
 def entry() -> None:
@@ -169,8 +169,16 @@ def load(path: str) -> Any:
     return attrgetter(name)(importlib.import_module(module))
 
 
+def _hide_credentials(record: logging.LogRecord) -> bool:
+    """Take names and passwords out of the web addresses in a message."""
+    record.msg, record.args = hide_credentials(record.getMessage()), None
+    return True
+
+
 def _log_to_stdout(*, is_quiet: bool) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_hide_credentials)
     # Under torchrun, only rank 0 logs.
     is_leader = os.environ.get("RANK", "0") == "0"
     logging.getLogger("moduseg").setLevel(logging.INFO if is_leader and not is_quiet else logging.WARNING)

@@ -5,6 +5,7 @@ The file of `https://<host>/<path>` is stored as `$MODUSEG_HOME/<host>/<path>`; 
 
 from __future__ import annotations
 
+import base64
 import errno
 import http.client
 import logging
@@ -24,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from moduseg.errors import ArtefactError, ConfigError, MissingError, StorageError
+from moduseg.errors import ArtefactError, ConfigError, MissingError, StorageError, hide_credentials
 from moduseg.files import file_digest
 
 log = logging.getLogger("moduseg")
@@ -65,7 +66,7 @@ def get_cached_path(url: str, key: str = "weights") -> Path:
     """
     parts = urlsplit(url)
     names = [unquote(name) for name in parts.path.split("/") if name]
-    harmless = all(name not in (".", "..") and "/" not in name and "\\" not in name for name in names)
+    harmless = all(name not in (".", "..") and not re.search(r"[/\\\x00-\x1f]", name) for name in names)
     if parts.scheme not in ("http", "https") or not parts.hostname or not names or not harmless:
         raise ConfigError(f"{key}: got {url!r}, expected the address of a file; try https://<host>/<path>/<file>")
     return get_cache_home().joinpath(parts.netloc.rpartition("@")[2].replace(":", "_"), *names)
@@ -259,7 +260,7 @@ class _Download:
             if validator:
                 headers["If-Range"] = validator
         try:
-            response = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT)
+            response = urllib.request.urlopen(_make_request(self.url, headers), timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             if error.code != 416 or not had:
                 raise
@@ -304,6 +305,16 @@ class _Download:
     def _discard(self) -> None:
         self.part.unlink(missing_ok=True)
         self._tag.unlink(missing_ok=True)
+
+
+def _make_request(url: str, headers: dict[str, str]) -> urllib.request.Request:
+    """Return the request for an address; its `user:password@` becomes a header that no other host gets."""
+    request = urllib.request.Request(hide_credentials(url), headers=headers)
+    credentials, is_given, _ = urlsplit(url).netloc.rpartition("@")
+    if is_given:
+        encoded = base64.b64encode(unquote(credentials).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
+    return request
 
 
 def _blocks(response: Any) -> Iterator[bytes]:

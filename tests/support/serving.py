@@ -28,6 +28,7 @@ class Site:
         ranges: whether parts can be asked for.
         etag: whether the server says which version of a file it has.
         delay: seconds before an answer.
+        authorization: header that every request needs, none if empty.
         asked: path and headers of every request.
     """
 
@@ -38,6 +39,7 @@ class Site:
     ranges: bool = True
     etag: bool = True
     delay: float = 0.0
+    authorization: str = ""
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
 
     @property
@@ -57,6 +59,9 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(site.delay)
         if site.answers and (status := site.answers.pop(0)) != 200:
             self.send_error(status)
+            return
+        if site.authorization and self.headers.get("Authorization") != site.authorization:
+            self.send_error(401)
             return
         content = site.files.get(self.path)
         if content is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import multiprocessing
@@ -15,11 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError, StorageError
+from moduseg.config import compose
+from moduseg.errors import (
+    ArtefactError,
+    ConfigError,
+    MissingError,
+    ModusegError,
+    StorageError,
+    hide_credentials,
+)
+from moduseg.stages.propose import Propose
 from moduseg.weights import download
 from moduseg.weights.download import fetch, get_cache_home, get_cached_path, is_offline
 from moduseg.weights.sources import find_weights
 from tests.support.serving import Site, go_online, serve
+from tests.support.tagged_world import settings, write_folder
 
 KEY = "proposer.checkpoint"
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
@@ -264,6 +275,66 @@ def test_a_folder_that_cannot_be_made(site: Site, tmp_path: Path) -> None:
 )
 def test_remedies(number: int, remedy: str) -> None:
     assert remedy in str(download.storage_error(Path("w"), OSError(number, "reason")))
+
+
+# Names and passwords in an address
+
+SECRET = "s3cret%20word"
+BASIC = "Basic " + base64.b64encode(b"some one:s3cret word").decode()
+
+
+def secret_url(site: Site, path: str = "/models/w.pth") -> str:
+    return f"http://some%20one:{SECRET}@{site.address.removeprefix('http://')}{path}"
+
+
+def test_a_password_opens_the_server_and_stays_out_of_the_cache(site: Site) -> None:
+    site.authorization = BASIC
+    path = find_weights(secret_url(site), KEY)
+    assert path.read_bytes() == CONTENT
+    assert path == get_cached_path(url_of(site))
+    assert "Authorization" in site.asked[0][1]
+
+
+def test_no_message_holds_a_password(site: Site) -> None:
+    site.authorization = "Basic other"
+    for text in (secret_url(site), f"{secret_url(site)}#md5=00", secret_url(site, "/"), secret_url(site, "/a/%00")):
+        with pytest.raises(ModusegError) as caught:
+            find_weights(text, KEY)
+        assert site.address in str(caught.value)
+        assert "s3cret" not in str(caught.value)
+        assert "some" not in str(caught.value)
+
+
+def test_a_password_is_kept_out_of_results_and_keys(site: Site, tmp_path: Path) -> None:
+    site.authorization = BASIC
+    site.files["/sam.safetensors"] = find_weights("miniature/sam.safetensors", KEY).read_bytes()
+    write_folder(tmp_path / "own", range(2))
+    path = secret_url(site, "/sam.safetensors")
+
+    def propose(checkpoint: str) -> Path:
+        arguments = settings(tmp_path / "own", tmp_path / "out", "proposer.points_per_side=2")
+        return Propose.run(compose([*arguments, f"proposer.checkpoint='{checkpoint}'"]), split="train")
+
+    folder = propose(path)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert any(site.address.encode() in file.read_bytes() for file in files)
+    assert [file for file in files if b"s3cret" in file.read_bytes()] == []
+    assert propose(f"{site.address}/sam.safetensors") == folder
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("got 'https://me:pw@host/a@b'", "got 'https://host/a@b'"),
+        ("HTTP://token@host:80 and ftp://u:p@h/x", "HTTP://host:80 and ftp://h/x"),
+        ("hf://owner/name@main/file", "hf://owner/name@main/file"),
+        ("https://host/a?mail=a@b", "https://host/a?mail=a@b"),
+        ("https://host?mail=a@b", "https://host?mail=a@b"),
+        ("mail a@b", "mail a@b"),
+    ],
+)
+def test_only_names_and_passwords_are_hidden(text: str, expected: str) -> None:
+    assert hide_credentials(text) == expected
 
 
 # Names
