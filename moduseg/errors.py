@@ -59,3 +59,20 @@ class IncompleteError(ModusegError):
 def suggest(name: str, allowed: Iterable[str]) -> str | None:
     """Return the allowed name that is most like a misspelt one, for "did you mean ...?"; `None` if none is close."""
     return next(iter(difflib.get_close_matches(name, list(allowed), 1)), None)
+
+
+def suggest_all(name: str, allowed: Iterable[str], max_count: int = 4) -> list[str]:
+    """Return the allowed names that a misspelt or shortened one may stand for, the most likely first.
+
+    Args:
+        name: what was written.
+        allowed: the names that exist; those that begin with `name` come first, the shortest of them before the others,
+            then those that are most like it.
+        max_count: at most this many are returned.
+    """
+    names = list(allowed)
+    longer = sorted(
+        (other for other in names if name and other.startswith(name)), key=lambda other: (len(other), other)
+    )
+    close = difflib.get_close_matches(name, names, max_count)
+    return list(dict.fromkeys([*longer, *close]))[:max_count]

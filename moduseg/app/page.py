@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from moduseg.app.session import Session
+from moduseg.config.command_keys import MAX_DEMO_PIXELS
 from moduseg.datasets.io import read_image, read_size
 from moduseg.errors import ConfigError, DataError, MissingError, ModusegError
 
 TITLE = "moduseg"
-MAX_PIXELS = 16_000_000
-"""Larger pictures are refused, unless `max_pixels` says otherwise."""
 MIN_SIDE = 512
 """Smaller pictures are enlarged until their longer side has about this many pixels."""
 INTRODUCTION = (
@@ -75,7 +74,7 @@ class Page:
     """
 
     def __init__(
-        self, new_session: Callable[[], Session], save_folder: Path | None = None, max_pixels: int = MAX_PIXELS
+        self, new_session: Callable[[], Session], save_folder: Path | None = None, max_pixels: int = MAX_DEMO_PIXELS
     ) -> None:
         self._new_session = new_session
         self.save_folder, self._max_pixels = save_folder, max_pixels

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moduseg.api import Segmenter
-from moduseg.app.page import MAX_PIXELS, Page, build_page, import_gradio
+from moduseg.app.page import Page, build_page, import_gradio
 from moduseg.app.session import Session
 from moduseg.bank.derived import open_bank
+from moduseg.config.command_keys import DemoOptions
 from moduseg.config.stored import reconfigure
 from moduseg.pipeline.workspace import log
 
 _MAX_UPLOAD = "100mb"
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """Keys of the command `demo_app`.
-
-    Attributes:
-        bank: folder of the bank.
-        host: address to listen on; the default is this machine only. On any other address the page saves nothing, and
-            shows no training image outside the bank's folder and `pictures`.
-        port: port to listen on; a free one if omitted.
-        save_folder: banks are saved below it.
-        pictures: folders whose pictures the page may show, beside the bank's own.
-        max_pixels: larger pictures are refused.
-    """
-
-    bank: str
-    host: str = "127.0.0.1"
-    port: int | None = None
-    save_folder: str = "outputs/saved_banks"
-    pictures: tuple[str, ...] = ()
-    max_pixels: int = MAX_PIXELS
-
-    @property
-    def is_public(self) -> bool:
-        """Whether other machines can open the page."""
-        try:
-            return not ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return self.host != "localhost"
-
-    def __post_init__(self) -> None:
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels: got {self.max_pixels}, expected 1 or more; leave it out")
-        if self.port is not None and not 1 <= self.port <= 65535:
-            raise ValueError(f"port: got {self.port}, expected 1 to 65535; leave it out for a free one")
 
 
 def main(options: DemoOptions, overrides: Sequence[str]) -> int:

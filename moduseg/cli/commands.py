@@ -11,6 +11,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moduseg.cli.options import Overrides
+from moduseg.config.command_keys import (
+    AblateOptions,
+    AddOptions,
+    Coco150Options,
+    CompareOptions,
+    ConvertOptions,
+    DemoOptions,
+    ExportOptions,
+    InfoOptions,
+    MergeOptions,
+    NewClassOptions,
+    PredictOptions,
+    RemoveOptions,
+    ReportOptions,
+    ReproduceOptions,
+    SweepOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -22,12 +39,16 @@ class Command:
         group: its chapter in the list of commands.
         summary: what it does, in one line.
         function: `module:function`, or `module:class.method`.
-        options: `module:class` of its own keys; `None` if it reads the configuration alone.
+        reads: what has to be there before.
+        writes: what is there afterwards, and where.
+        examples: two command lines, without `moduseg`.
+        options: its own keys; `None` if it reads the configuration alone.
         words: keys that arguments without `=` fill; see `moduseg.cli.options.parse`.
         repeated: keys that may be given several times; see `moduseg.cli.options.parse`.
         accepts: which overrides a command with keys of its own takes: `groups` for those of a bank's configuration,
             `all` for those of a run.
         is_quiet: whether only warnings are logged, because the command prints its result.
+        groups: groups of the configuration that it reads, for its help.
         config_name: the file of `configs/` that it reads; another than `config` is handed over as Hydra composed it.
     """
 
@@ -35,63 +56,101 @@ class Command:
     group: Literal["data", "pipeline", "experiments", "tools"]
     summary: str
     function: str
-    options: str | None = None
+    reads: str
+    writes: str
+    examples: tuple[str, str]
+    options: type | None = None
     words: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     accepts: Overrides = "groups"
     is_quiet: bool = False
+    groups: tuple[str, ...] = ()
     config_name: str = "config"
 
 
+_ALL = (
+    "dataset", "proposer", "backbone", "pseudo_masks", "bank", "retrieval", "evaluation", "runtime", "experiment",
+)  # fmt: skip
 _TABLE = (
     Command(
         "propose",
         "pipeline",
         "Find class-agnostic masks in every image.",
         "moduseg.stages.propose:Propose.run",
+        reads="the images of both splits",
+        writes="outputs/<dataset>/propose/<name>-<key>/: masks/<id>.json, SA-1B annotations",
+        examples=("propose", "propose experiment=folder dataset.root=my"),
+        groups=("dataset", "proposer", "runtime", "experiment",),
     ),
     Command(
         "pseudo_masks",
         "pipeline",
         "Label the training images from their tags.",
         "moduseg.stages.pseudo_masks:PseudoMasks.run",
+        reads="the training images and their tags; proposals, which are made if absent",
+        writes="outputs/<dataset>/pseudo_masks/<name>-<key>/: labels/<id>.png and a report",
+        examples=("pseudo_masks", "pseudo_masks dataset=voc pseudo_masks=corrclip_moduseg"),
+        groups=("dataset", "proposer", "backbone", "pseudo_masks", "evaluation", "runtime", "experiment",),
     ),
     Command(
         "build_bank",
         "pipeline",
         "Build the bank of feature vectors from the training images.",
         "moduseg.stages.build_bank:BuildBank.run",
+        reads="the training images and their tags; earlier stages are run if absent",
+        writes="outputs/<dataset>/build_bank/<name>-<key>/: bank.safetensors, bank.json",
+        examples=("build_bank", "build_bank experiment=folder dataset.root=my name=first"),
+        groups=("dataset", "proposer", "backbone", "pseudo_masks", "bank", "runtime", "experiment",),
     ),
     Command(
         "infer",
         "pipeline",
         "Label and score the evaluated split by retrieval from the bank.",
         "moduseg.stages.infer:Infer.run",
+        reads="the images of both splits; earlier stages are run if absent",
+        writes="outputs/<dataset>/infer/<name>-<key>/: labels/<id>.png, results.json, report/index.html",
+        examples=("infer", "infer experiment=folder dataset.root=my"),
+        groups=_ALL,
     ),
     Command(
         "evaluate",
         "pipeline",
         "Score a run, its pseudo masks and proposals, or anyone's label maps.",
         "moduseg.stages.evaluate:run",
+        reads="a run of infer, which is made if absent, or a folder of label maps",
+        writes="outputs/<dataset>/evaluate/<name>-<key>/: results.json, results.md, report/index.html",
+        examples=("evaluate experiment=coco150", "evaluate dataset=voc predictions=masks"),
+        groups=_ALL,
     ),
     Command(
         "prepare_data",
         "data",
         "Write what a data set needs once: masks, image-level labels, lists.",
         "moduseg.tools.prepare_data:main",
+        reads="the data set as it was downloaded",
+        writes="below the root of the data set: SegmentationClass/, image_labels/, lists/",
+        examples=("prepare_data dataset=coco2014", "prepare_data dataset=voc dataset.root=VOC2012"),
+        groups=("dataset", "runtime",),
     ),
     Command(
         "check_data",
         "data",
         "Check a data set: one table, and every problem in a file.",
         "moduseg.tools.check_data:main",
+        reads="every image, mask and label of both splits",
+        writes="a table, and outputs/<dataset>/check_data/: problems.jsonl",
+        examples=("check_data dataset=voc", "check_data dataset=folder dataset.root=my"),
+        groups=("dataset", "runtime",),
     ),
     Command(
         "convert_proposals",
         "data",
         "Convert maps of ids (.npz, 16-bit PNG) into proposals as SA-1B JSON files.",
         "moduseg.tools.convert:main",
-        options="moduseg.tools.convert:ConvertOptions",
+        reads="<source>/<id>.npz or .png",
+        writes="<out>/<id>.json",
+        examples=("convert_proposals entityseg proposals", "convert_proposals source=maps out=proposals"),
+        options=ConvertOptions,
         words=("source", "out"),
         accepts="none",
     ),
@@ -100,7 +159,10 @@ _TABLE = (
         "data",
         "Write the data set coco150 from a COCO 2017 download with panoptic annotations.",
         "moduseg.tools.make_coco150:main",
-        options="moduseg.tools.make_coco150:Coco150Options",
+        reads="train2017/, val2017/ and annotations/ of a COCO download",
+        writes="<out>/, 150 images with their labels and masks",
+        examples=("make_coco150 COCO", "make_coco150 COCO data/coco150"),
+        options=Coco150Options,
         words=("coco", "out"),
         accepts="none",
     ),
@@ -109,13 +171,21 @@ _TABLE = (
         "tools",
         "Pack predictions for the VOC 2012 evaluation server.",
         "moduseg.tools.voc_package:run",
+        reads="a run of infer, or predictions=<folder>",
+        writes="outputs/<dataset>/voc_package/: an archive in the server's layout",
+        examples=("voc_package experiment=voc", "voc_package dataset=voc predictions=masks"),
+        groups=_ALL,
     ),
     Command(
         "ablate",
         "experiments",
         "Make a table of `configs/table/`: a grid of runs.",
         "moduseg.studies.ablate:main",
-        options="moduseg.studies.ablate:AblateOptions",
+        reads="a table of configs/table/; its runs are made if absent",
+        writes="outputs/tables/<table>.md and .json",
+        examples=("ablate table=miniature", "ablate table=top_k runtime.device=cuda"),
+        groups=_ALL,
+        options=AblateOptions,
         accepts="all",
         is_quiet=True,
     ),
@@ -124,7 +194,11 @@ _TABLE = (
         "experiments",
         "Make a table of the paper, published figures beside ours.",
         "moduseg.studies.reproduce:main",
-        options="moduseg.studies.reproduce:ReproduceOptions",
+        reads="a table of configs/reproduce/; its runs are made if absent",
+        writes="outputs/tables/<table>-<dataset>.md and .json",
+        examples=("reproduce table=main show", "reproduce table=ablation_modules dataset=miniature"),
+        groups=("runtime",),
+        options=ReproduceOptions,
         accepts="all",
         is_quiet=True,
     ),
@@ -133,7 +207,11 @@ _TABLE = (
         "experiments",
         "Score a grid of retrieval settings from caches; no model runs.",
         "moduseg.studies.sweep:main",
-        options="moduseg.studies.sweep:SweepOptions",
+        reads="the caches of a run, which is made if absent",
+        writes="outputs/<dataset>/sweep/<name>-<key>/: sweep.md, sweep.csv, sweep.png",
+        examples=("sweep retrieval.top_k=1,5,9", "sweep retrieval.top_k=1,5,9 retrieval.nms_iou=0.4,0.6 select=train"),
+        groups=_ALL,
+        options=SweepOptions,
         repeated=("select",),
         accepts="all",
         is_quiet=True,
@@ -143,7 +221,11 @@ _TABLE = (
         "experiments",
         "Withhold a class from the bank, then add it from a few tagged images.",
         "moduseg.studies.new_class:main",
-        options="moduseg.studies.new_class:NewClassOptions",
+        reads="the images of both splits",
+        writes="outputs/tables/<name>.md and .json",
+        examples=("new_class", "new_class class='red disc' images=5"),
+        groups=_ALL,
+        options=NewClassOptions,
         is_quiet=True,
     ),
     Command(
@@ -151,6 +233,9 @@ _TABLE = (
         "experiments",
         "Train a miniature model, or print the quality of the shipped ones.",
         "moduseg.miniature.training.train:main",
+        reads="nothing; scenes are drawn",
+        writes="outputs/train_miniature/<name>",
+        examples=("train_miniature model=vit", "train_miniature model=all quality_only=true"),
         config_name="train_miniature",
     ),
     Command(
@@ -158,7 +243,11 @@ _TABLE = (
         "tools",
         "Compare two folders of results or of label maps.",
         "moduseg.tools.compare:main",
-        options="moduseg.tools.compare:CompareOptions",
+        reads="two folders of results, or of <id>.png",
+        writes="outputs/<dataset>/compare/: compare.md and pictures",
+        examples=("compare outputs/voc/infer/first outputs/voc/infer/latest", "compare masks1 masks2 dataset=voc"),
+        groups=("dataset", "evaluation", "runtime",),
+        options=CompareOptions,
         words=("folders",),
         repeated=("folders",),
         accepts="all",
@@ -168,56 +257,80 @@ _TABLE = (
         "tools",
         "Print what a bank holds: its classes, or the regions of one class.",
         "moduseg.tools.bank:info",
-        options="moduseg.tools.bank:InfoOptions",
+        reads="a bank",
+        writes="nothing; a table is printed",
+        examples=("bank info bank=latest", "bank info bank=latest class=dog"),
+        options=InfoOptions,
     ),
     Command(
         "bank add",
         "tools",
         "Add tagged images to a bank.",
         "moduseg.tools.bank:add",
-        options="moduseg.stages.extend_bank:AddOptions",
+        reads="a bank, images and their tags",
+        writes="a new bank: <out>, or outputs/<dataset>/build_bank/<name>-<key>/",
+        examples=("bank add bank=latest images=more tags=dog", "bank add bank=latest images=stars new='yellow star'"),
+        options=AddOptions,
     ),
     Command(
         "bank remove",
         "tools",
         "Remove classes, images or regions from a bank.",
         "moduseg.tools.bank:remove",
-        options="moduseg.tools.bank:RemoveOptions",
+        reads="a bank",
+        writes="a new bank: <out>, or outputs/<dataset>/build_bank/<name>-<key>/",
+        examples=("bank remove bank=latest class=dog out=bank2", "bank remove bank=latest image='a;b'"),
+        options=RemoveOptions,
     ),
     Command(
         "bank merge",
         "tools",
         "Join banks of one backbone.",
         "moduseg.tools.bank:merge",
-        options="moduseg.tools.bank:MergeOptions",
+        reads="two or more banks of one backbone",
+        writes="a new bank: <out>, or outputs/<dataset>/build_bank/<name>-<key>/",
+        examples=("bank merge banks='bank1;bank2' out=bank3", "bank merge banks='bank1;bank2' prefix"),
+        options=MergeOptions,
     ),
     Command(
         "bank export",
         "tools",
         "Write a bank's vectors for another program.",
         "moduseg.tools.bank:export",
-        options="moduseg.tools.bank:ExportOptions",
+        reads="a bank",
+        writes="<out>/: vectors and names in the format that was asked for",
+        examples=("bank export bank=latest out=vectors", "bank export bank=latest out=vectors format=csv"),
+        options=ExportOptions,
     ),
     Command(
         "predict",
         "tools",
         "Label your own images with a bank.",
         "moduseg.tools.predict:main",
-        options="moduseg.tools.predict:PredictOptions",
+        reads="a bank and images",
+        writes="<out>/: labels/<id>.png, overlays/, and the formats that were asked for",
+        examples=("predict bank=latest images=photos", "predict bank=latest images=photos formats='png;coco'"),
+        options=PredictOptions,
     ),
     Command(
         "demo_app",
         "tools",
         "Look into a bank in a browser.",
         "moduseg.app.serve:main",
-        options="moduseg.app.serve:DemoOptions",
+        reads="a bank",
+        writes="nothing, until a bank is saved in the page",
+        examples=("demo_app bank=latest", "demo_app bank=latest port=8000"),
+        options=DemoOptions,
     ),
     Command(
         "report",
         "tools",
         "Write the report of a run, a page that opens from disk.",
         "moduseg.tools.report:main",
-        options="moduseg.tools.report:ReportOptions",
+        reads="a finished run, or a folder of <id>.png",
+        writes="report/index.html in the folder of the run",
+        examples=("report run=latest", "report predictions=masks dataset=voc"),
+        options=ReportOptions,
         accepts="all",
     ),
 )  # fmt: skip

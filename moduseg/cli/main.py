@@ -21,18 +21,29 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from moduseg import __version__
 from moduseg.cli.commands import COMMANDS, Command
-from moduseg.cli.options import describe_keys, parse
-from moduseg.config import compose, config_dir, from_hydra
-from moduseg.errors import ConfigError, IncompleteError, ModusegError, hide_credentials
+from moduseg.cli.help import describe_command, describe_verbs, list_commands
+from moduseg.cli.options import parse
+from moduseg.config import compose, compose_hydra, config_dir, from_hydra
+from moduseg.config.overrides import check_names, quote_for_hydra
+from moduseg.errors import ConfigError, IncompleteError, ModusegError, hide_credentials, suggest
 
 
 def entry() -> None:
     """Run the command that the first argument names, and exit."""
-    first = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    arguments = sys.argv[1:]
+    first = arguments[0] if arguments else "--help"
     names = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    if first in ("-h", "--help", "help"):
+        sys.exit(_print_text(list_commands()))
+    if first == "--version":
+        sys.exit(_print_text(f"moduseg {__version__}"))
     if first not in names:
-        sys.exit(f"moduseg: got {first!r}, expected one of {', '.join(names)}; try: moduseg build_bank")
+        close = suggest(first, names)
+        hint = f"did you mean {close}?" if close else "try: moduseg --help"
+        print(f"moduseg: error: {first}: unknown command; {hint}", file=sys.stderr)
+        sys.exit(2)
     del sys.argv[1]
     run_script(first)
 
@@ -45,6 +56,8 @@ def run_script(name: str) -> None:
     """
 
     with errors_as_exit_code() as status:
+        if name not in COMMANDS and sys.argv[1:2] in ([], ["-h"], ["--help"]):
+            sys.exit(_print_text(describe_verbs(name)))
         command, arguments = find_command(name, sys.argv[1:])
         _log_to_stdout(is_quiet=command.is_quiet)
         run = bind_command(command, arguments)
@@ -73,16 +86,19 @@ def find_command(name: str, arguments: Sequence[str]) -> tuple[Command, list[str
 def bind_command(command: Command, arguments: Sequence[str]) -> Callable[[], int | Path]:
     """Return the command's function with its arguments, checked, ready to be called.
 
-    Options of Hydra (`--help`, `--cfg job`, `-m`) work for commands that read the configuration alone.
+    Options of Hydra (`--cfg job`, `-m`) work for commands that read the configuration alone.
 
     Raises:
         ConfigError: an unknown, missing or wrong argument.
     """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        overrides = [argument for argument in arguments if not argument.startswith("-") and command.options is None]
+        return partial(_print_text, describe_command(command, overrides))
     if command.options is not None:
-        return _bind_options(command, arguments)
-    if command.config_name != "config" or any(argument.startswith("-") for argument in arguments):
+        return _bind_options(command, command.options, arguments)
+    if any(argument.startswith("-") for argument in arguments):
         return partial(_run_with_hydra, command, arguments)
-    cfg = compose(arguments)
+    cfg = compose(arguments) if command.config_name == "config" else compose_hydra(arguments, command.config_name)
     return partial(load(command.function), cfg)
 
 
@@ -127,28 +143,34 @@ def errors_as_exit_code() -> Iterator[ExitStatus]:
         status.code = 130
 
 
-def _bind_options(command: Command, arguments: Sequence[str]) -> Callable[[], int | Path]:
-    options_class = load(command.options or "")
-    if any(argument in ("-h", "--help") for argument in arguments):
-        text = f"{command.summary}\n\nmoduseg {command.name} [key=value ...]\n{describe_keys(options_class)}"
-        return partial(_print_help, text)
+def _bind_options(command: Command, cls: type[Any], arguments: Sequence[str]) -> Callable[[], int | Path]:
     options, overrides = parse(
         arguments,
-        options_class,
+        cls,
         command.name.split()[-1],
         words=command.words,
         repeated=command.repeated,
         accepts=command.accepts,
     )
+    check_names(overrides, config_dir())
     return partial(load(command.function), options, overrides)
 
 
-def _print_help(text: str) -> int:
+def _print_text(text: str) -> int:
     print(text)
     return 0
 
 
 def _run_with_hydra(command: Command, arguments: Sequence[str]) -> int:
+    """Run a command as Hydra does with its own options; names are checked before, in this program's words."""
+    values = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
+    has_own_files = any(
+        argument.startswith(("--config", "-cd", "-cn", "-cp", "hydra.searchpath")) for argument in arguments
+    )
+    if not has_own_files and command.config_name == "config":
+        check_names(values, config_dir())
+    is_multirun = any(argument in ("-m", "--multirun") for argument in arguments)
+
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command.config_name)
     def job(composed: DictConfig) -> None:
         _log_to_stdout(is_quiet=command.is_quiet)  # a launcher may have moved the job to another process
@@ -158,7 +180,7 @@ def _run_with_hydra(command: Command, arguments: Sequence[str]) -> int:
         if status.code:
             sys.exit(status.code)
 
-    sys.argv[1:] = arguments
+    sys.argv[1:] = [quote_for_hydra(argument, is_multirun=is_multirun) for argument in arguments]
     job()
     return 0
 

@@ -6,8 +6,10 @@ import dataclasses
 import inspect
 import keyword
 import re
+import types
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moduseg.config import Config
 from moduseg.config.construct import construct
@@ -19,6 +21,8 @@ Overrides = Literal["none", "groups", "all"]
 """Which other arguments a command accepts: none; `group.key=value` of the configuration; all, for Hydra to read."""
 GROUPS = tuple(field.name for field in dataclasses.fields(Config) if field.name != "predictions")
 """Groups of the configuration that an override may name."""
+_PATH_KEYS = ("images", "banks")
+"""Keys of several files or folders."""
 
 
 def parse(
@@ -33,7 +37,8 @@ def parse(
     """Return the options of a command, and the overrides of the configuration among its arguments.
 
     A field `class_` is the key `class`. A tuple takes `a;b` or `[a,b]`, text is taken as it is, other types are read as
-    YAML. The name of a true-or-false key alone means `true`.
+    YAML. A file or folder whose name holds `;` or `[` is found under that name. The name of a true-or-false key alone
+    means `true`.
 
     Args:
         arguments: as they are typed, without the command.
@@ -68,8 +73,8 @@ def parse(
         elif len(texts.get(key, [])) > 1:
             raise ConfigError(f"{key}: given twice to {command}, expected once; separate several values by ';'")
         elif key in texts:
-            values[name] = _to_value(texts[key][0], hints[name])
-        elif _is_required(cls, name):
+            values[name] = _to_value(key, texts[key][0], hints[name])
+        elif is_required(cls, name):
             raise ConfigError(f"{key}: missing; set {key}=<value> for {command}")
     try:
         return construct(cls, values, command), overrides
@@ -78,16 +83,39 @@ def parse(
         raise ConfigError(str(error).removeprefix(f"{command}.").removeprefix(f"{command}: ")) from error
 
 
-def describe_keys(cls: type) -> str:
-    """Return one line for each key of a command: its name, its default, and what the class's docstring says of it."""
-    documentation = inspect.getdoc(cls) or ""
-    lines = []
+def describe_keys(cls: type) -> list[tuple[str, str]]:
+    """Return a row for each key of a command: the key with type and default, and what the docstring says of it."""
+    hints, meanings = get_type_hints(cls), read_attributes(cls)
+    rows = []
     for key, name in _fields_by_key(cls).items():
-        default = "" if _is_required(cls, name) else f" [{getattr(cls, name)}]"
-        entry = re.search(rf"^ +{name}: (.*(?:\n {{8}}.*)*)", documentation, re.MULTILINE)
-        meaning = " ".join(entry.group(1).split()) if entry else ""
-        lines.append(f"  {key}=<value>{default}  {meaning}".rstrip())
-    return "\n".join(lines)
+        default = "" if is_required(cls, name) else f" [{to_text(getattr(cls, name))}]"
+        rows.append((f"{key}=<{describe_type(hints[name])}>{default}", meanings.get(name, "")))
+    return rows
+
+
+def read_attributes(cls: type) -> dict[str, str]:
+    """Return what the docstring of a dataclass says of each attribute, on one line."""
+    entries = re.findall(r"^ +(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", inspect.getdoc(cls) or "", re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+def describe_type(hint: Any) -> str:
+    """Return a type in a few words."""
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"{describe_type(get_args(hint)[0])};..."
+    if get_origin(hint) in (Union, types.UnionType):
+        return "|".join(describe_type(choice) for choice in get_args(hint))
+    words = {str: "text", int: "whole number", float: "number", bool: "true|false", type(None): "null"}
+    return words.get(hint, "settings")
+
+
+def to_text(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return ";".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _fields_by_key(cls: Any) -> dict[str, str]:
@@ -96,7 +124,7 @@ def _fields_by_key(cls: Any) -> dict[str, str]:
     return {name.rstrip("_") if keyword.iskeyword(name[:-1]) else name: name for name in names}
 
 
-def _is_required(cls: Any, name: str) -> bool:
+def is_required(cls: Any, name: str) -> bool:
     field = next(field for field in dataclasses.fields(cls) if field.name == name)
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -112,10 +140,13 @@ def _unknown_argument(argument: str, keys: Sequence[str], command: str, accepts:
     return f"{key}: unknown key of {command}, expected one of {', '.join(keys)}; {hint}"
 
 
-def _to_value(text: str, hint: Any) -> Any:
+def _to_value(key: str, text: str, hint: Any) -> Any:
     """Return what a text says, read as a field's type wants it; `construct` checks the type."""
     choices = str(hint)
     if "tuple" in choices:
+        # A file or folder that has this very name is meant, whatever characters are in it.
+        if key in _PATH_KEYS and Path(text).exists():
+            return [text]
         parts = text[1:-1].split(",") if text.startswith("[") and text.endswith("]") else text.split(";")
         return [part.strip() for part in parts if part.strip()]
     return parse_yaml(text) if any(name in choices for name in ("int", "float", "bool")) else text

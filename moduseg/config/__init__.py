@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moduseg.config.files import UNREADABLE, compose, config_dir, from_hydra
+from moduseg.config.files import UNREADABLE, compose, compose_hydra, config_dir, from_hydra
 from moduseg.config.schemas import (
     BackgroundConfig,
     BankConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "RuntimeConfig",
     "ShardConfig",
     "compose",
+    "compose_hydra",
     "config_dir",
     "from_hydra",
 ]

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from moduseg.config.construct import construct
+from moduseg.config.overrides import Override, check_choice, describe_unknown, read_override, set_value
 from moduseg.config.schemas import (
     BankConfig,
     Config,
@@ -23,7 +24,7 @@ from moduseg.config.schemas import (
     RetrievalConfig,
     RuntimeConfig,
 )
-from moduseg.errors import ConfigError, MissingError, suggest
+from moduseg.errors import ConfigError, MissingError
 
 UNREADABLE = (YAMLError, ValueError, TypeError, AttributeError, AssertionError, RecursionError)
 """Errors beside their own that Hydra and OmegaConf raise for a damaged YAML file."""
@@ -52,12 +53,44 @@ def compose(overrides: Sequence[str] = (), config_name: str = "config") -> Confi
     Raises:
         ConfigError: an unknown key, group or file, a wrong type, a value out of range.
     """
+    return from_hydra(compose_hydra(overrides, config_name))
+
+
+def compose_hydra(overrides: Sequence[str], config_name: str = "config") -> DictConfig:
+    """Return what a command line gives as Hydra composes it: the files first, then the values in their order.
+
+    Args:
+        overrides, config_name: see `compose`.
+
+    Raises:
+        ConfigError: an unknown key, group or file.
+    """
+    folder = config_dir()
+    parsed = [read_override(argument) for argument in overrides]
+    choices = [override for override in parsed if override.is_choice(folder) and override.text != "null"]
+    for override in choices:
+        check_choice(override, folder)
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-            cfg = hydra_compose(config_name, overrides=list(overrides))
+        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            cfg = hydra_compose(config_name, overrides=[override.argument for override in choices])
     except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
         raise ConfigError(_one_line(error)) from error
-    return from_hydra(cfg)
+    for override in parsed:
+        if not override.is_choice(folder):
+            set_value(cfg, override)
+    _check_root(cfg, parsed)
+    return cfg
+
+
+def _check_root(cfg: DictConfig, overrides: Sequence[Override]) -> None:
+    """Refuse a folder of one's own for the embedded world, which would be drawn into it."""
+    root = next((override.text for override in overrides if override.key == "dataset.root"), None)
+    is_world = root is None or Path(root).name.startswith("world")
+    if not is_world and OmegaConf.select(cfg, "dataset.name") == "miniature":
+        raise ConfigError(
+            f"dataset.root: got {root!r} with dataset=miniature, which draws its own images; for images of your own "
+            f"set dataset=folder, or experiment=folder"
+        )
 
 
 def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
@@ -76,9 +109,7 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     group_names = [f.name for f in dataclasses.fields(Config)]
     for key in plain:
         if key not in group_names:
-            close = suggest(str(key), group_names)
-            hint = f"did you mean {close}?" if close else "remove it"
-            raise ConfigError(f"{key!s}: unknown key, expected one of {', '.join(group_names)}; {hint}")
+            raise ConfigError(describe_unknown(str(key), group_names))
     schemas = {
         "pseudo_masks": PseudoMasksConfig,
         "bank": BankConfig,
@@ -107,11 +138,5 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
 
 
 def _one_line(error: Exception) -> str:
-    """Return Hydra's message on one line, with the remedy that fits this program."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(
-        line for line in lines if not line.startswith(("To append to your config", "full_key", "object_type"))
-    )
-    if "Could not override" in text or "is not in struct" in text:
-        text += "; unknown key, see configs/ for the allowed ones"
-    return text or type(error).__name__
+    """Return Hydra's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

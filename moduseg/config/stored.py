@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moduseg.config.files import compose, from_hydra
+from moduseg.config.overrides import PATH_KEYS, describe_unknown, keys_of_group
 from moduseg.config.schemas import Config
 from moduseg.errors import ConfigError
 
@@ -31,7 +31,7 @@ def reconfigure(stored: Mapping[str, Any], overrides: Sequence[str]) -> Config:
         path, _, text = override.partition("=")
         group, *keys = path.split(".")
         if keys:
-            _set_key(content, path, parse_yaml(text))
+            _set_key(content, path, text)
         else:
             content[group] = compose([override]).as_dict()[group]
     return from_hydra(content)
@@ -45,21 +45,18 @@ def parse_yaml(text: str) -> Any:
         return text
 
 
-def _set_key(content: dict[str, Any], path: str, value: Any) -> None:
+def _set_key(content: dict[str, Any], path: str, text: str) -> None:
     """Replace the value of `group.key` or `group.key.key`, which must be there."""
     group, *parents, key = path.split(".")
     settings: Any = content.get(group)
     for parent in parents:
         settings = settings.get(parent) if isinstance(settings, Mapping) else None
     # A bank of an earlier version lacks the keys that a group has gained since.
-    allowed = () if parents else _keys_of_group(group)
+    allowed = () if parents else keys_of_group(group)
     if not isinstance(settings, dict) or (key not in settings and key not in allowed):
-        names = ", ".join(settings) if isinstance(settings, Mapping) else "none"
-        raise ConfigError(f"{path}: unknown key, expected one of {names}; see configs/{group}")
-    settings[key] = value
-
-
-def _keys_of_group(group: str) -> tuple[str, ...]:
-    """Return the keys of a group's dataclass; none if the group's keys depend on what it names."""
-    hint = get_type_hints(Config)[group]
-    return tuple(field.name for field in dataclasses.fields(hint)) if dataclasses.is_dataclass(hint) else ()
+        prefix = path.removesuffix(key)
+        names = [f"{prefix}{name}" for name in settings] if isinstance(settings, Mapping) else []
+        raise ConfigError(describe_unknown(path, list(dict.fromkeys([*names, *(f"{prefix}{n}" for n in allowed)]))))
+    # A file or folder is taken as it is typed.
+    is_path = key in PATH_KEYS and not (isinstance(settings.get(key), list) and text.startswith("["))
+    settings[key] = text if is_path and text != "null" else parse_yaml(text)

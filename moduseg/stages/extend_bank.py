@@ -17,6 +17,7 @@ from moduseg.bank import edit
 from moduseg.bank.derived import open_bank, write_derived
 from moduseg.bank.store import Bank
 from moduseg.config import Config
+from moduseg.config.command_keys import AddOptions
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
 from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, read_label_file, resolve_labels
@@ -29,31 +30,6 @@ from moduseg.stages.build_bank import BuildBank
 
 SPLIT = "added"
 """What the new images are called as a split."""
-
-
-@dataclass(frozen=True)
-class AddOptions:
-    """Keys of the command `bank add`.
-
-    Attributes:
-        bank: folder of the bank.
-        images: folders of images, or single files. A folder with `images/` inside is taken as data sets of one's own
-            are laid out (`labels.csv`, `masks/`).
-        tags: class names that all of them show, or a file of labels (`labels.csv`, `.json`). If omitted, the folder's
-            own file; if it has none, the new classes.
-        new: classes that the bank does not have yet; a tag that is neither a class of the bank nor new is an error.
-        masks: folder of label maps `<id>.png` with the ids of the longer class list, used in place of pseudo masks.
-        prefix: put before the ids of the images, as `<prefix>/<id>`.
-        out: folder of the new bank; chosen below `runtime.outputs` if omitted.
-    """
-
-    bank: str
-    images: tuple[str, ...]
-    tags: str | None = None
-    new: tuple[str, ...] = ()
-    masks: str | None = None
-    prefix: str | None = None
-    out: str | None = None
 
 
 @dataclass(frozen=True)

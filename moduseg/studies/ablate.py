@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from moduseg.config import UNREADABLE, compose, config_dir
+from moduseg.config.command_keys import AblateOptions
 from moduseg.config.construct import construct
 from moduseg.errors import ConfigError
 from moduseg.evaluation.measures import PROPOSAL_FIGURES, read_path, single_measures
@@ -61,17 +62,6 @@ class Table:
             raise ValueError(f"columns: got {', '.join(unknown)}, expected some of {', '.join(FIGURES)}")
         if not self.axes or not all(isinstance(options, Mapping) and options for options in self.axes.values()):
             raise ValueError(f"axes: got {dict(self.axes)!r}, expected axis -> option -> overrides")
-
-
-@dataclass(frozen=True)
-class AblateOptions:
-    """Keys of the command `ablate`.
-
-    Attributes:
-        table: name of a file in `configs/table/`.
-    """
-
-    table: str = ""
 
 
 def main(options: AblateOptions, overrides: Sequence[str]) -> int:

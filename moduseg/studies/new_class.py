@@ -12,7 +12,6 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,6 +20,7 @@ from moduseg.bank import edit
 from moduseg.bank.derived import write_derived
 from moduseg.bank.store import Bank
 from moduseg.config import Config, compose
+from moduseg.config.command_keys import NewClassOptions
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.measures import format_value
 from moduseg.evaluation.tables import markdown_table, versions
@@ -29,25 +29,6 @@ from moduseg.pipeline.workspace import Workspace, log
 from moduseg.stages import extend_bank
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
-
-
-@dataclass(frozen=True)
-class NewClassOptions:
-    """Keys of the command `new_class`.
-
-    Attributes:
-        class_: names of the classes to withhold, one after the other; `all` for every class.
-        images: how many tagged images are added.
-        name: of the table's files.
-    """
-
-    class_: tuple[str, ...] = ("all",)
-    images: int = 5
-    name: str = "new_class"
-
-    def __post_init__(self) -> None:
-        if self.images < 1:
-            raise ValueError(f"images: got {self.images}, expected 1 or more; try 5")
 
 
 def main(options: NewClassOptions, overrides: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from moduseg.config import Config, compose
+from moduseg.config.command_keys import ReproduceOptions
 from moduseg.errors import ConfigError, MissingError, ModusegError, StorageError
 from moduseg.evaluation.measures import format_value
 from moduseg.evaluation.tables import markdown_table, versions
@@ -28,26 +29,6 @@ from moduseg.studies.paper_tables import BASE, MINIATURE, SPLITS, PaperTable, lo
 
 ALIASES = {"voc_aug": "voc", "coco2014": "coco"}
 """Other configurations of a data set -> its name in tables."""
-
-
-@dataclass(frozen=True)
-class ReproduceOptions:
-    """Keys of the command `reproduce`.
-
-    Attributes:
-        table: name of a file in `configs/reproduce/`.
-        dataset: the one data set to run: `voc`, `voc_aug`, `coco`, `ade20k`, `cityscapes` or `miniature`; all with
-            published figures if omitted.
-        row: the one row to run; all if omitted.
-        seeds: runs of a row, where the data set can be repeated; the table's number if omitted.
-        show: whether to print the command of each row instead of running it.
-    """
-
-    table: str = ""
-    dataset: str | None = None
-    row: str | None = None
-    seeds: int | None = None
-    show: bool = False
 
 
 def main(options: ReproduceOptions, overrides: Sequence[str]) -> int:

@@ -25,6 +25,8 @@ from hydra.errors import HydraException
 from tqdm import tqdm
 
 from moduseg.config import BankConfig, Config, OutliersConfig, RetrievalConfig, compose, from_hydra
+from moduseg.config.command_keys import SweepOptions
+from moduseg.config.overrides import read_override
 from moduseg.errors import ConfigError
 from moduseg.evaluation.measures import (
     LabelMapCounts,
@@ -72,17 +74,6 @@ class Grid:
         return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
 
 
-@dataclass(frozen=True)
-class SweepOptions:
-    """Keys of the command `sweep`.
-
-    Attributes:
-        select: a split, or overrides of another run, one at a time, that chooses the best setting.
-    """
-
-    select: tuple[str, ...] = ()
-
-
 def main(options: SweepOptions, overrides: Sequence[str]) -> int:
     """Score a grid and print its report."""
     folder = run([*overrides, *(f"select={text}" for text in options.select)])
@@ -98,13 +89,16 @@ def parse(arguments: Sequence[str]) -> Grid:
     """
     select = [a.removeprefix("select=") for a in arguments if a.startswith("select=")]
     rest = [a for a in arguments if not a.startswith("select=")]
-    try:
-        parsed = OverridesParser.create().parse_overrides(rest)
-    except HydraException as error:
-        raise ConfigError(f"sweep: {' '.join(str(error).split())}; write key=value or key=value,value") from error
     axes: dict[str, list[Any]] = {}
     overrides = []
-    for text, override in zip(rest, parsed, strict=True):
+    for text in rest:
+        if read_override(text).is_path:  # taken as it is typed, commas included
+            overrides.append(text)
+            continue
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"sweep: {' '.join(str(error).split())}; write key=value or key=value,value") from error
         if not override.is_sweep_override():
             overrides.append(text)
             continue

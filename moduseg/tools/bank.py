@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moduseg.bank import edit
 from moduseg.bank.derived import open_bank, write_derived
@@ -23,6 +23,7 @@ from moduseg.bank.statistics import (
 )
 from moduseg.bank.store import Bank
 from moduseg.config import Config, OutliersConfig
+from moduseg.config.command_keys import AddOptions, ExportOptions, InfoOptions, MergeOptions, RemoveOptions
 from moduseg.config.stored import reconfigure
 from moduseg.errors import ConfigError
 from moduseg.evaluation.tables import markdown_table
@@ -35,72 +36,6 @@ CLASS_HEADER = (
     "class", "vectors", "left out", "images", "pixels", "spread", "nearest class", "cosine", "overlap", "with",
 )  # fmt: skip
 """Columns of `bank info`: the fields of `moduseg.bank.statistics.ClassStatistics`."""
-
-
-@dataclass(frozen=True)
-class InfoOptions:
-    """Keys of the command `bank info`.
-
-    Attributes:
-        bank: folder of the bank.
-        class_: a class whose regions are listed, those to look at first on top; all classes are listed if omitted.
-        json: whether to print JSON in place of a table.
-    """
-
-    bank: str
-    class_: str | None = None
-    json: bool = False
-
-
-@dataclass(frozen=True)
-class RemoveOptions:
-    """Keys of the command `bank remove`.
-
-    Attributes:
-        bank: folder of the bank.
-        class_: names of classes, which lose their regions and their names.
-        image: ids of training images.
-        region: rows of the bank, or `<image id>:<class>`.
-        out: folder to write; chosen below `runtime.outputs` if omitted.
-    """
-
-    bank: str
-    class_: tuple[str, ...] = ()
-    image: tuple[str, ...] = ()
-    region: tuple[str, ...] = ()
-    out: str | None = None
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """Keys of the command `bank merge`.
-
-    Attributes:
-        banks: folders of two or more banks of one backbone.
-        prefix: whether the images of each bank get the name of its folder in front.
-        out: folder to write; chosen below `runtime.outputs` if omitted.
-    """
-
-    banks: tuple[str, ...]
-    prefix: bool = False
-    out: str | None = None
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """Keys of the command `bank export`.
-
-    Attributes:
-        bank: folder of the bank.
-        out: folder for the files.
-        format: which program the files are for; see `moduseg.bank.export.FORMATS`.
-        outliers: whether the outlier filter of the bank's configuration drops vectors, as it does in searches.
-    """
-
-    bank: str
-    out: str
-    format: Literal["npz", "faiss", "csv", "projector"] = "npz"
-    outliers: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,7 +85,7 @@ def info(options: InfoOptions, overrides: Sequence[str]) -> int:
     return 0
 
 
-def add(options: extend_bank.AddOptions, overrides: Sequence[str]) -> int:
+def add(options: AddOptions, overrides: Sequence[str]) -> int:
     """Add tagged images to a bank; 1 if some could not be processed, else 0."""
     return 1 if count_failures(extend_bank.run(options, overrides)) else 0
 

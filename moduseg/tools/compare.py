@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moduseg.config import Config, compose
+from moduseg.config.command_keys import CompareOptions
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.evaluation.compare import CompareSettings, compare, compare_markdown
 from moduseg.evaluation.confusion import Uncovered
@@ -18,17 +19,6 @@ from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.workspace import log
 from moduseg.stages import evaluate_folder
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """Keys of the command `compare`.
-
-    Attributes:
-        folders: the two folders, of results (`results.json`) or of PNGs named `<id>.png`.
-    """
-
-    folders: tuple[str, ...] = ()
 
 
 def main(options: CompareOptions, overrides: Sequence[str]) -> int:

@@ -9,23 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from moduseg.config.command_keys import ConvertOptions
 from moduseg.errors import DataError, MissingError
 from moduseg.files import write_atomic
 from moduseg.proposers.id_maps import SUFFIXES, read_id_map
 from moduseg.proposers.sa1b import dump, to_annotations
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """Keys of the command `convert_proposals`.
-
-    Attributes:
-        source: folder of maps, `<id>.npz` or `<id>.png`, sub-folders included.
-        out: folder to write `<id>.json` to.
-    """
-
-    source: str
-    out: str
 
 
 def main(options: ConvertOptions, overrides: Sequence[str] = ()) -> int:

@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from moduseg.config.command_keys import Coco150Options
 from moduseg.datasets.coco150 import make_coco150
-
-
-@dataclass(frozen=True)
-class Coco150Options:
-    """Keys of the command `make_coco150`.
-
-    Attributes:
-        coco: folder of the download, with train2017/, val2017/ and annotations/ that has the files panoptic_*.
-        out: folder to write to.
-    """
-
-    coco: str
-    out: str = "data/coco150"
 
 
 def main(options: Coco150Options, overrides: Sequence[str] = ()) -> int:

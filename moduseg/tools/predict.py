@@ -6,9 +6,8 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from moduseg.api import Segmenter
 from moduseg.bank.derived import digest_bank, open_bank
 from moduseg.bank.store import Bank
 from moduseg.config import Config
+from moduseg.config.command_keys import PredictOptions
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
 from moduseg.datasets.io import read_image, write_label_png
@@ -35,8 +35,6 @@ from moduseg.report.annotations import (
 from moduseg.report.overlay import overlay_labels
 from moduseg.report.panel import draw_panel, make_class_legend
 
-FORMATS = ("png", "overlay", "coco", "labelme", "labelstudio")
-"""What may be written: `labels/`, `overlays/`, `coco.json`, `labelme/`, `labelstudio.json` with its configuration."""
 _IMAGE_FILES = {
     "png": ("labels", ".png"),
     "overlay": ("overlays", ".png"),
@@ -44,41 +42,6 @@ _IMAGE_FILES = {
     "record": ("records", ".json"),
 }
 """Folder and suffix of what is written for each image: formats, and the record that the joint files are made from."""
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """Keys of the command `predict`.
-
-    Attributes:
-        bank: folder of the bank.
-        images: folders of images, or single files.
-        out: folder to write.
-        min_score: proposals that score less are unknown (255 in the label map, no object); the score is a cosine,
-            -1 to 1. No limit if omitted.
-        formats: what is written, some of `FORMATS`.
-        objects: `proposals` (what is visible of one proposal) or `components` (a connected region of one class).
-        tolerance: pixels that polygons may lie off the mask; see `moduseg.masks.polygons.find_polygons`.
-        image_url: what Label Studio's addresses of images begin with; the default is its local file storage.
-    """
-
-    bank: str
-    images: tuple[str, ...]
-    out: str = "predictions"
-    min_score: float | None = None
-    formats: tuple[str, ...] = FORMATS
-    objects: Literal["proposals", "components"] = "proposals"
-    tolerance: float = 1.0
-    image_url: str = "/data/local-files/?d="
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.formats if name not in FORMATS]
-        if unknown or not self.formats:
-            raise ValueError(f"formats: got {unknown or 'none'}, expected some of {', '.join(FORMATS)}")
-        if self.min_score is not None and not -1 <= self.min_score <= 1:
-            raise ValueError(f"min_score: got {self.min_score}, expected a cosine, -1 to 1; try 0.5")
-        if self.tolerance < 0:
-            raise ValueError(f"tolerance: got {self.tolerance}, expected 0 or more pixels; try 1")
 
 
 def main(options: PredictOptions, overrides: Sequence[str]) -> int:

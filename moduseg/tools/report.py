@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from moduseg.config import compose
+from moduseg.config.command_keys import ReportOptions
 from moduseg.errors import ConfigError
 from moduseg.files import read_json
 from moduseg.pipeline.workspace import Workspace
@@ -15,21 +15,6 @@ from moduseg.report.build import FOLDER, Comparison, add_figures, write_report
 from moduseg.report.finished_run import open_run, read_run_config
 from moduseg.stages import evaluate_folder
 from moduseg.tools import compare
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Keys of the command `report`.
-
-    Attributes:
-        run: folder of a run, of `infer`, `evaluate` or `pseudo_masks`.
-        predictions: folder of `<id>.png` in place of a run; `dataset=<name>` says what to score them on.
-        compare: a second run, or a second folder of `<id>.png`, shown beside the first.
-    """
-
-    run: str | None = None
-    predictions: str | None = None
-    compare: str | None = None
 
 
 def main(options: ReportOptions, overrides: Sequence[str]) -> int:

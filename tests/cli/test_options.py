@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moduseg.cli.options import describe_keys, parse
+from moduseg.config.command_keys import PredictOptions
 from moduseg.errors import ConfigError
 
 
@@ -67,7 +69,18 @@ def test_mistakes_name_the_key(arguments: list[str], accepts: Any, message: str)
 
 
 def test_keys_are_described_from_the_docstring() -> None:
-    assert describe_keys(Keys).splitlines()[:2] == [
-        "  source=<value>  where to read, on two lines.",
-        "  class=<value> [None]  a name.",
+    assert describe_keys(Keys) == [
+        ("source=<text>", "where to read, on two lines."),
+        ("class=<text|null> [null]", "a name."),
+        ("count=<whole number> [3]", "how many."),
+        ("names=<text;...> []", "several."),
+        ("show=<true|false> [false]", "whether to show."),
     ]
+
+
+@pytest.mark.parametrize("name", ["a;b", "[a,b]", " a ", "x=y"])
+def test_existing_files_are_one_value(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    options, _ = parse(["bank=b", f"images={name}"], PredictOptions, "predict")
+    assert options.images == (name,)

@@ -83,7 +83,7 @@ def test_every_table_composes(name: str) -> None:
         (["bank.purify.kernel_size=4"], r"kernel_size: got 4, expected an odd number"),
         (["bank.aggregation=firm"], r"bank\.aggregation: got 'firm'.*one of soft, hard"),
         (["bank.outliers.drop_ratio=1"], r"drop_ratio: got 1\.0, expected 0 <= ratio < 1"),
-        (["proposer=sum"], r"proposer/sum"),
+        (["proposer=sum"], r"proposer=sum: no such file.*did you mean sam"),
         (["proposer=superpixels", "+proposer.scal=[1]"], r"proposer\.scal: unknown key.*did you mean proposer\.scales"),
         (["backbone=miniature_random", "backbone.model=no_such_model"], r"no_such_model"),
         (["dataset.seed=zero"], r"dataset\.seed: got 'zero'"),

@@ -1,0 +1,287 @@
+"""The keys of the commands that have keys of their own, one class a command; imported without torch."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Literal
+
+MAX_DEMO_PIXELS = 16_000_000
+"""Larger pictures are refused by the demo."""
+FORMATS = ("png", "overlay", "coco", "labelme", "labelstudio")
+"""What `predict` may write: `labels/`, `overlays/`, `coco.json`, `labelme/`, `labelstudio.json`."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Keys of the command `convert_proposals`.
+
+    Attributes:
+        source: folder of maps, `<id>.npz` or `<id>.png`, sub-folders included.
+        out: folder to write `<id>.json` to.
+    """
+
+    source: str
+    out: str
+
+
+@dataclass(frozen=True)
+class Coco150Options:
+    """Keys of the command `make_coco150`.
+
+    Attributes:
+        coco: folder of the download, with train2017/, val2017/ and annotations/ that has the files panoptic_*.
+        out: folder to write to.
+    """
+
+    coco: str
+    out: str = "data/coco150"
+
+
+@dataclass(frozen=True)
+class AblateOptions:
+    """Keys of the command `ablate`.
+
+    Attributes:
+        table: name of a file in `configs/table/`.
+    """
+
+    table: str = ""
+
+
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """Keys of the command `reproduce`.
+
+    Attributes:
+        table: name of a file in `configs/reproduce/`.
+        dataset: the one data set to run: `voc`, `voc_aug`, `coco`, `ade20k`, `cityscapes` or `miniature`; all with
+            published figures if omitted.
+        row: the one row to run; all if omitted.
+        seeds: runs of a row, where the data set can be repeated; the table's number if omitted.
+        show: whether to print the command of each row instead of running it.
+    """
+
+    table: str = ""
+    dataset: str | None = None
+    row: str | None = None
+    seeds: int | None = None
+    show: bool = False
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Keys of the command `sweep`.
+
+    Attributes:
+        select: a split, or overrides of another run, one at a time, that chooses the best setting.
+    """
+
+    select: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NewClassOptions:
+    """Keys of the command `new_class`.
+
+    Attributes:
+        class_: names of the classes to withhold, one after the other; `all` for every class.
+        images: how many tagged images are added.
+        name: of the table's files.
+    """
+
+    class_: tuple[str, ...] = ("all",)
+    images: int = 5
+    name: str = "new_class"
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ValueError(f"images: got {self.images}, expected 1 or more; try 5")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Keys of the command `compare`.
+
+    Attributes:
+        folders: the two folders, of results (`results.json`) or of PNGs named `<id>.png`.
+    """
+
+    folders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Keys of the command `bank info`.
+
+    Attributes:
+        bank: folder of the bank.
+        class_: a class whose regions are listed, those to look at first on top; all classes are listed if omitted.
+        json: whether to print JSON in place of a table.
+    """
+
+    bank: str
+    class_: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class RemoveOptions:
+    """Keys of the command `bank remove`.
+
+    Attributes:
+        bank: folder of the bank.
+        class_: names of classes, which lose their regions and their names.
+        image: ids of training images.
+        region: rows of the bank, or `<image id>:<class>`.
+        out: folder to write; chosen below `runtime.outputs` if omitted.
+    """
+
+    bank: str
+    class_: tuple[str, ...] = ()
+    image: tuple[str, ...] = ()
+    region: tuple[str, ...] = ()
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Keys of the command `bank merge`.
+
+    Attributes:
+        banks: folders of two or more banks of one backbone.
+        prefix: whether the images of each bank get the name of its folder in front.
+        out: folder to write; chosen below `runtime.outputs` if omitted.
+    """
+
+    banks: tuple[str, ...]
+    prefix: bool = False
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Keys of the command `bank export`.
+
+    Attributes:
+        bank: folder of the bank.
+        out: folder for the files.
+        format: which program the files are for; .
+        outliers: whether the outlier filter of the bank's configuration drops vectors, as it does in searches.
+    """
+
+    bank: str
+    out: str
+    format: Literal["npz", "faiss", "csv", "projector"] = "npz"
+    outliers: bool = True
+
+
+@dataclass(frozen=True)
+class AddOptions:
+    """Keys of the command `bank add`.
+
+    Attributes:
+        bank: folder of the bank.
+        images: folders of images, or single files. A folder with `images/` inside is taken as data sets of one's own
+            are laid out (`labels.csv`, `masks/`).
+        tags: class names that all of them show, or a file of labels (`labels.csv`, `.json`). If omitted, the folder's
+            own file; if it has none, the new classes.
+        new: classes that the bank does not have yet; a tag that is neither a class of the bank nor new is an error.
+        masks: folder of label maps `<id>.png` with the ids of the longer class list, used in place of pseudo masks.
+        prefix: put before the ids of the images, as `<prefix>/<id>`.
+        out: folder of the new bank; chosen below `runtime.outputs` if omitted.
+    """
+
+    bank: str
+    images: tuple[str, ...]
+    tags: str | None = None
+    new: tuple[str, ...] = ()
+    masks: str | None = None
+    prefix: str | None = None
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Keys of the command `predict`.
+
+    Attributes:
+        bank: folder of the bank.
+        images: folders of images, or single files.
+        out: folder to write.
+        min_score: proposals that score less are unknown (255 in the label map, no object); the score is a cosine,
+            -1 to 1. No limit if omitted.
+        formats: what is written, some of `FORMATS`.
+        objects: `proposals` (what is visible of one proposal) or `components` (a connected region of one class).
+        tolerance: pixels that polygons may lie off the mask; see `moduseg.masks.polygons.find_polygons`.
+        image_url: what Label Studio's addresses of images begin with; the default is its local file storage.
+    """
+
+    bank: str
+    images: tuple[str, ...]
+    out: str = "predictions"
+    min_score: float | None = None
+    formats: tuple[str, ...] = FORMATS
+    objects: Literal["proposals", "components"] = "proposals"
+    tolerance: float = 1.0
+    image_url: str = "/data/local-files/?d="
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise ValueError(f"formats: got {unknown or 'none'}, expected some of {', '.join(FORMATS)}")
+        if self.min_score is not None and not -1 <= self.min_score <= 1:
+            raise ValueError(f"min_score: got {self.min_score}, expected a cosine, -1 to 1; try 0.5")
+        if self.tolerance < 0:
+            raise ValueError(f"tolerance: got {self.tolerance}, expected 0 or more pixels; try 1")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Keys of the command `demo_app`.
+
+    Attributes:
+        bank: folder of the bank.
+        host: address to listen on; the default is this machine only. On any other address the page saves nothing, and
+            shows no training image outside the bank's folder and `pictures`.
+        port: port to listen on; a free one if omitted.
+        save_folder: banks are saved below it.
+        pictures: folders whose pictures the page may show, beside the bank's own.
+        max_pixels: larger pictures are refused.
+    """
+
+    bank: str
+    host: str = "127.0.0.1"
+    port: int | None = None
+    save_folder: str = "outputs/saved_banks"
+    pictures: tuple[str, ...] = ()
+    max_pixels: int = MAX_DEMO_PIXELS
+
+    @property
+    def is_public(self) -> bool:
+        """Whether other machines can open the page."""
+        try:
+            return not ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host != "localhost"
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels: got {self.max_pixels}, expected 1 or more; leave it out")
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ValueError(f"port: got {self.port}, expected 1 to 65535; leave it out for a free one")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Keys of the command `report`.
+
+    Attributes:
+        run: folder of a run, of `infer`, `evaluate` or `pseudo_masks`.
+        predictions: folder of `<id>.png` in place of a run; `dataset=<name>` says what to score them on.
+        compare: a second run, or a second folder of `<id>.png`, shown beside the first.
+    """
+
+    run: str | None = None
+    predictions: str | None = None
+    compare: str | None = None
