@@ -56,7 +56,7 @@ def run_script(name: str) -> None:
     """
 
     with errors_as_exit_code() as status:
-        if name not in COMMANDS and sys.argv[1:2] in ([], ["-h"], ["--help"]):
+        if name not in COMMANDS and sys.argv[1:2] in (["-h"], ["--help"]):
             sys.exit(_print_text(describe_verbs(name)))
         command, arguments = find_command(name, sys.argv[1:])
         _log_to_stdout(is_quiet=command.is_quiet)

@@ -358,7 +358,7 @@ def test_stored_configurations_take_overrides(bank: Path) -> None:
     assert reconfigure(stored, ["retrieval=paper", "retrieval.top_k=3"]).retrieval.top_k == 3
     assert reconfigure(stored, []).as_dict()["retrieval"] == stored["retrieval"]
     for override, message in (
-        ("retrieval.topk=3", r"retrieval\.topk: unknown key, expected one of .*top_k"),
+        ("retrieval.topk=3", r"retrieval\.topk: unknown key; did you mean retrieval\.top_k"),
         ("retrieval.top_k=many", r"retrieval\.top_k: got 'many'"),
         ("proposer=nothing", r"nothing"),
     ):
