@@ -46,6 +46,11 @@ class Device:
     torch_device: torch.device
     precision: str = "float32"
 
+    def key_parts(self) -> dict[str, str]:
+        """Return the part of a key that stands for the device: the precision, and the kind unless it is the CPU."""
+        kind = self.torch_device.type
+        return {"precision": self.precision} if kind == "cpu" else {"precision": self.precision, "device": kind}
+
     def with_precision(self, precision: str | None) -> Device:
         """Return this device with the precision that a preset names for its model; only CUDA follows presets.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from moduseg.errors import ArtefactError
 from moduseg.files import FORMAT, digest_of, read_json, remove_leftovers, write_json
+from moduseg.pipeline.environment import describe_environment, report_difference
 
 log = logging.getLogger("moduseg")
 
@@ -44,6 +45,8 @@ class Artefact:
             raise ArtefactError(
                 f"{self.path}: holds key {stored.get('key')!r}, expected {self.key!r}; remove the folder"
             )
+        if stored is not None:
+            report_difference(stage, str(self.path), stored.get("environment"))
         remove_leftovers(self.path)
         if stored is None:
             self.write_manifest(status="running")
@@ -95,6 +98,7 @@ class Artefact:
         A complete manifest also lists size and sha256 of the merged files: those beside it, and the pictures in
         `panels/`.
         """
+        fields["environment"] = describe_environment()
         if fields.get("status") == "complete":
             entries = [p for p in (*self.path.iterdir(), *self.path.glob("panels/**/*")) if p.name[0] != "."]
             files = sorted(p for p in entries if p.is_file() and p != self.manifest_path)

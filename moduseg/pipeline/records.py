@@ -71,7 +71,7 @@ class Records:
 
     def stamp_inputs(self, image_id: str) -> list[InputStamp]:
         """Return what an image's inputs are recognised by."""
-        return [_stamp(path) for path in self._reads(image_id)]
+        return [stamp_file(path) for path in self._reads(image_id)]
 
     def write(self, index: int, results: Mapping[str, Mapping[str, bytes]]) -> dict[str, tuple[int, str]]:
         """Write the files of a batch's images and return size and sha256 of each.
@@ -101,16 +101,9 @@ class Records:
 
     def _has_same_inputs(self, image_id: str, stamps: Sequence[Any]) -> bool:
         paths = self._reads(image_id)
-        return len(paths) == len(stamps) and all(map(self._is_same_input, paths, stamps))
-
-    def _is_same_input(self, path: Path, stamp: Any) -> bool:
-        size, mtime = _size_and_time(path)
-        if isinstance(stamp, int):  # of an earlier version
-            return size == stamp
-        recorded_size, recorded_mtime, digest = stamp
-        if size != recorded_size:
-            return False
-        return (mtime == recorded_mtime and not self._verify) or size < 0 or _sha256(path) == digest
+        return len(paths) == len(stamps) and all(
+            is_same_file(path, stamp, verify=self._verify) for path, stamp in zip(paths, stamps, strict=True)
+        )
 
     def _is_intact(self, file: Path, size: int, digest: str) -> bool:
         if _size_and_time(file)[0] != size:
@@ -155,9 +148,27 @@ def read_batch_size(artefact: Artefact, ids: Sequence[str]) -> int | None:
     return None
 
 
-def _stamp(path: Path) -> InputStamp:
+def stamp_file(path: Path) -> InputStamp:
+    """Return what a file is recognised by."""
     size, mtime = _size_and_time(path)
     return size, mtime, _sha256(path) if size >= 0 else ""
+
+
+def is_same_file(path: Path, stamp: Any, *, verify: bool) -> bool:
+    """Return whether a file is the one that was stamped.
+
+    Args:
+        path: the file.
+        stamp: an `InputStamp` as JSON gives it, or the size alone, as earlier versions wrote it.
+        verify: whether the content is compared although size and time of change agree.
+    """
+    size, mtime = _size_and_time(path)
+    if isinstance(stamp, int):
+        return size == stamp
+    stamped_size, stamped_mtime, digest = stamp
+    if size != stamped_size:
+        return False
+    return (mtime == stamped_mtime and not verify) or size < 0 or _sha256(path) == digest
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

@@ -133,11 +133,11 @@ class Workspace:
         return {"split": split, "fingerprint": self.dataset(split).fingerprint()}
 
     def backbone_parts(self) -> dict[str, Any]:
-        """Return the part of a key that stands for the backbone: its configuration, weights and precision."""
+        """Return the part of a key that stands for the backbone: its configuration, weights, precision and device."""
         return {
             "config": to_json_values(self.cfg.backbone),
             "digest": self.backbone.digest,
-            "precision": self.device.precision,
+            **self.device.key_parts(),
         }
 
     def artefact(self, stage: str, name: str, parts: Mapping[str, Any]) -> Artefact:

@@ -60,7 +60,7 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
             "digest": self.work.generator.digest,
             "fit": self._fit_digest,
             "proposals": proposals.name if proposals is not None else "",
-            "precision": self.work.device.precision,
+            **self.work.device.key_parts(),
         }
 
     def load(self, image_id: str) -> tuple[Sample, Proposals | None]:
@@ -134,7 +134,7 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
             "generator": to_json_values(work.cfg.pseudo_masks.generator),
             "digest": generator.digest,
             "images": digest_of(usable),
-            "precision": work.device.precision,
+            **work.device.key_parts(),
             **({"proposals": proposals.name} if proposals is not None else {}),
         },
     )

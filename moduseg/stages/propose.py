@@ -65,7 +65,7 @@ class Propose(Stage[Sample]):
             "dataset": self.work.dataset_parts(self.split),
             "proposer": to_json_values(self.settings),
             "digest": self.proposer.digest,
-            "precision": self.work.device.precision,
+            **self.work.device.key_parts(),
         }
 
     def load(self, image_id: str) -> Sample:

@@ -22,6 +22,7 @@ from moduseg.datasets.io import read_image, write_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.files import FORMAT, digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.manifests import safe_name
+from moduseg.pipeline.records import is_same_file, stamp_file
 from moduseg.pipeline.workspace import log
 from moduseg.report.annotations import (
     split_objects,
@@ -67,9 +68,10 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
     bank = open_bank(options.bank)
     cfg = reconfigure(bank.info["config"], overrides)
     files = find_images(options.images)
-    folder = _Folder(Path(options.out).expanduser(), _predict_key(bank, cfg, options), options)
-    folder.check()
     segmenter = Segmenter.from_bank(options.bank, cfg.runtime.device, cfg.as_dict())
+    key = _predict_key(bank, cfg, options, segmenter)
+    folder = _Folder(Path(options.out).expanduser(), key, options, verify=cfg.runtime.verify)
+    folder.check()
     if segmenter.proposer.needs_truth:
         raise ConfigError(
             f"proposer.name: got {cfg.proposer['name']!r}, which needs ground truth, expected one that works on "
@@ -118,10 +120,11 @@ class _Folder:
         path: the folder.
         key: digest of everything that decides the predictions.
         options: of the command.
+        verify: whether images are recognised by their content although size and time of change agree.
     """
 
-    def __init__(self, path: Path, key: str, options: PredictOptions) -> None:
-        self.path, self.key, self.options = path, key, options
+    def __init__(self, path: Path, key: str, options: PredictOptions, *, verify: bool = False) -> None:
+        self.path, self.key, self.options, self.verify = path, key, options, verify
 
     def check(self) -> None:
         """Refuse a folder that holds something else.
@@ -149,11 +152,12 @@ class _Folder:
         """Return whether an image was labelled with this key, and all that is asked for was written."""
         try:
             record = json.loads(self.file("record", image_id).read_text(encoding="utf-8"))
-            stored = (record["key"], record["bytes"], record["file"])
+            is_same = (record["key"], record["file"]) == (self.key, _relative_path(file))
+            # Earlier versions wrote the size alone.
+            is_same &= is_same_file(file, record["stamp" if "stamp" in record else "bytes"], verify=self.verify)
             has_formats = set(self._formats) <= set(record["formats"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
-        is_same = stored == (self.key, file.stat().st_size, _relative_path(file))
         kinds = [kind for kind in self._formats if kind in _IMAGE_FILES]
         return is_same and has_formats and all(self.file(kind, image_id).is_file() for kind in kinds)
 
@@ -163,7 +167,7 @@ class _Folder:
         Raises:
             DataError: the image cannot be read.
         """
-        num_bytes = file.stat().st_size
+        stamp = stamp_file(file)
         image = read_image(file)
         has_components = self.options.objects == "components"
         label_map, objects = split_objects(segmenter.predict(image), self.options.min_score, has_components)
@@ -184,7 +188,7 @@ class _Folder:
             write_json(target, to_labelme(path, size, records, segmenter.classes))
         record = {
             "key": self.key,
-            "bytes": num_bytes,
+            "stamp": stamp,
             "file": _relative_path(file),
             "size": list(size),
             "formats": list(self._formats),
@@ -219,11 +223,17 @@ class _Folder:
         return self.options.formats
 
 
-def _predict_key(bank: Bank, cfg: Config, options: PredictOptions) -> str:
+def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Segmenter) -> str:
     """Return the digest of everything that decides the predictions of an image."""
     groups = cfg.as_dict()
+    # The bank's digest holds the backbone's, which it is checked against. What came later is left out where it is
+    # empty, so that earlier results keep their key.
+    weights = {"proposer_digest": digest} if (digest := segmenter.proposer.digest) else {}
+    device = segmenter.device.key_parts() if segmenter.device.torch_device.type != "cpu" else {}
     return digest_of(
         {
+            **weights,
+            **device,
             "format": FORMAT,
             "bank": digest_bank(bank),
             "config": {group: groups[group] for group in ("proposer", "backbone", "bank", "retrieval")},

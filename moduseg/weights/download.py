@@ -1,12 +1,14 @@
 """The cache folder, and files fetched into it from a web address: resumed, checked, complete or absent.
 
-The file of `https://<host>/<path>` is stored as `$MODUSEG_HOME/<host>/<path>`; a copy that somebody put there is used.
+The file of `https://<host>/<path>` is stored as `$MODUSEG_HOME/<host>/<path>`, where a query adds 8 digits to its name;
+a copy that somebody put there is used.
 """
 
 from __future__ import annotations
 
 import base64
 import errno
+import hashlib
 import http.client
 import logging
 import os
@@ -69,6 +71,10 @@ def get_cached_path(url: str, key: str = "weights") -> Path:
     harmless = all(name not in (".", "..") and not re.search(r"[/\\\x00-\x1f]", name) for name in names)
     if parts.scheme not in ("http", "https") or not parts.hostname or not names or not harmless:
         raise ConfigError(f"{key}: got {url!r}, expected the address of a file; try https://<host>/<path>/<file>")
+    if parts.query:
+        # One path with two queries is two files; the suffix stays, because it tells how weights are read.
+        suffix = Path(names[-1]).suffix
+        names[-1] = f"{names[-1].removesuffix(suffix)}-{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}{suffix}"
     return get_cache_home().joinpath(parts.netloc.rpartition("@")[2].replace(":", "_"), *names)
 
 

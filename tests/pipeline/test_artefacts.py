@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moduseg.errors import ArtefactError, StorageError
 from moduseg.files import _MACHINE, _identify_machine, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
+from moduseg.pipeline.environment import describe_environment
 
 
 def test_equal_parts_share_a_folder_and_others_do_not(tmp_path: Path) -> None:
@@ -126,6 +129,27 @@ def test_a_durable_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, mo
     write_atomic(target, b"{}", is_durable=True)
     assert synced == [False]
     assert target.read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize(("before", "message"), [
+    pytest.param({"torch": "1.0", "threads": 99}, r"infer: .*\(torch 1\.0 -> \S+, threads 99 -> \d+\) -> ", id="old"),
+    pytest.param(None, "", id="none recorded"),
+    pytest.param({}, "", id="equal"),
+])  # fmt: skip
+def test_another_environment_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: dict[str, Any] | None, message: str
+) -> None:
+    artefact = Artefact(tmp_path, "world", "infer", "vit", {})
+    manifest = artefact.manifest
+    assert manifest["environment"] == describe_environment()
+    assert {"moduseg", "torch", "timm", "transformers", "opencv", "threads"} == set(manifest["environment"])
+    manifest["environment"] = None if before is None else {**manifest["environment"], **before}
+    write_json(artefact.manifest_path, manifest)
+    caplog.set_level("INFO", logger="moduseg")
+    for _ in range(2):
+        Artefact(tmp_path, "world", "infer", "vit", {})
+    assert len(caplog.messages) == bool(message)
+    assert all(re.match(message, text) for text in caplog.messages)
 
 
 def test_a_damaged_manifest_is_written_anew_and_what_was_merged_is_compared_with_it(tmp_path: Path) -> None:

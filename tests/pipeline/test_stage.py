@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from moduseg.config import compose
+from moduseg.devices import Device
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.records import encode_files
@@ -107,6 +108,17 @@ def test_infer_paints_each_proposal_with_its_neighbours_label(work: Workspace) -
     stage.retriever = Retriever(bank, work.cfg.retrieval)
     vectors = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     assert np.array_equal(decode(only_file(stage.process([("trip/a", HALVES, vectors)]), "labels/trip/a.png")), LABELS)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("stage", [Propose, ClassScores])
+def test_a_key_names_the_device_unless_it_is_the_cpu(work: Workspace, stage: type[Stage[Any]], kind: str) -> None:
+    """Float32 of a GPU is not float32 of the CPU, bit for bit; the keys of the CPU are older than the name."""
+    work.device = Device(torch.device(kind))
+    named = {key: value for key, value in stage(work).key().items() if key in ("device", "precision")}
+    expected = {"precision": "float32"} if kind == "cpu" else {"precision": "float32", "device": "cuda"}
+    assert named == expected
+    assert {key: value for key, value in work.backbone_parts().items() if key in expected} == expected
 
 
 def test_process_leaves_no_file(work: Workspace, tmp_path: Path) -> None:

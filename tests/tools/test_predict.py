@@ -18,6 +18,7 @@ from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, ModusegError
 from moduseg.masks.palette import voc_palette
 from moduseg.masks.polygons import compute_iou, fill_polygons
+from moduseg.proposers.superpixels import SuperpixelProposer
 from moduseg.stages.build_bank import BuildBank
 from moduseg.tools import predict
 from tests.support.tagged_world import CLIP, ORACLE, image_id, settings, write_folder
@@ -194,3 +195,41 @@ def test_the_command_exits_with_one_where_an_image_was_left_out(
     captured = capsys.readouterr()
     assert ended.value.code == 1
     assert "3 images (2 now, 0 done before), 1 failed" in captured.out
+
+
+def test_another_image_of_the_same_size_is_labelled_again(bank: Path, images: Path, tmp_path: Path) -> None:
+    """Bitmaps of equal width and height have equal sizes, so the size tells nothing."""
+    first, second = (np.asarray(Image.open(images / f"{image_id(i)}.png").convert("RGB")) for i in (20, 21))
+    second = np.resize(second, first.shape)
+    folder = tmp_path / "bitmaps"
+    folder.mkdir()
+    Image.fromarray(first).save(folder / "a.bmp")
+    arguments = f"bank={bank}", f"images={folder}", f"out={tmp_path / 'out'}", "formats=png"
+    record = run(*arguments)[0] / "records" / "a.json"
+    before = record.stat().st_mtime_ns
+    run(*arguments)
+    assert record.stat().st_mtime_ns == before
+    Image.fromarray(second).save(folder / "a.bmp")
+    run(*arguments)
+    assert record.stat().st_mtime_ns != before
+
+
+def test_a_record_of_the_size_alone_is_believed(bank: Path, images: Path, tmp_path: Path) -> None:
+    """Earlier versions recorded nothing else."""
+    arguments = f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}", "formats=png"
+    record = run(*arguments)[0] / "records" / f"{image_id(20)}.json"
+    content = json.loads(record.read_text())
+    content["bytes"] = content.pop("stamp")[0]
+    record.write_text(json.dumps(content))
+    run(*arguments)
+    assert "bytes" in json.loads(record.read_text())
+
+
+def test_other_weights_of_the_proposer_are_another_result(
+    bank: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}", "formats=png"
+    run(*arguments)
+    monkeypatch.setattr(SuperpixelProposer, "digest", "0" * 64)
+    with pytest.raises(ArtefactError, match="holds the result of another bank or other settings"):
+        run(*arguments)

@@ -351,11 +351,19 @@ def test_no_address_of_a_file(url: str) -> None:
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MODUSEG_HOME", raising=False)
-    assert (
-        get_cached_path("https://host/a/w.pth?download=1") == tmp_path / ".cache" / "moduseg" / "host" / "a" / "w.pth"
-    )
+    assert get_cached_path("https://host/a/w.pth") == tmp_path / ".cache" / "moduseg" / "host" / "a" / "w.pth"
     monkeypatch.setenv("MODUSEG_HOME", "~/weights")
     assert get_cache_home() == tmp_path / "weights"
+
+
+def test_a_query_makes_another_file(site: Site) -> None:
+    """A server may give one path several contents."""
+    contents = {f"/models/w.safetensors?version={number}": bytes([number]) * 9 for number in (1, 2)}
+    site.files |= contents
+    paths = {address: fetch(f"{site.address}{address}", KEY) for address in contents}
+    assert {address: path.read_bytes() for address, path in paths.items()} == contents
+    assert {path.suffix for path in paths.values()} == {".safetensors"}
+    assert get_cached_path(f"{site.address}/models/w.safetensors") not in paths.values()
 
 
 def test_weights_by_address(site: Site) -> None:
