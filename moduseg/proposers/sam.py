@@ -54,8 +54,8 @@ class SamOptions(EncoderOptions):
             (`moduseg.weights.sources.find_weights`), a path (`~` allowed), `miniature/sam.safetensors`, or `random`.
         seed: seed of `random` weights.
         engine: the code that runs the model and filters: `packaged` is `SamAutomaticMaskGenerator` itself, `grid` gives
-            the same masks in a third of the time on a CPU (`moduseg.proposers.mask_generation`). `images_per_batch` and
-            `compile` need `grid`.
+            the same masks in a third of the time on a CPU, and waits for a GPU once a batch of points
+            (`moduseg.proposers.mask_generation`). `images_per_batch` and `compile` need `grid`.
 
     Raises:
         ValueError: a value out of range, or values that do not go together.

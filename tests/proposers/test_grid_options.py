@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 
+from moduseg.config import compose
 from moduseg.proposers.grid_options import EncoderOptions, GridOptions
 from moduseg.proposers.sam import SamOptions
 
@@ -34,3 +35,18 @@ def test_points_reach_the_last_crops() -> None:
     assert options.grid_arguments()["crop_n_layers"] == 1
     with pytest.raises(ValueError, match="no point in the last of 2 layers"):
         GridOptions(points_per_side=4, crop_n_layers=2, crop_n_points_downscale_factor=4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *([f"proposer={name}"] for name in ("sam", "sam_vit_b", "sam_vit_l", "sam_vit_h", "sam_cpu", "sam_grid")),
+        ["proposer=sam_miniature"],
+        ["experiment=voc"],
+        ["experiment=coco"],
+    ],
+    ids=str,
+)
+def test_presets_of_sam_take_our_engine(overrides: list[str]) -> None:
+    """The packaged generator waits for a GPU thousands of times an image."""
+    assert compose(overrides).proposer["engine"] == "grid"
