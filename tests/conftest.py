@@ -51,6 +51,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return outputs
 
 
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
+    """The folder of the miniature's tokenizer, the number of its tokens and the id of the last one."""
+    from moduseg.miniature.models.clip import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer = build_tokenizer(folder)
+    return folder, len(tokenizer), int(tokenizer.eos_token_id)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A seeded generator."""

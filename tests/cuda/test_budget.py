@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,8 +15,12 @@ from moduseg import datasets
 from moduseg.config import compose
 from moduseg.devices import Device
 from moduseg.proposers.sam import SamOptions, SamProposer
+from moduseg.retrieval.rasterize import check_labels
+from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.infer import Infer
 from moduseg.structures import Sample
-from tests.support.pretend_cuda import CUDA, DeviceLog, pretend_cuda
+from tests.support.pretend_cuda import CUDA, DeviceLog, pretend_cuda, to_pretend
+from tests.support.runs import overrides
 
 NUM_BATCHES = 16
 """Batches of points an image, as 32 x 32 points in batches of 64 are."""
@@ -40,6 +45,48 @@ GENERATION = {
     "proposers/mask_generation.py:prefilter": Limit(1, 1, "boxes and stability to NMS, and the masks to keep back"),
     "proposers/mask_generation.py:select": Limit(0, 1, "the masks that NMS keeps"),
     "proposers/mask_generation.py:assemble": Limit(1, 0, "the result"),
+}
+
+ONCE_A_RUN = frozenset({
+    "backbones/clip_model.py:_text_features",
+    "backbones/clip_model.py:model",
+    "backbones/clip_model.py:normalisation",
+    "backbones/timm_backbone.py:_model",
+    "backbones/timm_backbone.py:_normalisation",
+    "proposers/sam.py:promptable",
+})  # fmt: skip
+"""Functions that bring weights and texts to the device."""
+BANK = {
+    **{place: limit for place, limit in GENERATION.items() if not place.endswith(":_decode")},
+    "proposers/sam_decoder.py:_decode": Limit(1, 0, "one batch of points in this test"),
+    "backbones/inputs.py:to_input": Limit(0, 2, "the image, to CLIP and to the backbone"),
+    "structures.py:to": Limit(0, 5, "the proposals, and the scores that were stored"),
+    "pseudo_masks/clip_words.py:generate": Limit(0, 6, "rows of the words of each class, a list each"),
+    "pseudo_masks/store.py:pack": Limit(2, 0, "the scores and the background, to be stored"),
+    "pseudo_masks/labels.py:make_label_map": Limit(0, 1, "the tags"),
+    "pseudo_masks/labels.py:region_vote": Limit(3, 0, "which regions there are, and which pixels they fill"),
+    "stages/pseudo_masks.py:_encode_label_map": Limit(1, 0, "the label map, to be stored"),
+    "stages/build_bank.py:_vectors": Limit(0, 1, "the label map"),
+    "bank/purification.py:class_regions": Limit(2, 0, "which classes there are, and which are large enough"),
+    "bank/store.py:encode_vectors": Limit(3, 0, "vectors, labels and areas, to be stored"),
+}
+QUERIES = {
+    **{place: limit for place, limit in BANK.items() if place.startswith("proposers/")},
+    "backbones/inputs.py:to_input": Limit(0, 1, "the image"),
+    "bank/aggregation.py:proposal_coverage": Limit(0, 1, "the proposals"),
+    "bank/store.py:encode_vectors": Limit(1, 0, "the vectors, to be stored"),
+    "structures.py:to": Limit(0, 1, "the bank, once a run"),
+    "retrieval/retriever.py:predict": Limit(7, 1, "the vectors, and the seven tensors of a prediction"),
+    "retrieval/retriever.py:vote": Limit(1, 0, "which proposals have a vector"),
+    "retrieval/search.py:above": Limit(1, 0, "how many rows may be among the nearest"),
+    "retrieval/search.py:select": Limit(3, 0, "these rows"),
+    "retrieval/search.py:_k_best": Limit(1, 0, "how many of them each query has"),
+    "retrieval/search.py:_fixed": Limit(3, 0, "whether float64 sums are exact, for each block of the bank"),
+    "retrieval/search.py:_inverse_lengths": Limit(3, 0, "whether a vector is not finite"),
+    "retrieval/suppress.py:_scan": Limit(10, 0, "whether another round of suppression changed anything"),
+    "retrieval/rasterize.py:check_labels": Limit(1, 0, "whether labels fit a byte"),
+    "retrieval/rasterize.py:rasterize": Limit(1, 0, "which proposals are painted"),
+    "retrieval/assemble.py:assemble_proposals": Limit(0, 1, "the masks of the proposals"),
 }
 
 
@@ -91,3 +138,26 @@ def test_masks_are_filtered_in_parts_where_memory_is_short(monkeypatch: pytest.M
     assert 1 < parts < NUM_BATCHES
     assert torch.equal(proposals.masks, expected.masks)
     assert torch.equal(proposals.predicted_iou, expected.predicted_iou)
+
+
+def test_waits_and_copies_of_a_run(tmp_path: Path) -> None:
+    """The bank's stages, then those of the labelled images."""
+    more = ("proposer=sam_miniature", "proposer.points_per_side=6", "pseudo_masks=clip_dense", "backbone=miniature")
+    cfg = compose(overrides(tmp_path, *more, "runtime.device=cuda", "evaluation.panels=0", train=4, val=4))
+    for run, limits in ((BuildBank.run, BANK), (Infer.run, QUERIES)):
+        with pretend_cuda() as log:
+            run(cfg)
+        assert log.num_operators > 1000
+        excess = find_excess(log, limits, 4)
+        assert {place: counts for place, counts in excess.items() if place not in ONCE_A_RUN} == {}
+
+
+def test_what_exceeds_the_budget_is_found() -> None:
+    """A wait that nobody allowed, in a function that has a limit and in one that has none."""
+    with pretend_cuda() as log:
+        labels = to_pretend(torch.tensor([0, 1]))
+        check_labels(labels)
+        check_labels(labels)
+    assert find_excess(log, QUERIES, 1) == {"retrieval/rasterize.py:check_labels": (2, 0)}
+    assert find_excess(log, QUERIES, 2) == {}
+    assert find_excess(log, GENERATION, 2) == {"retrieval/rasterize.py:check_labels": (1, 0)}

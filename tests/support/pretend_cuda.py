@@ -296,8 +296,11 @@ def _choose(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
 
 
 def _index(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Index a tensor; a list among the indices is copied to the device."""
+    """Index a tensor; a list among the indices is copied to the device, a number is written without a copy."""
     indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+    has_rows = any(isinstance(index, Tensor) and index.dtype == torch.int64 for index in indices)
+    if has_rows and not all(isinstance(value, Tensor) for value in args[2:]):
+        args = (*args[:2], PretendTensor(torch.tensor(args[2], dtype=args[0].dtype)))
     if any(isinstance(index, list) for index in indices):
         _log.add_copy()
         indices = tuple(PretendTensor(torch.tensor(i)) if isinstance(i, list) else i for i in indices)

@@ -1,0 +1,205 @@
+"""Every proposer, backbone and generator on a pretended GPU, in each precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moduseg import backbones, proposers, pseudo_masks
+from moduseg.backbones import BACKBONES
+from moduseg.devices import Device
+from moduseg.proposers import PROPOSERS
+from moduseg.pseudo_masks import GENERATORS
+from moduseg.structures import Sample
+from tests.backbones.contract import picture
+from tests.backbones.test_clip import tiny_config
+from tests.proposers.contract import sample as proposer_sample
+from tests.proposers.test_sam import OPEN
+from tests.proposers.test_universal import SETTINGS
+from tests.pseudo_masks.contract import CLASSES, NUM_CLASSES, halves, sample
+from tests.support import tiny_models
+from tests.support.devices import CPU
+from tests.support.pretend_cuda import CUDA, pretend_cuda
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+Configuration = dict[str, Any]
+VIT: Configuration = {
+    "name": "timm",
+    "model": "vit_tiny_patch16_224",
+    "model_kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
+}
+SAM = {"name": "sam", **OPEN}
+FILTERS = {key: value for key, value in OPEN.items() if key not in ("model", "checkpoint")}
+HUB_FAMILIES = ("sam", "sam_hq", "sam2", "sam3_tracker")
+SAM_CONFIGURATIONS: dict[str, Configuration] = {
+    "packaged": SAM,
+    "grid": {**SAM, "engine": "grid"},
+    "grid with crops": {**SAM, "engine": "grid", "crop_n_layers": 1, "crop_nms_thresh": 0.7, "points_per_batch": 4},
+    "grid, small regions removed": {**SAM, "engine": "grid", "min_mask_region_area": 20},
+}
+BACKBONE_CONFIGURATIONS: dict[str, Configuration] = {
+    "timm": VIT,
+    "timm, queries and keys": {**VIT, "facet": "qk"},
+    "timm, rotary positions": {
+        "name": "timm",
+        "model": "vit_small_patch16_dinov3",
+        "model_kwargs": {"embed_dim": 32, "depth": 2, "num_heads": 2},
+    },
+    "timm, CNN": {"name": "timm", "model": "mobilenetv2_035", "output_stride": 16},
+    "timm, windows": {**VIT, "window": 24, "stride": 8},
+    "clip": {"name": "clip", "weights": "random", "config": tiny_config()},
+    "clip, another attention": {
+        "name": "clip", "weights": "random", "config": tiny_config(), "variant": "naclip", "project": True,
+    },
+    "concat": {"name": "concat", "parts": [VIT, {**VIT, "seed": 1}], "context": 0.5},
+}  # fmt: skip
+
+
+def run_everywhere(run: Callable[[Device], list[Tensor]], precision: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what a function gives on the CPU in float32, and on the pretended GPU."""
+    expected = run(CPU)
+    with torch.inference_mode(), pretend_cuda():
+        results = run(Device(CUDA, precision))
+        assert {tensor.device for tensor in results} <= {CUDA, torch.device("cpu")}
+        return expected, [tensor.cpu() for tensor in results]
+
+
+def check_close(results: list[Tensor], expected: list[Tensor], precision: str) -> None:
+    """Check float tensors: in float32 the CPU's values up to rounding, in half precisions near them."""
+    tolerance = 1e-4 if precision == "float32" else 0.1
+    assert len(results) == len(expected)
+    for result, reference in zip(results, expected, strict=True):
+        assert result.dtype == reference.dtype
+        assert result.shape == reference.shape
+        assert (result - reference).norm() <= tolerance * reference.norm()
+
+
+def propose(configuration: Configuration, device: Device) -> list[Tensor]:
+    proposals = proposers.build(configuration, device).propose(proposer_sample(40, 56))
+    assert proposals.masks.device.type == "cpu"
+    return [proposals.masks, proposals.predicted_iou]
+
+
+def check_proposals(configuration: Configuration, precision: str) -> None:
+    (masks, predicted_iou), results = run_everywhere(lambda device: propose(configuration, device), precision)
+    assert len(masks) > 0
+    if precision == "float32":
+        assert results[0].shape == masks.shape
+        assert (results[0] != masks).float().mean() < 1e-3
+        torch.testing.assert_close(results[1], predicted_iou, atol=1e-4, rtol=1e-4)
+    else:
+        assert len(results[0]) > 0
+        assert results[1].dtype == torch.float32
+        assert results[1].max().item() == pytest.approx(predicted_iou.max().item(), abs=0.1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", SAM_CONFIGURATIONS)
+def test_sam(name: str, precision: str) -> None:
+    check_proposals(SAM_CONFIGURATIONS[name], precision)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Configuration]:
+    """Configurations of tiny models of `transformers`, as `save_pretrained` writes them."""
+    made = {}
+    for family in HUB_FAMILIES:
+        weights = tiny_models.save(tiny_models.build_sam(family), tmp_path_factory.mktemp(family))
+        made[family] = {"name": "sam_transformers", "weights": weights, **FILTERS}
+    for family, settings in SETTINGS.items():
+        weights = tiny_models.save_universal(family, tmp_path_factory.mktemp(family), settings)
+        made[family] = {"name": "universal", "weights": weights, "score_thresh": 0.0}
+    return made
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", [*HUB_FAMILIES, *SETTINGS])
+def test_proposers_of_transformers(family: str, precision: str, directories: dict[str, Configuration]) -> None:
+    check_proposals(directories[family], precision)
+
+
+@pytest.mark.parametrize("name", ["superpixels", "ground_truth"])
+def test_proposers_without_a_model(name: str) -> None:
+    expected, results = run_everywhere(lambda device: propose({"name": name}, device), "float32")
+    assert all(map(torch.equal, results, expected))
+
+
+def encode(configuration: Configuration, device: Device) -> list[Tensor]:
+    token_maps = backbones.build(configuration, device).tokens([picture(32, 40), picture(21, 33)])
+    assert {token_map.tokens.device.type for token_map in token_maps} == {device.torch_device.type}
+    return [token_map.tokens for token_map in token_maps]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", BACKBONE_CONFIGURATIONS)
+def test_backbones(name: str, precision: str) -> None:
+    configuration = BACKBONE_CONFIGURATIONS[name]
+    expected, results = run_everywhere(lambda device: encode(configuration, device), precision)
+    check_close(results, expected, precision)
+
+
+def make_generators(words: tuple[Path, int, int]) -> dict[str, Configuration]:
+    clip = {
+        "weights": "random",
+        "config": tiny_config(words[1], words[2]),
+        "tokenizer": str(words[0]),
+        "templates": ["a {}"],
+        "background_words": ["grass"],
+        "logit_scale": 5.0,
+    }
+    affinity = {**VIT, "facet": "qk", "model_kwargs": {**VIT["model_kwargs"], "img_size": 24, "patch_size": 3}}
+    return {
+        "clip_dense": {"name": "clip_dense", **clip, "window": 16, "stride": 8},
+        "clip_dense, proxy": {"name": "clip_dense", **clip, "variant": "proxyclip", "window": None},
+        "corrclip": {"name": "corrclip", **clip, "affinity": affinity, "window": 16, "stride": 8},
+        "cam": {"name": "cam", "ridge": 0.1},
+        "cam, refined": {"name": "cam", "ridge": 0.1, "rounds": 2},
+        "cam_neighbours": {"name": "cam_neighbours", "ridge": 0.1},
+        "ground_truth": {"name": "ground_truth"},
+        "fusion": {"name": "fusion", "first": {"name": "ground_truth"}, "second": {"name": "cam", "ridge": 0.1}},
+    }
+
+
+GENERATOR_NAMES = (
+    "clip_dense", "clip_dense, proxy", "corrclip", "cam", "cam, refined", "cam_neighbours", "ground_truth", "fusion",
+)  # fmt: skip
+
+
+def list_training_images() -> list[Sample]:
+    return [sample((24, 40), labels, "x" * (i + 1)) for i, labels in enumerate([(2,), (4,), (2, 4), ()] * 2)]
+
+
+def generate(configuration: Configuration, device: Device) -> list[Tensor]:
+    def make_backbone() -> backbones.Backbone:
+        return backbones.build(VIT, device)
+
+    generator = pseudo_masks.build(configuration, device=device, backbone=make_backbone, classes=CLASSES)
+    if generator.is_fitted:
+        generator.load_state(generator.fit(list_training_images, NUM_CLASSES, lambda item: halves(item.size)))
+    item = sample(name="24-2")
+    maps = generator.generate(item, (2, 4), halves(item.size))
+    assert maps.scores.device.type == device.torch_device.type
+    return [maps.scores, *([] if maps.background is None else [maps.background])]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", GENERATOR_NAMES)
+def test_generators(name: str, precision: str, words: tuple[Path, int, int]) -> None:
+    configuration = make_generators(words)[name]
+    expected, results = run_everywhere(lambda device: generate(configuration, device), precision)
+    check_close(results, expected, precision)
+
+
+def test_no_class_is_left_out(words: tuple[Path, int, int]) -> None:
+    """Files are read on the CPU."""
+    generators = make_generators(words)
+    assert set(generators) == set(GENERATOR_NAMES)
+    assert {c["name"] for c in generators.values()} | {"files"} == set(GENERATORS)
+    assert {c["name"] for c in BACKBONE_CONFIGURATIONS.values()} == set(BACKBONES)
+    tested = {"sam", "sam_transformers", "universal", "superpixels", "ground_truth"}
+    assert tested | {"files"} == set(PROPOSERS)
