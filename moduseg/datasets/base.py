@@ -111,6 +111,10 @@ class Dataset(ABC):
         """Return where the semantic ground truth of an image would be; `None` if the data set has none."""
         return None
 
+    def other_mask_path(self, image_id: str) -> Path | None:
+        """Return the path that a second published ground truth of an image has; `None` if the data set has but one."""
+        return None
+
     def instance_path(self, image_id: str) -> Path | None:
         """Return where the object ground truth of an image would be; `None` if the data set has none."""
         return None

@@ -18,6 +18,10 @@ LIST_NAMES = {"train_aug": ("train_aug", "trainaug"), "trainaug": ("trainaug", "
 """File names of a split's list, for splits that are spelled in two ways."""
 
 
+TRUTHS = {"SegmentationClass": "SegmentationClassAug", "SegmentationClassAug": "SegmentationClass"}
+"""The devkit's masks and those of SBD, which most published numbers are scored with; each has the other beside it."""
+
+
 @dataclass(frozen=True)
 class VocOptions:
     """Where the files of a folder in VOC layout are.
@@ -147,6 +151,10 @@ class VocDataset(Dataset):
 
     def _mask(self, image_id: str) -> Path:
         return self.root / self.options.mask_dir / f"{image_id}.png"
+
+    def other_mask_path(self, image_id: str) -> Path | None:
+        other = TRUTHS.get(self.options.mask_dir)
+        return None if other is None else self.root / other / f"{image_id}.png"
 
     def instance_path(self, image_id: str) -> Path | None:
         return self.root / self.options.instance_dir / f"{image_id}.png"

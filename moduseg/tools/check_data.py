@@ -16,7 +16,7 @@ from tqdm import tqdm
 from moduseg import datasets
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset, present_classes
-from moduseg.datasets.io import label_png_kind, read_image
+from moduseg.datasets.io import label_png_kind, read_image, read_label_png
 from moduseg.errors import DataError, LabelIdError
 from moduseg.evaluation.tables import markdown_table
 from moduseg.files import write_atomic
@@ -28,7 +28,8 @@ _BROKEN = (
     "labels unusable",
 )  # fmt: skip
 _NOTES = (
-    "masks not indexed with the VOC palette", "labels that disagree with the mask", "labels of no listed image",
+    "masks not indexed with the VOC palette", "masks that differ from the other truth",
+    "labels that disagree with the mask", "labels of no listed image",
     "classes without a training image", "images listed in both splits",
 )  # fmt: skip
 CHECKS = (*_BROKEN, *_NOTES)
@@ -37,6 +38,7 @@ _MASK_CHECKS = frozenset(name for name in CHECKS if "mask" in name or "object" i
 _TRAIN_CHECKS = frozenset(
     ("training images without labels", "classes without a training image", "labels of no listed image")
 )
+_OTHER_TRUTH = "masks that differ from the other truth"
 _DISAGREE, _IN_BOTH = "labels that disagree with the mask", "images listed in both splits"
 _BATCH_SIZE = 256
 """Images handed to the threads at a time, which bounds what waits in memory."""
@@ -243,6 +245,8 @@ def _check_truth(
         if semantic is not None and path is not None and path.is_file() and label_png_kind(path) != "voc":
             message = f"{path}: {label_png_kind(path)}"
             problems.append(Problem("masks not indexed with the VOC palette", image_id, message))
+        if semantic is not None and (problem := _compare_truths(dataset, image_id, semantic)) is not None:
+            problems.append(problem)
         objects = dataset.instances_of(image_id)
     except DataError as error:
         problems.append(Problem("object maps unusable", image_id, str(error)))
@@ -250,6 +254,20 @@ def _check_truth(
         if objects is not None and size not in (None, objects.shape):
             problems.append(Problem("object maps unusable", image_id, f"objects {objects.shape}, image {size} (H, W)"))
     return semantic, problems
+
+
+def _compare_truths(dataset: Dataset, image_id: str, semantic: np.ndarray) -> Problem | None:
+    """Return a note if a second published ground truth lies beside the one in use and differs from it."""
+    path = dataset.other_mask_path(image_id)
+    if path is None or not path.is_file():
+        return None
+    other = read_label_png(path)
+    if other.shape != semantic.shape:
+        return Problem(_OTHER_TRUTH, image_id, f"mask {semantic.shape}, {path} {other.shape} (H, W)")
+    num_pixels = int((other != semantic).sum())
+    if not num_pixels:
+        return None
+    return Problem(_OTHER_TRUTH, image_id, f"{num_pixels} of {semantic.size} pixels differ from {path}")
 
 
 def _make_table(train: Dataset, reports: Sequence[SplitReport]) -> str:

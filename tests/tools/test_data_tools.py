@@ -100,6 +100,27 @@ def test_voc_test_is_labelled_without_truth(tmp_path: Path) -> None:
     assert _check("voc", root, tmp_path, "dataset.val_split=test")[0]["masks missing"][:2] == ["0", "-"]
 
 
+@pytest.mark.parametrize("mask_dir", ["SegmentationClass", "SegmentationClassAug"])
+def test_the_two_truths_of_voc_are_compared(tmp_path: Path, mask_dir: str) -> None:
+    root = write_voc(tmp_path / "VOC2012")
+    first, second = VOC_LISTS["val"][:2]
+    other = read_label_png(root / "SegmentationClassAug" / f"{first}.png")
+    other[:2, :3] = 20
+    (root / "SegmentationClassAug" / f"{first}.png").write_bytes(write_label_png(other))
+    (root / "SegmentationClassAug" / f"{second}.png").unlink()
+    options = _options("voc", root, tmp_path, f"dataset.mask_dir={mask_dir}")
+    report = check_data.run(compose(options))
+    rows = _rows(report.table)
+    assert rows["masks that differ from the other truth"] == ["0", "1", "note", first]
+    problems = [json.loads(line) for line in (report.path / "problems.jsonl").read_text().splitlines()]
+    message = next(p["problem"] for p in problems if p["check"] == "masks that differ from the other truth")
+    assert message.startswith(f"6 of {other.size} pixels differ from {root}")
+    # The option decides which of them scores a prediction.
+    semantic = build(compose(options).dataset, "val").semantic_of(first)
+    assert semantic is not None
+    assert bool((semantic[:2, :3] == 20).all()) == (mask_dir == "SegmentationClassAug")
+
+
 def test_the_augmented_devkit(tmp_path: Path) -> None:
     root = write_voc(tmp_path / "VOC2012")
     rows, broken = _check("voc_aug", root, tmp_path)
