@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from moduseg.devices import Device
 from moduseg.proposers.mask_generation import Decoded, Promptable
 from moduseg.proposers.mask_upsampling import Embedded
+from moduseg.proposers.sam_attention import RelativeAttention
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -36,7 +37,7 @@ class PackagedSam(Promptable):
     def __init__(self, sam: Sam, device: Device, *, compiled: bool = False) -> None:
         self._sam, self._device = sam, device
         for block in sam.image_encoder.blocks:
-            block.attn = _Attention(block.attn)
+            block.attn = RelativeAttention(block.attn, block.attn.num_heads)
         if compiled:
             sam.image_encoder.compile()
         self.threshold = sam.mask_threshold
@@ -176,51 +177,3 @@ def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor
         out = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
     result: Tensor = attention.out_proj(out.transpose(1, 2).flatten(2))
     return result
-
-
-class _Attention(nn.Module):
-    """The image encoder's attention with relative positions, through the fused kernels of PyTorch.
-
-    Args:
-        attention: `segment_anything.modeling.image_encoder.Attention`, whose parameters it shares under their names.
-    """
-
-    def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.num_heads: int = attention.num_heads
-        self.scale: float = attention.scale
-        self.use_rel_pos: bool = attention.use_rel_pos
-        self.qkv: nn.Linear = attention.qkv
-        self.proj: nn.Linear = attention.proj
-        if self.use_rel_pos:
-            self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, C]` -> `[B, H, W, C]`."""
-        batch, height, width, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        bias = None
-        if self.use_rel_pos:
-            grid = q.unflatten(2, (height, width))
-            rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _spread_positions(self.rel_pos_h, height).to(q.dtype))
-            columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _spread_positions(self.rel_pos_w, width).to(q.dtype))
-            bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        result: Tensor = self.proj(out.transpose(1, 2).reshape(batch, height, width, -1))
-        return result
-
-
-def _spread_positions(table: Tensor, side: int) -> Tensor:
-    """Return the embedding of the distance between each query and each key along one side.
-
-    `segment_anything`'s function makes the indices on the host, one copy to the device a block and side.
-
-    Args:
-        table: `[2 * side - 1, C]`, the embeddings of the distances `1 - side` to `side - 1`.
-        side: cells of the image or window.
-
-    Returns:
-        `[side, side, C]`, queries first.
-    """
-    cells = torch.arange(side, device=table.device)
-    return table[cells[:, None] - cells + side - 1]

@@ -17,6 +17,7 @@ from moduseg.proposers.grid_options import EncoderOptions
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_longest_side, prepare_image
 from moduseg.proposers.mask_generation import Decoded, Promptable, check_thickness, generate_batch
 from moduseg.proposers.mask_upsampling import Embedded
+from moduseg.proposers.sam_attention import RelativeAttention
 from moduseg.structures import Proposals, Sample
 from moduseg.weights.pretrained import Pretrained
 
@@ -151,6 +152,9 @@ class HubSam(Promptable):
         self._std = preprocessor.get("image_std", default or IMAGENET_STD)
         if self._name == "SamHQModel":
             _use_attended_image(model.mask_decoder)
+        if self._name in ("SamModel", "SamHQModel"):
+            for layer in model.vision_encoder.layers:
+                layer.attn = _RelativeAttention(layer.attn, layer.attn.num_attention_heads)
         if compiled:
             model.vision_encoder.compile()
 
@@ -194,6 +198,13 @@ class HubSam(Promptable):
             return Decoded(logits.flatten(0, 1), predicted_iou.flatten())
         rows = (predicted_iou > min_iou).flatten().nonzero()[:, 0]
         return Decoded(logits.flatten(0, 1)[rows], predicted_iou.flatten()[rows])
+
+
+class _RelativeAttention(RelativeAttention):
+    """Attention that is called, and answers, as that of `transformers`."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(hidden_states), None
 
 
 def _to_float(value: Any) -> Any:
