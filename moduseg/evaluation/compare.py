@@ -12,7 +12,7 @@ from moduseg.errors import DataError
 from moduseg.evaluation.bootstrap import PairedInterval, paired_bootstrap, paired_bootstrap_of_classes
 from moduseg.evaluation.confusion import Uncovered
 from moduseg.evaluation.counts import SplitCounts
-from moduseg.evaluation.measures import Compute, format_value, iou, mean_iou, mean_iou_in_truth, to_json
+from moduseg.evaluation.measures import Measure, format_value, iou, single_measures, to_json
 from moduseg.evaluation.tables import markdown_table
 
 CONFIDENCE = 0.95
@@ -51,11 +51,12 @@ def compare(
         settings: the defaults if omitted.
 
     Returns:
-        A dictionary fit for JSON: `miou`, `miou_classes_in_truth`, `boundary_miou` (`None` where contours were not
-        counted by both, at one width) and `classes` (name -> entry). An entry holds `first`, `second`, `difference`,
-        `low`, `high` (ends of the 95 % interval), `share_flipped` (share of the draws in which the difference has the
-        other sign, ties counting half; `None` where there is no difference), those of classes also `images`, in whose
-        truth they are.
+        A dictionary fit for JSON: `measures` (name -> entry, for each measure with one value for a split that counts
+        the same true pixels in both; those of contours only if both counted them, at one width) and `classes` (name ->
+        entry of the IoU). An entry holds `first`, `second`, `difference`, `low`, `high` (ends of the 95 % interval),
+        `share_flipped` (share of the draws in which the difference has the other sign, ties counting half; `None` where
+        there is no difference), those of classes also `images`, in whose truth they are. `miou`,
+        `miou_classes_in_truth` and `boundary_miou` (`None` without contours) repeat three of `measures`.
 
     Raises:
         DataError: no image in common, or scored against different truths.
@@ -69,9 +70,7 @@ def compare(
     left, right = _select_common(first, second, names)
     counts = [side.label_counts(settings.has_background, settings.uncovered) for side in (left, right)]
     _check_truth(counts, left.ids, names)
-    contours = None
-    if left.has_boundary and right.has_boundary and left.widths == right.widths:
-        contours = _mean_entry([side.boundary_counts(settings.has_background) for side in (left, right)], settings)
+    measured = _measure_entries(left, right, settings)
     return {
         "first": names[0],
         "second": names[1],
@@ -81,29 +80,29 @@ def compare(
         "resamples": settings.resamples,
         "seed": settings.seed,
         "confidence": CONFIDENCE,
-        "miou": _mean_entry(counts, settings),
-        "miou_classes_in_truth": _mean_entry(counts, settings, mean_iou_in_truth),
-        "boundary_miou": contours,
+        "miou": measured["miou"],
+        "miou_classes_in_truth": measured["miou_classes_in_truth"],
+        "boundary_miou": measured.get("boundary_iou.miou"),
+        "measures": measured,
         "classes": _class_entries(counts, classes, settings),
     }
 
 
 def compare_markdown(record: Mapping[str, Any]) -> str:
-    """Return a record of `compare` as Markdown: the means, then a row for each class."""
+    """Return a record of `compare` as Markdown: the measures of the split, then a row for each class."""
     first, second = record["first"], record["second"]
     head = (
-        f"**{second} against {first}**: {record['images']} images, IoU in percent, difference in percent points, "
+        f"**{second} against {first}**: {record['images']} images, percent, difference in percent points, "
         f"{100 * record['confidence']:g} % interval and share of flipped signs over {record['resamples']} paired "
         "resamples of the images."
     )
     if record["left_out"]:
         head += f" Left out, scored by one alone: {len(record['left_out'])}."
     rows = [
-        ("mIoU", *_cells(record["miou"]), record["images"]),
-        ("mIoU over classes in the truth", *_cells(record["miou_classes_in_truth"]), record["images"]),
+        (measure.label(measure.title), *_cells(record["measures"][measure.name], measure.decimals), record["images"])
+        for measure in single_measures()
+        if measure.name in record["measures"]
     ]
-    if record["boundary_miou"] is not None:
-        rows.append(("boundary mIoU", *_cells(record["boundary_miou"]), record["images"]))
     rows += [(name, *_cells(entry), entry["images"]) for name, entry in record["classes"].items()]
     header = ("", first, second, "difference", "low", "high", "flipped", "images")
     return f"{head}\n\n{markdown_table(header, rows)}"
@@ -144,14 +143,30 @@ def _class_entries(
     }
 
 
-def _mean_entry(
-    counts: Sequence[np.ndarray], settings: CompareSettings, compute: Compute = mean_iou
-) -> dict[str, float | None]:
-    interval = paired_bootstrap(
-        counts[0], counts[1], settings.resamples, confidence=CONFIDENCE, seed=settings.seed, compute=compute
-    )
-    first, second = (float(compute(side.sum(0))) for side in counts)
-    return _entry(first, second, interval)
+def _measure_entries(
+    left: SplitCounts, right: SplitCounts, settings: CompareSettings
+) -> dict[str, dict[str, float | None]]:
+    """Return the entry of each measure that counts the same true pixels in both runs."""
+    has_contours = left.has_boundary and right.has_boundary and left.widths == right.widths
+    by_count: dict[Any, list[Measure]] = {}
+    for measure in single_measures():
+        by_count.setdefault(measure.counts, []).append(measure)
+    entries = {}
+    for count, measures in by_count.items():
+        first, second = (
+            side.counts_of(count, settings.has_background, settings.uncovered, has_contours=has_contours)
+            for side in (left, right)
+        )
+        # Where uncovered pixels are ignored, the pixels that count depend on the run, and draws would not be paired.
+        if first is None or second is None or not np.array_equal(first[:, 1], second[:, 1]):
+            continue
+        for measure in measures:
+            interval = paired_bootstrap(
+                first, second, settings.resamples, confidence=CONFIDENCE, seed=settings.seed, compute=measure.compute
+            )
+            before, after = (float(measure.compute(side.sum(0))) for side in (first, second))
+            entries[measure.name] = _entry(before, after, interval)
+    return entries
 
 
 def _entry(first: float, second: float, interval: PairedInterval) -> dict[str, float | None]:
@@ -165,8 +180,8 @@ def _entry(first: float, second: float, interval: PairedInterval) -> dict[str, f
     }
 
 
-def _cells(entry: Mapping[str, Any]) -> list[str]:
-    values = [format_value(entry[key]) for key in ("first", "second")]
-    changes = [format_value(entry[key], "+") for key in ("difference", "low", "high")]
+def _cells(entry: Mapping[str, Any], decimals: int = 1) -> list[str]:
+    values = [format_value(entry[key], decimals=decimals) for key in ("first", "second")]
+    changes = [format_value(entry[key], "+", decimals) for key in ("difference", "low", "high")]
     flipped = entry["share_flipped"]
     return [*values, *changes, "-" if flipped is None else f"{100 * flipped:.1f} %"]

@@ -6,7 +6,7 @@ An image holds a handful of labels, so of its `S x S` confusion a handful of cel
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,8 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from moduseg.errors import ArtefactError
-from moduseg.evaluation.confusion import Uncovered, label_counts
+from moduseg.evaluation.confusion import Uncovered
+from moduseg.evaluation.measures import LabelMapCounts, count_labels
 
 FILE = "confusion.safetensors"
 """Name of their file in a stage's folder, beside `results.json`."""
@@ -141,11 +142,38 @@ class SplitCounts:
 
     def label_counts(self, has_background: bool = True, uncovered: Uncovered = "wrong") -> np.ndarray:
         """Return `moduseg.evaluation.confusion.label_counts` of each image, `[n, 3, S]` int64."""
-        blocks = [np.zeros((0, 3, self.num_labels), dtype=np.int64)]
+        counts = self.counts_of(count_labels, has_background, uncovered, has_contours=False)
+        return np.zeros((0, 3, self.num_labels), dtype=np.int64) if counts is None else counts
+
+    def counts_of(
+        self,
+        count: Callable[[LabelMapCounts], np.ndarray | None],
+        has_background: bool = True,
+        uncovered: Uncovered = "wrong",
+        *,
+        has_contours: bool = True,
+    ) -> np.ndarray | None:
+        """Return the pixel counts of each image that a measure is computed from.
+
+        Args:
+            count: `counts` of the measure.
+            has_background, uncovered: see `moduseg.evaluation.confusion.label_counts`.
+            has_contours: whether it may see contours, if they were counted.
+
+        Returns:
+            `[n, 3, S]` int64; `None` where the measure does not apply, or without images.
+        """
+        contours = self.boundary_counts(has_background) if has_contours and self.has_boundary else None
+        blocks = []
         for start in range(0, len(self), _BLOCK):
-            dense = self._confusion.dense(slice(start, start + _BLOCK), self.num_labels * self.num_labels)
-            blocks.append(label_counts(dense.reshape(-1, self.num_labels, self.num_labels), has_background, uncovered))
-        return np.concatenate(blocks)
+            rows = slice(start, start + _BLOCK)
+            dense = self._confusion.dense(rows, self.num_labels**2).reshape(-1, self.num_labels, self.num_labels)
+            counts = LabelMapCounts(dense, None if contours is None else contours[rows], has_background, uncovered)
+            block = count(counts)
+            if block is None:
+                return None
+            blocks.append(block)
+        return np.concatenate(blocks) if blocks else None
 
     def boundary_counts(self, has_background: bool = True) -> np.ndarray:
         """Return `moduseg.evaluation.boundary.boundary_counts` of each image; zeros for a label 0 that is no class.

@@ -3,8 +3,8 @@
 A measure is computed from pixel counts of each label, `[..., 3, S]`: correct, in the truth, predicted (see
 `moduseg.evaluation.confusion.label_counts`). Values are in percent, NaN where there is nothing to measure.
 
-A new measure is one function and one entry of `MEASURES`: results.json, the Markdown tables, the studies and the report
-show it.
+A new measure is one function and one entry of `MEASURES`: results.json, the Markdown tables, the comparison of two runs
+and the report show it; the studies show those with one value for a split.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def uncovered_share(counts: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LabelMapCounts:
-    """Pixel counts of a split, from which its measures are computed.
+    """Pixel counts of a split, from which its measures are computed; or of several images, along a first axis.
 
     Attributes:
-        confusion: `[S, S]` integers, rows truth.
-        contours: `[3, S]` int64 of `boundary_counts`; `None` where contours were not counted.
+        confusion: `[..., S, S]` integers, rows truth.
+        contours: `[..., 3, S]` int64 of `boundary_counts`; `None` where contours were not counted.
         has_background, uncovered: see `label_counts`.
     """
 
@@ -104,22 +104,22 @@ class LabelMapCounts:
 
 
 def count_labels(counts: LabelMapCounts) -> np.ndarray:
-    """Return the pixels of each label, `[3, S]`, with uncovered pixels treated as `counts` says."""
+    """Return the pixels of each label, `[..., 3, S]`, with uncovered pixels treated as `counts` says."""
     return label_counts(counts.confusion, counts.has_background, counts.uncovered)
 
 
 def count_contours(counts: LabelMapCounts) -> np.ndarray | None:
-    """Return the pixels near contours of each label, `[3, S]`."""
+    """Return the pixels near contours of each label, `[..., 3, S]`."""
     return counts.contours
 
 
 def count_uncovered_as_wrong(counts: LabelMapCounts) -> np.ndarray | None:
-    """Return the pixels of each label, uncovered ones being wrong, `[3, S]`; `None` where label 0 is a class."""
+    """Return the pixels of each label, uncovered ones being wrong, `[..., 3, S]`; `None` where label 0 is a class."""
     return None if counts.has_background else label_counts(counts.confusion, False, "wrong")
 
 
 def count_without_uncovered(counts: LabelMapCounts) -> np.ndarray | None:
-    """Return the pixels of each label but for uncovered ones, `[3, S]`; `None` where label 0 is a class."""
+    """Return the pixels of each label but for uncovered ones, `[..., 3, S]`; `None` where label 0 is a class."""
     return None if counts.has_background else label_counts(counts.confusion, False, "ignore")
 
 
@@ -131,9 +131,9 @@ class Figure:
         name: its key in results.json; a dot leads into a nested mapping.
         title: its row in tables; `{key}` stands for another value of the same results.
         column: its column in the tables of studies; the title if omitted.
-        unit: `%`, or nothing for a plain number.
+        unit: `%`, another unit, or nothing for a plain number.
         decimals: how many are shown.
-        is_larger_better: whether a larger value is the better one.
+        is_larger_better: whether a larger value is the better one, which decides the colour of a difference.
     """
 
     name: str
@@ -151,9 +151,22 @@ class Figure:
         """The keys that lead to it in results.json."""
         return tuple(self.name.split("."))
 
+    def label(self, text: str) -> str:
+        """Return a row or column title with the unit, which tables in percent leave out where it is percent."""
+        return text if self.unit == "%" else f"{text} ({self.unit or 'number'})"
+
+    def format(self, value: float | None, sign: str = "") -> str:
+        """Return a value as tables show it, without the unit."""
+        return format_value(value, sign, self.decimals)
+
     def read(self, record: Mapping[str, Any]) -> Any:
         """Return its value in results; `None` where they lack it, as those of an older version may."""
         return read_path(record, self.path)
+
+    def is_in(self, record: Mapping[str, Any]) -> bool:
+        """Return whether results hold it, be it as `None`."""
+        holder = read_path(record, self.path[:-1])
+        return isinstance(holder, Mapping) and self.path[-1] in holder
 
     def describe(self) -> dict[str, Any]:
         """Return what a page needs to show it, as JSON values."""
@@ -172,7 +185,8 @@ class Measure(Figure):
 
     Attributes:
         compute: pixel counts -> the value.
-        counts: which pixel counts it is computed from; `None` where the measure does not apply.
+        counts: which pixel counts it is computed from; `None` where the measure does not apply. Counts of a split have
+            to be the sum of those of its images.
         is_per_class: whether it has a value for each class in place of one.
     """
 
@@ -270,8 +284,14 @@ def single_measures() -> list[Measure]:
 
 
 def class_measures() -> list[Measure]:
-    """Return the measures of each class that count all pixels, not those near contours alone."""
-    return [measure for measure in MEASURES if measure.is_per_class and measure.counts is count_labels]
+    """Return the measures that have a value for each class."""
+    return [measure for measure in MEASURES if measure.is_per_class]
+
+
+def missing_measures(record: Mapping[str, Any], counts: LabelMapCounts) -> list[str]:
+    """Return the names of the measures that apply to these counts and that the results lack."""
+    applicable = [measure for measure in MEASURES if measure.counts(counts) is not None]
+    return [measure.name for measure in applicable if not measure.is_in(record)]
 
 
 def read_path(record: Any, path: Sequence[str]) -> Any:

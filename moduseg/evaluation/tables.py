@@ -19,7 +19,6 @@ from moduseg.evaluation.measures import (
     count_contours,
     format_value,
     measure_label_maps,
-    read_path,
     single_measures,
     to_json,
 )
@@ -30,6 +29,8 @@ PACKAGES = (
 )  # fmt: skip
 
 
+GROUPS = ("boundary_iou", "uncovered")
+"""Entries of results that hold measures beside what they were counted with."""
 MAX_NAMED = 5
 """The Markdown names at most this many of the images that were left out."""
 
@@ -106,15 +107,13 @@ def results_record(
         A dictionary fit for JSON; measures in percent, `None` where a class is in neither truth nor prediction.
 
     Raises:
-        ValueError: names and counts do not fit, or `run.extra` replaces an entry.
+        ValueError: names and counts do not fit, or a measure or `run.extra` has the name of another entry.
     """
     expected = (len(classes), len(classes))
     if counts.confusion.shape != expected:
         raise ValueError(f"confusion: got {counts.confusion.shape}, expected {expected} as there are class names")
     measured = measure_label_maps(counts, classes)
-    groups = {name: measured.pop(name) for name in ("boundary_iou", "uncovered") if name in measured}
     record: dict[str, Any] = {
-        **measured,
         "unit": "percent",
         "dataset": run.dataset,
         "split": run.split,
@@ -132,16 +131,13 @@ def results_record(
         record["miou_interval"] = {**ends, "confidence": interval.confidence, "over": "images"}
     if contours is not None:
         record["boundary_iou"] = {
-            **groups["boundary_iou"],
             "width": contours.share,
             "width_of": "the image's diagonal",
             "width_pixels": [min(contours.pixels), max(contours.pixels)],
         }
-    if "uncovered" in groups:
-        record["uncovered"] = {"rule": counts.uncovered, **groups["uncovered"]}
-    if replaced := sorted(set(record) & set(run.extra)):
-        raise ValueError(f"extra: got {', '.join(replaced)}, which results hold already; choose other names")
-    return {**record, **run.extra}
+    if "uncovered" in measured:
+        record["uncovered"] = {"rule": counts.uncovered}
+    return _join("extra", _join("measures", measured, record), run.extra)
 
 
 def measure_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -151,12 +147,9 @@ def measure_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """
     rows = []
     for measure in single_measures():
-        *groups, key = measure.path
-        holder = read_path(record, groups)
-        if holder is None or key not in holder:
-            continue
-        title = measure.title + (f" ({_describe_width(holder)})" if measure.counts is count_contours else "")
-        rows.append((title, format_value(holder[key], decimals=measure.decimals)))
+        if measure.is_in(record):
+            width = f" ({_describe_width(record['boundary_iou'])})" if measure.counts is count_contours else ""
+            rows.append((measure.label(measure.title + width), measure.format(measure.read(record))))
     return rows
 
 
@@ -173,16 +166,16 @@ def results_markdown(record: Mapping[str, Any]) -> str:
         more = ", ..." if len(record["left_out"]) > MAX_NAMED else ""
         head += f"; left out: {len(record['left_out'])} ({', '.join(record['left_out'][:MAX_NAMED])}{more})"
     in_truth = label_counts(np.asarray(record["confusion"]))[1]
-    by_class = [measure for measure in class_measures() if measure.name in record]
+    by_class = [measure for measure in class_measures() if measure.is_in(record)]
     rows = [
         [
             name,
-            *(format_value(record[measure.name][name], decimals=measure.decimals) for measure in by_class),
+            *(measure.format(measure.read(record)[name]) for measure in by_class),
             format_value(100.0 * in_truth[i] / in_truth.sum() if in_truth.any() else None),
         ]
         for i, name in enumerate(record["classes"])
     ]
-    header = ("class", *(measure.title for measure in by_class), "share of pixels")
+    header = ("class", *(measure.label(measure.title) for measure in by_class), "share of pixels")
     # The head holds the mIoU already.
     totals = measure_rows(record)[1:]
     return f"{head}\n\n{markdown_table(header, rows)}\n{markdown_table(('percent', 'value'), totals)}"
@@ -204,6 +197,18 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     ]
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join([f"{lines[0]} |", rule, *(f"{line} |" for line in lines[1:])]) + "\n"
+
+
+def _join(where: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of both mappings; those of `GROUPS` are joined in turn.
+
+    Raises:
+        ValueError: both have an entry of one name.
+    """
+    nested = {name: _join(where, first[name], second[name]) for name in GROUPS if name in first and name in second}
+    if replaced := sorted((first.keys() & second.keys()) - nested.keys()):
+        raise ValueError(f"{where}: got {', '.join(replaced)}, which results hold already; choose other names")
+    return {**first, **second, **nested}
 
 
 def _describe_width(contours: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from moduseg.evaluation.counts import SplitCounts
-from moduseg.evaluation.measures import MEASURES, PROPOSAL_FIGURES
+from moduseg.evaluation.measures import MEASURES, PROPOSAL_FIGURES, single_measures
 from moduseg.evaluation.published import BENCHMARKS, PUBLISHED
 from moduseg.evaluation.tables import versions
 from moduseg.masks.palette import voc_palette
@@ -66,13 +66,17 @@ def make_overview(work: Workspace, run: FinishedRun, num_shown: int) -> dict[str
 
 
 def list_figures(results: Mapping[str, Any]) -> list[list[Any]]:
-    """Return what stage `evaluate` adds to an overview: `[title, value, unit]` rows."""
+    """Return what stage `evaluate` adds to an overview: `[title, value, unit, decimals]` rows."""
     rows: list[list[Any]] = []
     masks, proposals = results.get("pseudo_masks"), results.get("proposals")
     if masks:
-        rows.append([f"mIoU of pseudo masks, {masks['split']}", masks["miou"], "%"])
+        rows += [
+            [f"{m.title} of pseudo masks, {masks['split']}", m.read(masks), m.unit, m.decimals]
+            for m in single_measures()
+            if m.is_in(masks)
+        ]
     if proposals:
-        rows += [[f.title.format_map(proposals), f.read(proposals), f.unit] for f in PROPOSAL_FIGURES]
+        rows += [[f.title.format_map(proposals), f.read(proposals), f.unit, f.decimals] for f in PROPOSAL_FIGURES]
     return rows
 
 

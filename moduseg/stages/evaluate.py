@@ -155,7 +155,7 @@ def _make_table(record: dict[str, Any]) -> str:
     if masks is not None:
         rows += [(f"{title}, pseudo masks of {masks['split']}", value) for title, value in measure_rows(masks)]
     rows += [
-        (figure.title.format_map(proposals), format_value(figure.read(proposals), decimals=figure.decimals))
+        (figure.label(figure.title.format_map(proposals)), figure.format(figure.read(proposals)))
         for figure in PROPOSAL_FIGURES
     ]
     rows.append(("vectors in the bank", str(sum(record["bank"]["vectors"].values()))))

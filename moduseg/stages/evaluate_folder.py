@@ -13,10 +13,10 @@ from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.counts import FILE
 from moduseg.evaluation.predictions import PredictionFolder
 from moduseg.evaluation.tables import ScoredRun, results_markdown
-from moduseg.files import to_json_values, write_atomic, write_json
+from moduseg.files import read_json, to_json_values, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.workspace import Workspace, log
-from moduseg.stages.evaluate_masks import count_split, draw_panels, make_record, scoring_settings
+from moduseg.stages.evaluate_masks import count_split, draw_panels, lacks_measures, make_record, scoring_settings
 
 UNKNOWN = "unknown (predictions made elsewhere)"
 
@@ -69,7 +69,9 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
         "seed": cfg.runtime.seed,
     }
     artefact = work.artefact("evaluate", f"{name}-{work.eval_split}", parts)
-    if not artefact.is_intact(cfg.runtime.verify):
+    file = artefact.path / "results.json"
+    is_done = artefact.is_intact(cfg.runtime.verify)
+    if not is_done or lacks_measures(read_json(file)["prediction"], dataset, cfg.evaluation):
         _score(cfg, work, folder, artefact)
     text = (artefact.path / "results.md").read_text(encoding="utf-8").rstrip()
     log.info("%s\nevaluate: %s -> %s", text, folder.folder, artefact.path)

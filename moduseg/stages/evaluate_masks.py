@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from moduseg.config import Config
+from moduseg.config import Config, EvaluationConfig
 from moduseg.datasets.base import Dataset
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.bootstrap import bootstrap
 from moduseg.evaluation.counts import FILE, SplitCounts
-from moduseg.evaluation.measures import LabelMapCounts
+from moduseg.evaluation.measures import LabelMapCounts, missing_measures
 from moduseg.evaluation.pairs import MAX_AUTO_WORKERS, Pair, count_pairs
 from moduseg.evaluation.tables import ContourWidth, ScoredRun, results_markdown, results_record
 from moduseg.files import read_json, write_atomic, write_json
@@ -36,12 +36,31 @@ def scoring_settings(cfg: Config) -> dict[str, Any]:
     return _deciding(cfg.as_dict()["evaluation"])
 
 
-def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome) -> bool:
-    """Return whether `results.json` is missing, older than the label maps, or made with other evaluation settings."""
-    file = artefact.path / "results.json"
+def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome, dataset: Dataset) -> bool:
+    """Return whether `results.json` is missing or out of date.
+
+    It is out of date if label maps changed, if it was made with other evaluation settings or, where it has an interval,
+    with another seed, or if it lacks a measure that applies, as results of an older version may.
+    """
+    file, settings = artefact.path / "results.json", work.cfg.evaluation
     if outcome.changed or not file.is_file():
         return True
-    return _deciding(read_json(file)["config"]["evaluation"]) != scoring_settings(work.cfg)
+    record = read_json(file)
+    if _deciding(record["config"]["evaluation"]) != scoring_settings(work.cfg):
+        return True
+    if settings.bootstrap and record["config"]["runtime"]["seed"] != work.cfg.runtime.seed:
+        return True
+    return lacks_measures(record, dataset, settings)
+
+
+def lacks_measures(record: Mapping[str, Any], dataset: Dataset, settings: EvaluationConfig) -> bool:
+    """Return whether results lack a measure that applies to the data set, as those of an older version may."""
+    confusion = np.asarray(record["confusion"])
+    # Whether contours were counted decides which measures apply, not how many of their pixels are right.
+    contours = np.zeros((3, len(confusion)), np.int64) if settings.boundary_width else None
+    return bool(
+        missing_measures(record, LabelMapCounts(confusion, contours, dataset.has_background, settings.uncovered))
+    )
 
 
 def _deciding(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +81,7 @@ def score_or_draw(
     Arguments as those of `score_label_maps`.
     """
     if dataset.has_truth:
-        if needs_scoring(work, artefact, outcome):
+        if needs_scoring(work, artefact, outcome, dataset):
             score_label_maps(work, artefact, outcome, dataset, proposals=proposals, inputs=inputs)
     elif outcome.changed:
         ids = [image_id for image_id in dataset.ids if image_id not in outcome.failed]

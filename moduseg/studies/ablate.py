@@ -22,20 +22,19 @@ from moduseg.config import UNREADABLE, compose, config_dir
 from moduseg.config.command_keys import AblateOptions
 from moduseg.config.construct import construct
 from moduseg.errors import ConfigError
-from moduseg.evaluation.measures import PROPOSAL_FIGURES, read_path, single_measures
+from moduseg.evaluation.measures import PROPOSAL_FIGURES, Figure, read_path, single_measures
 from moduseg.evaluation.tables import markdown_table, versions
-from moduseg.files import read_json, write_atomic, write_json
+from moduseg.files import digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import log
 from moduseg.stages import evaluate
 
-FIGURES: dict[str, tuple[str, ...]] = {
-    **{measure.column: ("prediction", *measure.path) for measure in single_measures()},
-    "low": ("prediction", "miou_interval", "low"),
-    "high": ("prediction", "miou_interval", "high"),
-    **{f"pseudo-mask {measure.column}": ("pseudo_masks", *measure.path) for measure in single_measures()},
-    **{figure.column: ("proposals", *figure.path) for figure in PROPOSAL_FIGURES},
+FIGURES: dict[str, tuple[str, Figure]] = {
+    **{measure.column: ("prediction", measure) for measure in single_measures()},
+    **{end: ("prediction", Figure(name=f"miou_interval.{end}", title=end)) for end in ("low", "high")},
+    **{f"pseudo-mask {measure.column}": ("pseudo_masks", measure) for measure in single_measures()},
+    **{figure.column: ("proposals", figure) for figure in PROPOSAL_FIGURES},
 }
-"""Columns that a table may have, and the keys that lead to them in the results of `evaluate`."""
+"""Columns that a table may have: the part of the results of `evaluate`, and the figure in it."""
 
 
 @dataclass(frozen=True)
@@ -117,19 +116,22 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
         overrides: for every run, after the table's own.
 
     Returns:
-        The Markdown file `<outputs>/tables/<name>.md`, with `<name>.json` beside it.
+        The Markdown file `<outputs>/tables/<name>.md`, with `<name>.json` beside it. With overrides (other than
+        `runtime.outputs`) `<name>-<key8>` stands for `<name>`: the key hashes them, and the table without them stays.
     """
     table = load_table(name)
     cells = list(_expand_cells(table))
     with tqdm(total=sum(len(runs) for _, runs in cells), desc=f"table {name}", unit="run") as progress:
         rows = [_run_cell(table, options, runs, overrides, progress) for options, runs in cells]
     outputs = Path(compose([*table.base, *overrides]).runtime.outputs) / "tables"
+    changes = [override for override in overrides if not override.startswith("runtime.outputs=")]
+    stem = f"{name}-{digest_of(changes)[:8]}" if changes else name
     record = {"title": table.title, "table": name, "overrides": list(overrides), "rows": rows, "versions": versions()}
-    write_json(outputs / f"{name}.json", record)
+    write_json(outputs / f"{stem}.json", record)
     text = _markdown(table, rows)
-    write_atomic(outputs / f"{name}.md", text.encode())
-    log.info("%s\ntable -> %s", text.rstrip(), outputs / f"{name}.md")
-    return outputs / f"{name}.md"
+    write_atomic(outputs / f"{stem}.md", text.encode())
+    log.info("%s\ntable -> %s", text.rstrip(), outputs / f"{stem}.md")
+    return outputs / f"{stem}.md"
 
 
 def _run_cell(
@@ -173,24 +175,38 @@ def _as_alternatives(overrides: Any) -> list[list[str]]:
 
 def read_figure(record: Mapping[str, Any], column: str) -> float | None:
     """Return the value of a column in the results of `evaluate`; `None` where they lack it."""
-    return read_path(record, FIGURES[column])
+    part, figure = FIGURES[column]
+    return read_path(record, (part, *figure.path))
+
+
+def label_column(column: str) -> str:
+    """Return the title of a column, with its unit where that is not percent."""
+    return FIGURES[column][1].label(column)
 
 
 def _markdown(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
     body = [
-        [*row["options"].values(), *(mean_cell(row["figures"][c]) for c in table.columns), len(row["runs"])]
+        [*row["options"].values(), *(mean_cell(row["figures"][c], c) for c in table.columns), len(row["runs"])]
         for row in rows
     ]
     where = f"{rows[0]['dataset']} {rows[0]['split']}, {rows[0]['images']} images. "
     note = "Mean ± sample standard deviation where a row has several runs; percent."
-    header = [*table.axes, *table.columns, "runs"]
+    header = [*table.axes, *(label_column(c) for c in table.columns), "runs"]
     return f"**{table.title}** {where}{note}\n\n{markdown_table(header, body)}"
 
 
-def mean_cell(values: Sequence[float | None], sign: str = "") -> str:
-    """Return mean ± sample standard deviation of the runs that have a value; `sign="+"` shows a plus as well."""
+def mean_cell(values: Sequence[float | None], column: str, sign: str = "") -> str:
+    """Return mean ± sample standard deviation of the runs that have a value, with the column's decimals.
+
+    Args:
+        values: of the runs.
+        column: key of `FIGURES`.
+        sign: `+` shows a plus as well.
+    """
+    decimals = FIGURES[column][1].decimals
     measured = [v for v in values if v is not None]
     if not measured:
         return "-"
     # Adding zero turns -0.0 into 0.0.
-    return f"{round(mean(measured), 1) + 0:{sign}.1f}" + (f" ± {stdev(measured):.1f}" if len(measured) > 1 else "")
+    spread = f" ± {stdev(measured):.{decimals}f}" if len(measured) > 1 else ""
+    return f"{round(mean(measured), decimals) + 0:{sign}.{decimals}f}{spread}"

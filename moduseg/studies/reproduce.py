@@ -24,7 +24,7 @@ from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.manifests import StageFolder, count_failures
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.stages import evaluate
-from moduseg.studies.ablate import FIGURES, mean_cell, read_figure
+from moduseg.studies.ablate import FIGURES, label_column, mean_cell, read_figure
 from moduseg.studies.paper_tables import BASE, MINIATURE, SPLITS, PaperTable, load_paper_table, pick
 
 ALIASES = {"voc_aug": "voc", "coco2014": "coco"}
@@ -40,15 +40,15 @@ def main(options: ReproduceOptions, overrides: Sequence[str]) -> int:
     if options.show:
         print("\n".join(list_commands(options.table, options.dataset)))
         return 0
-    finished = run(options, overrides)
-    for path in finished.paths:
+    tables = run(options, overrides)
+    for path in tables.paths:
         print(path.read_text(encoding="utf-8"))
-    print("written: " + ", ".join(str(path) for path in finished.paths))
-    return 1 if finished.num_failed else 0
+    print("written: " + ", ".join(str(path) for path in tables.paths))
+    return 1 if tables.num_failed else 0
 
 
 @dataclass(frozen=True)
-class Finished:
+class WrittenTables:
     """What a call of `run` wrote.
 
     Attributes:
@@ -60,7 +60,7 @@ class Finished:
     num_failed: int
 
 
-def run(options: ReproduceOptions, overrides: Sequence[str] = ()) -> Finished:
+def run(options: ReproduceOptions, overrides: Sequence[str] = ()) -> WrittenTables:
     """Run the rows of a table of the paper and write it, again after each row.
 
     One row alone is written to a file of its own.
@@ -92,7 +92,7 @@ def run(options: ReproduceOptions, overrides: Sequence[str] = ()) -> Finished:
                 table_run.run_row(row, cfgs)
                 table_run.write()
                 progress.update()
-    return Finished([table_run.path for table_run in runs], sum(table_run.num_failed for table_run in runs))
+    return WrittenTables([table_run.path for table_run in runs], sum(table_run.num_failed for table_run in runs))
 
 
 def _choose_datasets(table: PaperTable, options: ReproduceOptions) -> list[str]:
@@ -255,7 +255,7 @@ class TableRun:
         header = ["row", "published", "ours", "difference"]
         if self.reference is not None:
             header += ["published change", "our change"]
-        header += [*self.table.columns, "images", "seconds"]
+        header += [*(label_column(c) for c in self.table.columns), "images", "seconds"]
         body = [self._make_cells(record) for record in self.records.values()]
         splits = {record["split"] for record in self.records.values() if record["split"]}
         where = ", ".join(sorted(splits)) or SPLITS[self.table.figure]
@@ -265,17 +265,18 @@ class TableRun:
 
     def _make_cells(self, record: Mapping[str, Any]) -> list[object]:
         """Return a row of the table."""
-        ours = {"done": mean_cell(record["values"]), "quoted": "-"}.get(record["status"], record["status"])
+        figure = self.table.figure
+        ours = {"done": mean_cell(record["values"], figure), "quoted": "-"}.get(record["status"], record["status"])
         published, images, seconds = record["published"], record["images"], record["seconds"]
         cells: list[object] = [
             record["row"],
             format_value(None if published is None else published["value"]),
             ours + ("*" if record["left_out"] else ""),
-            mean_cell([record["difference"]], "+"),
+            mean_cell([record["difference"]], figure, "+"),
         ]
         if self.reference is not None:
-            cells += [mean_cell([record["published_change"]], "+"), mean_cell(record["change"], "+")]
-        cells += [mean_cell(record["columns"].get(c, [])) for c in self.table.columns]
+            cells += [mean_cell([record["published_change"]], figure, "+"), mean_cell(record["change"], figure, "+")]
+        cells += [mean_cell(record["columns"].get(c, []), c) for c in self.table.columns]
         return [*cells, "-" if images is None else images, "-" if seconds is None else seconds]
 
     def _list_notes(self) -> list[str]:

@@ -50,6 +50,8 @@ KEYS = (
     *(f"bank.outliers.{f.name}" for f in fields(OutliersConfig)),
 )
 """Keys that can be swept without a model; `bank.outliers` is swept key by key."""
+MIOU = next(measure for measure in single_measures() if measure.name == "miou")
+"""What the best setting is chosen by, and how the columns are shown that are no measure of their own."""
 NUM_BEST = 10
 """Number of settings in the report's first table."""
 
@@ -277,11 +279,17 @@ def _make_report(record: Mapping[str, Any], ranked: Sequence[int]) -> str:
     if unchanged:
         lines.append(f"The configuration as it is: mIoU {format_value(unchanged[0]['mIoU'])}.")
     figures = [name for name in rows[0] if name != "setting"]
+    measures = {m.column: m for m in single_measures()}
+    shown_as = [measures.get(name, MIOU) for name in figures]
     body = [
-        [*(_text(v) for v in rows[i]["setting"].values()), *(format_value(rows[i].get(n)) for n in figures)]
+        [
+            *(_text(value) for value in rows[i]["setting"].values()),
+            *(figure.format(rows[i].get(name)) for name, figure in zip(figures, shown_as, strict=True)),
+        ]
         for i in ranked[:NUM_BEST]
     ]
-    lines += ["", markdown_table([*axes, *figures], body)]
+    titles = [figure.label(name) for name, figure in zip(figures, shown_as, strict=True)]
+    lines += ["", markdown_table([*axes, *titles], body)]
     for key, values in axes.items():
         held = _at_default(record, key)
         body = []

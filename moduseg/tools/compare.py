@@ -15,6 +15,7 @@ from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.evaluation.compare import CompareSettings, compare, compare_markdown
 from moduseg.evaluation.confusion import Uncovered
 from moduseg.evaluation.counts import FILE, SplitCounts
+from moduseg.evaluation.measures import single_measures
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.workspace import log
@@ -91,16 +92,23 @@ def run(first: str, second: str, cfg: Config, *, names_dataset: bool) -> Path:
         "seed": cfg.runtime.seed,
     }
     artefact = Artefact(Path(cfg.runtime.outputs), left.setting[0], "compare", "--".join(names)[:100], parts)
-    if not (artefact.is_complete and (artefact.path / "results.md").is_file()):
+    measures = [measure.name for measure in single_measures()]
+    if not _is_finished(artefact, measures):
         settings = CompareSettings(resamples, cfg.runtime.seed, left.has_background, left.uncovered)
         record = compare(left.counts, right.counts, left.classes, names=names, settings=settings)
         folders = {"dataset": left.setting[0], "split": left.setting[1], "folders": [first, second]}
         write_json(artefact.path / "results.json", {**folders, **record})
         write_atomic(artefact.path / "results.md", compare_markdown(record).encode())
-        artefact.write_manifest(status="complete", images=record["images"], failures=0)
+        artefact.write_manifest(status="complete", images=record["images"], failures=0, measures=measures)
     text = (artefact.path / "results.md").read_text(encoding="utf-8").rstrip()
     log.info("%s\ncompare -> %s", text, artefact.path)
     return artefact.path
+
+
+def _is_finished(artefact: Artefact, measures: list[str]) -> bool:
+    """Return whether the two have been compared by all measures."""
+    has_files = all((artefact.path / name).is_file() for name in ("results.json", "results.md"))
+    return artefact.is_complete and has_files and artefact.manifest.get("measures") == measures
 
 
 def _open_side(folder: str, cfg: Config, names_dataset: bool) -> Side:

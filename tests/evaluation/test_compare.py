@@ -10,7 +10,7 @@ from moduseg.evaluation.bootstrap import paired_bootstrap, paired_bootstrap_of_c
 from moduseg.evaluation.compare import CompareSettings, compare, compare_markdown
 from moduseg.evaluation.confusion import label_counts
 from moduseg.evaluation.counts import ImageCounts, SplitCounts
-from moduseg.evaluation.measures import iou, mean_iou
+from moduseg.evaluation.measures import iou, mean_iou, single_measures
 
 CLASSES = ("background", "dog", "cat", "owl")
 
@@ -58,6 +58,20 @@ def test_differences_and_their_intervals(rng: np.random.Generator) -> None:
     assert owl["images"] == 0
     assert record["boundary_miou"]["difference"] > 0
     assert record["left_out"] == []
+
+
+def test_every_measure_of_a_split_is_compared(rng: np.random.Generator) -> None:
+    first, second = (_split(run) for run in _runs(rng, 6))
+    settings = CompareSettings(resamples=20)
+    record = compare(first, second, CLASSES, names=("a", "b"), settings=settings)
+    applicable = {measure.name for measure in single_measures() if measure.path[0] != "uncovered"}
+    assert set(record["measures"]) == applicable
+    accuracy = record["measures"]["pixel_accuracy"]
+    matrices = [side.matrix() for side in (first, second)]
+    assert accuracy["first"] == pytest.approx(100 * np.trace(matrices[0]) / matrices[0].sum())
+    assert accuracy["low"] <= accuracy["difference"] <= accuracy["high"]
+    assert record["measures"]["boundary_iou.miou"] == record["boundary_miou"]
+    assert "| pixel accuracy " in compare_markdown(record)
 
 
 def test_draws_are_those_of_the_mean(rng: np.random.Generator) -> None:

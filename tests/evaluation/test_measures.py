@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moduseg.evaluation import measures
+from moduseg.evaluation.bootstrap import Interval
 from moduseg.evaluation.confusion import label_counts
 from moduseg.evaluation.measures import (
     MEASURES,
@@ -15,7 +16,7 @@ from moduseg.evaluation.measures import (
     measure_label_maps,
     single_measures,
 )
-from moduseg.evaluation.tables import ScoredRun, results_markdown, results_record
+from moduseg.evaluation.tables import ContourWidth, ScoredRun, results_markdown, results_record
 
 HAND = np.array([[6, 1, 0, 1], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 """Background: 6 of 8 pixels right; class 1: 3 of 4; class 2 in neither; class 3 predicted alone."""
@@ -99,6 +100,38 @@ def test_a_new_measure_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["worst_iou"] == 60.0
     assert "| worst IoU                      |  60.0 |" in results_markdown(record)
     assert worst in single_measures()
+
+
+def test_a_measure_of_each_class_with_counts_of_its_own_has_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    contours = np.array([[2, 1], [4, 1], [4, 2]])
+    far = Measure(
+        name="contours.distance",
+        title="distance",
+        compute=lambda counts: counts[..., 1, :] / 3,
+        counts=measures.count_contours,
+        is_per_class=True,
+        unit="px",
+        decimals=3,
+    )
+    monkeypatch.setattr(measures, "MEASURES", (*MEASURES, far))
+    counts = LabelMapCounts(HAND[:2, :2], contours)
+    width = ContourWidth(0.02, [8])
+    record = results_record(counts, ("background", "a"), ScoredRun("d", "val", 1, "json", {}), contours=width)
+    table = [[c.strip() for c in line.split("|")[1:-1]] for line in results_markdown(record).splitlines()[2:6]]
+    assert table[0] == ["class", "IoU", "precision", "recall", "boundary IoU", "distance (px)", "share of pixels"]
+    assert table[2][-3:-1] == ["33.3", "1.333"]
+
+
+@pytest.mark.parametrize("name", ["images", "seconds", "miou_interval", "boundary_iou.width", "confusion.share"])
+def test_a_measure_may_not_have_the_name_of_another_entry(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "MEASURES", (*MEASURES, Measure(name=name, title="x", compute=measures.mean_iou)))
+    counts = LabelMapCounts(HAND[:2, :2], HAND[:3, :2])
+    run = ScoredRun("d", "val", 1, "json", {})
+    interval, width = Interval(1.0, 0.0, 2.0), ContourWidth(0.02, [8])
+    with pytest.raises(
+        ValueError, match=f"measures: got {name.split('.')[-1] if 'iou' in name else name.split('.')[0]}"
+    ):
+        results_record(counts, ("background", "a"), run, interval=interval, contours=width)
 
 
 def test_results_without_a_measure_have_no_row_of_it() -> None:

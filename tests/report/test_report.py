@@ -186,11 +186,11 @@ def test_a_report_is_written_when_something_changed(copy: Path) -> None:
 def test_evaluate_adds_its_figures(copy: Path) -> None:
     settings = overrides(copy, "evaluation.report=true", train=10, val=5)
     path = evaluate.run(compose(settings))
-    names = [name for name, _, _ in value(folder_of(copy), "summary")["figures"]]
+    names = [name for name, _, _, _ in value(folder_of(copy), "summary")["figures"]]
     assert names[0] == "mIoU of pseudo masks, train"
     assert any("objects by proposals" in name for name in names)
     assert report.run(str(path)) == folder_of(copy) / "report" / "index.html"
-    assert [name for name, _, _ in value(folder_of(copy), "summary")["figures"]] == names
+    assert [name for name, _, _, _ in value(folder_of(copy), "summary")["figures"]] == names
 
 
 def test_what_is_gone_is_left_out(copy: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from moduseg.config import compose
+from moduseg.evaluation import measures
 from moduseg.stages import evaluate
 
 ARCHIVE = Path(__file__).parents[1] / "data" / "finished_run.tar.gz"
@@ -30,6 +32,8 @@ OVERRIDES = (
     "evaluation.report=false",
     "evaluation.boundary_width=0",
 )
+SCORE_FILES = ("results.json", "results.md", "confusion.safetensors", "manifest.json")
+LATER_MEASURES = ("mean_accuracy", "mean_dice")
 STAGES = {"propose", "fit", "scores", "pseudo_masks", "build_bank", "queries", "infer", "evaluate"}
 
 
@@ -38,6 +42,9 @@ def test_an_earlier_run_is_found_complete(tmp_path: Path, monkeypatch: pytest.Mo
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
+    # Results without a measure are scored again, so the table is that of the earlier version.
+    earlier = tuple(measure for measure in measures.MEASURES if measure.name not in LATER_MEASURES)
+    monkeypatch.setattr(measures, "MEASURES", earlier)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "outputs").rglob("*") if p.is_file()}
     assert {p.parent.name for p in (tmp_path / "outputs").glob("*/*/*-*")} == STAGES
 
@@ -45,3 +52,19 @@ def test_an_earlier_run_is_found_complete(tmp_path: Path, monkeypatch: pytest.Mo
 
     assert folder.resolve() in {p.parent for p in before}
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "outputs").rglob("*") if p.is_file()} == before
+
+
+def test_an_earlier_run_gets_later_measures_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are written again; proposals, scores, label maps, vectors and the bank are not touched."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "outputs").rglob("*") if p.name not in SCORE_FILES}
+
+    folder = evaluate.run(compose(OVERRIDES))
+
+    record = json.loads((folder / "results.json").read_text())
+    assert record["prediction"]["mean_dice"] is not None
+    assert record["pseudo_masks"]["mean_accuracy"] is not None
+    assert {p: p.stat().st_mtime_ns for p in kept if p.is_file()} == {p: kept[p] for p in kept if p.is_file()}
+    assert {p.parent.name for p in (tmp_path / "outputs").glob("*/*/*-*")} == STAGES

@@ -18,7 +18,9 @@ from moduseg.cli import run_script
 from moduseg.config import compose
 from moduseg.datasets.folder import FolderDataset
 from moduseg.errors import ConfigError, DataError, ModusegError
+from moduseg.evaluation import measures
 from moduseg.evaluation.counts import FILE, SplitCounts
+from moduseg.evaluation.measures import Measure
 from moduseg.masks.palette import voc_palette
 from moduseg.stages import evaluate
 from moduseg.stages.infer import Infer
@@ -347,3 +349,51 @@ def test_other_classes_than_vocs_are_refused(own: Path) -> None:
         voc_package.run(compose(arguments(own, f"predictions={own.parent / 'half'}")))
     with pytest.raises(ModusegError, match=r"predictions: got 3, expected a folder"):
         compose(["predictions=3"])
+
+
+@pytest.mark.parametrize(
+    ("more", "is_scored"),
+    [
+        pytest.param([], False, id="nothing changed"),
+        pytest.param(["runtime.seed=7"], True, id="the seed of the interval"),
+        pytest.param(["evaluation.bootstrap=0"], True, id="no interval"),
+    ],
+)
+def test_what_decides_a_score_scores_again(finished: Path, more: list[str], is_scored: bool) -> None:
+    path = Infer.run(compose(overrides(finished)))
+    before = (path / "results.json").read_bytes()
+    Infer.run(compose(overrides(finished, *more)))
+    assert ((path / "results.json").read_bytes() != before) is is_scored
+    record = json.loads((path / "results.json").read_text())
+    assert not more or "bootstrap" in more[0] or record["seed"] == 7
+
+
+def test_a_new_measure_is_added_to_finished_results(finished: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run and of anyone's PNGs: label maps stay, `results.json` is written again, once."""
+    jobs = [
+        lambda: Infer.run(compose(overrides(finished))),
+        lambda: evaluate.run(compose(arguments(own, f"predictions={own.parent / 'half'}"))),
+    ]
+    for job in jobs:
+        job()
+    worst = Measure(name="worst_iou", title="worst IoU", compute=lambda counts: np.nanmin(measures.iou(counts), -1))
+    monkeypatch.setattr(measures, "MEASURES", (*measures.MEASURES, worst))
+    for job in jobs:
+        file = job() / "results.json"
+        record = json.loads(file.read_text())
+        record = record.get("prediction", record)
+        assert record["worst_iou"] == min(value for value in record["iou"].values() if value is not None)
+        stamp = file.stat().st_mtime_ns
+        job()
+        assert file.stat().st_mtime_ns == stamp
+
+
+def test_two_folders_are_compared_by_a_new_measure_too(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, folders = compose(arguments(own)), [str(own.parent / name) for name in ("shifted", "half")]
+    path = compare.run(*folders, cfg, names_dataset=True)
+    assert "worst_iou" not in json.loads((path / "results.json").read_text())["measures"]
+    worst = Measure(name="worst_iou", title="worst IoU", compute=lambda counts: np.nanmin(measures.iou(counts), -1))
+    monkeypatch.setattr(measures, "MEASURES", (*measures.MEASURES, worst))
+    assert compare.run(*folders, cfg, names_dataset=True) == path
+    assert json.loads((path / "results.json").read_text())["measures"]["worst_iou"]["first"] > 0
+    assert "| worst IoU " in (path / "results.md").read_text()

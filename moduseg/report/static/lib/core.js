@@ -91,10 +91,10 @@ window.Report = (() => {
 
   const percent = (value, digits = 1) =>
     value === null || value === undefined || Number.isNaN(value) ? "–" : value.toFixed(digits);
-  const signed = (value) =>
+  const signed = (value, digits = 1) =>
     value === null || value === undefined
       ? "–"
-      : `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(1)}`;
+      : `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(digits)}`;
   /** Return a measure's value, or a value for each class; undefined if the measure did not apply. */
   const valueOf = (measure, record) => measure.name.split(".").reduce((value, key) => value?.[key], record);
   /** Return a value of a measure as text. */

@@ -6,19 +6,20 @@ Report.views.compare = (() => {
   let order = "gain";
   let show = "labels";
 
-  function difference(name, entry, label, range) {
+  function difference(name, entry, label, range, { decimals = 1, is_larger_better: isLargerBetter = true } = {}) {
     const at = (value) => `${50 + (50 * value) / range}%`;
     const isScored = entry.difference !== null;
+    const isBetter = isLargerBetter ? entry.difference >= 0 : entry.difference <= 0;
     const isCertain = isScored && entry.low !== null && (entry.low > 0 || entry.high < 0);
     return h(
       "div",
       {
         class: `difference${isCertain ? "" : " unsure"}`,
-        title: isScored ? `${signed(entry.low)} to ${signed(entry.high)}` : "in neither",
+        title: isScored ? `${signed(entry.low, decimals)} to ${signed(entry.high, decimals)}` : "in neither",
       },
       h("span", { class: "bar-name" }, label === null ? null : swatch(label), h("span", {}, name)),
-      h("span", { class: "number" }, percent(entry.first)),
-      h("span", { class: "number" }, percent(entry.second)),
+      h("span", { class: "number" }, percent(entry.first, decimals)),
+      h("span", { class: "number" }, percent(entry.second, decimals)),
       h(
         "span",
         { class: "difference-track" },
@@ -28,22 +29,24 @@ Report.views.compare = (() => {
               style: { left: at(entry.low), width: `calc(${at(entry.high)} - ${at(entry.low)})` },
             })
           : null,
-        isScored
-          ? h("i", { class: `dot ${entry.difference < 0 ? "down" : "up"}`, style: { left: at(entry.difference) } })
-          : null,
+        isScored ? h("i", { class: `dot ${isBetter ? "up" : "down"}`, style: { left: at(entry.difference) } }) : null,
       ),
-      h("span", { class: "number strong" }, signed(entry.difference)),
+      h("span", { class: "number strong" }, signed(entry.difference, decimals)),
     );
   }
 
+  /** Return the largest distance from 0 of differences and their intervals, `least` at least. */
+  function rangeOf(entries, least) {
+    const values = entries.flatMap((entry) => [entry.difference, entry.low, entry.high]).filter((v) => v !== null);
+    return Math.max(least, ...values.map(Math.abs));
+  }
+
   function table(compare) {
-    const { classes } = get("summary");
+    const { classes, measures } = get("summary");
     const entries = Object.entries(compare.classes).filter(([, entry]) => entry.difference !== null);
-    const all = [...entries.map(([, entry]) => entry), compare.miou];
-    const range = Math.max(
-      1,
-      ...all.flatMap((entry) => [entry.difference, entry.low, entry.high].filter((v) => v !== null).map(Math.abs)),
-    );
+    const compared = measures.filter(({ name }) => name in compare.measures);
+    const inPercent = compared.filter(({ unit }) => unit === "%").map(({ name }) => compare.measures[name]);
+    const range = rangeOf([...entries.map(([, entry]) => entry), ...inPercent], 1);
     entries.sort((a, b) => b[1].difference - a[1].difference);
     return h(
       "section",
@@ -67,8 +70,12 @@ Report.views.compare = (() => {
           h("span", {}),
           h("span", { class: "number" }, "change"),
         ),
-        difference("mIoU", compare.miou, null, range),
-        compare.boundary_miou ? difference("boundary mIoU", compare.boundary_miou, null, range) : null,
+        compared.map((measure) => {
+          const entry = compare.measures[measure.name];
+          if (measure.unit === "%") return difference(measure.title, entry, null, range, measure);
+          const title = `${measure.title} (${measure.unit || "number"})`;
+          return difference(title, entry, null, rangeOf([entry], Number.EPSILON), measure);
+        }),
         entries.map(([name, entry]) => difference(name, entry, classes.indexOf(name), range)),
       ),
     );

@@ -119,7 +119,8 @@ Report.views.overview = (() => {
       }
       if (record.left_out.length) rows.push(["left out", integer(record.left_out.length)]);
     }
-    for (const [name, value, unit] of summary.figures) rows.push([name, `${percent(value)} ${unit}`]);
+    for (const [name, value, unit, decimals] of summary.figures)
+      rows.push([name, formatted({ unit, decimals }, value)]);
     return h(
       "section",
       { class: "card" },
