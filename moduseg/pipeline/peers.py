@@ -56,7 +56,8 @@ class Peers:
             merge: called on rank 0 with the sum of the numbers; its result is returned on every rank.
 
         Raises:
-            ModusegError: raised by `run_share` or `merge` on any rank; every rank raises it.
+            ModusegError: raised by `run_share` or `merge` on any rank; every rank raises it. Another error is raised
+                where it happened, and as a ModusegError elsewhere.
         """
         if not self._has_store:
             return merge(run_share())
@@ -99,8 +100,11 @@ class Peers:
     def _publish(self, key: str, job: Callable[[], Any]) -> Any:
         try:
             value = job()
-        except ModusegError as error:
-            self._store.set(key, json.dumps({"error": type(error).__name__, "text": str(error)}))
+        except Exception as error:  # raised again: the other ranks would wait for ever
+            text = str(error)
+            if not isinstance(error, ModusegError):
+                text = f"rank {self.rank}: {type(error).__name__}: {' '.join(text.split())}; its traceback says where"
+            self._store.set(key, json.dumps({"error": type(error).__name__, "text": text}))
             raise
         self._store.set(key, json.dumps({"value": value}))
         return value

@@ -11,14 +11,18 @@ from typing import Any, ClassVar, Generic, Literal
 
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
-from moduseg.errors import DataError
+from moduseg.errors import ArtefactError, DataError
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import BatchJob, BatchRunner, Files, Item, Outcome
 from moduseg.pipeline.manifests import StageFolder, wall_seconds
-from moduseg.pipeline.workspace import Finished, Workspace
+from moduseg.pipeline.workspace import FinishedStages, Workspace
 
 log = logging.getLogger("moduseg")
 _MAX_LISTED_FAILURES = 5
+_RESERVED_FIELDS = frozenset(
+    ("stage", "key", "parts", "products", "status", "images", "failed", "failures", "content", "seconds", "inputs")
+)
+"""Fields of a manifest that the base class writes."""
 
 
 class Stage(ABC, Generic[Item]):
@@ -77,16 +81,28 @@ class Stage(ABC, Generic[Item]):
         return self.dataset.ids
 
     def skipped(self) -> dict[str, str]:
-        """Return the images that an earlier stage could not process, with the reason."""
+        """Return the images that an earlier stage could not process, with the reason; they are not loaded."""
         return skipped_images(self.input_folders)
 
     def merge(self, outcome: Outcome) -> dict[str, Any]:
         """Make what needs all images, once they are processed, and return further fields of the manifest.
 
-        Called by one process of the run, on every run, so it has to see for itself whether there is anything to do.
+        It is called on every run, also when nothing is left to do, so it checks `outcome.changed` and its files. Of
+        torchrun's ranks rank 0 calls it. Of the tasks of a job array (`runtime.shard`) every task that finds all shards
+        finished calls it: with changed results one after the other, the later ones with `outcome.changed` false. All
+        write the same bytes, each file to a temporary name (`moduseg.files.write_atomic`).
+
+        What it writes beside the manifest or into `panels/` is checked on the next run; a file in another sub-folder is
+        not. It starts no stage that is not complete, as the other ranks wait and have no share in it; what it reads
+        belongs into `inputs`. Any error it raises ends the run on every rank.
 
         Args:
             outcome: what the images gave.
+
+        Returns:
+            Fields of the manifest, JSON values, none with a name that the base class writes (`images`, `seconds`, ...).
+            They are written if images were processed, a file of the stage is missing or the number of failures changed;
+            else the manifest stays as it is.
         """
         return {}
 
@@ -115,11 +131,11 @@ class Stage(ABC, Generic[Item]):
 
         Args:
             cfg: the configuration.
-            work: of this configuration, to share its models with other stages.
-            split: see the class.
+            work: the objects of `cfg`, shared with other stages; made here if omitted or of another configuration.
+            split: the split whose images are processed; the stage's own if omitted.
 
         Returns:
-            The stage's folder, see the class.
+            The folder of the complete result, or the one that `existing_folder` names.
 
         Raises:
             ModusegError: the stage cannot be completed, say because other shards have work left.
@@ -199,6 +215,11 @@ class Stage(ABC, Generic[Item]):
     def _write_products(self, outcome: Outcome) -> None:
         """Merge, write the manifest and the report, and say what was done."""
         fields, folder, total = self.merge(outcome), self.artefact.path, len(self.image_ids())
+        if reserved := sorted(_RESERVED_FIELDS & fields.keys()):
+            raise ArtefactError(
+                f"{type(self).__name__}.merge: got the fields {', '.join(reserved)}, expected none of those that every "
+                "manifest has; choose other names"
+            )
         failures = len(outcome.failed) + sum(f.num_failures for f in self.input_folders.values())
         stored = self.artefact.manifest
         if outcome.changed or not self.artefact.is_intact() or stored.get("failures") != failures:
@@ -240,7 +261,7 @@ def skipped_images(folders: Mapping[str, StageFolder]) -> dict[str, str]:
 
 
 def rebuild_runner(
-    stage: type[Stage[Any]], cfg: Config, finished_stages: Finished, split: str | None
+    stage: type[Stage[Any]], cfg: Config, finished_stages: FinishedStages, split: str | None
 ) -> BatchRunner[Any]:
     """Return the runner of a stage in another process, where the stages before it are known to be complete."""
     return stage(Workspace(cfg, finished_stages=finished_stages), split).runner()

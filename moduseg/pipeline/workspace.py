@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from moduseg.proposers.base import Proposer
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 
 log = logging.getLogger("moduseg")
-Finished = dict[tuple[str, str], Path]
+FinishedStages = dict[tuple[str, str], Path]
 """Stage and split -> the folder of its result."""
 
 
@@ -41,26 +41,15 @@ class Workspace:
     """
 
     def __init__(
-        self, cfg: Config, splits: Mapping[str, Dataset] | None = None, finished_stages: Finished | None = None
+        self, cfg: Config, splits: Mapping[str, Dataset] | None = None, finished_stages: FinishedStages | None = None
     ) -> None:
         self.cfg = cfg
-        self.finished_stages: Finished = dict(finished_stages or {})
+        self.finished_stages: FinishedStages = dict(finished_stages or {})
         self._datasets: dict[str, Dataset] = dict(splits or {})
         self.has_own_splits = bool(splits)
         shard = cfg.runtime.shard
         self.peers = Peers(shard.index, shard.count, alone=finished_stages is not None)
         torch.manual_seed(cfg.runtime.seed)
-
-    def cached_result(self, stage: str, split: str, make: Callable[[], Path]) -> Path:
-        """Return a stage's result folder, running the stage on the first call only.
-
-        Args:
-            stage, split: which result.
-            make: runs the stage and returns its folder.
-        """
-        if (stage, split) not in self.finished_stages:
-            self.finished_stages[stage, split] = make()
-        return self.finished_stages[stage, split]
 
     @property
     def shard(self) -> Shard:

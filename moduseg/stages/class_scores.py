@@ -98,11 +98,12 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
             return ""
         proposals = self.input_folders.get("propose") if work.generator.fits_proposals else None
 
-        def make() -> Path:
-            return work.cached_result("fit", self.split, lambda: _fit(work, self.skipped(), proposals))
+        def fit() -> None:
+            if ("fit", self.split) not in work.finished_stages:
+                work.finished_stages["fit", self.split] = _fit(work, self.skipped(), proposals)
 
-        work.peers.leader_first("fit", make)
-        file = make() / _FIT
+        work.peers.leader_first("fit", fit)
+        file = work.finished_stages["fit", self.split] / _FIT
         work.generator.load_state(load_tensors(file.read_bytes()))
         return file_digest(file)
 

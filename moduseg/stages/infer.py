@@ -21,7 +21,6 @@ from moduseg.report import build
 from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.evaluate_masks import score_or_draw
-from moduseg.stages.propose import Propose
 from moduseg.stages.queries import Queries
 from moduseg.structures import Proposals
 
@@ -37,7 +36,7 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
     uses = "eval"
 
     def inputs(self) -> dict[str, StageFolder]:
-        """Run `build_bank` and `queries`."""
+        """Run `build_bank` with the stages before it, then `queries`, which runs `propose`."""
         return {
             "build_bank": StageFolder(BuildBank.run(self.cfg, self.work)),
             "queries": StageFolder(Queries.run(self.cfg, self.work)),
@@ -46,7 +45,7 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
     @cached_property
     def proposals(self) -> StageFolder:
         """The proposals that the queries were made from."""
-        return StageFolder(Propose.run(self.cfg, self.work))
+        return self.input_folders["queries"].inputs["propose"]
 
     @cached_property
     def stored_bank(self) -> Bank:
@@ -105,9 +104,7 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     def skipped(self) -> dict[str, str]:
         """Return the images without proposals or queries; those that the bank lacks are of another split."""
-        # The inputs come first, so that the stages of the bank run before those of the evaluated split.
-        queries = self.input_folders["queries"]
-        return skipped_images({"propose": self.proposals, "queries": queries})
+        return skipped_images({"propose": self.proposals, "queries": self.input_folders["queries"]})
 
     def load(self, image_id: str) -> tuple[str, Proposals, Tensor]:
         """Return an image's proposals and their vectors."""

@@ -110,10 +110,8 @@ class PseudoMasks(Stage[ScoredImage]):
 
     def merge(self, outcome: Outcome) -> dict[str, Any]:
         """Score the label maps or draw panels of them, and return the split, for the manifest."""
-        proposals = self.input_folders.get("propose")
-        if self.work.generator.needs_proposals:
-            # The panels show the proposals that the generator looked at, which stage `scores` has made.
-            proposals = StageFolder(Propose.run(self.cfg, self.work, self.split))
+        # The panels show the proposals that the refiner looked at, or else the generator.
+        proposals = self.input_folders.get("propose") or self.input_folders["scores"].inputs.get("propose")
         score_or_draw(self.work, self.artefact, outcome, self.dataset, proposals=proposals, inputs=self.input_folders)
         return {"split": self.split}
 

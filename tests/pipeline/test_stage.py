@@ -18,6 +18,8 @@ from safetensors.torch import load as load_tensors
 
 from moduseg.config import compose
 from moduseg.devices import Device
+from moduseg.errors import ArtefactError
+from moduseg.files import write_atomic
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.records import encode_files
@@ -150,7 +152,9 @@ class Shout(Stage[str]):
         return [self.image_file(image_id)]
 
     def merge(self, outcome: Outcome) -> dict[str, Any]:
-        (self.artefact.path / "count.txt").write_text(str(len(self.image_ids())))
+        file = self.artefact.path / "count.txt"
+        if outcome.changed or not file.is_file():
+            write_atomic(file, str(len(self.image_ids())).encode())
         return {"loudest": max(self.image_ids())}
 
 
@@ -163,9 +167,35 @@ def test_a_stage_says_what_it_does_and_nothing_else(tmp_path: Path) -> None:
     assert (folder.path / "out" / "VAL_00002.txt").read_text() == "VAL_00002"
     assert (folder.path / "count.txt").read_text() == "4"
     assert (folder.manifest["images"], folder.manifest["loudest"]) == (4, "val_00003")
-    before = {path: path.stat().st_mtime_ns for path in (folder.path / "out").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()}
     assert Shout.run(cfg) == folder.path
-    assert {path: path.stat().st_mtime_ns for path in (folder.path / "out").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    (folder.path / "count.txt").unlink()
+    Shout.run(cfg)
+    assert (folder.path / "count.txt").read_text() == "4"
+
+
+@pytest.mark.parametrize("field", ["seconds", "images", "key"])
+def test_merge_may_not_return_a_field_of_the_base_class(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shout, "merge", lambda self, outcome: {field: 1})
+    with pytest.raises(ArtefactError, match=rf"Shout\.merge: got the fields {field}, expected none of those"):
+        Shout.run(compose(overrides(tmp_path)))
+
+
+def test_infer_starts_the_stages_of_the_bank_first(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked of it first."""
+    started: list[str] = []
+
+    def record(stage: type[Stage[Any]]) -> classmethod:
+        return classmethod(lambda cls, *_: started.append(cls.name) or Path("nowhere"))
+
+    for stage in (BuildBank, Queries, Propose):
+        monkeypatch.setattr(stage, "run", record(stage))
+    with pytest.raises(KeyError, match="propose"):
+        _ = Infer(work).proposals
+    assert started == ["build_bank", "queries"]
 
 
 class Rebuild(Shout):
