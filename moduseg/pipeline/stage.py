@@ -41,6 +41,8 @@ class Stage(ABC, Generic[Item]):
     """Name of the stage, and of the folder below the data set's that holds its results."""
     uses: ClassVar[Literal["train", "eval"]]
     """The split that the stage processes: the one that the bank is built from, or the one that is labelled."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Backends of the workspace that the stage uses; they are built, and so checked, before the first image."""
 
     def __init__(self, work: Workspace, split: str | None = None) -> None:
         self.work, self.cfg, self._requested_split = work, work.cfg, split
@@ -145,12 +147,24 @@ class Stage(ABC, Generic[Item]):
         if result not in finished:
             folder = stage.existing_folder()
             if folder is None:
+                stage.check_parts()
                 runner = stage.runner()
                 share = partial(runner.run_shard, stage._ray_batches())
                 task = f"{stage.name}-{stage.artefact.key}"
                 folder = Path(stage.work.peers.run_then_merge(task, share, partial(stage._complete, runner)))
             finished[result] = folder
         return finished[result]
+
+    def check_parts(self) -> None:
+        """Build what the stage uses and find its weights, so that what is wrong ends the run before the first image.
+
+        Raises:
+            ModusegError: a setting is wrong, or a data set, a folder or weights are missing.
+        """
+        _ = self.dataset
+        for part in self.parts:
+            # Every run needs the digest for its key; that of weights is known once their file is there.
+            _ = getattr(self.work, part).digest
 
     @property
     def dataset(self) -> Dataset:

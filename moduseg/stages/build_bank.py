@@ -32,6 +32,7 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
 
     name = "build_bank"
     uses = "train"
+    parts = ("generator", "backbone")
 
     def existing_folder(self) -> Path | None:
         """Return the folder that `bank.path` names.

@@ -35,6 +35,7 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
 
     name = "scores"
     uses = "train"
+    parts = ("generator",)
 
     @property
     def title(self) -> str:

@@ -34,6 +34,7 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     name = "infer"
     uses = "eval"
+    parts = ("proposer", "backbone")
 
     def inputs(self) -> dict[str, StageFolder]:
         """Run `build_bank` with the stages before it, then `queries`, which runs `propose`."""

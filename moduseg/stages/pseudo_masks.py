@@ -57,6 +57,7 @@ class PseudoMasks(Stage[ScoredImage]):
 
     name = "pseudo_masks"
     uses = "train"
+    parts = ("generator",)
 
     @property
     def title(self) -> str:

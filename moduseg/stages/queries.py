@@ -26,6 +26,7 @@ class Queries(Stage[tuple[Sample, Proposals]]):
 
     name = "queries"
     uses = "eval"
+    parts = ("proposer", "backbone")
 
     def inputs(self) -> dict[str, StageFolder]:
         """Run `propose` on the evaluated split."""

@@ -6,10 +6,12 @@ import itertools
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from moduseg.config import compose, config_dir
+from moduseg.config.overrides import keys_of_group
 from moduseg.errors import ConfigError, ModusegError
 from moduseg.pipeline.workspace import Workspace
 from moduseg.studies.ablate import load_table
@@ -120,3 +122,22 @@ def test_later_settings_at_default_leave_keys_alone() -> None:
 def test_an_unknown_table_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"table: got 'nope', expected one of .*coco150"):
         load_table("nope")
+
+
+@pytest.mark.parametrize("path", sorted((config_dir() / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_experiments_set_no_key_of_one_choice(path: Path) -> None:
+    """Any part of an experiment may be switched: it sets keys only of groups whose files all have the same keys."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert all(keys_of_group(group) for group in content if group != "defaults")
+
+
+@pytest.mark.parametrize("backbone", ["mobilenetv2", "dinov2_vits14", "clip_miniature"])
+def test_backbone_of_an_experiment_is_switched(backbone: str, tmp_path: Path) -> None:
+    cfg = compose(["experiment=folder", f"backbone={backbone}", f"dataset.root={tmp_path}"])
+    assert cfg.backbone == compose([f"backbone={backbone}"]).backbone
+    assert Workspace(cfg).backbone is not None
+
+
+def test_experiment_coco150_keeps_its_backbone() -> None:
+    expected = compose(["backbone=mobilenetv2_scales", "backbone.context=0.7"]).backbone
+    assert compose(["experiment=coco150"]).backbone == expected
