@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 _CREDENTIALS = re.compile(r"(?i)\b(https?|ftp)://[^\s/?#\"'<>]*@")
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), 127)}
 
 
 def hide_credentials(text: str) -> str:
@@ -15,13 +16,14 @@ def hide_credentials(text: str) -> str:
 
 
 class ModusegError(Exception):
-    """Base of every error that moduseg raises on purpose; the commands print its message and exit with code 2.
+    r"""Base of every error that moduseg raises on purpose; the commands print its message and exit with code 2.
 
-    Names and passwords inside web addresses are left out of the message.
+    Names and passwords inside web addresses are left out of the message, and control characters, which a file can hold
+    and a terminal obeys, are written as `\x1b`.
     """
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*(hide_credentials(a) if isinstance(a, str) else a for a in arguments))
+        super().__init__(*(hide_credentials(a).translate(_CONTROL) if isinstance(a, str) else a for a in arguments))
 
 
 class ConfigError(ModusegError):

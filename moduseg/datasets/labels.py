@@ -125,9 +125,10 @@ def check_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
     if not 1 <= len(names) - 1 <= MAX_CLASSES:
         raise DataError(f"{where}: got {len(names) - 1} classes beside background, expected 1..{MAX_CLASSES}")
     for i, name in enumerate(names):
-        if not name or name in names[:i]:
+        if not name or name in names[:i] or any(ord(c) < 32 or ord(c) == 127 for c in name):
             raise DataError(
-                f"{where}: line {i + 1} is {shorten(name)}, expected a name not used before; correct the line"
+                f"{where}: line {i + 1} is {shorten(name)}, expected a name not used before, without control "
+                "characters; correct the line"
             )
     return tuple(names)
 

@@ -56,7 +56,7 @@ def read_plain_png(path: Path, max_pixels: int, content: bytes | None = None) ->
                 return None
             # No such file needs more bytes. A longer one is cut here, so its end is missed and Pillow reads it.
             data += file.read(2 * height * (width + 1) + 65536)
-    except OSError:
+    except (OSError, ValueError):  # a NUL byte in the name
         return None
     packed = _packed_rows(data, needs_palette=colour == INDEXED)
     rows = None if packed is None else _inflate(packed, height * (width + 1))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -268,3 +269,9 @@ def test_how_label_maps_are_stored(tmp_path: Path) -> None:
     _save(tmp_path / "colour.png", voc_palette()[ids])
     for kind in ("voc", "indexed", "grey", "colour"):
         assert label_png_kind(tmp_path / f"{kind}.png") == kind
+
+
+@pytest.mark.parametrize("read", [read_image, read_label_png, read_size])
+def test_a_name_with_a_nul_byte_is_one_line(read: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\\x00b\.png: unreadable as an image"):
+        read(tmp_path / "a\0b.png")

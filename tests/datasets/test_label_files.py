@@ -64,6 +64,8 @@ def test_names_resolve_before_numbers() -> None:
         ("background\n", "got 0 classes"),
         ("background\ndog\n\ncat\n", "line 3 is ''"),
         ("background\ndog\ndog\n", "line 3 is 'dog'"),
+        ("background\ndo\0g\n", r"line 2 is 'do\\x00g'"),
+        ("background\n\x1b[2J\n", "line 2 is .*without control characters"),
         ("background\n" + "".join(f"c{i}\n" for i in range(255)), "got 255 classes"),
     ],
 )
