@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from moduseg import __version__
 from moduseg.cli.commands import COMMANDS, Command
+from moduseg.cli.completion import complete
 from moduseg.cli.help import describe_command, describe_verbs, list_commands
 from moduseg.cli.options import parse
 from moduseg.config import compose, compose_hydra, config_dir, from_hydra
@@ -39,6 +40,10 @@ def entry() -> None:
         sys.exit(_print_text(list_commands()))
     if first == "--version":
         sys.exit(_print_text(f"moduseg {__version__}"))
+    if first == "completion":
+        with errors_as_exit_code() as status:
+            print(complete(arguments[1:]))
+        sys.exit(status.code)
     if first not in names:
         close = suggest(first, names)
         hint = f"did you mean {close}?" if close else "try: moduseg --help"

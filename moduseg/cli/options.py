@@ -118,6 +118,11 @@ def to_text(value: Any) -> str:
     return ";".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def list_keys(cls: type) -> list[str]:
+    """Return the keys of a command in their order."""
+    return list(_fields_by_key(cls))
+
+
 def _fields_by_key(cls: Any) -> dict[str, str]:
     """Return key -> field of an options class; the key of a field `class_` is `class`."""
     names = [field.name for field in dataclasses.fields(cls)]
