@@ -86,7 +86,7 @@ def _describe_configuration(command: Command, overrides: Sequence[str]) -> list[
     for group in groups:
         names = sorted(path.stem for path in (folder / group).glob("*.yaml"))
         lines += _fill(f"  {group}=<file>   ", ", ".join(names)) if len(names) > 1 else []
-    rows: list[tuple[str, str]] = []
+    rows = [("name=<text>", "a name of the run beside its key: run=<name>, bank=<name>")] if command.groups else []
     if "evaluation" in groups:
         rows.append(("predictions=<text> [null]", read_attributes(Config)["predictions"]))
     for group in (group for group in groups if group in cfg):

@@ -6,6 +6,7 @@ that names the value, what is allowed and the remedy.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -29,6 +30,10 @@ from moduseg.cli.options import parse
 from moduseg.config import compose, compose_hydra, config_dir, from_hydra
 from moduseg.config.overrides import check_names, quote_for_hydra
 from moduseg.errors import ConfigError, IncompleteError, ModusegError, hide_credentials, suggest
+from moduseg.pipeline.run_names import BANKS, RUNS, check_name, name_run, resolve_run
+
+_RUN_KEYS = {"bank": BANKS, "banks": BANKS, "run": RUNS, "compare": RUNS, "folders": RUNS}
+"""Keys of commands that name finished runs, and the stages that they may be of."""
 
 
 def entry() -> None:
@@ -65,9 +70,10 @@ def run_script(name: str) -> None:
             sys.exit(_print_text(describe_verbs(name)))
         command, arguments = find_command(name, sys.argv[1:])
         _log_to_stdout(is_quiet=command.is_quiet)
-        run = bind_command(command, arguments)
+        run_name, arguments = split_name(command, resolve_bank_path(arguments))
+        run = bind_command(command, arguments, run_name)
         # The command's function is called from here, so that a traceback has few lines above the stage's own.
-        status.code = to_exit_code(run())
+        status.code = to_exit_code(run(), run_name)
     sys.exit(status.code)
 
 
@@ -88,7 +94,20 @@ def find_command(name: str, arguments: Sequence[str]) -> tuple[Command, list[str
     return COMMANDS[f"{name} {verb}"], list(arguments[1:])
 
 
-def bind_command(command: Command, arguments: Sequence[str]) -> Callable[[], int | Path]:
+def split_name(command: Command, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the name that the result gets, and the other arguments; commands with keys of their own have none.
+
+    Raises:
+        ConfigError: it may not be a name.
+    """
+    if command.options is not None or command.config_name != "config":
+        return None, list(arguments)
+    names = [argument.removeprefix("name=") for argument in arguments if argument.startswith("name=")]
+    rest = [argument for argument in arguments if not argument.startswith("name=")]
+    return check_name(names[-1]) if names else None, rest
+
+
+def bind_command(command: Command, arguments: Sequence[str], run_name: str | None = None) -> Callable[[], int | Path]:
     """Return the command's function with its arguments, checked, ready to be called.
 
     Options of Hydra (`--cfg job`, `-m`) work for commands that read the configuration alone.
@@ -102,19 +121,27 @@ def bind_command(command: Command, arguments: Sequence[str]) -> Callable[[], int
     if command.options is not None:
         return _bind_options(command, command.options, arguments)
     if any(argument.startswith("-") for argument in arguments):
-        return partial(_run_with_hydra, command, arguments)
+        return partial(_run_with_hydra, command, arguments, run_name)
     cfg = compose(arguments) if command.config_name == "config" else compose_hydra(arguments, command.config_name)
     return partial(load(command.function), cfg)
 
 
-def to_exit_code(result: int | Path) -> int:
-    """Return the exit code of what a command's function returned: the code, or the folder of an artefact."""
+def to_exit_code(result: int | Path, run_name: str | None = None) -> int:
+    """Return the exit code of what a command's function returned: the code, or the folder of an artefact.
+
+    Args:
+        result: of the function.
+        run_name: a name that the folder gets beside `latest`.
+    """
     if isinstance(result, int):
         return result
     from moduseg.pipeline.manifests import count_failures
     from moduseg.pipeline.peers import Peers
 
-    failures = count_failures(result) if Peers().is_leader else 0
+    if not Peers().is_leader:
+        return 0
+    name_run(result, run_name)
+    failures = count_failures(result)
     if failures:
         print(f"moduseg: {failures} images left out on the way, see failures.jsonl beside {result}", file=sys.stderr)
     return 1 if failures else 0
@@ -158,7 +185,34 @@ def _bind_options(command: Command, cls: type[Any], arguments: Sequence[str]) ->
         accepts=command.accepts,
     )
     check_names(overrides, config_dir())
-    return partial(load(command.function), options, overrides)
+    return partial(load(command.function), resolve_runs(options, overrides), overrides)
+
+
+def resolve_bank_path(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which `bank.path` is a folder, not `latest` or the name of a run."""
+    outputs = _find_outputs(arguments)
+    prefix = "bank.path="
+    return [
+        f"{prefix}{resolve_run(text.removeprefix(prefix), BANKS, outputs)}" if text.startswith(prefix) else text
+        for text in arguments
+    ]
+
+
+def _find_outputs(overrides: Sequence[str]) -> Path:
+    return Path(next((text.partition("=")[2] for text in overrides if text.startswith("runtime.outputs=")), "outputs"))
+
+
+def resolve_runs(options: Any, overrides: Sequence[str]) -> Any:
+    """Return the options of a command with the folders that `latest` and names of runs stand for."""
+    outputs = _find_outputs(overrides)
+    resolved: dict[str, Any] = {}
+    for key, stages in _RUN_KEYS.items():
+        value = getattr(options, key, None)
+        if isinstance(value, str):
+            resolved[key] = resolve_run(value, stages, outputs)
+        elif value:
+            resolved[key] = tuple(resolve_run(text, stages, outputs) for text in value)
+    return dataclasses.replace(options, **resolved)
 
 
 def _print_text(text: str) -> int:
@@ -166,7 +220,7 @@ def _print_text(text: str) -> int:
     return 0
 
 
-def _run_with_hydra(command: Command, arguments: Sequence[str]) -> int:
+def _run_with_hydra(command: Command, arguments: Sequence[str], run_name: str | None) -> int:
     """Run a command as Hydra does with its own options; names are checked before, in this program's words."""
     values = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
     has_own_files = any(
@@ -181,7 +235,7 @@ def _run_with_hydra(command: Command, arguments: Sequence[str]) -> int:
         _log_to_stdout(is_quiet=command.is_quiet)  # a launcher may have moved the job to another process
         with errors_as_exit_code() as status:
             cfg = from_hydra(composed) if command.config_name == "config" else composed
-            status.code = to_exit_code(load(command.function)(cfg))
+            status.code = to_exit_code(load(command.function)(cfg), run_name)
         if status.code:
             sys.exit(status.code)
 

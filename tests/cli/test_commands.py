@@ -14,6 +14,7 @@ from moduseg.cli.commands import COMMANDS, Command
 from moduseg.cli.main import find_command, load
 from moduseg.cli.options import describe_keys
 from moduseg.errors import ConfigError
+from tests.support.runs import overrides
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 DEVELOPMENT = {"benchmark"}
@@ -75,3 +76,34 @@ def test_commands_are_found_by_name(name: str, arguments: list[str], found: tupl
 def test_unknown_verbs_name_the_others(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"bank: got '\w+', expected one of info, add, remove, merge, export; try"):
         find_command("bank", arguments)
+
+
+def test_finished_command_is_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["propose", *overrides(Path("outputs"), train=2, val=1), "name=first"])
+    with pytest.raises(SystemExit) as ended:
+        run_script("propose")
+    stage = tmp_path / "outputs" / "miniature" / "propose"
+    assert ended.value.code == 0
+    assert (stage / "latest").resolve() == (stage / "first").resolve() == next(stage.glob("*-val-*"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    pytest.param(["bank", "info", "bank=latest"], "latest: no finished run in outputs/*/{build_bank,bank}", id="bank"),
+    pytest.param(["report", "run=latest"], "latest: no finished run in outputs/*/{infer,", id="run"),
+    pytest.param(["infer", "bank.path=latest"], "latest: no finished run", id="bank.path"),
+    pytest.param(["infer", "name=a/b"], "name: got 'a/b', expected letters or digits", id="name"),
+])  # fmt: skip
+def test_absent_runs_are_said(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        run_script(arguments[0])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
