@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
 SCRIPTS := moduseg/report/static/main.js moduseg/report/static/lib moduseg/report/static/views
 
 .PHONY: install demo test test-slow lint clean
@@ -12,6 +13,11 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 14) else f"got Python {v[0]}.{v[1]}, expected 3.10 to 3.13; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+# What the tests and checks need beside the package: Ray, Gradio, faiss, a second CLIP, a browser's driver.
+$(DEV): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
@@ -19,7 +25,7 @@ demo: $(READY)
 	$(BIN)/python scripts/build_bank.py
 	$(BIN)/python scripts/infer.py
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,7 +35,7 @@ lint: $(READY)
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(READY)
+test-slow: $(DEV)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 clean:

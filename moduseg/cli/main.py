@@ -30,8 +30,9 @@ from moduseg.cli.options import parse
 from moduseg.config import compose, compose_hydra, config_dir, from_hydra
 from moduseg.config.overrides import check_names, quote_for_hydra
 from moduseg.errors import ConfigError, IncompleteError, ModusegError, hide_credentials, suggest
-from moduseg.pipeline.run_names import BANKS, RUNS, check_name, name_run, resolve_run
+from moduseg.pipeline.run_names import BANKS, LATEST, RUNS, check_name, name_run, resolve_run
 
+log = logging.getLogger("moduseg")
 _RUN_KEYS = {"bank": BANKS, "banks": BANKS, "run": RUNS, "compare": RUNS, "folders": RUNS}
 """Keys of commands that name finished runs, and the stages that they may be of."""
 
@@ -141,6 +142,9 @@ def to_exit_code(result: int | Path, run_name: str | None = None) -> int:
     if not Peers().is_leader:
         return 0
     name_run(result, run_name)
+    if (result / "report" / "index.html").is_file():
+        latest = result.parent / LATEST
+        log.info("open %s", (latest if latest.is_symlink() else result) / "report" / "index.html")
     failures = count_failures(result)
     if failures:
         print(f"moduseg: {failures} images left out on the way, see failures.jsonl beside {result}", file=sys.stderr)

@@ -11,7 +11,7 @@ import pytest
 
 from moduseg.cli import run_script
 from moduseg.cli.commands import COMMANDS, Command
-from moduseg.cli.main import find_command, load
+from moduseg.cli.main import _log_to_stdout, find_command, load, to_exit_code
 from moduseg.cli.options import describe_keys
 from moduseg.errors import ConfigError
 from tests.support.runs import overrides
@@ -107,3 +107,21 @@ def test_absent_runs_are_said(
         run_script(arguments[0])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_last_line_says_what_to_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pets" / "infer" / "timm-val-11111111"
+    (folder / "report").mkdir(parents=True)
+    (folder / "report" / "index.html").touch()
+    (folder / "manifest.json").write_text('{"stage": "infer", "failures": 0}')
+    _log_to_stdout(is_quiet=False)
+    assert to_exit_code(folder) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"open {folder.parent}/latest/report/index.html"
+
+
+def test_demo_installs_the_package_alone() -> None:
+    """The development set follows with the first test."""
+    makefile = (SCRIPTS.parent / "Makefile").read_text(encoding="utf-8")
+    assert "--editable .\n" in makefile
+    assert "demo: $(READY)\n" in makefile
+    assert "lint: $(DEV)\n" in makefile
