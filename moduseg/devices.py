@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from moduseg.clock import model_pass
 from moduseg.errors import ConfigError
@@ -197,3 +199,24 @@ def resolve_device(name: str = "auto", precision: str = "auto") -> Device:
             f"runtime.precision: got tf32 on {device.type}, expected it on cuda only; try runtime.precision=float32"
         )
     return Device(device, precision)
+
+
+def copy_arrays(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Copy arrays of bytes to a device; to a CUDA device all at once, without waiting for it.
+
+    Args:
+        arrays: uint8, of any shapes and strides; the tensors share no memory with them.
+        device: where the tensors are.
+
+    Returns:
+        The arrays as contiguous uint8 tensors, in their order; on CUDA views of one tensor.
+    """
+    if device.type != "cuda":
+        return [torch.from_numpy(np.array(array, order="C")).to(device) for array in arrays]
+    # Only from pinned memory does a copy go on while the host prepares the next batch.
+    packed = torch.empty(sum(array.size for array in arrays), dtype=torch.uint8, pin_memory=True)
+    sizes = [array.size for array in arrays]
+    for part, array in zip(packed.split(sizes), arrays, strict=True):
+        part.numpy().reshape(array.shape)[...] = array
+    on_device = packed.to(device, non_blocking=True).split(sizes)
+    return [part.view(array.shape) for part, array in zip(on_device, arrays, strict=True)]

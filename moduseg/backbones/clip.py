@@ -21,7 +21,7 @@ from moduseg.backbones.clip_attention import (
     encode_patches,
 )
 from moduseg.backbones.clip_model import ClipModelOptions, ClipSource
-from moduseg.backbones.inputs import batch_equal, pad_and_stack, round_up, to_input
+from moduseg.backbones.inputs import batch_equal, pad_and_stack, round_up, to_inputs
 from moduseg.backbones.regions import merge_regions, sample_regions
 from moduseg.devices import Device
 from moduseg.structures import TokenMap
@@ -120,7 +120,7 @@ class ClipEncoder:
             ValueError: proxies or regions missing, superfluous, or of other images.
         """
         self._check_inputs(images, proxies, regions)
-        inputs = [to_input(image, self.options.short_side, self.source.device.torch_device) for image in images]
+        inputs = to_inputs(images, self.options.short_side, self.source.device.torch_device)
         keys = []
         for index, (tensor, image) in enumerate(zip(inputs, images, strict=True)):
             # Resampling to a proxy's grid depends on the sizes before padding too.

@@ -10,37 +10,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moduseg.devices import copy_arrays
 from moduseg.errors import DataError
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-def to_input(image: np.ndarray, short_side: int | None, device: torch.device) -> Tensor:
-    """Return an image as the model sees it before padding and normalisation.
+def to_inputs(images: Sequence[np.ndarray], short_side: int | None, device: torch.device) -> list[Tensor]:
+    """Return images as the model sees them before padding and normalisation; they are copied to the device at once.
 
     Args:
-        image: `[H, W, 3]` uint8 RGB.
+        images: `[H, W, 3]` uint8 RGB each.
         short_side: pixels of the short side after resizing; the image's own size if `None`.
-        device: where the result is put.
+        device: where the results are put.
 
     Returns:
-        `[3, H', W']` float32 in [0, 1].
+        `[3, H', W']` float32 in [0, 1] each.
 
     Raises:
         DataError: not `[H, W, 3]` uint8 with at least one pixel.
     """
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise DataError(
-            f"image: got {image.shape} {image.dtype}, expected [H, W, 3] uint8 RGB with at least one pixel; "
-            "read it with moduseg.datasets.io.read_image"
-        )
-    # Copied: a tensor may not share memory with a read-only or negatively strided array.
-    tensor = torch.from_numpy(np.array(image, order="C")).to(device).permute(2, 0, 1).float() / 255.0
-    if short_side is None or short_side == min(image.shape[:2]):
-        return tensor
-    scale = short_side / min(image.shape[:2])
-    size = tuple(max(1, round(side * scale)) for side in image.shape[:2])
-    return F.interpolate(tensor[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+    for image in images:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+            raise DataError(
+                f"image: got {image.shape} {image.dtype}, expected [H, W, 3] uint8 RGB with at least one pixel; "
+                "read it with moduseg.datasets.io.read_image"
+            )
+    return [_resize(pixels.permute(2, 0, 1).float() / 255.0, short_side) for pixels in copy_arrays(images, device)]
+
+
+def _resize(pixels: Tensor, short_side: int | None) -> Tensor:
+    """Return `[3, H, W]` in [0, 1] resized to `short_side` pixels; as it is if it has them, or for `None`."""
+    sides = pixels.shape[1:]
+    if short_side is None or short_side == min(sides):
+        return pixels
+    scale = short_side / min(sides)
+    size = tuple(max(1, round(side * scale)) for side in sides)
+    return F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
 
 
 def round_up(size: Sequence[int], multiple: int) -> tuple[int, int]:

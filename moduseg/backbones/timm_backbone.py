@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.facets import check_facet, get_attention_width, sum_query_and_key
-from moduseg.backbones.inputs import batch_equal, pad_and_stack, round_up, to_input
+from moduseg.backbones.inputs import batch_equal, pad_and_stack, round_up, to_inputs
 from moduseg.backbones.positions import check_positions, resample_positions
 from moduseg.backbones.timm_model import (
     build_model,
@@ -168,7 +168,7 @@ class TimmBackbone(Backbone):
             MissingError: the weights are not there.
             ArtefactError: the weights are of another model.
         """
-        inputs = [to_input(image, self._options.short_side, self._device.torch_device) for image in images]
+        inputs = to_inputs(images, self._options.short_side, self._device.torch_device)
         sizes = [round_up(tensor.shape[1:], self.stride) for tensor in inputs]
         maps: dict[int, TokenMap] = {}
         for size, members in batch_equal(sizes, self._options.batch_size):

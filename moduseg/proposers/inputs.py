@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -10,13 +11,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from moduseg.devices import copy_arrays
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def prepare_image(
-    image: np.ndarray,
-    size: tuple[int, int],
+def prepare_images(
+    images: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, int]],
     padded: tuple[int, int],
     *,
     mean: Sequence[float],
@@ -24,30 +27,41 @@ def prepare_image(
     device: torch.device,
     black: bool = False,
 ) -> Tensor:
-    """Resize and normalise an image, and pad it with zeros at the bottom and right.
+    """Resize and normalise images, and pad them with zeros at the bottom and right; one copy brings all to the device.
 
     Resizing is Pillow's bilinear filter on bytes, which all of these models were published with.
 
     Args:
-        image: `[H, W, 3]` uint8 RGB.
-        size: `(H', W')` that the image is resized to.
-        padded: `(H'', W'')` of the input, `size` or more.
+        images: `[H, W, 3]` uint8 RGB each.
+        sizes: `(H', W')` that each image is resized to.
+        padded: `(H'', W'')` of the input, at least as large as all sizes.
         mean, std: mean and deviation of values in [0, 1], for each channel.
         device: where the input is put.
         black: pad before the normalisation, as EoMT does, and not after it.
 
     Returns:
-        `[1, 3, *padded]` float32 on the device.
+        `[B, 3, *padded]` float32 on the device.
     """
-    height, width = size
-    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    # Copied: Pillow's memory is read-only.
-    pixels = torch.from_numpy(resized.copy()).to(device).permute(2, 0, 1)[None].float() / 255
-    channels = [torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (mean, std)]
-    border = (0, padded[1] - width, 0, padded[0] - height)
-    if black:
-        return (F.pad(pixels, border) - channels[0]) / channels[1]
-    return F.pad((pixels - channels[0]) / channels[1], border)
+    resized = [
+        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        for image, (height, width) in zip(images, sizes, strict=True)
+    ]
+    mean_channels, std_channels = (_to_channels(tuple(values), device) for values in (mean, std))
+    inputs = []
+    for pixels, (height, width) in zip(copy_arrays(resized, device), sizes, strict=True):
+        values = pixels.permute(2, 0, 1)[None].float() / 255
+        border = (0, padded[1] - width, 0, padded[0] - height)
+        if black:
+            inputs.append((F.pad(values, border) - mean_channels) / std_channels)
+        else:
+            inputs.append(F.pad((values - mean_channels) / std_channels, border))
+    return torch.cat(inputs)
+
+
+@lru_cache
+def _to_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return one number a channel as `[3, 1, 1]` float32, copied to the device once."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 def fit_longest_side(size: tuple[int, int], side: int) -> tuple[int, int]:

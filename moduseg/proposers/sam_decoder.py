@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moduseg.devices import Device
+from moduseg.devices import Device, copy_arrays
 from moduseg.proposers.mask_generation import Decoded, Promptable
 from moduseg.proposers.mask_upsampling import Embedded
 from moduseg.proposers.sam_attention import RelativeAttention
@@ -65,7 +65,8 @@ class PackagedSam(Promptable):
         from segment_anything.utils.transforms import ResizeLongestSide
 
         resize = ResizeLongestSide(self.side).apply_image
-        resized = [torch.from_numpy(resize(image)).to(self.device).permute(2, 0, 1) for image in images]
+        on_device = copy_arrays([resize(image) for image in images], self.device)
+        resized = [image.permute(2, 0, 1) for image in on_device]
         pixels = torch.cat([self._sam.preprocess(image[None]) for image in resized])
         with self._device.autocast():
             features = self._sam.image_encoder(pixels).float()

@@ -14,7 +14,7 @@ from torch import Tensor
 from moduseg.devices import Device
 from moduseg.proposers.base import Proposer
 from moduseg.proposers.grid_options import EncoderOptions
-from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_longest_side, prepare_image
+from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_longest_side, prepare_images
 from moduseg.proposers.mask_generation import Decoded, Promptable, check_thickness, generate_batch
 from moduseg.proposers.mask_upsampling import Embedded
 from moduseg.proposers.sam_attention import RelativeAttention
@@ -170,12 +170,9 @@ class HubSam(Promptable):
         square = (self.side, self.side)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         inputs = [square if self.squash else fit_longest_side(size, self.side) for size in sizes]
-        pixels = [
-            prepare_image(image, input_size, square, mean=self._mean, std=self._std, device=self.device)
-            for image, input_size in zip(images, inputs, strict=True)
-        ]
+        pixels = prepare_images(images, inputs, square, mean=self._mean, std=self._std, device=self.device)
         with self._device.autocast():
-            features = _to_float(self._model.get_image_embeddings(torch.cat(pixels)))
+            features = _to_float(self._model.get_image_embeddings(pixels))
         return [
             Embedded(_select_row(features, row), size, input_size, None if self.squash else square)
             for row, (size, input_size) in enumerate(zip(sizes, inputs, strict=True))

@@ -15,7 +15,7 @@ from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError
 from moduseg.masks.id_maps import to_disjoint
 from moduseg.proposers.base import Proposer
-from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_shortest_side, prepare_image
+from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_shortest_side, prepare_images
 from moduseg.proposers.mask_upsampling import Embedded, enlarge
 from moduseg.structures import Proposals, Sample
 from moduseg.weights.pretrained import Pretrained
@@ -221,7 +221,13 @@ class UniversalProposer(Proposer):
             padded = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
             inner = (min(inner[0], padded[0]), min(inner[1], padded[1]))
         mean, std = settings.get("image_mean", IMAGENET_MEAN), settings.get("image_std", IMAGENET_STD)
-        pixels = prepare_image(
-            image, inner, padded, mean=mean, std=std, device=self._device.torch_device, black=kind.startswith("eomt")
+        pixels = prepare_images(
+            [image],
+            [inner],
+            padded,
+            mean=mean,
+            std=std,
+            device=self._device.torch_device,
+            black=kind.startswith("eomt"),
         )
         return pixels, Embedded(None, shape, inner, padded)

@@ -13,6 +13,7 @@ from moduseg.bank.aggregation import aggregate, coverage, harden
 from moduseg.bank.purification import class_regions, purify
 from moduseg.bank.store import Bank, encode_vectors
 from moduseg.config import BankConfig
+from moduseg.devices import copy_arrays
 from moduseg.errors import ArtefactError, DataError
 from moduseg.files import file_digest, to_json_values
 from moduseg.pipeline.batches import Files, Outcome
@@ -113,8 +114,8 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
     def _vectors(self, images: list[np.ndarray], label_maps: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
         token_maps = self.work.backbone.tokens(images)
         return [
-            image_vectors(torch.from_numpy(label_map).to(tokens.tokens.device), tokens, self.cfg.bank)
-            for label_map, tokens in zip(label_maps, token_maps, strict=True)
+            image_vectors(label_map, tokens, self.cfg.bank)
+            for label_map, tokens in zip(copy_arrays(label_maps, token_maps[0].tokens.device), token_maps, strict=True)
         ]
 
     def _bank(self, failed: dict[str, str]) -> Bank:

@@ -15,6 +15,7 @@ from torch import Tensor
 from moduseg.config import PseudoMasksConfig
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import write_label_png
+from moduseg.devices import copy_arrays
 from moduseg.errors import DataError
 from moduseg.files import to_json_values
 from moduseg.pipeline.batches import Files, Outcome
@@ -184,7 +185,7 @@ def to_label_map(item: ScoredImage, settings: PseudoMasksConfig, device: torch.d
     """
     rule, refine = settings.background, None
     if settings.refine in DIFFUSIONS and item.image is not None:
-        pixels = torch.from_numpy(item.image.copy()).to(device).permute(2, 0, 1).float() / 255
+        pixels = copy_arrays([item.image], device)[0].permute(2, 0, 1).float() / 255
         diffuse = DIFFUSIONS[settings.refine]
 
         def refine(stacked: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Limit(NamedTuple):
 
 
 GENERATION = {
-    "proposers/sam_decoder.py:embed_batch": Limit(0, 1, "the image"),
+    "devices.py:copy_arrays": Limit(0, 1, "the images of a batch, at once"),
     "proposers/mask_generation.py:generate_batch": Limit(0, 1, "the points"),
     "proposers/sam_decoder.py:_decode": Limit(
         NUM_BATCHES, 0, "how many masks pass by predicted IoU decides what is decoded, once a batch of points"
@@ -59,20 +59,19 @@ ONCE_A_RUN = frozenset({
 BANK = {
     **{place: limit for place, limit in GENERATION.items() if not place.endswith(":_decode")},
     "proposers/sam_decoder.py:_decode": Limit(1, 0, "one batch of points in this test"),
-    "backbones/inputs.py:to_input": Limit(0, 2, "the image, to CLIP and to the backbone"),
+    "devices.py:copy_arrays": Limit(0, 4, "the images of a batch to SAM, CLIP and backbone, and its label maps"),
     "structures.py:to": Limit(0, 5, "the proposals, and the scores that were stored"),
     "pseudo_masks/clip_words.py:generate": Limit(0, 6, "rows of the words of each class, a list each"),
     "pseudo_masks/store.py:pack": Limit(2, 0, "the scores and the background, to be stored"),
     "pseudo_masks/labels.py:make_label_map": Limit(0, 1, "the tags"),
     "pseudo_masks/labels.py:region_vote": Limit(3, 0, "which regions there are, and which pixels they fill"),
     "stages/pseudo_masks.py:_encode_label_map": Limit(1, 0, "the label map, to be stored"),
-    "stages/build_bank.py:_vectors": Limit(0, 1, "the label map"),
     "bank/purification.py:class_regions": Limit(2, 0, "which classes there are, and which are large enough"),
     "bank/store.py:encode_vectors": Limit(3, 0, "vectors, labels and areas, to be stored"),
 }
 QUERIES = {
     **{place: limit for place, limit in BANK.items() if place.startswith("proposers/")},
-    "backbones/inputs.py:to_input": Limit(0, 1, "the image"),
+    "devices.py:copy_arrays": Limit(0, 2, "the images of a batch to SAM and to the backbone"),
     "bank/aggregation.py:proposal_coverage": Limit(0, 1, "the proposals"),
     "bank/store.py:encode_vectors": Limit(1, 0, "the vectors, to be stored"),
     "structures.py:to": Limit(0, 1, "the bank, once a run"),

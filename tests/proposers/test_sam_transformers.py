@@ -18,7 +18,7 @@ from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.miniature.models.sam import build_miniature_sam
 from moduseg.proposers import Proposer, build
-from moduseg.proposers.inputs import IMAGENET_MEAN, fit_longest_side, prepare_image
+from moduseg.proposers.inputs import IMAGENET_MEAN, fit_longest_side, prepare_images
 from moduseg.proposers.sam_transformers import CLASSES, HubSam, SamTransformersOptions, SamTransformersProposer
 from moduseg.structures import Sample
 from tests.proposers.contract import CPU, ProposerContract, sample
@@ -201,8 +201,8 @@ def test_mean_and_deviation_come_from_the_directory(tmp_path: Path) -> None:
 
 def test_prepare_by_hand() -> None:
     image = np.full((2, 4, 3), 255, np.uint8)
-    pixels = prepare_image(
-        image, (1, 2), (2, 3), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0), device=torch.device("cpu")
+    pixels = prepare_images(
+        [image], [(1, 2)], (2, 3), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0), device=torch.device("cpu")
     )
     expected = torch.zeros(1, 3, 2, 3)
     expected[0, :, 0, :2] = torch.tensor([1.0, 2.0, 0.5])[:, None]

@@ -249,6 +249,7 @@ def _make(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Make a tensor on the device that `device=` names, or else on that of the first argument."""
     is_like_pretend = any(isinstance(arg, PretendTensor) for arg in args)
     name = options.pop("device", None)
+    options.pop("pin_memory", None)  # memory is pinned for a driver
     device = (CUDA if is_like_pretend else CPU) if name is None else torch.device(name)
     if device.type != "cuda":
         made = func(*_unwrap(args), **_unwrap(options), **({} if name is None else {"device": device}))

@@ -7,15 +7,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from moduseg.devices import Device, resolve_device
+from moduseg.devices import Device, copy_arrays, resolve_device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.files import file_digest
 from moduseg.weights.sources import find_weights, load_state
 from tests.support.bomb import Bomb
+from tests.support.pretend_cuda import CUDA, pretend_cuda
 
 
 def test_auto_finds_a_device_and_its_precision() -> None:
@@ -54,10 +56,6 @@ def test_autocast_is_on_in_bfloat16_only() -> None:
         assert (a @ a).dtype == torch.float32
     with resolve_device("cpu", "bfloat16").autocast():
         assert (a @ a).dtype == torch.bfloat16
-
-
-CUDA = torch.device("cuda")
-"""Named only: what is set for its passes can be read on a machine without it."""
 
 
 def read_tf32() -> tuple[bool, bool]:
@@ -130,6 +128,23 @@ def test_passes_of_several_threads_share_the_switches(switches: tuple[bool, bool
 def test_tf32_is_refused_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match=r"runtime\.precision: got tf32 on cpu, expected it on cuda only; try"):
         resolve_device("cpu", "tf32")
+
+
+def test_arrays_of_a_batch_are_copied_at_once(rng: np.random.Generator) -> None:
+    """From another order of axes, a part of a larger array, and memory that cannot be written."""
+    arrays = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((4, 5, 3), (7, 9), (6, 2))]
+    views = [arrays[0].transpose(1, 0, 2), arrays[1][:, ::-2], arrays[2]]
+    views[2].flags.writeable = False
+    with pretend_cuda() as log:
+        copied = copy_arrays(views, CUDA)
+        on_host = [tensor.cpu() for tensor in copied]
+    assert log.copies_by_function() == {"devices.py:copy_arrays": 1}
+    for tensor, host, view in zip(copied, on_host, views, strict=True):
+        assert tensor.device == CUDA
+        assert np.array_equal(host.numpy(), view)
+    for tensor, view in zip(copy_arrays(views, torch.device("cpu")), views, strict=True):
+        assert np.array_equal(tensor.numpy(), view)
+        assert not np.shares_memory(tensor.numpy(), view)
 
 
 def test_states_are_read_from_both_formats(tmp_path: Path) -> None:
