@@ -78,12 +78,17 @@ def read_label_png(path: Path, content: bytes | None = None) -> np.ndarray:
         `[H, W]` uint8, ids as stored (255 where ignored).
 
     Raises:
-        DataError: the file cannot be read, holds ids over 255, or colours that the palette does not have.
+        DataError: the file cannot be read, is a JPEG, holds ids over 255, or colours that the palette does not have.
     """
     plain = read_plain_png(Path(path), MAX_PIXELS, content)
     if plain is not None:
         return plain
     with _open(path, content=content) as picture:
+        if picture.format in ("JPEG", "MPO"):
+            raise DataError(
+                f"{path}: got a JPEG, whose compression changes ids at the edges of objects, expected a PNG; export "
+                "the label map as PNG"
+            )
         if picture.mode in ("RGB", "RGBA"):
             return _ids_of_colours(np.asarray(picture.convert("RGB")), path)
         ids = _read_ids(picture, path, content)

@@ -182,7 +182,7 @@ def count_split(
         The counts, and the images left out because they have no usable ground truth.
 
     Raises:
-        DataError: a label map does not fit its truth, or no image has ground truth.
+        DataError: a label map does not fit its truth, no image has ground truth, or no class occurs in it.
         ConfigError: uncovered pixels are to be ignored where they are background.
     """
     settings = work.cfg.evaluation
@@ -223,8 +223,18 @@ def count_split(
                 f"{dataset.num_classes} or 255 on {dataset.name}, which has no background; correct the label map"
             )
         counts.append(image_id, found)
+    where = f"{dataset.name} {dataset.split}"
     if not len(counts):
-        raise DataError(f"{dataset.name} {dataset.split}: no image has ground truth; check the folder of label maps")
+        raise DataError(
+            f"{where}: got no usable ground truth for {len(ids)} images, expected label maps of ids "
+            f"0..{dataset.num_classes} or 255; scripts/check_data.py says what is wrong with each"
+        )
+    # A truth without classes, such as masks of 0 and 255, would score 100 % for a prediction of background alone.
+    if not counts.matrix()[1:].any():
+        raise DataError(
+            f"{where}: got {len(counts)} label maps in which no class occurs, only 0 (background) and 255 (ignored), "
+            f"expected ids 1..{dataset.num_classes}; store the id of its class where an object is"
+        )
     return counts, left_out
 
 

@@ -29,8 +29,8 @@ _BROKEN = (
 )  # fmt: skip
 _NOTES = (
     "masks not indexed with the VOC palette", "masks that differ from the other truth",
-    "labels that disagree with the mask", "labels of no listed image",
-    "classes without a training image", "images listed in both splits",
+    "masks without a class", "masks of a single class", "labels that disagree with the mask",
+    "labels of no listed image", "classes without a training image", "images listed in both splits",
 )  # fmt: skip
 CHECKS = (*_BROKEN, *_NOTES)
 """Rows of the table after the number of images. A problem of the first kind means broken, of the others a note."""
@@ -39,6 +39,7 @@ _TRAIN_CHECKS = frozenset(
     ("training images without labels", "classes without a training image", "labels of no listed image")
 )
 _OTHER_TRUTH = "masks that differ from the other truth"
+_NO_CLASS, _SINGLE_CLASS = "masks without a class", "masks of a single class"
 _DISAGREE, _IN_BOTH = "labels that disagree with the mask", "images listed in both splits"
 _BATCH_SIZE = 256
 """Images handed to the threads at a time, which bounds what waits in memory."""
@@ -60,6 +61,21 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class CheckedImage:
+    """What was found in one image.
+
+    Attributes:
+        labels: its image-level labels, `None` if it has none.
+        has_mask: whether it has ground truth that can be read.
+        problems: what is wrong with it.
+    """
+
+    labels: tuple[int, ...] | None
+    has_mask: bool
+    problems: list[Problem]
+
+
+@dataclass(frozen=True)
 class SplitReport:
     """What was found in one split.
 
@@ -67,6 +83,7 @@ class SplitReport:
         split: its name.
         num_images: images listed.
         num_published: images of the published split, `None` if the data set does not say.
+        num_masks: images whose ground truth can be read.
         checks: the checks that apply to it.
         problems: in the order in which they were found.
     """
@@ -74,6 +91,7 @@ class SplitReport:
     split: str
     num_images: int
     num_published: int | None
+    num_masks: int
     checks: frozenset[str]
     problems: list[Problem]
 
@@ -83,11 +101,16 @@ class SplitReport:
         return num_problems if num_problems or check in self.checks else None
 
     def verdict(self, check: str) -> str:
-        """Return `broken`, `note` or `ok`. Labels that disagree with most masks are shifted or mixed up: broken."""
+        """Return `broken`, `note` or `ok`.
+
+        Broken are also labels that disagree with most masks, which are shifted or mixed up, and masks of which none has
+        a class or all have the same value everywhere, which are no label maps of this data set.
+        """
         num_problems = self.count(check)
         if not num_problems:
             return "ok"
         is_broken = check in _BROKEN or (check == _DISAGREE and 2 * num_problems > self.num_images)
+        is_broken |= check in (_NO_CLASS, _SINGLE_CLASS) and num_problems == self.num_masks > 1
         return "broken" if is_broken else "note"
 
 
@@ -127,14 +150,15 @@ def run(cfg: Config) -> Report:
     for dataset in splits:
         is_train = dataset is train
         checks = _find_checks(dataset, is_train)
-        problems = _check_images(dataset, checks, is_train)
+        problems, num_masks = _check_images(dataset, checks, is_train)
         if dataset is val:
             problems += [Problem(_IN_BOTH, i, f"also in {train.split}") for i in sorted(set(train.ids) & set(val.ids))]
         if is_train and dataset.label_file is not None:
             listed = {key for part in splits for image_id in part.ids for key in part.label_names(image_id)}
             unlisted = [name for name in dataset.label_file.entries if name not in listed]
             problems += [Problem("labels of no listed image", name, dataset.label_file.where) for name in unlisted]
-        reports.append(SplitReport(dataset.split, len(dataset.ids), dataset.published_size, checks, problems))
+        num_images = len(dataset.ids)
+        reports.append(SplitReport(dataset.split, num_images, dataset.published_size, num_masks, checks, problems))
     table = _make_table(train, reports)
     path = Path(cfg.runtime.outputs) / train.name / "check_data"
     write_atomic(path / "table.md", table.encode())
@@ -156,9 +180,13 @@ def _find_checks(dataset: Dataset, is_train: bool) -> frozenset[str]:
     return frozenset(checks - ({_IN_BOTH} if is_train else _TRAIN_CHECKS))
 
 
-def _check_images(dataset: Dataset, checks: Collection[str], is_train: bool) -> list[Problem]:
-    """Return the problems of every image of a split, in the order of its list, then those of its classes."""
+def _check_images(dataset: Dataset, checks: Collection[str], is_train: bool) -> tuple[list[Problem], int]:
+    """Return the problems of every image of a split, in the order of its list, then those of its classes.
+
+    The second result is the number of images whose ground truth can be read.
+    """
     problems = []
+    num_masks = 0
     num_images_of = np.zeros(len(dataset.classes), dtype=np.int64)
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
@@ -167,22 +195,23 @@ def _check_images(dataset: Dataset, checks: Collection[str], is_train: bool) -> 
         for start in range(0, len(dataset), _BATCH_SIZE):
             ids = dataset.ids[start : start + _BATCH_SIZE]
             results = pool.map(partial(_check_image, dataset), ids)
-            for image_id, (labels, image_problems) in zip(ids, results, strict=True):
-                num_images_of[list(labels or ())] += 1
-                problems += [problem for problem in image_problems if problem.check in checks]
-                is_unusable = any(problem.check == "labels unusable" for problem in image_problems)
-                if is_train and labels is None and not is_unusable:
+            for image_id, checked in zip(ids, results, strict=True):
+                num_masks += checked.has_mask
+                num_images_of[list(checked.labels or ())] += 1
+                problems += [problem for problem in checked.problems if problem.check in checks]
+                is_unusable = any(problem.check == "labels unusable" for problem in checked.problems)
+                if is_train and checked.labels is None and not is_unusable:
                     message = f"no labels in {dataset.label_source}"
                     problems.append(Problem("training images without labels", image_id, message))
                 progress.update()
     if is_train:
         for label in np.flatnonzero(num_images_of[1:] == 0) + 1:
             problems.append(Problem("classes without a training image", dataset.classes[label], f"class {label}"))
-    return problems
+    return problems, num_masks
 
 
-def _check_image(dataset: Dataset, image_id: str) -> tuple[tuple[int, ...] | None, list[Problem]]:
-    """Return the image-level labels of one image, `None` if it has none, and its problems."""
+def _check_image(dataset: Dataset, image_id: str) -> CheckedImage:
+    """Read one image, its labels and its ground truth, and return what is wrong with them."""
     problems = []
     size = None
     try:
@@ -202,7 +231,7 @@ def _check_image(dataset: Dataset, image_id: str) -> tuple[tuple[int, ...] | Non
         if semantic is None and any(problem.check.startswith("mask") for problem in problems):
             message = "its mask, which they are read from, cannot be used"
             problems.append(Problem("labels unusable", image_id, message))
-        return labels, problems
+        return CheckedImage(labels, semantic is not None, problems)
     try:
         labels = dataset.labels_of(image_id)
     except DataError as error:
@@ -210,7 +239,7 @@ def _check_image(dataset: Dataset, image_id: str) -> tuple[tuple[int, ...] | Non
     if labels is not None and semantic is not None and labels != present_classes(semantic):
         names = [[dataset.classes[i] for i in ids] for ids in (labels, present_classes(semantic))]
         problems.append(Problem(_DISAGREE, image_id, f"labels {names[0]}, mask {names[1]}"))
-    return labels, problems
+    return CheckedImage(labels, semantic is not None, problems)
 
 
 def _check_truth(
@@ -240,6 +269,8 @@ def _check_truth(
     if semantic is not None and size not in (None, semantic.shape):
         message = f"mask {semantic.shape}, image {size} (H, W)"
         problems.append(Problem("masks of another size than their image", image_id, message))
+    if semantic is not None:
+        problems += _check_values(dataset, image_id, semantic)
     path = dataset.mask_path(image_id)
     try:
         if semantic is not None and path is not None and path.is_file() and label_png_kind(path) != "voc":
@@ -254,6 +285,20 @@ def _check_truth(
         if objects is not None and size not in (None, objects.shape):
             problems.append(Problem("object maps unusable", image_id, f"objects {objects.shape}, image {size} (H, W)"))
     return semantic, problems
+
+
+def _check_values(dataset: Dataset, image_id: str, semantic: np.ndarray) -> list[Problem]:
+    """Return a note if a label map holds no class, or nothing but one class.
+
+    Binary masks look so: 255, which they have on the object, means ignored here.
+    """
+    values = np.flatnonzero(np.bincount(semantic.ravel(), minlength=256)).tolist()
+    if not present_classes(semantic):
+        message = f"its values are {values}, expected ids 1..{dataset.num_classes} where objects are"
+        return [Problem(_NO_CLASS, image_id, f"{message} (0 is background, 255 ignored)")]
+    if len(values) == 1:
+        return [Problem(_SINGLE_CLASS, image_id, f"every pixel is {values[0]} ({dataset.classes[values[0]]})")]
+    return []
 
 
 def _compare_truths(dataset: Dataset, image_id: str, semantic: np.ndarray) -> Problem | None:
