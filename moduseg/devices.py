@@ -18,7 +18,8 @@ from moduseg.errors import ConfigError
 
 PRECISIONS = {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
-
+MAX_AUTO_WORKERS = 4
+"""More threads than this are only taken if the configuration says so."""
 
 _seeding = threading.Lock()
 
@@ -158,6 +159,11 @@ def _restore_tf32(state: tuple[Any, ...]) -> None:
     _allow_tf32(*(value in (True, "tf32") for value in state[:2]))
     for switch, precision in zip(_list_switches(), state, strict=False):
         switch.fp32_precision = precision
+
+
+def count_workers(configured: int = 0) -> int:
+    """Return how many threads work: as many as configured; for 0, one a core and at most `MAX_AUTO_WORKERS`."""
+    return configured or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
 
 
 def resolve_device(name: str = "auto", precision: str = "auto") -> Device:

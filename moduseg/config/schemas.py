@@ -199,7 +199,10 @@ class PseudoMasksConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Measures beside mIoU, and pictures; all but `workers` and the `report` settings are part of keys.
+    """Measures beside mIoU, and pictures.
+
+    All but `workers` and the `report` settings decide scores: they are part of the keys of `evaluate`, and where label
+    maps are made (`infer`, `pseudo_masks`) the scores beside them are written again, in place, when they change.
 
     Attributes:
         bootstrap: resamples of the confidence interval; 0 omits it.
@@ -287,7 +290,10 @@ class RayConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how the stages run; only `precision` changes artefacts and is part of their keys.
+    """Where and how the stages run.
+
+    `precision` decides what models compute and is part of keys. `seed` decides intervals alone: scores are written
+    again in place, and it is part of the keys of `compare` and of predictions made elsewhere. The others are in no key.
 
     Attributes:
         outputs: folder of all artefacts.
@@ -298,7 +304,7 @@ class RuntimeConfig:
             all of a record do. It changes neither keys nor what is done again.
         record_size: images that are recorded together, the unit of resume and of sharding; a folder that was begun
             keeps the size that it was begun with.
-        seed: seed of the confidence intervals.
+        seed: seed of the confidence intervals in `results.json` and of `compare`.
         workers: threads that load images; 0 takes one a core, 4 at most.
         verify: compare files of earlier runs and their inputs with their digests, not only with sizes and times.
         engine: `local` or `ray`.
@@ -341,7 +347,8 @@ class Config:
         dataset, proposer, backbone: name and options of a backend.
         pseudo_masks, bank, retrieval, evaluation, runtime: settings of the stages.
         predictions: folder of label maps made elsewhere, scored or packed in place of a run's own.
-        train_proposer: replaces `proposer` on the training images, for ablations of the queries' proposals alone.
+        train_proposer: proposer of the training images if it is not that of the evaluated ones (`proposer`), which then
+            changes alone in an ablation; `None` for one proposer of both.
     """
 
     dataset: Mapping[str, Any]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from moduseg.devices import count_workers
 from moduseg.evaluation.boundary import boundary_counts, contour_width
 from moduseg.evaluation.confusion import count_pixels
 from moduseg.evaluation.counts import ImageCounts
@@ -16,7 +16,6 @@ from moduseg.evaluation.counts import ImageCounts
 Pair = tuple[np.ndarray, np.ndarray]
 """Truth and prediction of one image, `[H, W]` uint8 each."""
 
-MAX_AUTO_WORKERS = 4
 _CHUNK = 16
 """Images handed to a worker at once."""
 
@@ -59,7 +58,7 @@ def count_pairs(
         width = contour_width(truth.shape, boundary_width)
         return ImageCounts(confusion, boundary_counts(truth, prediction, num_labels, width), width)
 
-    num_workers = workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
+    num_workers = count_workers(workers)
     # Load the first image on its own: the data set caches its lists and label files before other threads start.
     for image_id in ids[:1] if num_workers > 1 else ids:
         yield image_id, count(image_id)

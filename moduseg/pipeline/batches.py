@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from moduseg.clock import model_seconds
+from moduseg.devices import count_workers
 from moduseg.errors import DataError, IncompleteError
 from moduseg.files import canonical_json, write_atomic
 from moduseg.pipeline.artefacts import Artefact
@@ -35,7 +35,6 @@ from moduseg.pipeline.records import Files, InputStamp, Record, Records, encode_
 __all__ = ["BatchJob", "BatchRunner", "Files", "Outcome", "Shard"]
 
 Item = TypeVar("Item")
-MAX_AUTO_WORKERS = 4
 _MAX_PENDING_WRITES = 2
 """Batches that may wait for encoding and writing before the loop waits for them: this bounds the memory."""
 
@@ -270,7 +269,7 @@ class BatchRunner(Generic[Item]):
         Raises:
             StorageError, ConfigError, MissingError, ArtefactError, DeviceError: the run cannot go on.
         """
-        num_workers = self.shard.workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
+        num_workers = count_workers(self.shard.workers)
         loaders = ThreadPoolExecutor(num_workers, thread_name_prefix="load")
         encoders = ThreadPoolExecutor(num_workers, thread_name_prefix="encode")
         writer = ThreadPoolExecutor(1, thread_name_prefix="write")

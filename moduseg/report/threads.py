@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -10,7 +9,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from moduseg.config import Config
-from moduseg.evaluation.pairs import MAX_AUTO_WORKERS
+from moduseg.devices import count_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,6 +19,6 @@ def map_in_threads(
     cfg: Config, function: Callable[[Item], Result], items: Collection[Item], title: str
 ) -> Iterator[Result]:
     """Yield `function(item)` for each item in order, computed in `evaluation.workers` threads, with a progress bar."""
-    num_workers = cfg.evaluation.workers or min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
+    num_workers = count_workers(cfg.evaluation.workers)
     with ThreadPoolExecutor(num_workers, thread_name_prefix="report") as pool:
         yield from tqdm(pool.map(function, items), title, len(items), unit="img", leave=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,11 +11,12 @@ from tqdm import tqdm
 
 from moduseg.config import Config, EvaluationConfig
 from moduseg.datasets.base import Dataset
+from moduseg.devices import count_workers
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.bootstrap import bootstrap
 from moduseg.evaluation.counts import FILE, SplitCounts
 from moduseg.evaluation.measures import LabelMapCounts, missing_measures
-from moduseg.evaluation.pairs import MAX_AUTO_WORKERS, Pair, count_pairs
+from moduseg.evaluation.pairs import Pair, count_pairs
 from moduseg.evaluation.tables import ContourWidth, ScoredRun, results_markdown, results_record
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
@@ -294,7 +294,7 @@ def draw_panels(
             title=image_id,
         )
 
-    with ThreadPoolExecutor(min(MAX_AUTO_WORKERS, os.cpu_count() or 1), thread_name_prefix="panel") as pool:
+    with ThreadPoolExecutor(count_workers(), thread_name_prefix="panel") as pool:
         for image_id, picture in zip(chosen, pool.map(draw, chosen), strict=True):
             write_atomic(artefact.file(stored_name("panel", image_id)), picture)
 
