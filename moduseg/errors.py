@@ -42,6 +42,19 @@ class MissingError(ModusegError):
     """A folder, a file or a set of weights that the run needs is missing."""
 
 
+class MissingWeightsError(MissingError):
+    """Weights are neither in the cache folder nor can they be fetched.
+
+    Attributes:
+        what: name of the file or model.
+        source: its address, or a sentence that names it.
+    """
+
+    def __init__(self, message: str, what: str = "", source: str = "") -> None:
+        super().__init__(message)
+        self.what, self.source = what, source
+
+
 class ArtefactError(ModusegError):
     """A stored artefact does not fit the request (another backbone, class list or format)."""
 

@@ -124,8 +124,18 @@ def read_json(path: Path) -> Any:
         raise ArtefactError(f"{path}: not readable as JSON ({error}); remove the folder and run again") from error
 
 
+_digested: dict[Path, int] = {}
+"""Bytes of each file that this process has taken the digest of."""
+
+
+def get_digested_bytes() -> int:
+    """Return the size of the files that this process has taken the digest of: weights, above all."""
+    return sum(_digested.values())
+
+
 @lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    _digested[path] = size
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

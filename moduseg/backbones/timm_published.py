@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from moduseg.backbones.timm_model import find_pretrained_id
-from moduseg.errors import ConfigError, MissingError
+from moduseg.errors import ConfigError, MissingError, MissingWeightsError
 from moduseg.weights.hub import fetch_hub_file, get_page_url
 
 log = logging.getLogger("moduseg")
@@ -54,7 +54,8 @@ def fetch_published_file(name: str, revision: str | None, key: str) -> Path:
             path = fetch_hub_file(maker, ["model.safetensors"], None, key, value="hub")
         except MissingError:
             address = f"hf://{maker}/model.safetensors"
-            raise MissingError(f"{error}; {address}, the maker's own file, could not be had either") from error
+            message = f"{error}; {address}, the maker's own file, could not be had either"
+            raise MissingWeightsError(message, hub_id, f"https://huggingface.co/{hub_id}") from error
     log.warning("%s: timm's file of %s could not be had; the maker's own, %s, has its place", key, name, path)
     return path
 

@@ -49,6 +49,7 @@ class Command:
             `all` for those of a run.
         is_quiet: whether only warnings are logged, because the command prints its result.
         groups: groups of the configuration that it reads, for its help.
+        stage: `module:class` of the last stage that it runs, for `--dry-run`; `None` if it runs none.
         config_name: the file of `configs/` that it reads; another than `config` is handed over as Hydra composed it.
     """
 
@@ -65,6 +66,7 @@ class Command:
     accepts: Overrides = "groups"
     is_quiet: bool = False
     groups: tuple[str, ...] = ()
+    stage: str | None = None
     config_name: str = "config"
 
 
@@ -81,6 +83,7 @@ _TABLE = (
         writes="outputs/<dataset>/propose/<name>-<key>/: masks/<id>.json, SA-1B annotations",
         examples=("propose", "propose experiment=folder dataset.root=my"),
         groups=("dataset", "proposer", "runtime", "experiment",),
+        stage="moduseg.stages.propose:Propose",
     ),
     Command(
         "pseudo_masks",
@@ -91,6 +94,7 @@ _TABLE = (
         writes="outputs/<dataset>/pseudo_masks/<name>-<key>/: labels/<id>.png and a report",
         examples=("pseudo_masks", "pseudo_masks dataset=voc pseudo_masks=corrclip_moduseg"),
         groups=("dataset", "proposer", "backbone", "pseudo_masks", "evaluation", "runtime", "experiment",),
+        stage="moduseg.stages.pseudo_masks:PseudoMasks",
     ),
     Command(
         "build_bank",
@@ -101,6 +105,7 @@ _TABLE = (
         writes="outputs/<dataset>/build_bank/<name>-<key>/: bank.safetensors, bank.json",
         examples=("build_bank", "build_bank experiment=folder dataset.root=my name=first"),
         groups=("dataset", "proposer", "backbone", "pseudo_masks", "bank", "runtime", "experiment",),
+        stage="moduseg.stages.build_bank:BuildBank",
     ),
     Command(
         "infer",
@@ -111,6 +116,7 @@ _TABLE = (
         writes="outputs/<dataset>/infer/<name>-<key>/: labels/<id>.png, results.json, report/index.html",
         examples=("infer", "infer experiment=folder dataset.root=my"),
         groups=_ALL,
+        stage="moduseg.stages.infer:Infer",
     ),
     Command(
         "evaluate",
@@ -121,6 +127,7 @@ _TABLE = (
         writes="outputs/<dataset>/evaluate/<name>-<key>/: results.json, results.md, report/index.html",
         examples=("evaluate experiment=coco150", "evaluate dataset=voc predictions=masks"),
         groups=_ALL,
+        stage="moduseg.stages.infer:Infer",
     ),
     Command(
         "prepare_data",

@@ -75,6 +75,8 @@ def describe_command(command: Command, overrides: Sequence[str] = ()) -> str:
             "",
             "--cfg job prints the configuration; -m runs several values, key=a,b; --hydra-help lists more",
         ]
+        if command.stage is not None:
+            lines += ["--dry-run prints stages, images, downloads, disk and keys, and does nothing"]
     return "\n".join([*lines, "", "examples", *_list_examples([command])])
 
 

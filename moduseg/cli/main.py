@@ -36,6 +36,9 @@ log = logging.getLogger("moduseg")
 _RUN_KEYS = {"bank": BANKS, "banks": BANKS, "run": RUNS, "compare": RUNS, "folders": RUNS}
 """Keys of commands that name finished runs, and the stages that they may be of."""
 
+DRY_RUN = "--dry-run"
+"""The argument that has a stage's command print its plan and do nothing."""
+
 
 def entry() -> None:
     """Run the command that the first argument names, and exit."""
@@ -119,12 +122,26 @@ def bind_command(command: Command, arguments: Sequence[str], run_name: str | Non
     if any(argument in ("-h", "--help") for argument in arguments):
         overrides = [argument for argument in arguments if not argument.startswith("-") and command.options is None]
         return partial(_print_text, describe_command(command, overrides))
+    if DRY_RUN in arguments:
+        return _bind_plan(command, [argument for argument in arguments if argument != DRY_RUN])
     if command.options is not None:
         return _bind_options(command, command.options, arguments)
     if any(argument.startswith("-") for argument in arguments):
         return partial(_run_with_hydra, command, arguments, run_name)
     cfg = compose(arguments) if command.config_name == "config" else compose_hydra(arguments, command.config_name)
     return partial(load(command.function), cfg)
+
+
+def _bind_plan(command: Command, arguments: Sequence[str]) -> Callable[[], int]:
+    """Return what prints the plan of a stage.
+
+    Raises:
+        ConfigError: the command runs no stage, or an argument is wrong.
+    """
+    if command.stage is None:
+        stages = ", ".join(name for name, other in COMMANDS.items() if other.stage is not None)
+        raise ConfigError(f"{DRY_RUN}: got {command.name}, expected one of {stages}; leave it out")
+    return partial(load("moduseg.pipeline.plan:print_plan"), load(command.stage), compose(arguments))
 
 
 def to_exit_code(result: int | Path, run_name: str | None = None) -> int:

@@ -149,6 +149,11 @@ class Dataset(ABC):
             )
         return check_ids(ids, where)
 
+    @property
+    def is_written(self) -> bool:
+        """Whether reading the ids writes nothing."""
+        return True
+
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Class names by id, background first."""

@@ -33,6 +33,11 @@ class MiniatureDataset(VocDataset):
         self.seed, self.train, self.val = seed, train, val
         self.config = WorldConfig(size=size)
 
+    @property
+    def is_written(self) -> bool:
+        """Whether the world has been drawn."""
+        return (self.root / "image_labels.json").is_file()
+
     def _read_ids(self) -> tuple[list[str], str]:
         write_voc(self.root, self.seed, train=self.train, val=self.val, config=self.config)
         return super()._read_ids()

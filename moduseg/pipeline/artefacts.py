@@ -38,8 +38,7 @@ class Artefact:
     def __init__(self, outputs: Path, dataset: str, stage: str, name: str, parts: Mapping[str, Any]) -> None:
         self.stage = stage
         self.parts = {"format": FORMAT, **parts}
-        self.key = digest_of(self.parts)
-        self.path = outputs / dataset / stage / f"{name}-{self.key[:8]}"
+        self.path, self.key = locate_artefact(outputs, dataset, stage, name, parts)
         stored = self._stored_manifest()
         if stored is not None and stored.get("key") != self.key:
             raise ArtefactError(
@@ -144,6 +143,12 @@ class Artefact:
             return self.manifest
         except ArtefactError:
             return None
+
+
+def locate_artefact(outputs: Path, dataset: str, stage: str, name: str, parts: Mapping[str, Any]) -> tuple[Path, str]:
+    """Return the folder of a stage's result and its key, whether it exists or not; arguments as those of `Artefact`."""
+    key = digest_of({"format": FORMAT, **parts})
+    return outputs / dataset / stage / f"{name}-{key[:8]}", key
 
 
 def _sha256(path: Path) -> str:

@@ -29,6 +29,7 @@ from moduseg.devices import count_workers
 from moduseg.errors import DataError, IncompleteError
 from moduseg.files import canonical_json, write_atomic
 from moduseg.pipeline.artefacts import Artefact
+from moduseg.pipeline.estimate import TimeEstimate
 from moduseg.pipeline.forward import FATAL, ForwardBatches, describe, is_device_lost, lost_device
 from moduseg.pipeline.records import Files, InputStamp, Record, Records, encode_files, read_batch_size
 
@@ -176,10 +177,12 @@ class BatchRunner(Generic[Item]):
             leave=False,
             disable=self.shard.quiet or None,
         )
+        estimate = TimeEstimate(self.job.title, num_images - num_done)
         with bar as progress:
             for index, num_results in (run_batches or self.process_batches)(unfinished):
                 processed_now += num_results
                 progress.update(len(self.batches[index]))
+                estimate.update(len(self.batches[index]))
         return processed_now
 
     def unfinished(self, indices: Sequence[int]) -> list[int]:

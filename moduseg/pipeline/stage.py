@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Generic, Literal
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.errors import ArtefactError, DataError
-from moduseg.pipeline.artefacts import Artefact
+from moduseg.pipeline.artefacts import Artefact, locate_artefact
 from moduseg.pipeline.batches import BatchJob, BatchRunner, Files, Item, Outcome
 from moduseg.pipeline.manifests import StageFolder, wall_seconds
+from moduseg.pipeline.preflight import HasDigest, check_before_run
 from moduseg.pipeline.workspace import FinishedStages, Workspace
 
 log = logging.getLogger("moduseg")
@@ -41,8 +42,6 @@ class Stage(ABC, Generic[Item]):
     """Name of the stage, and of the folder below the data set's that holds its results."""
     uses: ClassVar[Literal["train", "eval"]]
     """The split that the stage processes: the one that the bank is built from, or the one that is labelled."""
-    parts: ClassVar[tuple[str, ...]] = ()
-    """Backends of the workspace that the stage uses; they are built, and so checked, before the first image."""
 
     def __init__(self, work: Workspace, split: str | None = None) -> None:
         self.work, self.cfg, self._requested_split = work, work.cfg, split
@@ -50,9 +49,26 @@ class Stage(ABC, Generic[Item]):
 
     # What a subclass says.
 
-    def inputs(self) -> dict[str, StageFolder]:
-        """Run the stages that this one reads, which return at once when complete, and return their folders by name."""
+    def inputs(self) -> dict[str, Stage[Any]]:
+        """Return the stages that this one reads, by name; they run before it, and return at once when complete."""
         return {}
+
+    def models(self) -> dict[str, HasDigest]:
+        """Return the backends whose weights the stage needs, by the key of the configuration that names them."""
+        return {}
+
+    def estimate_bytes(self, image_id: str) -> int:
+        """Return about how many bytes the stage writes for an image.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        return 20_000
+
+    @property
+    def has_known_key(self) -> bool:
+        """Whether `key` can be computed before the stages in `inputs` have run; it reads the names of their folders."""
+        return True
 
     @abstractmethod
     def key(self) -> dict[str, Any]:
@@ -147,7 +163,7 @@ class Stage(ABC, Generic[Item]):
         if result not in finished:
             folder = stage.existing_folder()
             if folder is None:
-                stage.check_parts()
+                check_before_run(stage)
                 runner = stage.runner()
                 share = partial(runner.run_shard, stage._ray_batches())
                 task = f"{stage.name}-{stage.artefact.key}"
@@ -155,16 +171,10 @@ class Stage(ABC, Generic[Item]):
             finished[result] = folder
         return finished[result]
 
-    def check_parts(self) -> None:
-        """Build what the stage uses and find its weights, so that what is wrong ends the run before the first image.
-
-        Raises:
-            ModusegError: a setting is wrong, or a data set, a folder or weights are missing.
-        """
-        _ = self.dataset
-        for part in self.parts:
-            # Every run needs the digest for its key; that of weights is known once their file is there.
-            _ = getattr(self.work, part).digest
+    def locate(self) -> tuple[Path, str]:
+        """Return the folder that the stage writes and its key, without making it."""
+        work = self.work
+        return locate_artefact(work.outputs, work.dataset_name, self.name, self.folder_name(), self.key())
 
     @property
     def dataset(self) -> Dataset:
@@ -174,7 +184,8 @@ class Stage(ABC, Generic[Item]):
     @cached_property
     def input_folders(self) -> dict[str, StageFolder]:
         """The folders of `inputs`, whose stages are run on first use."""
-        return self.inputs()
+        stages = self.inputs()
+        return {name: StageFolder(type(s).run(self.cfg, self.work, s._requested_split)) for name, s in stages.items()}
 
     @cached_property
     def artefact(self) -> Artefact:

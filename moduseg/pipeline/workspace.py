@@ -38,6 +38,7 @@ class Workspace:
     Attributes:
         has_own_splits: whether `splits` were given, which another process would not have.
         finished_stages: folder of each stage that has completed in this run.
+        is_checked: whether what the run needs has been looked for; a worker's driver has done so.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Workspace:
         self.cfg = cfg
         self.finished_stages: FinishedStages = dict(finished_stages or {})
         self._datasets: dict[str, Dataset] = dict(splits or {})
+        self._fingerprints: dict[str, str] = {}
         self.has_own_splits = bool(splits)
+        self.is_checked = finished_stages is not None
         shard = cfg.runtime.shard
         self.peers = Peers(shard.index, shard.count, alone=finished_stages is not None)
         torch.manual_seed(cfg.runtime.seed)
@@ -119,7 +122,9 @@ class Workspace:
 
     def dataset_parts(self, split: str) -> dict[str, Any]:
         """Return the part of a key that stands for the data set: the split and a fingerprint of its content."""
-        return {"split": split, "fingerprint": self.dataset(split).fingerprint()}
+        if split not in self._fingerprints:
+            self._fingerprints[split] = self.dataset(split).fingerprint()
+        return {"split": split, "fingerprint": self._fingerprints[split]}
 
     def backbone_parts(self) -> dict[str, Any]:
         """Return the part of a key that stands for the backbone: its configuration, weights, precision and device."""
@@ -131,4 +136,9 @@ class Workspace:
 
     def artefact(self, stage: str, name: str, parts: Mapping[str, Any]) -> Artefact:
         """Return the folder for a stage's result, named by its key (see `Artefact`)."""
-        return Artefact(self.outputs, self.dataset(self.train_split).name, stage, name, parts)
+        return Artefact(self.outputs, self.dataset_name, stage, name, parts)
+
+    @property
+    def dataset_name(self) -> str:
+        """Name of the data set, the first folder below `outputs`."""
+        return self.dataset(self.train_split).name

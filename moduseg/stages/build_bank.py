@@ -18,6 +18,7 @@ from moduseg.errors import ArtefactError, DataError
 from moduseg.files import file_digest, to_json_values
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.pipeline.workspace import log
 from moduseg.stages.pseudo_masks import PseudoMasks
@@ -33,7 +34,6 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
 
     name = "build_bank"
     uses = "train"
-    parts = ("generator", "backbone")
 
     def existing_folder(self) -> Path | None:
         """Return the folder that `bank.path` names.
@@ -43,9 +43,13 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
         """
         return None if self.cfg.bank.path is None else existing_bank_folder(self.cfg.bank.path)
 
-    def inputs(self) -> dict[str, StageFolder]:
-        """Run `pseudo_masks`."""
-        return {"pseudo_masks": StageFolder(PseudoMasks.run(self.cfg, self.work))}
+    def inputs(self) -> dict[str, Stage[Any]]:
+        """Return `pseudo_masks`."""
+        return {"pseudo_masks": PseudoMasks(self.work)}
+
+    def models(self) -> dict[str, HasDigest]:
+        """Return the backbone."""
+        return {"backbone": self.work.backbone}
 
     def folder_name(self) -> str:
         """Return the readable part of the folder's name."""

@@ -17,6 +17,7 @@ from moduseg.errors import DataError
 from moduseg.files import digest_of, file_digest, to_json_values, write_atomic
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.pseudo_masks.store import pack
@@ -35,18 +36,29 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
 
     name = "scores"
     uses = "train"
-    parts = ("generator",)
 
     @property
     def title(self) -> str:
         """Text of the progress bar."""
         return f"class scores {self.split}"
 
-    def inputs(self) -> dict[str, StageFolder]:
-        """Run `propose` on the training split, if the generator looks at proposals."""
-        if not self.work.generator.needs_proposals:
-            return {}
-        return {"propose": StageFolder(Propose.run(self.cfg, self.work, self.split))}
+    def inputs(self) -> dict[str, Stage[Any]]:
+        """Return `propose` on the training split, if the generator looks at proposals."""
+        return {"propose": Propose(self.work, self.split)} if self.work.generator.needs_proposals else {}
+
+    def models(self) -> dict[str, HasDigest]:
+        """Return the generator."""
+        return {"pseudo_masks.generator": self.work.generator}
+
+    def estimate_bytes(self, image_id: str) -> int:
+        """Return the bytes of a map for each tag and for the background, which hardly compress."""
+        height, width = self.dataset.image_size(image_id)
+        return 2 * height * width * (1 + len(self.dataset.labels_of(image_id) or ()))
+
+    @property
+    def has_known_key(self) -> bool:
+        """Whether nothing has to be fitted, whose result is part of the key."""
+        return not self.work.generator.is_fitted
 
     def folder_name(self) -> str:
         """Return the readable part of the folder's name."""

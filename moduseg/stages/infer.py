@@ -13,7 +13,7 @@ from moduseg.bank.store import Bank
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
 from moduseg.files import digest_of, file_digest, to_json_values
-from moduseg.pipeline.batches import Files, Outcome
+from moduseg.pipeline.batches import BatchRunner, Files, Outcome
 from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.stage import Stage, skipped_images
 from moduseg.pipeline.workspace import log
@@ -34,14 +34,15 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     name = "infer"
     uses = "eval"
-    parts = ("proposer", "backbone")
 
-    def inputs(self) -> dict[str, StageFolder]:
-        """Run `build_bank` with the stages before it, then `queries`, which runs `propose`."""
-        return {
-            "build_bank": StageFolder(BuildBank.run(self.cfg, self.work)),
-            "queries": StageFolder(Queries.run(self.cfg, self.work)),
-        }
+    def inputs(self) -> dict[str, Stage[Any]]:
+        """Return `build_bank` and `queries`, which run in this order."""
+        return {"build_bank": BuildBank(self.work), "queries": Queries(self.work)}
+
+    @property
+    def has_known_key(self) -> bool:
+        """Whether the bank is there, whose content is part of the key."""
+        return StageFolder(self.input_folders["build_bank"].path).manifest.get("status") == "complete"
 
     @cached_property
     def proposals(self) -> StageFolder:
@@ -83,7 +84,7 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
 
     def key(self) -> dict[str, Any]:
         """Return everything that decides the label maps; settings that came later only where they change something."""
-        bank, bank_settings, stored_bank = self.cfg.bank, self.cfg.as_dict()["bank"], self.stored_bank
+        bank, bank_settings = self.cfg.bank, self.cfg.as_dict()["bank"]
         bank_path = self.input_folders["build_bank"].path
         parts = {
             "dataset": self.work.dataset_parts(self.split),
@@ -100,8 +101,13 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
         parts |= {name: bank_settings[name] for name in ("classes", "prototypes") if bank_settings[name] is not None}
         # The class list of a bank that is built here is the data set's, which the key of the queries holds.
         if bank.path is not None:
-            parts["bank_labels"] = digest_of(stored_bank.labels.tolist())
+            parts["bank_labels"] = digest_of(self.stored_bank.labels.tolist())
         return parts
+
+    def runner(self) -> BatchRunner[tuple[str, Proposals, Tensor]]:
+        """Return what processes the images; a bank that does not fit is an error before the first of them."""
+        _ = self.stored_bank
+        return super().runner()
 
     def skipped(self) -> dict[str, str]:
         """Return the images without proposals or queries; those that the bank lacks are of another split."""

@@ -10,6 +10,7 @@ from typing import Any
 from moduseg.files import to_json_values
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import stored_name
+from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers import sa1b
@@ -67,6 +68,14 @@ class Propose(Stage[Sample]):
             "digest": self.proposer.digest,
             **self.work.device.key_parts(),
         }
+
+    def models(self) -> dict[str, HasDigest]:
+        """Return the proposer."""
+        return {"train_proposer" if self._uses_train_proposer else "proposer": self.proposer}
+
+    def estimate_bytes(self, image_id: str) -> int:
+        """Return the bytes of a hundred masks."""
+        return 100_000
 
     def load(self, image_id: str) -> Sample:
         """Return an image, with its ground truth if the proposer needs it."""

@@ -58,19 +58,18 @@ class PseudoMasks(Stage[ScoredImage]):
 
     name = "pseudo_masks"
     uses = "train"
-    parts = ("generator",)
 
     @property
     def title(self) -> str:
         """Text of the progress bar."""
         return f"pseudo masks {self.split}"
 
-    def inputs(self) -> dict[str, StageFolder]:
-        """Run `scores`, and `propose` on the training split if the refiner looks at proposals."""
-        folders = {"scores": StageFolder(ClassScores.run(self.cfg, self.work))}
+    def inputs(self) -> dict[str, Stage[Any]]:
+        """Return `scores`, and `propose` on the training split if the refiner looks at proposals."""
+        stages: dict[str, Stage[Any]] = {"scores": ClassScores(self.work)}
         if self.cfg.pseudo_masks.refine == "region_vote":
-            folders["propose"] = StageFolder(Propose.run(self.cfg, self.work, self.split))
-        return folders
+            stages["propose"] = Propose(self.work, self.split)
+        return stages
 
     def folder_name(self) -> str:
         """Return the readable part of the folder's name."""

@@ -12,7 +12,8 @@ from typing import Any
 from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
 from moduseg.bank.store import encode_vectors
 from moduseg.pipeline.batches import Files
-from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.manifests import stored_name
+from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.stages.propose import Propose
 from moduseg.structures import Proposals, Sample
@@ -26,11 +27,18 @@ class Queries(Stage[tuple[Sample, Proposals]]):
 
     name = "queries"
     uses = "eval"
-    parts = ("proposer", "backbone")
 
-    def inputs(self) -> dict[str, StageFolder]:
-        """Run `propose` on the evaluated split."""
-        return {"propose": StageFolder(Propose.run(self.cfg, self.work))}
+    def inputs(self) -> dict[str, Stage[Any]]:
+        """Return `propose` on the evaluated split."""
+        return {"propose": Propose(self.work)}
+
+    def models(self) -> dict[str, HasDigest]:
+        """Return the backbone."""
+        return {"backbone": self.work.backbone}
+
+    def estimate_bytes(self, image_id: str) -> int:
+        """Return the bytes of a hundred vectors of a large model."""
+        return 400_000
 
     def folder_name(self) -> str:
         """Return the readable part of the folder's name."""

@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
-from moduseg.errors import ArtefactError, ConfigError, MissingError, StorageError, hide_credentials
+from moduseg.errors import ArtefactError, ConfigError, MissingError, MissingWeightsError, StorageError, hide_credentials
 from moduseg.files import file_digest
 
 log = logging.getLogger("moduseg")
@@ -38,6 +39,8 @@ PAUSE = 1.0
 """Seconds before the second try; doubled before each further one."""
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
+_PROBE_TIMEOUT = 5.0
+"""Seconds that a server has to say how large a file is."""
 _BLOCK = 1 << 20
 _OFFLINE = {"1", "ON", "YES", "TRUE"}
 
@@ -58,6 +61,38 @@ def is_offline() -> bool:
     # The hub's client reads the variable once, on import; here it also counts when it is set later.
     asked = any(os.environ.get(name, "").upper() in _OFFLINE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     return asked or bool(constants.HF_HUB_OFFLINE)
+
+
+_dry_run: ContextVar[bool] = ContextVar("dry_run", default=False)
+
+
+@contextmanager
+def forbid_downloads() -> Iterator[None]:
+    """Let what would be fetched inside be an error that names it, as in a run without a network."""
+    token = _dry_run.set(True)
+    try:
+        yield
+    finally:
+        _dry_run.reset(token)
+
+
+def why_not_fetched() -> str:
+    """Return why nothing may be fetched; empty if it may."""
+    if _dry_run.get():
+        return "a dry run fetches nothing"
+    return "HF_HUB_OFFLINE forbids to fetch it" if is_offline() else ""
+
+
+def find_download_size(url: str) -> int | None:
+    """Return the bytes that a web address announces; `None` offline, or if the server does not say."""
+    if is_offline() or not url.startswith("http"):
+        return None
+    try:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "moduseg"})
+        with urllib.request.urlopen(request, timeout=_PROBE_TIMEOUT) as response:
+            return _length(response, 0)
+    except (OSError, http.client.HTTPException):
+        return None
 
 
 def get_cached_path(url: str, key: str = "weights") -> Path:
@@ -107,8 +142,8 @@ def fetch(url: str, key: str, sha256: str | None = None, value: str | None = Non
             folder=target.parent,
             otherwise=f"<path of {target.name}>",
         )
-        if is_offline():
-            raise missing("HF_HUB_OFFLINE forbids to fetch it")
+        if reason := why_not_fetched():
+            raise missing(reason)
         with locked(target):
             if not target.is_file():
                 download = _Download(url, target, missing, has_digest=sha256 is not None)
@@ -142,8 +177,11 @@ def missing_weights(
         folder: where a person would put it so that it is found.
         otherwise: the value of `key` that names another place.
     """
-    return MissingError(
-        f"{key}: got {got}, but {what} is not here and {reason}; fetch {source} into {folder}, or set {key}={otherwise}"
+    place = f"fetch {source} into {folder}, or set {key}={otherwise}"
+    return MissingWeightsError(
+        f"{key}: got {got}, but {what} is not here and {reason}; {place}",
+        what,
+        source,
     )
 
 

@@ -24,10 +24,10 @@ from moduseg.files import file_digest
 from moduseg.weights.download import (
     TIMEOUT,
     get_cache_home,
-    is_offline,
     locked,
     missing_weights,
     storage_error,
+    why_not_fetched,
 )
 
 DATASETS = "datasets/"
@@ -256,8 +256,8 @@ def _open_repository(
     """
     from huggingface_hub import HfApi, errors
 
-    if is_offline():
-        raise missing("HF_HUB_OFFLINE forbids to fetch it")
+    if reason := why_not_fetched():
+        raise missing(reason)
     # The base class of the client's network errors belongs to requests or to httpx, depending on its version.
     transport = [
         c for c in errors.HfHubHTTPError.__mro__ if c.__module__.split(".")[0] in ("requests", "httpx", "httpx2")
