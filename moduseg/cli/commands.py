@@ -77,9 +77,9 @@ _TABLE = (
     Command(
         "propose",
         "pipeline",
-        "Find class-agnostic masks in every image.",
+        "Find class-agnostic masks in the images of the evaluated split.",
         "moduseg.stages.propose:Propose.run",
-        reads="the images of both splits",
+        reads="the images of the evaluated split",
         writes="outputs/<dataset>/propose/<name>-<key>/: masks/<id>.json, SA-1B annotations",
         examples=("propose", "propose experiment=folder dataset.root=my"),
         groups=("dataset", "proposer", "runtime", "experiment",),

@@ -291,6 +291,21 @@ def test_two_runs_side_by_side(opened: Any, compared: Path) -> None:
     assert tiles(page)[0] == "val_00003"
     head = read_script(compared.parent / "data" / "summary.js")["compare"]
     assert f"{abs(head['miou']['difference']):.1f}" in page.locator(".hero .big").inner_text()
+    rows = page.locator(".differences .difference:not(.head)")
+    assert rows.count() == len(head["measures"]) + sum(e["difference"] is not None for e in head["classes"].values())
+    # The colour says which way is better: for a measure that is to be small, less is.
+    is_better = head["miou"]["difference"] > 0
+    dot = rows.first.locator(".dot")
+    colours = [dot.get_attribute("class")]
+    page.evaluate(
+        "Report.get('summary').measures.find(m => m.name === 'miou').is_larger_better = false;"
+        "location.hash = '#/images'"
+    )
+    page.wait_for_selector(".differences", state="detached")
+    page.evaluate("location.hash = '#/compare'")
+    page.wait_for_selector(".differences")
+    assert [*colours, dot.get_attribute("class")] == (["dot up", "dot down"] if is_better else ["dot down", "dot up"])
+    page.wait_for_function("document.querySelectorAll('.grid canvas:not([hidden])').length === 18")
     page.locator(".grid .tile").first.click()
     page.wait_for_selector(".layers button")
     assert page.locator(".image-canvas").count() == 2

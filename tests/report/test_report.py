@@ -188,6 +188,7 @@ def test_evaluate_adds_its_figures(copy: Path) -> None:
     path = evaluate.run(compose(settings))
     names = [name for name, _, _, _ in value(folder_of(copy), "summary")["figures"]]
     assert names[0] == "mIoU of pseudo masks, train"
+    assert {"mean Dice of pseudo masks, train", "pixel accuracy of pseudo masks, train"} <= set(names)
     assert any("objects by proposals" in name for name in names)
     assert report.run(str(path)) == folder_of(copy) / "report" / "index.html"
     assert [name for name, _, _, _ in value(folder_of(copy), "summary")["figures"]] == names

@@ -14,6 +14,8 @@ from PIL import Image
 from moduseg.backbones.timm_backbone import TimmBackbone
 from moduseg.config import compose
 from moduseg.errors import ConfigError
+from moduseg.evaluation import measures
+from moduseg.evaluation.measures import Measure
 from moduseg.proposers.superpixels import SuperpixelProposer
 from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
@@ -172,3 +174,21 @@ def test_what_a_command_line_means() -> None:
 def test_mistakes_are_one_line(given: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sweep.run(given)
+
+
+def test_a_column_has_the_decimals_and_the_unit_of_its_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    distance = Measure(name="distance", title="distance", compute=measures.mean_iou, unit="px", decimals=3)
+    monkeypatch.setattr(measures, "MEASURES", (*measures.MEASURES, distance))
+    row = {"setting": {"retrieval.top_k": 1}, "mIoU": 50.0, "distance": 1.23456}
+    record = {
+        "where": "miniature val, 1 images",
+        "chosen_on": "train",
+        "axes": {"retrieval.top_k": [1]},
+        "default": {"retrieval.top_k": 1},
+        "best": row,
+        "rows": [row],
+        "seconds": {"read": 0.0, "sweep": 0.0},
+    }
+    lines = [line for line in sweep._make_report(record, [0]).splitlines() if line.startswith("| ")][:2]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells == [["retrieval.top_k", "mIoU", "distance (px)"], ["1", "50.0", "1.235"]]
