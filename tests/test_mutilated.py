@@ -51,7 +51,7 @@ MEMORY = 1 << 30
 """Bytes that a reader may take beyond what the process has."""
 SECONDS = 20
 EXAMPLES = int(os.environ.get("MODUSEG_MUTILATED", "40"))
-"""Of each of the 28 kinds of file."""
+"""Of each of the 29 kinds of file."""
 
 
 def _picture(kind: str) -> bytes:
@@ -134,8 +134,8 @@ def _read_json_labels(path: Path) -> None:
         resolve_labels(raw, ("background", "dog", "cat"), image_id, str(path))
 
 
-def _read_coco(path: Path) -> None:
-    index = read_index(path)
+def _read_coco(path: Path, has_own_categories: bool = False) -> None:
+    index = read_index(path, has_own_categories=has_own_categories)
     check_ids(index.ids, str(path))
     for row in range(len(index.ids)):
         index.rasterise(row, ignore_crowd=True)
@@ -176,6 +176,7 @@ KINDS = [
     Kind("masks.json", _proposals, lambda p: sa1b.read_proposals(p, SIZE)),
     Kind("free.json", _proposals, sa1b.read_proposals),
     Kind("coco.json", _coco, _read_coco),
+    Kind("own.json", _coco, lambda p: _read_coco(p, has_own_categories=True)),
     Kind("labels.json", lambda: b'{"images": [{"img_id": "a/b", "labels": [1, "dog"]}]}', _read_json_labels),
     Kind("labels.csv", lambda: b"image,labels\na/b,dog;cat\nc,1 2\n", _read_json_labels),
     Kind("labels.npy", _npy, _read_json_labels),

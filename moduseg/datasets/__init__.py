@@ -13,6 +13,7 @@ from moduseg.datasets.base import Dataset
 from moduseg.datasets.cityscapes import CityscapesDataset
 from moduseg.datasets.coco import CocoDataset
 from moduseg.datasets.coco150 import Coco150Dataset
+from moduseg.datasets.coco_export import CocoExport
 from moduseg.datasets.folder import FolderDataset
 from moduseg.datasets.miniature import MiniatureDataset
 from moduseg.datasets.voc import VocDataset
@@ -24,6 +25,7 @@ DATASETS: dict[str, type[Dataset]] = {
     "cityscapes": CityscapesDataset,
     "coco": CocoDataset,
     "coco150": Coco150Dataset,
+    "coco_json": CocoExport,
     "folder": FolderDataset,
     "miniature": MiniatureDataset,
     "voc": VocDataset,

@@ -1,7 +1,7 @@
-"""COCO's `instances_*.json` as an index: small arrays about every object, outlines left in the file.
+"""COCO's `instances_*.json`, or anyone's file of that format, as an index: small arrays about every object.
 
 The file of 118,287 images holds 450 MB, and ten times that as Python objects. It is read once, one object after the
-other. The index keeps the position of each object in the file, so that memory does not grow with the outlines.
+other. The outlines stay in the file, and the index keeps where each is, so that memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moduseg.datasets.classes import COCO_CATEGORIES, COCO_CONTIGUOUS
+from moduseg.datasets.classes import COCO_CATEGORIES, COCO_CLASSES, COCO_CONTIGUOUS
 from moduseg.datasets.io import MAX_PIXELS
-from moduseg.datasets.labels import drop_suffix
+from moduseg.datasets.labels import BACKGROUND_NAMES, check_classes, drop_suffix
 from moduseg.errors import DataError
 from moduseg.masks.rle import encode_polygons, read_runs
 from moduseg.structures import IGNORE_INDEX
@@ -26,6 +26,8 @@ from moduseg.structures import IGNORE_INDEX
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _FIELDS = ("images", "annotations", "categories")
+_Number = int | str
+"""Id of an image or of a category: a number, also where a file has it as text, or another text."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ class CocoIndex:
         starts: `[N + 1]` int64; the objects of image `i` are `starts[i]` to `starts[i + 1]`, in the order of the file.
         offsets: `[M]` int64, first byte of each object in the file.
         lengths: `[M]` int32, its bytes.
-        classes: `[M]` uint8, contiguous ids 1..80.
+        classes: `[M]` uint8, class ids; 0 for an object of the background.
         crowd: `[M]` bool, whether it is a region of many objects.
         checksums: `[N]` int64, over the bytes of all objects of the image.
+        class_names: names by class id, background first.
+        has_outlines: whether any object has an outline; files for detection hold boxes alone.
     """
 
     path: Path
@@ -53,6 +57,8 @@ class CocoIndex:
     classes: np.ndarray
     crowd: np.ndarray
     checksums: np.ndarray
+    class_names: tuple[str, ...] = COCO_CLASSES
+    has_outlines: bool = True
 
     def objects_of(self, row: int) -> slice:
         """Return the positions of the objects of image `row` in the arrays."""
@@ -68,7 +74,7 @@ class CocoIndex:
             ignore_crowd: whether crowd regions become 255 instead of their class; they then are no object.
 
         Returns:
-            `[H, W]` uint8, 0 where there is no object, 1..80, 255; and `[H, W]` int32, 0 or the object's number.
+            `[H, W]` uint8, class ids, 0 where there is no object, 255; and `[H, W]` int32, 0 or the object's number.
 
         Raises:
             DataError: the file has changed, or an outline is broken; one line that names the annotation.
@@ -108,79 +114,174 @@ class CocoIndex:
             raise DataError(f"{self.path}: unreadable ({error.strerror}); check the file") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             why = " ".join(str(error).split())
-            raise DataError(f"{where} cannot be rasterised ({why}); fetch the annotations again") from error
+            raise DataError(f"{where} cannot be rasterised ({why}); export them again") from error
         return np.flatnonzero(np.repeat(np.arange(len(runs)) % 2 == 1, runs))
 
 
-def read_index(path: Path) -> CocoIndex:
+def read_index(path: Path, *, has_own_categories: bool = False) -> CocoIndex:
     """Read an annotation file into an index.
+
+    Args:
+        path: the file.
+        has_own_categories: the classes are the categories of the file, in the order of their ids, in place of COCO's
+            eighty. Ids and sizes may be numbers written as text. A category that is only the `supercategory` of
+            others is no class, and the background is class 0.
 
     Raises:
         DataError: unreadable, not COCO's instances format, or with categories that are not COCO's eighty.
     """
-    remedy = "expected COCO's instances_<split>.json; fetch it again"
+    if has_own_categories:
+        remedy = "expected images, annotations and categories as COCO has them; correct the file or export it again"
+    else:
+        remedy = "expected COCO's instances_<split>.json; fetch it again"
     try:
         # Latin-1 gives one character for each byte, so that positions in the text are positions in the file.
         text = path.read_bytes().decode("latin-1")
     except OSError as error:
         raise DataError(f"{path}: unreadable ({error.strerror}), {remedy}") from error
     try:
-        return _build_index(path, text)
+        return _build_index(path, text, has_own_categories)
+    except _CategoryError as error:
+        raise DataError(
+            f"{path}: not COCO's instances format ({error}), expected COCO's eighty categories; a file of one's own "
+            f"classes is read with dataset=coco_json dataset.annotations='{path}' dataset.images=<folder>"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, IndexError) as error:
-        why = " ".join(str(error).split())
+        why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise DataError(f"{path}: not COCO's instances format ({why or type(error).__name__}), {remedy}") from error
 
 
-def _build_index(path: Path, text: str) -> CocoIndex:
-    images: dict[int, tuple[str, int, int]] = {}
-    owners, offsets, lengths, categories, crowd, sums = [], [], [], [], [], []
-    seen = set()
-    for field, start, stop, value in _iterate_elements(text):
-        seen.add(field)
+class _CategoryError(ValueError):
+    """A category is none of COCO's eighty."""
+
+
+@dataclass
+class _Elements:
+    """The elements of the three lists of a file, in its order.
+
+    Attributes:
+        images: name, height and width by id.
+        categories: name and supercategory by id.
+        owners, labels: ids of image and category of each annotation.
+        offsets, lengths: its place in the file, in bytes.
+        crowd, sums: whether it is a crowd, and its checksum.
+        has_outlines: whether any annotation has an outline.
+    """
+
+    images: dict[_Number, tuple[str, int, int]] = field(default_factory=dict)
+    categories: dict[_Number, tuple[str, str]] = field(default_factory=dict)
+    owners: list[_Number] = field(default_factory=list)
+    labels: list[_Number] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    crowd: list[bool] = field(default_factory=list)
+    sums: list[int] = field(default_factory=list)
+    has_outlines: bool = False
+
+
+def _read_elements(text: str, is_lenient: bool) -> _Elements:
+    """Read a file; a lenient reading takes numbers that are written as text."""
+    elements, seen = _Elements(), set()
+    for name, start, stop, value in _iterate_elements(text):
+        seen.add(name)
         if start is None:
             continue
-        if field == "categories":
-            if COCO_CATEGORIES.get(value["id"]) != value["name"]:
-                raise ValueError(f"category {value['id']} is {value['name']!r}, one of COCO's eighty was expected")
-        elif field == "images":
-            name = _decode_utf8(value["file_name"])
-            if value["id"] in images:
-                raise ValueError(f"image {value['id']} is listed twice")
-            height, width = value["height"], value["width"]
-            is_size = type(height) is int and type(width) is int and min(height, width) > 0
-            if not is_size or height * width > MAX_PIXELS:
-                raise ValueError(f"image {value['id']!r} is {height!r} x {width!r}")
-            images[value["id"]] = (drop_suffix(name), height, width)
-        elif value["category_id"] not in COCO_CONTIGUOUS:
-            raise ValueError(f"annotation {value.get('id')!r} has category {value['category_id']!r}")
+        if name == "categories":
+            number = _to_number(value["id"], is_lenient)
+            if number in elements.categories:
+                raise ValueError(f"category {number!r} is listed twice")
+            names = (_decode_utf8(value["name"]).strip(), _decode_utf8(str(value.get("supercategory") or "")).strip())
+            elements.categories[number] = names
+        elif name == "images":
+            number = _to_number(value["id"], is_lenient)
+            if number in elements.images:
+                raise ValueError(f"image {number!r} is listed twice")
+            height, width = (_to_number(value[side], is_lenient) for side in ("height", "width"))
+            is_size = type(height) is int and type(width) is int and height > 0 and width > 0
+            if not is_size or int(height) * int(width) > MAX_PIXELS:
+                raise ValueError(f"image {number!r} is {height!r} x {width!r}")
+            elements.images[number] = (drop_suffix(_decode_utf8(value["file_name"])), int(height), int(width))
         else:
-            owners.append(value["image_id"])
-            offsets.append(start)
-            lengths.append(stop - start)
-            categories.append(COCO_CONTIGUOUS[value["category_id"]])
-            crowd.append(bool(value.get("iscrowd", 0)))
-            sums.append(zlib.crc32(text[start:stop].encode("latin-1")))
-    if missing := [field for field in _FIELDS if field not in seen]:
+            elements.owners.append(_to_number(value["image_id"], is_lenient))
+            elements.labels.append(_to_number(value["category_id"], is_lenient))
+            elements.offsets.append(start)
+            elements.lengths.append(stop - start)
+            elements.crowd.append(str(value.get("iscrowd") or 0) not in ("0", "False"))
+            elements.has_outlines |= bool(value.get("segmentation"))
+            elements.sums.append(zlib.crc32(text[start:stop].encode("latin-1")))
+    if missing := [name for name in _FIELDS if name not in seen]:
         raise ValueError(f"no {missing[0]!r}")
-    numbers = sorted(images)
+    return elements
+
+
+def _to_number(value: Any, is_lenient: bool) -> _Number:
+    """Return an id or a length as it is, or with lenience as the whole number that a text or a fraction stands for."""
+    if not is_lenient:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else _decode_utf8(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"got {value!r}, expected a number")
+    return value
+
+
+def _number_classes(path: Path, elements: _Elements, has_own: bool) -> tuple[dict[_Number, int], tuple[str, ...]]:
+    """Return the class id of each category, and the names of the classes."""
+    if not has_own:
+        expected: dict[_Number, str] = dict(COCO_CATEGORIES.items())
+        for number, (name, _) in elements.categories.items():
+            if expected.get(number) != name:
+                raise _CategoryError(f"category {number} is {name!r}, one of COCO's eighty was expected")
+        return dict(COCO_CONTIGUOUS.items()), COCO_CLASSES
+    parents, used = {parent for _, parent in elements.categories.values()}, set(elements.labels)
+    class_ids: dict[_Number, int] = {}
+    names = ["background"]
+    for number in sorted(elements.categories, key=_sort_key):
+        name = elements.categories[number][0]
+        if name.lower() in BACKGROUND_NAMES:
+            class_ids[number] = 0
+        elif number in used or name not in parents:
+            class_ids[number] = len(names)
+            names.append(name)
+    return class_ids, check_classes(names, f"{path}: categories")
+
+
+def _sort_key(number: _Number) -> tuple[bool, _Number]:
+    """Order numbers before texts."""
+    return isinstance(number, str), number
+
+
+def _build_index(path: Path, text: str, has_own_categories: bool) -> CocoIndex:
+    # Some tools write a byte order mark, whose three bytes are blanks to the parser below.
+    text = "   " + text[3:] if text.startswith("\xef\xbb\xbf") else text
+    elements = _read_elements(text, has_own_categories)
+    class_ids, names = _number_classes(path, elements, has_own_categories)
+    numbers = sorted(elements.images, key=_sort_key)
     rows = {number: row for row, number in enumerate(numbers)}
-    if unknown := next((owner for owner in owners if owner not in rows), None):
-        raise ValueError(f"an annotation of image {unknown!r}, which is not listed")
-    row_of = np.array([rows[owner] for owner in owners], dtype=np.int64)
+    if (owner := next((owner for owner in elements.owners if owner not in rows), None)) is not None:
+        raise ValueError(f"an annotation of image {owner!r}, which is not listed")
+    if (label := next((label for label in elements.labels if label not in class_ids), None)) is not None:
+        raise ValueError(f"an annotation has category {label!r}, which is not listed")
+    row_of = np.array([rows[owner] for owner in elements.owners], dtype=np.int64)
     order = np.argsort(row_of, kind="stable")
     checksums = np.zeros(len(numbers), dtype=np.int64)
-    for row, value in zip(row_of[order].tolist(), np.array(sums, dtype=np.int64)[order].tolist(), strict=True):
+    sums = np.array(elements.sums, dtype=np.int64)[order].tolist()
+    for row, value in zip(row_of[order].tolist(), sums, strict=True):
         checksums[row] = (int(checksums[row]) * 31 + value) % (1 << 61)
     return CocoIndex(
         path=path,
-        ids=tuple(images[number][0] for number in numbers),
-        sizes=np.array([images[number][1:] for number in numbers], dtype=np.int32).reshape(-1, 2),
+        ids=tuple(elements.images[number][0] for number in numbers),
+        sizes=np.array([elements.images[number][1:] for number in numbers], dtype=np.int32).reshape(-1, 2),
         starts=np.searchsorted(row_of[order], np.arange(len(numbers) + 1)),
-        offsets=np.array(offsets, dtype=np.int64)[order],
-        lengths=np.array(lengths, dtype=np.int32)[order],
-        classes=np.array(categories, dtype=np.uint8)[order],
-        crowd=np.array(crowd, dtype=bool)[order],
+        offsets=np.array(elements.offsets, dtype=np.int64)[order],
+        lengths=np.array(elements.lengths, dtype=np.int32)[order],
+        classes=np.array([class_ids[label] for label in elements.labels], dtype=np.uint8)[order],
+        crowd=np.array(elements.crowd, dtype=bool)[order],
         checksums=checksums,
+        class_names=names,
+        has_outlines=elements.has_outlines,
     )
 
 

@@ -20,6 +20,8 @@ MAX_CLASSES = 254
 Label = int | str
 RawLabels = dict[str, tuple[Label, ...]]
 """Image id -> labels as stored, ids or names; checked image by image, so that a wrong one costs only its own."""
+BACKGROUND_NAMES = ("background", "_background_", "__background__")
+"""Names, in lower case, that tools give to what is no object."""
 LABEL_SUFFIXES = (".json", ".csv", ".npy")
 """Endings of label files."""
 
