@@ -3,7 +3,8 @@
 python -m benchmarks.roofline
 
 Each operator takes the longest of three times: its floating-point operations at the achieved share of the peak, its
-bytes at the achieved share of the bandwidth, and the launch of a kernel. `docs/cuda.md` says what follows from the table.
+bytes at the achieved share of the bandwidth, and the launch of a kernel. `docs/cuda.md` says what follows from the
+table.
 """
 
 from __future__ import annotations
