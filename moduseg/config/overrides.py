@@ -151,13 +151,25 @@ def quote_for_hydra(argument: str, *, is_multirun: bool) -> str:
     if argument.startswith("-") or "=" not in argument:
         return argument
     override = read_override(argument)
-    if not override.is_path or override.text == "null" or override.text.startswith("[") or override.sign == "~":
+    path = read_path(override.text)
+    if not override.is_path or path is None or path.startswith("[") or override.sign == "~":
         return argument
     if is_multirun and _SWEEPS.search(override.text):
         return argument
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escape_interpolation(override.text))
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escape_interpolation(path))
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f"{override.sign}{override.key}='{escaped}'"
+
+
+def read_path(text: str) -> str | None:
+    """Return the file or folder that a value means: what was typed, `None` for `null`.
+
+    Quotes around all of it, as Hydra has them, are dropped, unless a file has this very name.
+    """
+    if text == "null":
+        return None
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if is_quoted and not Path(text).exists() else text
 
 
 def escape_interpolation(text: str) -> str:
@@ -188,7 +200,8 @@ def describe_unknown(key: str, allowed: Sequence[str]) -> str:
 def _read_value(override: Override, replaces_list: bool) -> Any:
     text = override.text
     if override.is_path and not (replaces_list and text.startswith("[")):
-        return None if text == "null" else escape_interpolation(text)
+        path = read_path(text)
+        return None if path is None else escape_interpolation(path)
     try:
         parsed = OverridesParser.create().parse_override(f"{override.key}={text}")
         return escape_interpolation(text) if parsed.is_sweep_override() else parsed.value()

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moduseg.config.files import compose, from_hydra
-from moduseg.config.overrides import PATH_KEYS, describe_unknown, keys_of_group
+from moduseg.config.overrides import PATH_KEYS, describe_unknown, keys_of_group, read_path
 from moduseg.config.schemas import Config
 from moduseg.errors import ConfigError
 
@@ -59,4 +59,4 @@ def _set_key(content: dict[str, Any], path: str, text: str) -> None:
         raise ConfigError(describe_unknown(path, list(dict.fromkeys([*names, *(f"{prefix}{n}" for n in allowed)]))))
     # A file or folder is taken as it is typed.
     is_path = key in PATH_KEYS and not (isinstance(settings.get(key), list) and text.startswith("["))
-    settings[key] = text if is_path and text != "null" else parse_yaml(text)
+    settings[key] = read_path(text) if is_path else parse_yaml(text)

@@ -22,7 +22,6 @@ from threading import Event
 from typing import Any, Generic, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from moduseg.clock import model_seconds
 from moduseg.devices import count_workers
@@ -32,6 +31,7 @@ from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.estimate import TimeEstimate
 from moduseg.pipeline.forward import FATAL, ForwardBatches, describe, is_device_lost, lost_device
 from moduseg.pipeline.records import Files, InputStamp, Record, Records, encode_files, read_batch_size
+from moduseg.progress import Progress
 
 __all__ = ["BatchJob", "BatchRunner", "Files", "Outcome", "Shard"]
 
@@ -169,16 +169,8 @@ class BatchRunner(Generic[Item]):
         num_images = sum(len(self.batches[i]) for i in of_shard)
         num_done = num_images - sum(len(self.batches[i]) for i in unfinished)
         processed_now = 0
-        bar = tqdm(
-            total=num_images,
-            initial=num_done,
-            desc=self.job.title,
-            unit="img",
-            leave=False,
-            disable=self.shard.quiet or None,
-        )
         estimate = TimeEstimate(self.job.title, num_images - num_done)
-        with bar as progress:
+        with Progress(num_images, self.job.title, num_done=num_done, is_quiet=self.shard.quiet) as progress:
             for index, num_results in (run_batches or self.process_batches)(unfinished):
                 processed_now += num_results
                 progress.update(len(self.batches[index]))

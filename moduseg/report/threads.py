@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from moduseg.config import Config
 from moduseg.devices import count_workers
+from moduseg.progress import track
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,4 +20,4 @@ def map_in_threads(
     """Yield `function(item)` for each item in order, computed in `evaluation.workers` threads, with a progress bar."""
     num_workers = count_workers(cfg.evaluation.workers)
     with ThreadPoolExecutor(num_workers, thread_name_prefix="report") as pool:
-        yield from tqdm(pool.map(function, items), title, len(items), unit="img", leave=False)
+        yield from track(pool.map(function, items), title, len(items))

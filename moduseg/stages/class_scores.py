@@ -20,6 +20,7 @@ from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.pipeline.workspace import Workspace, log
+from moduseg.progress import track
 from moduseg.pseudo_masks.store import pack
 from moduseg.stages.propose import Propose
 from moduseg.structures import Proposals, Sample
@@ -131,7 +132,7 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
     """
     dataset, generator = work.dataset(work.train_split), work.generator
     usable = []
-    for image_id in dataset.ids:
+    for image_id in track(dataset.ids, "read training images"):
         if image_id in skipped:
             continue
         try:
@@ -157,7 +158,7 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
         return artefact.path
 
     def samples() -> Iterator[Sample]:
-        return (dataset.load(image_id) for image_id in usable)
+        return (dataset.load(image_id) for image_id in track(usable, "fit"))
 
     def proposals_of(sample: Sample) -> Proposals:
         if proposals is None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
@@ -21,6 +20,7 @@ from moduseg.files import file_digest, read_json, to_json_values, write_atomic, 
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.manifests import StageFolder, count_failures
 from moduseg.pipeline.workspace import Workspace, log
+from moduseg.progress import track
 from moduseg.report import build
 from moduseg.stages import evaluate_folder
 from moduseg.stages.build_bank import BuildBank
@@ -133,7 +133,7 @@ def _complete(work: Workspace, artefact: Artefact, folders: ScoredFolders) -> No
 def _measure_proposals(dataset: Dataset, proposals: StageFolder, min_area: int) -> dict[str, Any]:
     """Return recall at IoU 0.5 and mean best IoU of objects: instances if the data set has them, else components."""
     quality = ProposalQuality(0.5, min_area)
-    for image_id in tqdm(dataset.ids, desc="score proposals", unit="img", leave=False):
+    for image_id in track(dataset.ids, "score proposals"):
         if image_id in proposals.failures:
             continue
         sample = dataset.load(image_id, truth=True, labels=False)

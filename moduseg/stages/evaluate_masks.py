@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from moduseg.config import Config, EvaluationConfig
 from moduseg.datasets.base import Dataset
@@ -23,6 +22,7 @@ from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import Outcome
 from moduseg.pipeline.manifests import StageFolder, steps_by_folder, stored_name, wall_seconds
 from moduseg.pipeline.workspace import Workspace, log
+from moduseg.progress import track
 from moduseg.report.panel import draw_image_panel
 from moduseg.structures import IGNORE_INDEX
 
@@ -213,7 +213,7 @@ def count_split(
 
     counts, left_out = SplitCounts(len(dataset.classes)), []
     pairs = count_pairs(ids, load, counts.num_labels, boundary_width=settings.boundary_width, workers=settings.workers)
-    for image_id, found in tqdm(pairs, desc=title, total=len(ids), unit="img", leave=False):
+    for image_id, found in track(pairs, title, len(ids)):
         if found is None:
             left_out.append(image_id)
             continue

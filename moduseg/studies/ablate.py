@@ -16,7 +16,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 
 from moduseg.config import UNREADABLE, compose, config_dir
 from moduseg.config.command_keys import AblateOptions
@@ -26,6 +25,7 @@ from moduseg.evaluation.measures import PROPOSAL_FIGURES, Figure, read_path, sin
 from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import log
+from moduseg.progress import Progress
 from moduseg.stages import evaluate
 
 FIGURES: dict[str, tuple[str, Figure]] = {
@@ -121,7 +121,7 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
     """
     table = load_table(name)
     cells = list(_expand_cells(table))
-    with tqdm(total=sum(len(runs) for _, runs in cells), desc=f"table {name}", unit="run") as progress:
+    with Progress(sum(len(runs) for _, runs in cells), f"table {name}", unit="run") as progress:
         rows = [_run_cell(table, options, runs, overrides, progress) for options, runs in cells]
     outputs = Path(compose([*table.base, *overrides]).runtime.outputs) / "tables"
     changes = [override for override in overrides if not override.startswith("runtime.outputs=")]
@@ -135,7 +135,7 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
 
 
 def _run_cell(
-    table: Table, options: Mapping[str, str], runs: Sequence[list[str]], overrides: Sequence[str], progress: tqdm[Any]
+    table: Table, options: Mapping[str, str], runs: Sequence[list[str]], overrides: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
     """Run one cell of the grid and return its row."""
     start = time.perf_counter()

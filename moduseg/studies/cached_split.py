@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moduseg.bank.edit import align_classes
 from moduseg.bank.store import Bank
@@ -25,6 +24,7 @@ from moduseg.files import canonical_json, to_json_values
 from moduseg.masks.cells import Cells
 from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.workspace import Workspace, log
+from moduseg.progress import track
 from moduseg.retrieval import indices
 from moduseg.retrieval.balance import (
     Candidates,
@@ -171,7 +171,7 @@ class CachedSplit:
         predicted_iou: list[Tensor] = []
         quality: list[Tensor] = []
         start = 0
-        for image_id in tqdm(self.dataset.ids, desc=f"read {self.dataset.split}", unit="img", leave=False):
+        for image_id in track(self.dataset.ids, f"read {self.dataset.split}"):
             truth = None if image_id in failed else self._read_truth(image_id)
             if truth is None:
                 continue

@@ -13,8 +13,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tqdm import tqdm
-
 from moduseg.config import Config, compose
 from moduseg.config.command_keys import ReproduceOptions
 from moduseg.errors import ConfigError, MissingError, ModusegError, StorageError
@@ -23,6 +21,7 @@ from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.manifests import StageFolder, count_failures
 from moduseg.pipeline.workspace import Workspace, log
+from moduseg.progress import Progress
 from moduseg.stages import evaluate
 from moduseg.studies.ablate import FIGURES, label_column, mean_cell, read_figure
 from moduseg.studies.paper_tables import BASE, MINIATURE, SPLITS, PaperTable, load_paper_table, pick
@@ -85,7 +84,7 @@ def run(options: ReproduceOptions, overrides: Sequence[str] = ()) -> WrittenTabl
     runs = [TableRun(table, options, d, all_overrides) for d in datasets]
     # Every mistake in the configuration comes before the first run.
     jobs = [(table_run, table_run.configurations()) for table_run in runs]
-    with tqdm(total=sum(len(rows) for _, rows in jobs), desc=f"table {options.table}", unit="row") as progress:
+    with Progress(sum(len(rows) for _, rows in jobs), f"table {options.table}", unit="row") as progress:
         for table_run, rows in jobs:
             table_run.write()
             for row, cfgs in rows:

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from tqdm import tqdm
 
 from moduseg.config import BankConfig, Config, OutliersConfig, RetrievalConfig, compose, from_hydra
 from moduseg.config.command_keys import SweepOptions
@@ -41,6 +40,7 @@ from moduseg.evaluation.tables import markdown_table, versions
 from moduseg.files import to_json_values, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.workspace import Workspace, log
+from moduseg.progress import track
 from moduseg.report.curves import Curve, draw_curves
 from moduseg.studies.cached_split import STORED_KEYS, CachedSplit
 
@@ -141,7 +141,7 @@ def run(arguments: Sequence[str]) -> Path:
     ready = time.perf_counter()
     rows = [
         {"setting": p, **_measure(reported, s, base)}
-        for p, s in zip(points, tqdm(settings, desc="sweep", unit="setting", leave=False), strict=True)
+        for p, s in zip(points, track(settings, "sweep", unit="setting"), strict=True)
     ]
     if chooser is not None:
         for row, setting in zip(rows, settings, strict=True):

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from moduseg import datasets
 from moduseg.config import Config
@@ -21,6 +20,7 @@ from moduseg.errors import DataError, LabelIdError
 from moduseg.evaluation.tables import markdown_table
 from moduseg.files import write_atomic
 from moduseg.pipeline.workspace import log
+from moduseg.progress import Progress
 
 _BROKEN = (
     "images missing", "images unreadable", "masks missing", "masks unreadable", "mask ids out of range",
@@ -190,7 +190,7 @@ def _check_images(dataset: Dataset, checks: Collection[str], is_train: bool) -> 
     num_images_of = np.zeros(len(dataset.classes), dtype=np.int64)
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(dataset), desc=f"check {dataset.split}", unit="img", leave=False) as progress,
+        Progress(len(dataset), f"check {dataset.split}") as progress,
     ):
         for start in range(0, len(dataset), _BATCH_SIZE):
             ids = dataset.ids[start : start + _BATCH_SIZE]

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from moduseg.config.command_keys import ConvertOptions
 from moduseg.errors import DataError, MissingError
 from moduseg.files import write_atomic
+from moduseg.progress import track
 from moduseg.proposers.id_maps import SUFFIXES, read_id_map
 from moduseg.proposers.sa1b import dump, to_annotations
 
@@ -70,7 +69,7 @@ def convert_folder(source: Path, out: Path) -> Conversion:
         raise MissingError(f"{source}: no {' or '.join(SUFFIXES)} file in it; name the folder of the maps")
     num_written, num_kept = 0, 0
     failed: dict[str, str] = {}
-    for image_id, path in tqdm(maps.items(), desc="convert", disable=None):
+    for image_id, path in track(maps.items(), "convert", unit="file"):
         target = out / f"{image_id}.json"
         if target.is_file() and target.stat().st_mtime_ns >= path.stat().st_mtime_ns:
             num_kept += 1

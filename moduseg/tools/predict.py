@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moduseg.api import Segmenter
 from moduseg.bank.derived import digest_bank, open_bank
 from moduseg.bank.store import Bank
@@ -24,6 +22,7 @@ from moduseg.files import FORMAT, digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.manifests import safe_name
 from moduseg.pipeline.records import is_same_file, stamp_file
 from moduseg.pipeline.workspace import log
+from moduseg.progress import track
 from moduseg.report.annotations import (
     split_objects,
     to_coco,
@@ -257,7 +256,7 @@ def _warn_of_rare_classes(bank: Bank, top_k: int) -> None:
 def _label_images(segmenter: Segmenter, files: Mapping[str, Path], folder: _Folder) -> dict[str, str]:
     """Label images and write their files; return the error of each that could not be processed."""
     failed: dict[str, str] = {}
-    for image_id, file in tqdm(files.items(), desc="predict", unit="img", leave=False):
+    for image_id, file in track(files.items(), "predict"):
         try:
             folder.write_image(segmenter, image_id, file)
         except DataError as error:

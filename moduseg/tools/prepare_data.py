@@ -10,8 +10,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moduseg import datasets
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
@@ -20,6 +18,7 @@ from moduseg.datasets.io import write_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError, StorageError
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import log
+from moduseg.progress import track
 
 LABELS, LISTS = "image_labels", "lists"
 """Folders below the root of the data set, and values of `dataset.labels` and `dataset.list_dir` that name them."""
@@ -74,7 +73,7 @@ def _write_masks(dataset: CocoDataset) -> dict[str, str]:
         _write(folder / MARKER, json.dumps(dataset.made_from).encode())
     failed = {}
     absent = [image_id for image_id in dataset.ids if not (folder / f"{image_id}.png").is_file()]
-    for image_id in tqdm(absent, desc=f"masks {dataset.list_name}", unit="img", leave=False):
+    for image_id in track(absent, f"masks {dataset.list_name}"):
         try:
             _write(folder / f"{image_id}.png", write_label_png(dataset.rasterise(image_id)[0]))
         except DataError as error:
@@ -149,7 +148,7 @@ def _derive_labels(
     failed = {}
     try:
         with journal.open("a", encoding="utf-8") as lines:
-            for image_id in tqdm(dataset.ids, desc=f"labels {dataset.list_name}", unit="img", leave=False):
+            for image_id in track(dataset.ids, f"labels {dataset.list_name}"):
                 if image_id in labels or image_id in skipped:
                     continue
                 try:

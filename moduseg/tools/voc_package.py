@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import write_label_png
@@ -18,6 +16,7 @@ from moduseg.evaluation.voc_server import NAME, archive_path, pack
 from moduseg.files import file_digest, write_atomic
 from moduseg.pipeline.manifests import count_failures
 from moduseg.pipeline.workspace import Workspace, log
+from moduseg.progress import track
 from moduseg.stages.evaluate_folder import content_digest, open_predictions
 from moduseg.stages.infer import Infer
 
@@ -66,6 +65,6 @@ def run(cfg: Config, work: Workspace | None = None) -> Path:
 
 def _encode_predictions(dataset: Dataset, folder: PredictionFolder) -> Iterator[tuple[str, bytes]]:
     """Yield the path inside the archive and the PNG of each image."""
-    for image_id in tqdm(dataset.ids, desc="pack", unit="img", leave=False):
+    for image_id in track(dataset.ids, "pack"):
         labels = folder.read(image_id, dataset.image_size(image_id))
         yield archive_path(dataset.split, image_id), write_label_png(labels)

@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tqdm import tqdm
-
 from moduseg.errors import ArtefactError, ConfigError, MissingError, MissingWeightsError, StorageError, hide_credentials
 from moduseg.files import file_digest
+from moduseg.progress import Progress
 
 log = logging.getLogger("moduseg")
 
@@ -333,9 +332,7 @@ class _Download:
                 self._tag.write_text(validator, encoding="utf-8")
             with (
                 self.part.open("ab" if had else "wb") as file,
-                tqdm(
-                    total=total, initial=had, desc=self.target.name, unit="B", unit_scale=True, leave=False
-                ) as progress,
+                Progress(total, self.target.name, unit="B", num_done=had) as progress,
             ):
                 for block in _blocks(response):
                     file.write(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -42,6 +43,16 @@ def get_plain(cfg: Any, key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
+
+
+@pytest.mark.parametrize("text", ["'photos (1)'", '"photos (1)"'])
+def test_quotes_around_a_path_are_dropped(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a folder has this very name."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["dataset=folder", f"dataset.root={text}"]
+    assert compose(arguments).dataset["root"] == "photos (1)"
+    (tmp_path / text).mkdir()
+    assert compose(arguments).dataset["root"] == text
 
 
 @given(PRINTABLE)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm import trange
 
 from moduseg.errors import ConfigError
 from moduseg.miniature.training.loop import TrainingSettings
 from moduseg.miniature.world.scenes import PRETRAIN_SEED, QUALITY_SEED, Scene, WorldConfig, render_scene
+from moduseg.progress import track
 
 MODEL_SIZE = 128
 """Side of the square inputs of the models, and longest side of a scene."""
@@ -96,7 +96,7 @@ def make_pool(seed: int, count: int, config: WorldConfig | None = None) -> Scene
     if count < 1:
         raise ConfigError(f"scenes: got {count}, expected 1 or more; try 20000")
     by_shape: dict[tuple[int, ...], list[Scene]] = {}
-    for index in trange(count, desc="drawing scenes", mininterval=5):
+    for index in track(range(count), "drawing scenes", unit="scene"):
         scene = render_scene(seed, "train", index, config)
         by_shape.setdefault(scene.semantic.shape, []).append(scene)
     groups = []
