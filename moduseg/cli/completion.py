@@ -101,7 +101,8 @@ def _list_arguments(earlier: Sequence[str], current: str) -> set[str]:
     keys = set(list_keys(command.options)) if command.options is not None else set()
     if command.options is None or command.accepts != "none":
         keys |= _list_configuration([word for word in earlier[len(name.split()) :] if "=" in word], command.config_name)
-    return {"--help", *(f"{key}=" for key in keys)}
+    flags = {"--help"} if command.stage is None else {"--help", "--dry-run"}
+    return flags | {f"{key}=" for key in keys}
 
 
 def _list_configuration(overrides: Sequence[str], config_name: str) -> set[str]:

@@ -30,6 +30,7 @@ from moduseg.errors import ConfigError
     pytest.param(["infer", "retrieval.engine="], ["retrieval.engine=exact", "retrieval.engine=faiss"], id="values"),
     pytest.param(["infer", "bank.purify.enabled=t"], ["bank.purify.enabled=true"], id="true or false"),
     pytest.param(["bank", "export", "format=n"], ["format=npz"], id="values of an own key"),
+    pytest.param(["infer", "--"], ["--dry-run", "--help"], id="flags"),
     pytest.param(["nothing", "x", ""], [], id="no command"),
 ])  # fmt: skip
 def test_candidates(words: list[str], expected: list[str]) -> None:
