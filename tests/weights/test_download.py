@@ -313,7 +313,7 @@ def test_a_password_is_kept_out_of_results_and_keys(site: Site, tmp_path: Path) 
 
     def propose(checkpoint: str) -> Path:
         arguments = settings(tmp_path / "own", tmp_path / "out", "proposer.points_per_side=2")
-        return Propose.run(compose([*arguments, f"proposer.checkpoint='{checkpoint}'"]), split="train")
+        return Propose.run(compose([*arguments, f"proposer.checkpoint={checkpoint}"]), split="train")
 
     folder = propose(path)
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
