@@ -181,6 +181,8 @@ class PseudoMasksConfig:
         dilations: distances of the neighbours that `pamr` and `par` compare, in pixels.
         iterations: iterations of `pamr` and `par`.
         vote_min_score: proposals of lower predicted IoU have no vote in `region_vote`.
+        score_bits: of a stored class score; part of keys unless it is the default.
+        score_scale: side in pixels of the squares that one stored score stands for; part of keys unless it is 1.
     """
 
     generator: Mapping[str, Any]
@@ -189,9 +191,12 @@ class PseudoMasksConfig:
     dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     iterations: int = 10
     vote_min_score: float = 0.0
+    score_bits: Literal[8, 16] = 16
+    score_scale: int = 1
 
     def __post_init__(self) -> None:
         _check_range("vote_min_score", self.vote_min_score, 0, 1, "0 lets every proposal vote, the paper uses 0.5")
+        _check_range("score_scale", self.score_scale, 1, 8, "2 takes a quarter of the space")
         if not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"dilations: got {list(self.dilations)}, expected pixels >= 1; the papers use 1 to 24")
         _check_range("iterations", self.iterations, 0, 1000, "the papers use 10")

@@ -54,7 +54,8 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
     def estimate_bytes(self, image_id: str) -> int:
         """Return the bytes of a map for each tag and for the background, which hardly compress."""
         height, width = self.dataset.image_size(image_id)
-        return 2 * height * width * (1 + len(self.dataset.labels_of(image_id) or ()))
+        settings, num_maps = self.cfg.pseudo_masks, 1 + len(self.dataset.labels_of(image_id) or ())
+        return settings.score_bits // 8 * height * width // settings.score_scale**2 * num_maps
 
     @property
     def has_known_key(self) -> bool:
@@ -67,8 +68,10 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
 
     def key(self) -> dict[str, Any]:
         """Return everything that decides the scores; a generator that is fitted first has its fit in the key."""
-        proposals = self.input_folders.get("propose")
+        proposals, settings = self.input_folders.get("propose"), self.cfg.pseudo_masks
+        storage = {"score_bits": settings.score_bits, "score_scale": settings.score_scale}
         return {
+            **(storage if storage != {"score_bits": 16, "score_scale": 1} else {}),
             "dataset": self.work.dataset_parts(self.split),
             "generator": to_json_values(self.cfg.pseudo_masks.generator),
             "digest": self.work.generator.digest,
@@ -89,9 +92,10 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
 
     def process(self, items: list[tuple[Sample, Proposals | None]]) -> list[Files]:
         """Return the scores of several images."""
-        generate = self.work.generator.generate
+        generate, settings = self.work.generator.generate, self.cfg.pseudo_masks
+        store = partial(pack, bits=settings.score_bits, scale=settings.score_scale)
         return [
-            {stored_name("scores", sample.id): partial(pack, generate(sample, sample.labels or (), proposals))}
+            {stored_name("scores", sample.id): partial(store, generate(sample, sample.labels or (), proposals))}
             for sample, proposals in items
         ]
 

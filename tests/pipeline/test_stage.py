@@ -123,6 +123,13 @@ def test_a_key_names_the_device_unless_it_is_the_cpu(work: Workspace, stage: typ
     assert {key: value for key, value in work.backbone_parts().items() if key in expected} == expected
 
 
+def test_how_scores_are_stored_is_in_the_key_unless_it_is_the_default(work: Workspace, tmp_path: Path) -> None:
+    small = compose(overrides(tmp_path / "outputs", "pseudo_masks.score_bits=8", "pseudo_masks.score_scale=2"))
+    key = ClassScores(Workspace(small)).key()
+    assert (key.pop("score_bits"), key.pop("score_scale")) == (8, 2)
+    assert ClassScores(work).key() == key
+
+
 def test_process_leaves_no_file(work: Workspace, tmp_path: Path) -> None:
     with torch.inference_mode():
         Propose(work).process([SAMPLE])

@@ -36,6 +36,37 @@ def test_what_comes_back(background: bool, ignore: bool, device: torch.device) -
         assert torch.equal(after.ignore, before.ignore)
 
 
+@pytest.mark.parametrize(("bits", "scale", "share", "tolerance"), [
+    pytest.param(16, 1, 1.0, 3e-4, id="as it was"),
+    pytest.param(8, 1, 0.6, 2.1e-3, id="8 bits"),
+    pytest.param(16, 2, 0.4, 0.04, id="half resolution"),
+    pytest.param(8, 2, 0.2, 0.04, id="8 bits at half resolution"),
+])  # fmt: skip
+def test_less_space_costs_little(bits: int, scale: int, share: float, tolerance: float, device: torch.device) -> None:
+    """Waves, which noise on top keeps from being compressed away."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(101) / 20, torch.arange(131) / 20, indexing="ij")
+    waves = torch.stack([y.sin() * x.cos(), x.sin()]) * 0.45 + 0.5
+    scores = (waves + 0.002 * torch.rand(2, 101, 131, generator=generator)).to(device)
+    before = ScoreMaps((3, 7), scores, 1 - scores.amax(0), scores[0] > 0.9)
+    data = pack(before, bits=bits, scale=scale)
+    after = unpack(data, device)
+    assert len(data) <= share * len(pack(before))
+    assert (after.scores - scores).abs().max() < tolerance
+    assert before.background is not None
+    assert after.background is not None
+    assert (after.background - before.background).abs().max() < tolerance
+    assert before.ignore is not None
+    assert after.ignore is not None
+    assert torch.equal(after.ignore, before.ignore)
+
+
+@pytest.mark.parametrize("scale", [2, 8])
+def test_no_class_keeps_its_size(scale: int, device: torch.device) -> None:
+    empty = ScoreMaps((), torch.zeros(0, 5, 7, device=device))
+    assert unpack(pack(empty, bits=8, scale=scale)).scores.shape == (0, 5, 7)
+
+
 def test_the_fast_compression_is_written_and_any_is_read() -> None:
     data = pack(maps(torch.device("cpu")))
     assert data[1] >> 6 == 0  # the header's level, of which the default is 2
