@@ -325,7 +325,7 @@ class Dataset(ABC):
                 f"{file.where}: got vectors of {file.classes} entries, expected {self.num_classes} as there are "
                 f"{self.num_classes} classes beside background; take the file that belongs to {self.name}"
             )
-        return file.entries[key], file.where
+        return file.entries[key], file.locate(key)
 
     def _truth_sizes(self, image_id: str) -> list[Any]:
         """JSON values that change whenever the ground truth of an image does."""

@@ -84,13 +84,13 @@ class FolderDataset(Dataset):
             return read_classes(path)
         require_folder(self.root, "dataset.root", _LAYOUT)
         file = self.label_file
-        names = distinct_names(file.entries) if file is not None else None
+        names = distinct_names(file) if file is not None else None
         if file is None or names is None:
             raise MissingError(
                 f"dataset.root: got '{self.root}' without classes.txt, and no label file with names to take them from; "
                 "expected class names, one a line, background first; write classes.txt (data/README.md)"
             )
-        return check_classes(["background", *(n for n in names if n != "background")], file.where)
+        return check_classes(["background", *names], file.where)
 
     def _read_labels(self) -> LabelFile | None:
         paths = [self.root / name for name in ("labels.json", "labels.csv") if (self.root / name).is_file()]

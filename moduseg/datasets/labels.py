@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from moduseg.datasets.io import IMAGE_SUFFIXES
@@ -22,6 +23,8 @@ RawLabels = dict[str, tuple[Label, ...]]
 """Image id -> labels as stored, ids or names; checked image by image, so that a wrong one costs only its own."""
 BACKGROUND_NAMES = ("background", "_background_", "__background__")
 """Names, in lower case, that tools give to what is no object."""
+_NO_CLASS_NAMES = (*BACKGROUND_NAMES, "__ignore__")
+"""Tags, in lower case, that say nothing about an image's classes; LabelMe writes both kinds."""
 LABEL_SUFFIXES = (".json", ".csv", ".npy")
 """Endings of label files."""
 
@@ -35,12 +38,18 @@ class LabelFile:
         where: the file, for messages.
         source: what results call them: the source that the file states, else its ending (`json`, `csv`, `npy`).
         classes: foreground classes that the file was written for, where it says so (the length of its vectors).
+        lines: line of the file that first names an image, by id; empty where the format has no lines.
     """
 
     entries: RawLabels
     where: str
     source: str
     classes: int | None = None
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+    def locate(self, image_id: str) -> str:
+        """Return the file, with the line of an image where there is one, for messages."""
+        return f"{self.where}:{self.lines[image_id]}" if image_id in self.lines else self.where
 
 
 def shorten(value: object, length: int = 80) -> str:
@@ -49,14 +58,24 @@ def shorten(value: object, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+def compose_unicode(text: str) -> str:
+    """Return a text in composed Unicode, the one form in which names are compared; macOS stores decomposed ones."""
+    return unicodedata.normalize("NFC", text)
+
+
+def fold_name(name: str) -> str:
+    """Return what names that differ only in case, spacing or Unicode form have in common."""
+    return re.sub(r"[\s_-]+", " ", compose_unicode(name).casefold()).strip()
+
+
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark.
+    """Read a UTF-8 text file, with or without a byte order mark, in composed Unicode.
 
     Raises:
         DataError: unreadable, or not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return compose_unicode(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: got bytes that are not UTF-8 text, expected text; save it as UTF-8") from error
     except OSError as error:
@@ -113,10 +132,16 @@ def drop_suffix(name: str) -> str:
 def read_classes(path: Path) -> tuple[str, ...]:
     """Read class names, one a line, line number = id, `background` first.
 
+    LabelMe's list, which begins with `__ignore__` and `_background_`, is read as it means: without the first.
+
     Raises:
         DataError: no background line, no class, an empty or repeated name, or more than 254 classes.
     """
-    return check_classes([line.strip() for line in read_text(path).rstrip().splitlines()], str(path))
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    names = names[1:] if names[:1] == ["__ignore__"] else names
+    if names and names[0].lower() in BACKGROUND_NAMES:
+        names[0] = "background"
+    return check_classes(names, str(path))
 
 
 def check_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
@@ -140,7 +165,8 @@ def read_label_file(path: Path) -> LabelFile:
 
     JSON: `{"a/b": ["dog", 3]}` or `{"images": [{"img_id": "a/b", "labels": [1, 3]}]}` (`file_name` without suffix where
     `img_id` is absent; beside `images`, `source` may say where the labels were taken from). CSV: header `image,labels`,
-    labels separated by `;` (ids also by spaces); rows of the same image are joined. NPY: a pickled dictionary of 0/1
+    labels separated by `;` (ids also by spaces or commas); rows of the same image are joined, empty ones skipped.
+    Excel's `;` or tabs between columns are recognised by the header. NPY: a pickled dictionary of 0/1
     vectors (`cls_labels.npy`), see `moduseg.datasets.npy_labels`.
 
     Raises:
@@ -152,7 +178,7 @@ def read_label_file(path: Path) -> LabelFile:
         return LabelFile(dict(entries), str(path), "npy", classes)
     if suffix == ".json":
         return LabelFile(*_read_json(path))
-    return LabelFile(_read_csv(path), str(path), "csv")
+    return _read_csv(path)
 
 
 def find_label_file(path: Path, split: str) -> Path | None:
@@ -165,35 +191,49 @@ def resolve_labels(raw: Sequence[Label], classes: Sequence[str], image_id: str, 
     """Turn the labels of one image into ascending class ids.
 
     Args:
-        raw: names (a name wins over a number written as text) or ids `1..C`.
+        raw: names (a name wins over a number written as text) or ids `0..C`.
         classes: names by id, background first.
         image_id: for the message.
         where: the file, for the message.
 
+    Returns:
+        Ids `1..C`; the background, as a name or as 0, is dropped.
+
     Raises:
-        DataError: an unknown name, or an id out of `1..C`.
+        DataError: an unknown name, or an id out of `0..C`.
     """
     ids = set()
     for label in raw:
-        if isinstance(label, str):
-            if label in classes[1:]:
-                label = classes.index(label)
-            elif re.fullmatch(r"\d+", label):
-                label = int(label)
-            else:
-                close = suggest(label, classes[1:])
-                hint = f"did you mean {close!r}?" if close else "add it to the class list or correct it"
-                raise DataError(
-                    f"{where}: image {shorten(image_id)} has label {shorten(label)}, expected one of the "
-                    f"{len(classes) - 1} class names; {hint}"
-                )
-        if not 1 <= label < len(classes):
+        for class_id in _resolve_label(label, classes, f"{where}: image {shorten(image_id)}"):
+            ids.add(class_id)
+    return tuple(sorted(ids - {0}))
+
+
+def _resolve_label(label: Label, classes: Sequence[str], where: str) -> list[int]:
+    """Return the class ids of one label; 0 where it is the background.
+
+    A name that is no class, but several class names with commas between them, stands for these.
+    """
+    if isinstance(label, int) or (label not in classes[1:] and re.fullmatch(r"\d+", label)):
+        class_id = int(label)
+        if not 0 <= class_id < len(classes):
             raise DataError(
-                f"{where}: image {shorten(image_id)} has label {shorten(label)}, expected ids 1..{len(classes) - 1} as "
-                f"there are {len(classes) - 1} classes beside background; correct it or the class list"
+                f"{where} has label {shorten(label)}, expected ids 1..{len(classes) - 1} as there are "
+                f"{len(classes) - 1} classes beside background; correct it or the class list"
             )
-        ids.add(label)
-    return tuple(sorted(ids))
+        return [class_id]
+    label = compose_unicode(label)
+    if label in classes[1:]:
+        return [classes.index(label)]
+    if label.lower() in _NO_CLASS_NAMES:
+        return [0]
+    pieces = [piece.strip() for piece in label.split(",") if piece.strip()]
+    if len(pieces) > 1 and all(piece in classes[1:] for piece in pieces):
+        return [classes.index(piece) for piece in pieces]
+    folded = {fold_name(name): name for name in classes[1:]}
+    close = folded.get(fold_name(label)) or suggest(label, classes[1:])
+    hint = f"did you mean {close!r}?" if close else "add it to the class list or correct it"
+    raise DataError(f"{where} has label {shorten(label)}, expected one of the {len(classes) - 1} class names; {hint}")
 
 
 def _read_json(path: Path) -> tuple[RawLabels, str, str]:
@@ -217,7 +257,7 @@ def _read_json(path: Path) -> tuple[RawLabels, str, str]:
     for name, values in entries:
         if not isinstance(name, str) or not isinstance(values, list) or not all(map(_is_label, values)):
             raise DataError(f"{path}: entry {shorten(name)} has labels {shorten(values)}, {layout}; correct the entry")
-        key = drop_suffix(name)
+        key = compose_unicode(drop_suffix(name))
         labels[key] = (*labels.get(key, ()), *values)
     return labels, str(path), source
 
@@ -226,33 +266,77 @@ def _is_label(value: object) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 
-def _read_csv(path: Path) -> RawLabels:
-    reader = csv.DictReader(io.StringIO(read_text(path)))
+def _read_csv(path: Path) -> LabelFile:
+    text = read_text(path)
+    # Excel may write a first line "sep=;", which is no row; the delimiter is that of the header.
+    marker = re.match(r"sep=.\r?\n", text)
+    text = text[marker.end() :] if marker else text
+    header = re.sub(r'[\s"]+', lambda match: "\t" if "\t" in match[0] else "", text.lstrip().split("\n", 1)[0].lower())
+    delimiter = next((d for d in ",;\t" if {"image", "labels"} <= set(header.split(d))), ",")
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    labels: RawLabels = {}
+    lines: dict[str, int] = {}
     try:
-        columns = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
+        rows = ([cell.strip() for cell in row] for row in reader)
+        filled_rows = (row for row in rows if any(row))
+        columns = [name.lower() for name in next(filled_rows, [])]
         if not {"image", "labels"} <= set(columns):
             names = " ".join(", ".join(columns).split())[:80] or "none"
             raise DataError(f"{path}: got columns {names}, expected image,labels; write that header line")
-        labels: RawLabels = {}
-        for row in reader:
-            name, text = (row[columns["image"]] or "").strip(), (row[columns["labels"]] or "").strip()
-            if not name or row.get(None):
-                raise DataError(
-                    f"{path}: line {reader.line_num} is not <image>,<labels>; separate labels by ';' and "
-                    "quote names with ','"
-                )
-            numbers = re.fullmatch(r"[\d\s;]+", text)
-            pieces = re.split(r"[\s;]+", text) if numbers else text.split(";")
+        for row in filled_rows:
+            line = reader.line_num + bool(marker)
+            name, tags = _split_row(row, columns, delimiter, f"{path}: line {line}")
             key = drop_suffix(name.replace("\\", "/").removeprefix("images/"))
-            labels[key] = (*labels.get(key, ()), *(piece.strip() for piece in pieces if piece.strip()))
+            labels[key] = (*labels.get(key, ()), *tags)
+            lines.setdefault(key, line)
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num} is not CSV ({error}); correct the file") from error
-    return labels
+    return LabelFile(labels, str(path), "csv", lines=lines)
 
 
-def distinct_names(labels: Mapping[str, Sequence[Label]]) -> list[str] | None:
-    """Return the distinct names of a label file in alphabetical order, or `None` if it holds ids."""
-    values = {label for entry in labels.values() for label in entry}
-    if not values or any(isinstance(v, int) or v.isdigit() for v in values):
-        return None
-    return sorted(str(v) for v in values)
+def _split_row(row: list[str], columns: list[str], delimiter: str, where: str) -> tuple[str, list[str]]:
+    """Return image and labels of one row that is not empty."""
+    row = [*row, *[""] * (len(columns) - len(row))]
+    name, text = row[columns.index("image")], row[columns.index("labels")]
+    surplus = [cell for cell in row[len(columns) :] if cell]
+    # Where ';' separates columns too, the labels of an image are the last cells of its row.
+    is_list = delimiter == ";" and columns[-1] == "labels"
+    if not name or (surplus and not is_list):
+        raise DataError(f"{where} is not <image>,<labels>; separate labels by ';' and quote names with ','")
+    text = ";".join([text, *surplus])
+    pieces = re.split(r"[\s;,]+", text) if re.fullmatch(r"[\d\s;,]+", text) else text.split(";")
+    return name, [piece.strip() for piece in pieces if piece.strip()]
+
+
+def distinct_names(file: LabelFile) -> list[str] | None:
+    """Return the distinct names of a label file in alphabetical order, or `None` if it holds ids.
+
+    The background is no name. Several names with commas between them are not one, if one of them occurs alone.
+
+    Raises:
+        DataError: names that differ only in case or spacing, which are one class or two.
+    """
+    first_image: dict[str, str] = {}
+    for image_id, entry in file.entries.items():
+        for label in entry:
+            if isinstance(label, int) or label.isdigit():
+                return None
+            first_image.setdefault(compose_unicode(label), image_id)
+    for label in [label for label in first_image if "," in label]:
+        pieces = [piece.strip() for piece in label.split(",") if piece.strip()]
+        if any(piece in first_image for piece in pieces):
+            image_id = first_image.pop(label)
+            for piece in pieces:
+                first_image.setdefault(piece, image_id)
+    names = sorted(name for name in first_image if name.lower() not in _NO_CLASS_NAMES)
+    variants: dict[str, list[str]] = {}
+    for name in names:
+        variants.setdefault(fold_name(name), []).append(name)
+    doubtful = [name for group in variants.values() if len(group) > 1 for name in group]
+    if doubtful:
+        places = ", ".join(f"{shorten(name)} ({file.locate(first_image[name])})" for name in doubtful[:5])
+        raise DataError(
+            f"{file.where}: got names that differ only in case or spacing: {places}; did you mean one class? write it "
+            "in one way, or list each in classes.txt"
+        )
+    return names or None

@@ -22,7 +22,7 @@ from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
 from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, read_label_file, resolve_labels
 from moduseg.datasets.tagged_images import TaggedImages
-from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, suggest
+from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.pipeline.manifests import count_failures
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.pseudo_masks.prompts import resolve_background_words
@@ -236,14 +236,13 @@ def _resolve_tags(
     for image_id in files:
         labels = label_file.entries[image_id]
         for label in labels:
-            if isinstance(label, str) and not label.isdigit() and label not in classes:
-                close = suggest(label, classes[1:])
-                hint = f"did you mean {close!r}? " if close else ""
-                raise ConfigError(
-                    f"tags: image {image_id!r} has {label!r}, which is no class of the bank; {hint}for a new class set "
-                    f"new={label!r}"
-                )
-        tags[image_id] = resolve_labels(labels, classes, image_id, label_file.where)
+            try:
+                resolve_labels([label], classes, image_id, label_file.locate(image_id))
+            except DataError as error:
+                if isinstance(label, int) or label.isdigit():
+                    raise
+                raise ConfigError(f"tags: {error}; for a new class set new={label!r}") from error
+        tags[image_id] = resolve_labels(labels, classes, image_id, label_file.locate(image_id))
     return tags
 
 

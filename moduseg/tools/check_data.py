@@ -41,6 +41,8 @@ _TRAIN_CHECKS = frozenset(
 _OTHER_TRUTH = "masks that differ from the other truth"
 _NO_CLASS, _SINGLE_CLASS = "masks without a class", "masks of a single class"
 _DISAGREE, _IN_BOTH = "labels that disagree with the mask", "images listed in both splits"
+_MAX_PRINTED = 5
+"""Problems that are printed below the table at most."""
 _BATCH_SIZE = 256
 """Images handed to the threads at a time, which bounds what waits in memory."""
 
@@ -122,17 +124,21 @@ class Report:
         table: Markdown, a row for each check.
         is_broken: whether anything is broken.
         path: the folder with the table and all problems.
+        first_problems: the first five that break it.
     """
 
     table: str
     is_broken: bool
     path: Path
+    first_problems: Sequence[Problem]
 
 
 def main(cfg: Config) -> int:
     """Check both splits and print the table; 1 if something is broken, else 0."""
     report = run(cfg)
     print(report.table, end="")
+    for problem in report.first_problems:
+        log.warning("%s: %s", problem.check, problem.message)
     log.info("problems: %s", report.path / "problems.jsonl")
     return 1 if report.is_broken else 0
 
@@ -169,7 +175,8 @@ def run(cfg: Config) -> Report:
     ]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_atomic(path / "problems.jsonl", "".join(lines).encode())
-    return Report(table, any(r.verdict(check) == "broken" for r in reports for check in CHECKS), path)
+    broken = [problem for r in reports for problem in r.problems if r.verdict(problem.check) == "broken"]
+    return Report(table, bool(broken), path, broken[:_MAX_PRINTED])
 
 
 def _find_checks(dataset: Dataset, is_train: bool) -> frozenset[str]:

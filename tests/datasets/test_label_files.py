@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moduseg.datasets.labels import check_ids, read_classes, read_label_file, resolve_labels
+from moduseg.datasets.labels import check_ids, distinct_names, read_classes, read_label_file, resolve_labels
 from moduseg.errors import DataError
 
 
@@ -52,8 +52,83 @@ def test_names_resolve_before_numbers() -> None:
     assert resolve_labels(["7", "2", 1], ("background", "dog", "7"), "a", "f") == (1, 2)
     with pytest.raises(DataError, match=r"'a' has label 'dgo'.*did you mean 'dog'"):
         resolve_labels(["dgo"], ("background", "dog"), "a", "f")
-    with pytest.raises(DataError, match="has label 'background'"):
-        resolve_labels(["background"], ("background", "dog"), "a", "f")
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        pytest.param([0, 2], (2,), id="the background as an id"),
+        pytest.param(["0", "1"], (1,), id="the background as text"),
+        pytest.param(["_background_", "Background", "background"], (), id="the background as a name"),
+        pytest.param(["__ignore__", "dog"], (1,), id="what LabelMe ignores"),
+        pytest.param(["dog, red car"], (1, 2), id="names with commas between them"),
+        pytest.param(["tree, old"], (3,), id="a name with a comma"),
+        pytest.param(["cafe\u0301"], (4,), id="decomposed Unicode"),
+    ],
+)
+def test_tags_as_people_write_them(raw: list[int | str], expected: tuple[int, ...]) -> None:
+    assert resolve_labels(raw, ("background", "dog", "red car", "tree, old", "caf\u00e9"), "a", "f") == expected
+
+
+@pytest.mark.parametrize("tag", ["DOG", "Dog", "red  car", "red_car", "Red-Car"])
+def test_case_and_spacing_are_asked_about(tag: str) -> None:
+    expected = "dog" if "og" in tag.lower() else "red car"
+    with pytest.raises(DataError, match=rf"has label '{tag}'.*did you mean '{expected}'\?"):
+        resolve_labels([tag], ("background", "dog", "red car"), "a", "f")
+
+
+EXPECTED = {"p0": ("disc",), "p1": ("disc", "square")}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("image,labels\np0.jpg,disc\np1.jpg,disc;square\n", id="as documented"),
+        pytest.param("image,labels\r\np0.jpg,disc\r\n,\r\np1.jpg,disc;square\r\n,\r\n,,\r\n", id="rows of commas"),
+        pytest.param("\ufeffimage;labels\r\np0.jpg;disc\r\np1.jpg;disc;square\r\n", id="semicolons"),
+        pytest.param('image;labels\np0.jpg;disc\np1.jpg;"disc;square"\n;;\n', id="semicolons, quoted"),
+        pytest.param("sep=;\nimage;labels\np0.jpg;disc;\np1.jpg;disc;square\n", id="Excel's own first line"),
+        pytest.param('"Image"\t"Labels"\np0.jpg\tdisc\np1.jpg\tdisc;square\n', id="tabs"),
+        pytest.param("\n\nimage,labels\np0.jpg,disc\np1,disc\np1.jpg,square\n", id="blank lines, repeated image"),
+    ],
+)
+def test_tables_as_spreadsheets_save_them(tmp_path: Path, content: str) -> None:
+    (tmp_path / "l.csv").write_bytes(content.encode())
+    assert read_label_file(tmp_path / "l.csv").entries == EXPECTED
+
+
+def test_unknown_tags_name_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("image,labels\n,\na,dog\nb,cat\n")
+    file = read_label_file(tmp_path / "l.csv")
+    assert (file.locate("b"), file.locate("c")) == (f"{tmp_path / 'l.csv'}:4", f"{tmp_path / 'l.csv'}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        pytest.param(["disc", '"disc, square"'], ["disc", "square"], id="several names in one tag"),
+        pytest.param(["disc", '"tree, old"'], ["disc", "tree, old"], id="a name with a comma"),
+        pytest.param(["disc", "_background_", "__ignore__"], ["disc"], id="the background"),
+        pytest.param(["1", "2"], None, id="ids"),
+    ],
+)
+def test_names_of_a_label_file(tmp_path: Path, rows: list[str], expected: list[str] | None) -> None:
+    lines = [f"p{i},{row}" for i, row in enumerate(rows)]
+    (tmp_path / "l.csv").write_text("\n".join(["image,labels", *lines]))
+    assert distinct_names(read_label_file(tmp_path / "l.csv")) == expected
+
+
+@pytest.mark.parametrize("names", [("Disc", "disc"), ("red car", "red  car"), ("red_car", "Red Car")])
+def test_names_that_are_nearly_equal_are_asked_about(tmp_path: Path, names: tuple[str, str]) -> None:
+    (tmp_path / "l.csv").write_text(f"image,labels\na,{names[0]}\nb,other\nc,{names[1]}\n")
+    with pytest.raises(DataError, match=r"differ only in case or spacing: '.*l\.csv:[24].*l\.csv:[24]") as caught:
+        distinct_names(read_label_file(tmp_path / "l.csv"))
+    assert all(name in str(caught.value) for name in names)
+
+
+def test_labelmes_class_list(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("__ignore__\n_background_\ndisc\nsquare\n")
+    assert read_classes(tmp_path / "classes.txt") == ("background", "disc", "square")
 
 
 @pytest.mark.parametrize(
