@@ -155,7 +155,11 @@ def region_vote(labels: Tensor, proposals: Proposals, purity: float = 0.0) -> Te
         painted = torch.from_numpy(PackedMasks.of(masks).select(order.numpy()).paint(numbers)).flatten()
         result = torch.where(painted == 0, flat, torch.cat((ids[:1], ids))[painted.long()])
     else:
-        result = flat.clone()
-        for index in order:
-            result = torch.where(masks[index].flatten(), ids[winner[index]], result)
+        # Painting one proposal after the other would make the host wait for a GPU at each.
+        ranks = torch.zeros(len(masks), dtype=torch.int32, device=masks.device)
+        ranks[order] = torch.arange(1, len(order) + 1, dtype=torch.int32, device=masks.device)
+        last = torch.zeros_like(flat, dtype=torch.int32)
+        for block, block_ranks in zip(masks.split(step), ranks.split(step), strict=True):
+            last = torch.maximum(last, (block.flatten(1) * block_ranks[:, None]).amax(0))
+        result = torch.where(last == 0, flat, torch.cat((ids[:1], ids[winner[order]]))[last.long()])
     return torch.where(flat == IGNORE_INDEX, flat, result).view_as(labels)

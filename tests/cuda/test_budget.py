@@ -15,10 +15,11 @@ from moduseg import datasets
 from moduseg.config import compose
 from moduseg.devices import Device
 from moduseg.proposers.sam import SamOptions, SamProposer
+from moduseg.pseudo_masks.labels import region_vote
 from moduseg.retrieval.rasterize import check_labels
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
-from moduseg.structures import Sample
+from moduseg.structures import Proposals, Sample
 from tests.support.pretend_cuda import CUDA, DeviceLog, pretend_cuda, to_pretend
 from tests.support.runs import overrides
 
@@ -77,6 +78,7 @@ QUERIES = {
     "structures.py:to": Limit(0, 1, "the bank, once a run"),
     "retrieval/retriever.py:predict": Limit(7, 1, "the vectors, and the seven tensors of a prediction"),
     "retrieval/retriever.py:vote": Limit(1, 0, "which proposals have a vector"),
+    "retrieval/vote.py:vote": Limit(2, 0, "the lowest and the highest label"),
     "retrieval/search.py:above": Limit(1, 0, "how many rows may be among the nearest"),
     "retrieval/search.py:select": Limit(3, 0, "these rows"),
     "retrieval/search.py:_k_best": Limit(1, 0, "how many of them each query has"),
@@ -160,3 +162,21 @@ def test_what_exceeds_the_budget_is_found() -> None:
     assert find_excess(log, QUERIES, 1) == {"retrieval/rasterize.py:check_labels": (2, 0)}
     assert find_excess(log, QUERIES, 2) == {}
     assert find_excess(log, GENERATION, 2) == {"retrieval/rasterize.py:check_labels": (1, 0)}
+
+
+@pytest.mark.parametrize("purity", [0.0, 0.6])
+def test_votes_of_regions_wait_as_often_for_many_as_for_one(purity: float) -> None:
+    """Regions that nest and overlap, all of whose pixels are ignored or that hold several labels: the CPU's labels."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (20, 30), generator=generator).to(torch.uint8)
+    labels[:4] = 255
+    masks = torch.zeros(24, 20, 30, dtype=torch.bool)
+    for mask in masks:
+        top, left, height, width = (int(torch.randint(1, 14, (1,), generator=generator)) for _ in range(4))
+        mask[top - 1 : top + height, left - 1 : left + width] = True
+    expected = region_vote(labels, Proposals(masks), purity)
+    with pretend_cuda() as log:
+        result = region_vote(to_pretend(labels), Proposals(to_pretend(masks)), purity)
+        assert log.waits.total() <= BANK["pseudo_masks/labels.py:region_vote"].waits
+    assert torch.equal(result.cpu(), expected)
+    assert not torch.equal(expected, labels)

@@ -52,10 +52,14 @@ def test_numpy_of_the_device_raises() -> None:
         pytest.param(lambda tensor: tensor.cpu(), 1, id="copy to the host"),
         pytest.param(lambda tensor: torch.empty(3).copy_(tensor), 1, id="copy into a tensor of the host"),
         pytest.param(lambda tensor: tensor[torch.tensor([0])], 0, id="indices of the host"),
+        pytest.param(lambda tensor: torch.where(tensor > 1), 1, id="indices of what is true"),
+        pytest.param(lambda tensor: tensor.repeat_interleave(2), 0, id="each value twice"),
+        pytest.param(lambda tensor: tensor.repeat_interleave(tensor.long()), 1, id="values by counts"),
     ],
 )
-def test_waits_are_counted(call: Callable[[Tensor], object], num_waits: int) -> None:
-    with pretend_cuda() as log:
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_waits_are_counted(call: Callable[[Tensor], object], num_waits: int, is_inference: bool) -> None:
+    with torch.inference_mode(is_inference), pretend_cuda() as log:
         call(to_pretend(torch.arange(3.0)))
     assert log.waits.total() == num_waits
 

@@ -37,6 +37,11 @@ WAITING_OPERATORS = frozenset({
 """Operators whose result's size or value the host has to know."""
 INDEXING_OPERATORS = frozenset({"_index_put_impl_", "_unsafe_index", "index", "index_put", "index_put_"})
 """Operators whose indices may be on the CPU; they are copied."""
+DECOMPOSED_OPERATORS = frozenset({
+    "aten.item.default", "aten.nonzero_numpy.default", "aten.repeat_interleave.self_Tensor",
+    "aten.repeat_interleave.self_int", "aten.where.default",
+})  # fmt: skip
+"""Operators that arrive undivided in inference mode; whether they wait is seen from what they call."""
 COPYING_OPERATORS = frozenset({"_to_copy", "copy_", "to"})
 _FACTORIES = frozenset({
     torch.arange, torch.as_tensor, torch.empty, torch.empty_like, torch.empty_strided, torch.eye, torch.full,
@@ -141,6 +146,8 @@ class PretendTensor(Tensor):
         name, options = func.overloadpacket.__name__, dict(kwargs or {})
         if name == "_has_compatible_shallow_copy_type":
             return False
+        if str(func) in DECOMPOSED_OPERATORS:
+            return func.decompose(*args, **options)
         tensors = [leaf for leaf in tree_leaves((args, options)) if isinstance(leaf, Tensor)]
         _log.num_operators += 1
         is_to_host = options.get("device") is not None and torch.device(options["device"]).type == "cpu"
