@@ -344,7 +344,9 @@ def pretend_cuda() -> Iterator[DeviceLog]:
         for target, answer in {
             "torch.cuda.is_available": True,
             "torch.cuda.device_count": 1,
+            "torch.cuda.current_device": 0,
             "torch.cuda.get_device_capability": (9, 0),
+            "torch.cuda.get_device_name": "a pretended GPU",
             "torch.cuda.is_bf16_supported": True,
             "torch.cuda.synchronize": None,
             "torch.cuda.amp.common.amp_definitely_not_available": False,
