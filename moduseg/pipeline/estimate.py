@@ -9,7 +9,7 @@ log = logging.getLogger("moduseg")
 
 _MIN_SECONDS = 60
 """A stage that takes less is not worth a line."""
-_SLOW_BATCH = 30.0
+_SLOW_BATCH = 300.0
 """Seconds of a first batch that is an estimate by itself; one that is faster was slowed by loading the models."""
 
 
