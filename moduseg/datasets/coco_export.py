@@ -105,11 +105,11 @@ class CocoExport(Dataset):
         Raises:
             DataError: two images of the file have the same id.
         """
-        ends: dict[str, list[str]] = defaultdict(list)
+        names, ends = self.index.ids, defaultdict(list)
         for image_id in self._files:
             ends[PurePosixPath(image_id).name].append(image_id)
         rows: dict[str, int] = {}
-        for row, name in enumerate(self.index.ids):
+        for row, name in enumerate(names):
             image_id = _match_name(name, self._files, ends)
             if image_id in rows:
                 raise DataError(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
-from moduseg.datasets.io import IMAGE_SUFFIXES
+from moduseg.datasets.io import HEIF_SUFFIXES, IMAGE_SUFFIXES
+from moduseg.datasets.labels import compose_unicode
 from moduseg.errors import DataError, MissingError
+
+log = logging.getLogger("moduseg")
+_SIDECARS = (".csv", ".db", ".htm", ".html", ".ini", ".json", ".md", ".txt", ".xml", ".yaml", ".yml")
+"""Endings, in lower case, of what lies beside photographs and is none."""
+_MAX_NAMED = 3
+"""A warning names at most this many files."""
 
 
 def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
@@ -32,13 +42,22 @@ def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
 def walk_images(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield id and file of every image below a folder, in the order of names; links to folders are followed.
 
-    The id is the path below the folder without suffix. Names that begin with a dot are skipped.
+    The id is the path below the folder without suffix, in composed Unicode. Names that begin with a dot are skipped,
+    and so is a link to a folder that it lies in. Other files that are not read are counted and named in a warning.
     """
+    unread: list[str] = []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith(".") and not _is_loop(folder, Path(parent) / name)
+        )
         for path in (Path(parent) / name for name in sorted(names) if not name.startswith(".")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield path.relative_to(folder).as_posix().removesuffix(path.suffix), path
+            suffix = path.suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
+                yield compose_unicode(path.relative_to(folder).as_posix().removesuffix(path.suffix)), path
+            elif suffix not in _SIDECARS:
+                unread.append(path.relative_to(folder).as_posix())
+    if unread:
+        _warn_once(_describe_unread(folder, unread))
 
 
 def index_images(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
@@ -62,6 +81,39 @@ def _images_at(path: Path) -> Iterator[tuple[str, Path]]:
     elif not path.is_file():
         raise MissingError(f"images: got '{path}', no such file or folder; name images or a folder of them")
     elif path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise DataError(f"images: got {path}, expected a file that ends in {', '.join(IMAGE_SUFFIXES)}")
+        raise DataError(
+            f"images: got {path}, expected a file that ends in {', '.join(IMAGE_SUFFIXES)}; "
+            f"{_unread_remedy(path.suffix.lower())}"
+        )
     else:
-        yield path.stem, path
+        yield compose_unicode(path.stem), path
+
+
+def _is_loop(folder: Path, path: Path) -> bool:
+    """Return whether a sub-folder is a link to one of the folders on the way to it."""
+    if not path.is_symlink():
+        return False
+    on_the_way = [parent for parent in path.parents if parent == folder or folder in parent.parents]
+    target = path.resolve()
+    return any(parent.resolve() == target for parent in on_the_way)
+
+
+def _describe_unread(folder: Path, names: Sequence[str]) -> str:
+    counts = Counter(Path(name).suffix.lower() or "no ending" for name in names)
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
+    more = ", ..." if len(names) > _MAX_NAMED else ""
+    verb = "file is" if len(names) == 1 else "files are"
+    remedies = list(dict.fromkeys(_unread_remedy(suffix) for suffix in sorted(counts)))
+    return f"{folder}: {len(names)} {verb} not read ({kinds}): {', '.join(names[:_MAX_NAMED])}{more}; {remedies[-1]}"
+
+
+def _unread_remedy(suffix: str) -> str:
+    if suffix in HEIF_SUFFIXES:
+        return "pip install 'moduseg[heif]' reads HEIC, or convert them to JPEG"
+    return "convert photographs among them to JPEG or PNG"
+
+
+@lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    """Log a warning unless it was logged before: both splits of a data set walk through one folder."""
+    log.warning("%s", message)

@@ -5,18 +5,26 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 from moduseg.datasets.png import read_plain_png
 from moduseg.errors import DataError
 from moduseg.masks.palette import voc_palette
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+HEIF_SUFFIXES = (".heic", ".heif")
+"""Endings of what telephones write; read where pillow-heif is installed."""
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    *((".avif",) if features.check("avif") else ()),
+    *(HEIF_SUFFIXES if find_spec("pillow_heif") else ()),
+)  # fmt: skip
+"""Endings, in lower case, of the photographs that can be read here."""
 MAX_PIXELS = 80_000_000
 """Larger pictures are refused after reading their header; decoded, they would fill the memory."""
 
@@ -177,6 +185,10 @@ def _open(path: Path, decode: bool = True, content: bytes | None = None) -> Imag
     try:
         if (path.stat().st_size if content is None else len(content)) == 0:
             raise DataError(f"{path}: got an empty file (0 bytes), expected an image; fetch it again or leave it out")
+        if path.suffix.lower() in HEIF_SUFFIXES and path.suffix.lower() in IMAGE_SUFFIXES:
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener()
         picture = Image.open(path if content is None else io.BytesIO(content))
         if picture.width * picture.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
