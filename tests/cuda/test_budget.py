@@ -63,7 +63,7 @@ BANK = {
     "devices.py:copy_arrays": Limit(0, 4, "the images of a batch to SAM, CLIP and backbone, and its label maps"),
     "structures.py:to": Limit(0, 5, "the proposals, and the scores that were stored"),
     "pseudo_masks/clip_words.py:generate": Limit(0, 6, "rows of the words of each class, a list each"),
-    "pseudo_masks/store.py:pack": Limit(2, 0, "the scores and the background, to be stored"),
+    "pseudo_masks/store.py:_shrink": Limit(2, 0, "the scores and the background, to be stored"),
     "pseudo_masks/labels.py:make_label_map": Limit(0, 1, "the tags"),
     "pseudo_masks/labels.py:region_vote": Limit(3, 0, "which regions there are, and which pixels they fill"),
     "stages/pseudo_masks.py:_encode_label_map": Limit(1, 0, "the label map, to be stored"),
