@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from moduseg.cli import run_script
-from moduseg.config import compose
+from moduseg.config import compose, from_hydra
 from moduseg.datasets.folder import FolderDataset
 from moduseg.errors import ConfigError, DataError, ModusegError
 from moduseg.evaluation import measures
@@ -347,8 +347,13 @@ def test_a_runs_own_predictions_are_packed(devkit: Path) -> None:
 def test_other_classes_than_vocs_are_refused(own: Path) -> None:
     with pytest.raises(DataError, match=r"got 3 classes \(background, dog, cat, \.\.\.\), expected VOC's 21"):
         voc_package.run(compose(arguments(own, f"predictions={own.parent / 'half'}")))
+
+
+def test_predictions_are_a_folder_even_if_they_look_like_a_number() -> None:
+    cfg = compose(["predictions=3"])
+    assert cfg.predictions == "3"
     with pytest.raises(ModusegError, match=r"predictions: got 3, expected a folder"):
-        compose(["predictions=3"])
+        from_hydra({**cfg.as_dict(), "predictions": 3})
 
 
 @pytest.mark.parametrize(
