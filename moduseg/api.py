@@ -22,7 +22,7 @@ from moduseg.backbones.base import Backbone
 from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
 from moduseg.bank.store import Bank
 from moduseg.config import Config, from_hydra
-from moduseg.datasets.io import read_image
+from moduseg.datasets.io import check_image_range, read_image
 from moduseg.devices import Device, resolve_device
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
@@ -128,7 +128,7 @@ class Segmenter:
             DataError: the image cannot be read.
             ValueError: the array is not `[H, W, 3]` uint8.
         """
-        pixels = image if isinstance(image, np.ndarray) else read_image(Path(image))
+        pixels = image if isinstance(image, np.ndarray) else self.read_image(Path(image))
         sample = Sample("image" if isinstance(image, np.ndarray) else Path(image).stem, pixels)
         with self._model_lock:
             proposals, tokens = self.proposer.propose(sample), self.backbone.tokens([pixels])[0]
@@ -138,6 +138,14 @@ class Segmenter:
         if self.cfg.bank.aggregation == "hard":
             weights = harden(weights)
         return Observation(proposals, tokens, aggregate(tokens.tokens, weights, normalize=False))
+
+    def read_image(self, path: Path) -> np.ndarray:
+        """Read a photograph as the images of the bank were read, `[H, W, 3]` uint8.
+
+        Raises:
+            DataError: the file cannot be used.
+        """
+        return read_image(path, check_image_range(self.cfg.dataset.get("image_range")))
 
     def label(self, observation: Observation) -> Prediction:
         """Label an image that the models have seen; `predict` is `observe`, then this."""

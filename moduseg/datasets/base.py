@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from moduseg.datasets.io import read_image, read_index_png, read_label_png, read_size
+from moduseg.datasets.io import ImageRange, read_image, read_index_png, read_label_png, read_size
 from moduseg.datasets.labels import (
     LABEL_SUFFIXES,
     Label,
@@ -48,6 +48,7 @@ class Dataset(ABC):
             class is the strict number, leaving such pixels out the flattering one (docs/method.md, published numbers).
             The background itself is no class to average over.
         masks_optional: single images may lack ground truth.
+        image_range: values of 16-bit pictures that become black and white; see `moduseg.datasets.io.read_image`.
 
     Raises:
         ValueError: no root or split, or `labels` is none of these.
@@ -57,6 +58,7 @@ class Dataset(ABC):
     extra_sources: ClassVar[tuple[str, ...]] = ()
     has_background: ClassVar[bool] = True
     masks_optional: ClassVar[bool] = False
+    image_range: ImageRange = None
 
     def __init__(self, root: str, split: str, labels: str = "auto") -> None:
         if not root or not split:
@@ -245,7 +247,7 @@ class Dataset(ABC):
             DataError: the image, its labels or its ground truth cannot be used.
         """
         self._check(image_id)
-        image = read_image(self.image_path(image_id))
+        image = read_image(self.image_path(image_id), self.image_range)
         semantic = self.semantic_of(image_id) if truth else None
         instances = self.instances_of(image_id) if truth else None
         for name, array in (("label map", semantic), ("instance map", instances)):
@@ -284,7 +286,9 @@ class Dataset(ABC):
                 stored = None  # the stage that reads this image reports the error
             tags = None if stored is None else sorted(str(label) for label in stored[0])
             rows.append([image_id, *self._truth_sizes(image_id), tags])
-        content = json.dumps([self.classes, self.label_source, rows])
+        # Earlier results, which had no range of values, keep their keys.
+        image_range = [] if self.image_range is None else [self.image_range]
+        content = json.dumps([self.classes, self.label_source, rows, *image_range])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property

@@ -14,6 +14,7 @@ import numpy as np
 from moduseg.datasets.base import Dataset, require_folder
 from moduseg.datasets.coco_json import CocoIndex, read_index
 from moduseg.datasets.image_files import index_images, walk_images
+from moduseg.datasets.io import check_image_range
 from moduseg.datasets.labels import Label
 from moduseg.errors import DataError, MissingError, suggest
 
@@ -29,6 +30,7 @@ class CocoExportOptions:
         val_images: folder of its images; `None` is `images`, or the folder of `val_annotations`.
         crowd: `count` gives regions of many objects their class, `ignore` makes them 255.
         labels: where image-level labels come from: `instances`, the annotated categories, or the values of `Dataset`.
+        image_range: values of 16-bit pictures that become black and white, or `auto`; 0 and 65535 if omitted.
     """
 
     annotations: str
@@ -37,6 +39,7 @@ class CocoExportOptions:
     val_images: str | None = None
     crowd: Literal["count", "ignore"] = "count"
     labels: str = "instances"
+    image_range: tuple[int, ...] | str | None = None
 
     def locate(self, split: str) -> tuple[Path, Path]:
         """Return the annotation file and the folder of images of a split, `train` or `val`."""
@@ -73,6 +76,7 @@ class CocoExport(Dataset):
         self._annotations, folder = options.locate(split)
         super().__init__(str(folder), split, options.labels)
         self.options = options
+        self.image_range = check_image_range(options.image_range)
         self._lock = threading.Lock()
         self._index: CocoIndex | None = None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moduseg.datasets.base import Dataset, require_folder
 from moduseg.datasets.image_files import index_images, walk_images
-from moduseg.datasets.io import IMAGE_SUFFIXES
+from moduseg.datasets.io import IMAGE_SUFFIXES, check_image_range
 from moduseg.datasets.labels import (
     LabelFile,
     check_classes,
@@ -34,10 +34,20 @@ class FolderDataset(Dataset):
         root: the folder that holds all of it.
         split: `train`, `val`, or the name of a list.
         labels: where image-level labels come from (the values of `Dataset`).
+        image_range: values of 16-bit pictures that become black and white, or `auto`; 0 and 65535 if omitted.
+
+    Raises:
+        ValueError: as for `Dataset`, or a range that is none.
     """
 
     name = "folder"
     masks_optional = True
+
+    def __init__(
+        self, root: str, split: str, labels: str = "auto", image_range: tuple[int, ...] | str | None = None
+    ) -> None:
+        super().__init__(root, split, labels)
+        self.image_range = check_image_range(image_range)
 
     @cached_property
     def _files(self) -> dict[str, Path]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
+import threading
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +19,7 @@ from moduseg.datasets.png import read_plain_png
 from moduseg.errors import DataError
 from moduseg.masks.palette import voc_palette
 
+log = logging.getLogger("moduseg")
 HEIF_SUFFIXES = (".heic", ".heif")
 """Endings of what telephones write; read where pillow-heif is installed."""
 IMAGE_SUFFIXES = (
@@ -28,6 +31,10 @@ IMAGE_SUFFIXES = (
 MAX_PIXELS = 80_000_000
 """Larger pictures are refused after reading their header; decoded, they would fill the memory."""
 
+_MAX_DARK = 16383
+"""Pictures of 16 bits with no value above this, the end of 14 bits, have lost most of their range."""
+_DARK_FOLDERS: set[Path] = set()
+_LOCK = threading.Lock()
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,11 +52,37 @@ _DAMAGE = (
 )  # fmt: skip
 
 
-def read_image(path: Path) -> np.ndarray:
+ImageRange = tuple[int, int] | Literal["auto"] | None
+"""Values of 16-bit pictures that become black and white; `auto` is 0 and the end of the fewest bits that hold one."""
+
+
+def check_image_range(image_range: tuple[int, ...] | str | None) -> ImageRange:
+    """Return a range of 16-bit values as `read_image` takes it.
+
+    Raises:
+        ValueError: neither `None`, `auto` nor two ascending values of 0..65535.
+    """
+    if image_range is None or image_range == "auto":
+        return image_range  # type: ignore[return-value]
+    if isinstance(image_range, str) or len(image_range) != 2 or not 0 <= image_range[0] < image_range[1] <= 65535:
+        shown = image_range if isinstance(image_range, str) else list(image_range)
+        raise ValueError(
+            f"image_range: got {shown}, expected auto or two ascending values from 0 to 65535; 12-bit cameras have "
+            "[0,4095]"
+        )
+    return image_range[0], image_range[1]
+
+
+def read_image(path: Path, image_range: ImageRange = None) -> np.ndarray:
     """Read a photograph as the models want it, whatever its file holds.
 
     Grey, 1-bit, indexed and CMYK pictures become RGB; 16-bit grey is divided by 257; transparency is composited on
     black, the colour of the models' padding; the EXIF orientation is applied; an animation gives its first frame.
+
+    Args:
+        path: the file.
+        image_range: values of 16-bit grey that become black and white; 0 and 65535 if omitted, which makes pictures
+            of fewer bits dark and is said once for each folder.
 
     Returns:
         `[H, W, 3]` uint8, RGB.
@@ -58,7 +91,22 @@ def read_image(path: Path) -> np.ndarray:
         DataError: the file is absent, empty, truncated, no image, of float or 32-bit pixels, or over `MAX_PIXELS`.
     """
     with _open(path) as picture:
-        return np.ascontiguousarray(_turn_upright(_to_rgb(picture, path), picture))
+        return np.ascontiguousarray(_turn_upright(_to_rgb(picture, path, image_range), picture))
+
+
+def find_dark_range(path: Path) -> tuple[int, int] | None:
+    """Return the lowest and highest value of a 16-bit picture that uses at most 14 of its bits; `None` for others.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with _open(path, decode=False) as picture:
+        if not picture.mode.startswith("I"):
+            return None
+    with _open(path) as picture:
+        grey = np.asarray(picture)
+    low, high = int(grey.min()), int(grey.max())
+    return (low, high) if low >= 0 and high <= _MAX_DARK else None
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -214,13 +262,48 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _to_rgb(picture: Image.Image, path: Path) -> np.ndarray:
+def _scale_grey(grey: np.ndarray, path: Path, image_range: ImageRange) -> np.ndarray:
+    """Return 16-bit grey values in 8 bits."""
+    highest = int(grey.max())
+    if image_range is None:
+        if highest <= _MAX_DARK:
+            _warn_of_dark_folder(path.parent, path.name, highest)
+        return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if image_range == "auto":
+        image_range = 0, _find_end(highest)
+    low, high = image_range
+    scaled = (np.clip(grey.astype(np.int64), low, high) - low) * 510 + (high - low)
+    return (scaled // (2 * (high - low))).astype(np.uint8)
+
+
+def _warn_of_dark_folder(folder: Path, name: str, highest: int) -> None:
+    """Say once for each folder that its 16-bit pictures become dark."""
+    with _LOCK:  # stages read images in several threads
+        is_new = folder not in _DARK_FOLDERS
+        _DARK_FOLDERS.add(folder)
+    if is_new:
+        log.warning(
+            "%s: 16-bit pictures that use a small part of their range, such as %s (up to %d of 65535), become nearly "
+            "black; set dataset.image_range=[0,%d], or auto",
+            folder,
+            name,
+            highest,
+            _find_end(highest),
+        )
+
+
+def _find_end(highest: int) -> int:
+    """Return the largest value of the fewest bits, of 8, 10, 12, 14 and 16, that hold a value."""
+    return next(end for end in (255, 1023, 4095, 16383, 65535) if highest <= end)
+
+
+def _to_rgb(picture: Image.Image, path: Path, image_range: ImageRange) -> np.ndarray:
     try:
         if picture.mode.startswith("I"):
             grey = np.asarray(picture)
             if int(grey.min()) < 0 or int(grey.max()) > 65535:
                 raise DataError(f"{path}: got {picture.mode} pixels over 16 bits; convert it to 8-bit RGB")
-            return np.repeat(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+            return np.repeat(_scale_grey(grey, path, image_range)[:, :, None], 3, axis=2)
         if picture.mode == "F":
             raise DataError(f"{path}: got float pixels, whose range is unknown; convert it to 8-bit RGB")
         if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:

@@ -20,6 +20,7 @@ from moduseg.config import Config
 from moduseg.config.command_keys import AddOptions
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
+from moduseg.datasets.io import check_image_range
 from moduseg.datasets.labels import LABEL_SUFFIXES, LabelFile, read_label_file, resolve_labels
 from moduseg.datasets.tagged_images import TaggedImages
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
@@ -203,6 +204,7 @@ def _open_workspace(bank: Bank, cfg: Config, images: NewImages) -> Workspace:
         masks=images.masks,
         source=images.tag_source,
     )
+    dataset.image_range = check_image_range(cfg.dataset.get("image_range"))
     settings = {**cfg.dataset, "train_split": SPLIT}
     cfg = dataclasses.replace(cfg, dataset=settings, bank=dataclasses.replace(cfg.bank, path=None))
     return Workspace(cfg, {SPLIT: dataset})

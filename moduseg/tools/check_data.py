@@ -15,7 +15,7 @@ import numpy as np
 from moduseg import datasets
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset, present_classes
-from moduseg.datasets.io import label_png_kind, read_image, read_label_png
+from moduseg.datasets.io import find_dark_range, label_png_kind, read_image, read_label_png
 from moduseg.errors import DataError, LabelIdError
 from moduseg.evaluation.tables import markdown_table
 from moduseg.files import write_atomic
@@ -28,6 +28,7 @@ _BROKEN = (
     "labels unusable",
 )  # fmt: skip
 _NOTES = (
+    "16-bit images that become dark",
     "masks not indexed with the VOC palette", "masks that differ from the other truth",
     "masks without a class", "masks of a single class", "labels that disagree with the mask",
     "labels of no listed image", "classes without a training image", "images listed in both splits",
@@ -227,7 +228,10 @@ def _check_image(dataset: Dataset, image_id: str) -> CheckedImage:
         problems.append(Problem("images missing", image_id, str(error)))
     else:
         try:
-            size = read_image(path).shape[:2]
+            size = read_image(path, dataset.image_range).shape[:2]
+            if dataset.image_range is None and (values := find_dark_range(path)) is not None:
+                message = f"{path}: its values are {values[0]} to {values[1]}, expected some near 65535"
+                problems.append(Problem("16-bit images that become dark", image_id, f"{message}; set image_range"))
         except DataError as error:
             problems.append(Problem("images unreadable", image_id, str(error)))
     semantic, mask_problems = _check_truth(dataset, image_id, size)

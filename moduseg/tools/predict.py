@@ -16,7 +16,7 @@ from moduseg.config import Config
 from moduseg.config.command_keys import PredictOptions
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
-from moduseg.datasets.io import read_image, write_label_png
+from moduseg.datasets.io import write_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.files import FORMAT, digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.manifests import safe_name
@@ -167,7 +167,7 @@ class _Folder:
             DataError: the image cannot be read.
         """
         stamp = stamp_file(file)
-        image = read_image(file)
+        image = segmenter.read_image(file)
         has_components = self.options.objects == "components"
         label_map, objects = split_objects(segmenter.predict(image), self.options.min_score, has_components)
         records = [to_record(predicted, self.options.tolerance) for predicted in objects]
@@ -228,10 +228,13 @@ def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Se
     # The bank's digest holds the backbone's, which it is checked against. What came later is left out where it is
     # empty, so that earlier results keep their key.
     weights = {"proposer_digest": digest} if (digest := segmenter.proposer.digest) else {}
+    image_range = cfg.dataset.get("image_range")
+    reading = {} if image_range is None else {"image_range": image_range}
     device = segmenter.device.key_parts() if segmenter.device.torch_device.type != "cpu" else {}
     return digest_of(
         {
             **weights,
+            **reading,
             **device,
             "format": FORMAT,
             "bank": digest_bank(bank),
