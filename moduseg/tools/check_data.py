@@ -34,7 +34,7 @@ _NOTES = (
     "labels of no listed image", "classes without a training image", "images listed in both splits",
 )  # fmt: skip
 CHECKS = (*_BROKEN, *_NOTES)
-"""Rows of the table after the number of images. A problem of the first kind means broken, of the others a note."""
+"""Rows of the table, where they apply to a split. A problem of the first kind means broken, of the others a note."""
 _MASK_CHECKS = frozenset(name for name in CHECKS if "mask" in name or "object" in name)
 _TRAIN_CHECKS = frozenset(
     ("training images without labels", "classes without a training image", "labels of no listed image")
@@ -42,6 +42,8 @@ _TRAIN_CHECKS = frozenset(
 _OTHER_TRUTH = "masks that differ from the other truth"
 _NO_CLASS, _SINGLE_CLASS = "masks without a class", "masks of a single class"
 _DISAGREE, _IN_BOTH = "labels that disagree with the mask", "images listed in both splits"
+_VERDICTS = ("broken", "note", "ok")
+"""What a row of the table says, in the order of the rows."""
 _MAX_PRINTED = 5
 """Problems that are printed below the table at most."""
 _BATCH_SIZE = 256
@@ -122,7 +124,7 @@ class Report:
     """What was found in a data set.
 
     Attributes:
-        table: Markdown, a row for each check.
+        table: Markdown, a row for each check that applies, problems first.
         is_broken: whether anything is broken.
         path: the folder with the table and all problems.
         first_problems: the first five that break it.
@@ -327,17 +329,25 @@ def _compare_truths(dataset: Dataset, image_id: str, semantic: np.ndarray) -> Pr
 
 
 def _make_table(train: Dataset, reports: Sequence[SplitReport]) -> str:
-    """Return the table: a row for each check, a column for each split."""
+    """Return the table: the number of images, then a row for each check that applies to a split, problems first."""
     header = [f"{train.name}, labels: {train.label_source}", *(r.split for r in reports), "verdict", "first"]
-    is_off = any(r.num_published not in (None, r.num_images) for r in reports)
-    rows: list[list[str]] = [
-        ["images", *(str(r.num_images) for r in reports), "ok", ""],
-        ["images published", *(str(r.num_published or "-") for r in reports), "note" if is_off else "ok", ""],
-    ]
+    rows: list[list[str]] = []
+    if any(r.num_published is not None for r in reports):
+        is_off = any(r.num_published not in (None, r.num_images) for r in reports)
+        published = (_write_count(r.num_published) for r in reports)
+        rows.append(["images published", *published, "note" if is_off else "ok", ""])
     for check in CHECKS:
+        counts = [report.count(check) for report in reports]
+        if all(count is None for count in counts):
+            continue
         verdicts = {report.verdict(check) for report in reports}
-        verdict = next(v for v in ("broken", "note", "ok") if v in verdicts)
-        counts = ["-" if (count := report.count(check)) is None else str(count) for report in reports]
+        verdict = next(v for v in _VERDICTS if v in verdicts)
         first = next((p.id for report in reports for p in report.problems if p.check == check), "")
-        rows.append([check, *counts, verdict, first])
-    return markdown_table(header, rows)
+        rows.append([check, *map(_write_count, counts), verdict, first])
+    rows.sort(key=lambda row: _VERDICTS.index(row[-2]))
+    return markdown_table(header, [["images", *(str(r.num_images) for r in reports), "ok", ""], *rows])
+
+
+def _write_count(count: int | None) -> str:
+    """Return a number as the table shows it; `-` where the row does not apply to the split."""
+    return "-" if count is None else str(count)
