@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moduseg.datasets.base import Dataset, require_folder
-from moduseg.datasets.image_files import index_images, walk_images
+from moduseg.datasets.image_files import index_images, match_masks, walk_images, warn_once
 from moduseg.datasets.io import IMAGE_SUFFIXES, check_image_range
 from moduseg.datasets.labels import (
     LabelFile,
@@ -25,10 +25,10 @@ _LAYOUT = "images/ and, if you have them, labels.csv or labels.json, classes.txt
 class FolderDataset(Dataset):
     """Images below `images/`, in any sub-folders; `a/b.jpg` has the id `a/b`.
 
-    Image-level labels come from `labels.json` or `labels.csv`, else from `masks/<id>.png`. Class names come from
-    `classes.txt` (background first), else they are the names in the label file, in alphabetical order. The splits
-    `train` and `val` are the lists `train.txt` and `val.txt`; without its list, `train` is every labelled image and
-    `val` every image, less those that the other list names. Any other split needs its list.
+    Image-level labels come from `labels.json` or `labels.csv`, else from `masks/<id>.png` (or `<id>_mask.png`). Class
+    names come from `classes.txt` (background first), else they are the names in the label file, in alphabetical order.
+    The splits `train` and `val` are the lists `train.txt` and `val.txt`; without its list, `train` is every labelled
+    image and `val` every image, less those that the other list names. Any other split needs its list.
 
     Args:
         root: the folder that holds all of it.
@@ -74,6 +74,7 @@ class FolderDataset(Dataset):
         if self.split == "train":
             if self.label_file is not None:
                 ids = [image_id for image_id in ids if image_id in self.label_file.entries]
+                self._warn_of_unmatched_tags(self.label_file)
             elif (self.root / "masks").is_dir():
                 ids = [image_id for image_id in ids if self._mask(image_id).is_file()]
             else:
@@ -83,6 +84,14 @@ class FolderDataset(Dataset):
                     "(data/README.md)"
                 )
         return ids, str(self.root)
+
+    def _warn_of_unmatched_tags(self, file: LabelFile) -> None:
+        names = [name for name in file.entries if name not in self._files]
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            warn_once(
+                f"{file.where}: {len(names)} of {len(file.entries)} names fit no image: {', '.join(names[:3])}{more}"
+            )
 
     def _id_of(self, line: str) -> str:
         # A listed name may carry its suffix; ids that end in one by chance (a file 'x.png.jpg') win over that.
@@ -117,8 +126,12 @@ class FolderDataset(Dataset):
             )
         return self._files[image_id]
 
+    @cached_property
+    def _masks(self) -> dict[str, Path]:
+        return match_masks(self.root / "masks", self._files)
+
     def _mask(self, image_id: str) -> Path:
-        return self.root / "masks" / f"{image_id}.png"
+        return self._masks.get(image_id, self.root / "masks" / f"{image_id}.png")
 
     def mask_path(self, image_id: str) -> Path | None:
         return self._mask(image_id)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from moduseg.errors import DataError, MissingError
 log = logging.getLogger("moduseg")
 _SIDECARS = (".csv", ".db", ".htm", ".html", ".ini", ".json", ".md", ".txt", ".xml", ".yaml", ".yml")
 """Endings, in lower case, of what lies beside photographs and is none."""
+_MASK_NAME = re.compile(
+    r"(.*/)?(?:mask_)?([^/]+?)(?:[_-](?:mask|masks|seg|segmentation|label|labels|gt))?\.png", re.IGNORECASE
+)
+"""Names that tools give to the label map of an image, folder and name of the image as groups."""
 _MAX_NAMED = 3
 """A warning names at most this many files."""
 
@@ -57,7 +62,7 @@ def walk_images(folder: Path) -> Iterator[tuple[str, Path]]:
             elif suffix not in _SIDECARS:
                 unread.append(path.relative_to(folder).as_posix())
     if unread:
-        _warn_once(_describe_unread(folder, unread))
+        warn_once(_describe_unread(folder, unread))
 
 
 def index_images(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
@@ -73,6 +78,39 @@ def index_images(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
                 f"{path}: got image id {image_id!r} twice (also {files[image_id]}), expected each once; rename one"
             )
     return dict(sorted(files.items()))
+
+
+def match_masks(folder: Path, ids: Collection[str]) -> dict[str, Path]:
+    """Return the label maps below a folder by the id of their image.
+
+    `<id>.png` is the name of a label map; where there is none, `<id>_mask.png` and its like stand for it. Files that
+    fit no image are counted and named in a warning.
+
+    Args:
+        folder: it need not exist.
+        ids: the images.
+    """
+    masks: dict[str, Path] = {}
+    others: dict[str, Path] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        name = compose_unicode(path.relative_to(folder).as_posix())
+        is_mask = name.endswith(".png") and name[:-4] in ids
+        (masks if is_mask else others)[name[:-4] if is_mask else name] = path
+    unmatched = []
+    for name, path in others.items():
+        match = _MASK_NAME.fullmatch(name)
+        image_id = f"{match[1] or ''}{match[2]}" if match else ""
+        if image_id in ids and image_id not in masks:
+            masks[image_id] = path
+        elif path.suffix.lower() not in _SIDECARS:
+            unmatched.append(name)
+    if unmatched:
+        more = ", ..." if len(unmatched) > _MAX_NAMED else ""
+        warn_once(
+            f"{folder}: {len(unmatched)} of {len(masks) + len(unmatched)} files fit no image: "
+            f"{', '.join(unmatched[:_MAX_NAMED])}{more}; expected <id>.png, where the image is <id>.jpg"
+        )
+    return masks
 
 
 def _images_at(path: Path) -> Iterator[tuple[str, Path]]:
@@ -114,6 +152,6 @@ def _unread_remedy(suffix: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Log a warning unless it was logged before: both splits of a data set walk through one folder."""
     log.warning("%s", message)

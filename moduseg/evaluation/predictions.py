@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moduseg.datasets.image_files import match_masks
 from moduseg.datasets.io import read_index_png, read_label_png
 from moduseg.datasets.png import HEADER_BYTES, INDEXED, parse_png_header
 from moduseg.errors import DataError, MissingError
@@ -20,8 +21,10 @@ _MAX_NAMED = 3
 class PredictionFolder:
     """`<folder>/<id>.png` for every image of a split: indexed or grey PNGs that hold class ids.
 
+    Files that fit no image are counted and named in a warning.
+
     Args:
-        folder: where they are; files of other names are not read.
+        folder: where they are.
         ids: the images.
         num_labels: labels, background included: ids may be 0..num_labels-1.
 
@@ -37,6 +40,7 @@ class PredictionFolder:
             raise MissingError(
                 f"predictions: got '{folder}', {got}; expected a folder of <id>.png; set predictions=<folder>"
             )
+        self._files = match_masks(folder, frozenset(self.ids))
         absent = [image_id for image_id in self.ids if not self.path(image_id).is_file()]
         if absent:
             more = f" and {len(absent) - _MAX_NAMED} more" if len(absent) > _MAX_NAMED else ""
@@ -55,7 +59,7 @@ class PredictionFolder:
 
     def path(self, image_id: str) -> Path:
         """Return the file of an image."""
-        return self.folder / f"{image_id}.png"
+        return self._files.get(image_id, self.folder / f"{image_id}.png")
 
     def read(self, image_id: str, expected: tuple[int, int]) -> np.ndarray:
         """Return the class ids of an image.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moduseg import datasets
 from moduseg.config import Config, compose
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import DataError
+from moduseg.evaluation.predictions import PredictionFolder
 from moduseg.stages.evaluate_folder import run as evaluate_folder
 from moduseg.stages.infer import Infer
 from moduseg.tools import check_data
@@ -121,3 +125,50 @@ def test_masks_in_colours_or_jpeg_are_unreadable(
     assert (rows["masks unreadable"], is_broken) == (["3", "3", "broken", "p0"], True)
     problems = (root.parent / "outputs" / "folder" / "check_data" / "problems.jsonl").read_text().splitlines()
     assert words in json.loads(problems[0])["problem"]
+
+
+@pytest.mark.parametrize("name", ["{}_mask.png", "{}-labels.png", "mask_{}.png", "{}_GT.PNG", "{}_seg.png"])
+def test_other_names_of_masks_are_recognised(root: Path, name: str) -> None:
+    for i in range(3):
+        (root / "masks" / f"p{i}.png").rename(root / "masks" / name.format(f"p{i}"))
+    data = datasets.build({"name": "folder", "root": str(root)}, "train")
+    assert [data.labels_of(image_id) for image_id in data.ids] == [(1,), (2,), (1,)]
+
+
+def test_names_of_images_win_over_names_of_masks(root: Path) -> None:
+    (root / "images" / "p1.jpg").rename(root / "images" / "p0_mask.jpg")
+    (root / "masks" / "p1.png").rename(root / "masks" / "p0_mask.png")
+    data = datasets.build({"name": "folder", "root": str(root)}, "val")
+    assert {i: data.labels_of(i) for i in data.ids} == {"p0": (1,), "p0_mask": (2,), "p2": (1,)}
+
+
+def test_masks_and_tags_that_fit_no_image_are_counted_and_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "masks" / "p1.png").rename(root / "masks" / "q1.png")
+    (root / "masks" / "p2.png").rename(root / "masks" / "p2.tif")
+    data = datasets.build({"name": "folder", "root": str(root)}, "train")
+    with caplog.at_level(logging.WARNING):
+        assert data.ids == ("p0",)
+    assert f"{root / 'masks'}: 2 of 3 files fit no image: p2.tif, q1.png; expected <id>.png" in caplog.text
+    (root / "labels.csv").write_text("image,labels\np0.jpg,disc\nold/p9.jpg,disc\n")
+    with caplog.at_level(logging.WARNING):
+        assert datasets.build({"name": "folder", "root": str(root)}, "train").ids == ("p0",)
+    assert "labels.csv: 1 of 2 names fit no image: old/p9" in caplog.text
+
+
+def test_predictions_that_fit_no_image_are_counted_and_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "masks" / "p2.png").rename(root / "masks" / "gone.png")
+    with caplog.at_level(logging.WARNING):
+        PredictionFolder(root / "masks", ["p0", "p1"], 3)
+    assert "1 of 3 files fit no image: gone.png" in caplog.text
+
+
+def test_names_are_the_same_in_both_forms_of_unicode(root: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Gr\u00f6\u00dfe \u00e9") for form in ("NFC", "NFD"))
+    (root / "images" / "p0.jpg").rename(root / "images" / f"{decomposed}.jpg")
+    (root / "masks" / "p0.png").rename(root / "masks" / f"{decomposed}.png")
+    (root / "train.txt").write_text(f"{composed}\n")
+    (root / "val.txt").write_text(f"{decomposed}.jpg\n")
+    for split in ("train", "val"):
+        data = datasets.build({"name": "folder", "root": str(root)}, split)
+        assert (data.ids, data.labels_of(composed)) == ((composed,), (1,))
+    assert PredictionFolder(root / "masks", [composed], 3).read(composed, SIZE).max() == 1
