@@ -5,8 +5,9 @@
                       "predicted_iou": float, "stability_score": float}, ...]}
 
 Files from elsewhere may omit the scores, may be the bare list of annotations that the SAM tools write, and may
-hold uncompressed run lengths or polygons. They are not trusted: `moduseg.masks.rle` decodes and checks the run
-lengths, because the decoder of pycocotools believes whatever the string says, beyond the end of its buffers.
+hold uncompressed run lengths, polygons or a matrix of 0 and 1. They are not trusted: `moduseg.masks.rle` decodes and
+checks the run lengths, because the decoder of pycocotools believes whatever the string says, beyond the end of its
+buffers. A mask that contradicts the `area` its annotation states is refused.
 """
 
 from __future__ import annotations
@@ -130,6 +131,7 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
     for index, annotation in enumerate(annotations):
         at = f"{where}: annotation {index}"
         runs.append(_read_runs(annotation.get("segmentation"), size, at))
+        _check_area(annotation, int(runs[-1][1::2].sum()), at)
         scores.append(_read_score(annotation, "predicted_iou", at))
         stability.append(_read_score(annotation, "stability_score", at))
     quality = torch.tensor(scores, dtype=torch.float32), torch.tensor(stability, dtype=torch.float32)
@@ -193,6 +195,8 @@ def _check_image_size(
 
 def _read_runs(segmentation: Any, size: tuple[int, int], at: str) -> np.ndarray:
     """Return the run lengths of one mask, `[R]` int64, which sum to the pixels of the image."""
+    if isinstance(segmentation, list) and segmentation and _is_matrix(segmentation, size):
+        return _read_matrix(segmentation, at)
     if isinstance(segmentation, list):
         return _read_polygons(segmentation, size, at)
     if not isinstance(segmentation, dict) or "counts" not in segmentation:
@@ -213,6 +217,38 @@ def _read_runs(segmentation: Any, size: tuple[int, int], at: str) -> np.ndarray:
     except ValueError as error:
         raise DataError(f"{at}: broken run-length encoding, it has {error}; write the proposals again") from error
     return runs
+
+
+def _is_matrix(segmentation: list[Any], size: tuple[int, int]) -> bool:
+    """Return whether a mask is given as rows of 0 and 1, as `SamAutomaticMaskGenerator` holds them, not as polygons."""
+    rows = [row for row in segmentation if isinstance(row, list)]
+    has_shape = len(rows) == len(segmentation) == size[0] and all(len(row) == size[1] for row in rows)
+    return has_shape and all(value in (0, 1) for row in rows for value in row if isinstance(value, int | float))
+
+
+def _read_matrix(rows: list[list[Any]], at: str) -> np.ndarray:
+    """Return the run lengths of one mask given as rows of 0 and 1."""
+    if not all(isinstance(value, int) for row in rows for value in row):
+        raise DataError(f"{at}: 'segmentation' holds other values than 0 and 1; write the proposals again")
+    values = np.asarray(rows, dtype=np.uint8).T.ravel()
+    ends = np.flatnonzero(values[1:] != values[:-1]) + 1
+    runs = np.diff(ends, prepend=0, append=len(values))
+    # The first run is of zeros, even if there is none.
+    return np.concatenate([np.zeros(int(values[0]), np.int64), runs]).astype(np.int64)
+
+
+def _check_area(annotation: dict[str, Any], area: int, at: str) -> None:
+    """Refuse a mask that has another number of pixels than its annotation says.
+
+    Polygons are drawn in slightly different ways, so a tenth of the area, or a few pixels, may be missing.
+    """
+    stated: Any = annotation.get("area")
+    is_outline = isinstance(annotation.get("segmentation"), list)
+    if not _is_number(stated) or stated == area:
+        return
+    if is_outline and abs(stated - area) <= max(0.1 * area, 32):
+        return
+    raise DataError(f"{at}: the mask has {area} pixels, 'area' says {_short(stated)}; write the proposals again")
 
 
 def _read_polygons(polygons: list[Any], size: tuple[int, int], at: str) -> np.ndarray:

@@ -266,3 +266,35 @@ def test_mutilated_files(rng: np.random.Generator, tmp_path: Path) -> None:
             assert read.masks.shape[1:] == (8, 9)
     assert len(messages) > 100
     assert not any("\n" in message for message in messages)
+
+
+@pytest.mark.parametrize("kind", [int, bool])
+def test_matrices_of_0_and_1_are_masks(rng: np.random.Generator, kind: type) -> None:
+    stored = random_proposals(rng)
+    data = sa1b.to_annotations(stored, "a")
+    for annotation, mask in zip(data["annotations"], stored.masks, strict=True):
+        annotation["segmentation"] = [[kind(value) for value in row] for row in mask.tolist()]
+    assert torch.equal(sa1b.from_annotations(data, SIZE, "a").masks, stored.masks)
+
+
+def test_other_matrices_are_refused(rng: np.random.Generator) -> None:
+    data = sa1b.to_annotations(random_proposals(rng), "a")
+    data["annotations"][0]["segmentation"] = [[2] * SIZE[1]] * SIZE[0]
+    with pytest.raises(DataError, match="annotation 0"):
+        sa1b.from_annotations(data, SIZE, "a")
+
+
+@pytest.mark.parametrize("area", [0, 1, 37 * 53 - 1, 10**9, 0.5])
+def test_a_mask_that_contradicts_its_area_is_refused(rng: np.random.Generator, area: float) -> None:
+    data = sa1b.to_annotations(random_proposals(rng), "a")
+    data["annotations"][0]["area"] = area
+    with pytest.raises(DataError, match=rf"annotation 0: the mask has {37 * 53} pixels, 'area' says {area}"):
+        sa1b.from_annotations(data, SIZE, "a")
+
+
+def test_outlines_may_differ_a_little_from_their_area() -> None:
+    square = {"segmentation": [[2, 2, 22, 2, 22, 22, 2, 22]]}
+    for area in (400, 435, 380):
+        assert len(sa1b.from_annotations([{**square, "area": area}], SIZE, "a")) == 1
+    with pytest.raises(DataError, match="'area' says 900"):
+        sa1b.from_annotations([{**square, "area": 900}], SIZE, "a")
