@@ -215,6 +215,8 @@ class PredictOptions:
         objects: `proposals` (what is visible of one proposal) or `components` (a connected region of one class).
         tolerance: pixels that polygons may lie off the mask; see `moduseg.masks.polygons.find_polygons`.
         image_url: what Label Studio's addresses of images begin with; the default is its local file storage.
+        labelstudio_root: folder that Label Studio serves, which its addresses are relative to; they are relative to
+            the folders of images if omitted.
     """
 
     bank: str
@@ -225,6 +227,7 @@ class PredictOptions:
     objects: Literal["proposals", "components"] = "proposals"
     tolerance: float = 1.0
     image_url: str = "/data/local-files/?d="
+    labelstudio_root: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in FORMATS]

@@ -71,6 +71,8 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
     key = _predict_key(bank, cfg, options, segmenter)
     folder = _Folder(Path(options.out).expanduser(), key, options, verify=cfg.runtime.verify)
     folder.check()
+    for file in files.values():
+        served_name(options.labelstudio_root, file, "")  # what lies elsewhere is said before the first image
     if segmenter.proposer.needs_truth:
         raise ConfigError(
             f"proposer.name: got {cfg.proposer['name']!r}, which needs ground truth, expected one that works on "
@@ -84,7 +86,8 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
     if len(failed) == len(files):
         raise DataError(f"predict: none of {len(files)} images could be processed; first {next(iter(failed.values()))}")
     seconds = time.perf_counter() - start
-    num_objects = folder.write_joint_files([i for i in files if i not in failed], segmenter.classes)
+    labelled = {image_id: file for image_id, file in files.items() if image_id not in failed}
+    num_objects = folder.write_joint_files(labelled, segmenter.classes)
     lines = [json.dumps({"id": i, "error": e}, ensure_ascii=False) + "\n" for i, e in failed.items()]
     write_atomic(folder.path / "failures.jsonl", "".join(lines).encode())
     folder.write_manifest(
@@ -195,14 +198,16 @@ class _Folder:
         }
         write_atomic(self.file("record", image_id), json.dumps(record).encode())
 
-    def write_joint_files(self, ids: Sequence[str], classes: Sequence[str]) -> int:
-        """Write the files that hold all images, and return the number of objects in them."""
+    def write_joint_files(self, files: Mapping[str, Path], classes: Sequence[str]) -> int:
+        """Write the files that hold all images, named as below their folders, and return the number of objects."""
         images, tasks, num_objects = [], [], 0
-        for image_id in ids:
+        for image_id, file in files.items():
             record: Mapping[str, Any] = read_json(self.file("record", image_id))
             size = (record["size"][0], record["size"][1])
-            images.append((record["file"], size, record["objects"]))
-            url = to_url(self.options.image_url, record["file"])
+            # The end of the path, not the id with its suffix: a file may be named in decomposed Unicode.
+            name = "/".join(file.parts[-1 - image_id.count("/") :])
+            images.append((name, size, record["objects"]))
+            url = to_url(self.options.image_url, served_name(self.options.labelstudio_root, file, name))
             tasks.append(to_label_studio_task(url, size, record["objects"], classes))
             num_objects += len(record["objects"])
         if "coco" in self._formats:
@@ -266,6 +271,24 @@ def _label_images(segmenter: Segmenter, files: Mapping[str, Path], folder: _Fold
             failed[image_id] = " ".join(str(error).split())
             folder.file("record", image_id).unlink(missing_ok=True)
     return failed
+
+
+def served_name(root: str | None, file: Path, name: str) -> str:
+    """Return the path of an image below the folder that Label Studio serves, or `name` if none is set.
+
+    Raises:
+        ConfigError: the image lies elsewhere.
+    """
+    if root is None:
+        return name
+    folder = Path(root).expanduser()
+    for path, base in ((file.absolute(), folder.absolute()), (file.resolve(), folder.resolve())):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    raise ConfigError(
+        f"labelstudio_root: got '{root}', which does not hold {file}; expected the folder that Label Studio serves, "
+        "with the images below it"
+    )
 
 
 def _relative_path(file: Path) -> str:

@@ -261,3 +261,13 @@ def test_a_picture_without_proposals_has_no_objects() -> None:
     for components in (False, True):
         label_map, objects = split_objects(prediction, 0.5, components)
         assert (label_map.shape, label_map.any(), objects) == ((5, 6), False, [])
+
+
+@pytest.mark.parametrize(("height", "width", "count"), [(1, 2, 0), (1, 1, 0), (5, 1, 0), (2, 2, 1), (3, 4, 1)])
+def test_no_shape_without_area_is_written(height: int, width: int, count: int) -> None:
+    mask = np.zeros((12, 12), bool)
+    mask[3 : 3 + height, 4 : 4 + width] = True
+    record = to_record(PredictedObject(1, 0.5, mask), 1.0)
+    shapes = to_labelme("a.png", (12, 12), [record], ("background", "dog"))["shapes"]
+    assert len(shapes) == count
+    assert len(to_coco([("a.png", (12, 12), [record])], ("background", "dog"))["annotations"]) == 1

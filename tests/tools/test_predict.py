@@ -55,15 +55,16 @@ def test_every_format_says_the_same(bank: Path, images: Path, tmp_path: Path, mo
     coco = COCO(str(out / "coco.json"))
     tasks = json.loads((out / "labelstudio.json").read_text())
     by_name = {image["file_name"]: image["id"] for image in coco.loadImgs(coco.getImgIds())}
-    assert set(by_name) == {"mine/images/scene020.png", "mine/images/scene021.png", "mine/images/a trip/no#1.png"}
-    assert tasks[0]["data"]["image"] == "/data/local-files/?d=mine/images/a%20trip/no%231.png"
+    assert set(by_name) == {"scene020.png", "scene021.png", "a trip/no#1.png"}
+    assert tasks[0]["data"]["image"] == "/data/local-files/?d=a%20trip/no%231.png"
     seen = 0
     for task, (name, number) in zip(tasks, by_name.items(), strict=True):
-        image = Path(name).relative_to("mine/images").with_suffix("")
+        image = Path(name).with_suffix("")
+        file = tmp_path / "mine" / "images" / name
         label_map = read_label_png(out / "labels" / f"{image}.png")
-        assert np.array_equal(label_map, segmenter.predict(tmp_path / name).label_map)
+        assert np.array_equal(label_map, segmenter.predict(file).label_map)
         labelme = json.loads((out / "labelme" / f"{image}.json").read_text())
-        assert (out / "labelme" / image.parent / labelme["imagePath"]).resolve() == (tmp_path / name).resolve()
+        assert (out / "labelme" / image.parent / labelme["imagePath"]).resolve() == file.resolve()
         height, width = label_map.shape
         assert (labelme["imageHeight"], labelme["imageWidth"]) == (height, width)
         annotations = coco.loadAnns(coco.getAnnIds(imgIds=number))
@@ -233,3 +234,18 @@ def test_other_weights_of_the_proposer_are_another_result(
     monkeypatch.setattr(SuperpixelProposer, "digest", "0" * 64)
     with pytest.raises(ArtefactError, match="holds the result of another bank or other settings"):
         run(*arguments)
+
+
+def test_names_do_not_climb_out_of_the_folder(
+    bank: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "deep")
+    out, _ = run(f"bank={bank}", f"images={images}", "out=found", f"labelstudio_root={tmp_path}")
+    names = [image["file_name"] for image in json.loads((out / "coco.json").read_text())["images"]]
+    assert names == ["a trip/no#1.png", "scene020.png", "scene021.png"]
+    urls = [task["data"]["image"] for task in json.loads((out / "labelstudio.json").read_text())]
+    inside = images.relative_to(tmp_path).as_posix()
+    assert urls == [f"/data/local-files/?d={inside}/{name.replace(' ', '%20').replace('#', '%23')}" for name in names]
+    with pytest.raises(ConfigError, match=r"labelstudio_root: got '.*elsewhere', which does not hold"):
+        run(f"bank={bank}", f"images={images}", "out=other", f"labelstudio_root={tmp_path / 'elsewhere'}")
