@@ -36,8 +36,8 @@ def find_polygons(mask: np.ndarray, tolerance: float = 0.0, convention: Conventi
         convention: of the coordinates, as the module says.
 
     Returns:
-        `[n, 2]` float64 `(x, y)` each, three points or more, not closed; none for an empty mask. With tolerance 0
-        and on edges, the pixels whose centre lies inside (even-odd rule) are exactly those of the mask.
+        `[n, 2]` float64 `(x, y)` each, three points or more, not closed, with an area; none for an empty mask. With
+        tolerance 0 and on edges, the pixels whose centre lies inside (even-odd rule) are exactly those of the mask.
 
     Raises:
         ValueError: not a mask, or a negative tolerance.
@@ -48,7 +48,7 @@ def find_polygons(mask: np.ndarray, tolerance: float = 0.0, convention: Conventi
         raise ValueError(f"tolerance: got {tolerance}, expected 0 or more pixels; try 1")
     components = _contours(mask, convention)
     while True:
-        polygons = [_join([_simplify(ring, tolerance) for ring in rings]) for rings in components]
+        polygons = [_give_area(_join([_simplify(ring, tolerance) for ring in rings])) for rings in components]
         if tolerance == 0 or not polygons:
             return polygons
         if compute_iou(fill_polygons(polygons, (mask.shape[0], mask.shape[1]), convention), mask) >= MIN_IOU:
@@ -112,12 +112,29 @@ def _contours(mask: np.ndarray, convention: Convention) -> list[list[np.ndarray]
 
 
 def _simplify(ring: np.ndarray, tolerance: float) -> np.ndarray:
-    """Return the ring without points that lie within the tolerance; three points or more."""
-    if tolerance > 0:
-        simple = cv2.approxPolyDP(ring.astype(np.float32)[:, None], tolerance, True)[:, 0].astype(np.float64)
-        ring = simple if len(simple) >= 3 else ring
-    # Readers want three points even of a single pixel's centre.
-    return ring if len(ring) >= 3 else np.concatenate([ring, np.repeat(ring[-1:], 3 - len(ring), axis=0)])
+    """Return the ring without points that lie within the tolerance, or the ring itself if no area would remain."""
+    if tolerance == 0:
+        return ring
+    simple = cv2.approxPolyDP(ring.astype(np.float32)[:, None], tolerance, True)[:, 0].astype(np.float64)
+    return simple if _compute_area(simple) else ring
+
+
+def _give_area(ring: np.ndarray) -> np.ndarray:
+    """Return the ring, with a loop of half a pixel at its first point if it has no area.
+
+    The centres of pixels in a row lie on a line, and tools drop or refuse what has no area. Readers that draw outlines
+    truncate coordinates, so that the loop lies in the pixel that it begins at.
+    """
+    if _compute_area(ring):
+        return ring
+    loop = ring[0] + np.array([[0.0, 0.0], [0.5, 0.0], [0.5, 0.5], [0.0, 0.5]])
+    return loop if len(ring) == 1 else np.concatenate([loop, ring])
+
+
+def _compute_area(ring: np.ndarray) -> float:
+    """Return the area of a ring; what it goes around in opposite directions cancels out."""
+    x, y = ring.T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 
 def _join(rings: list[np.ndarray]) -> np.ndarray:

@@ -146,9 +146,6 @@ def to_labelme(
 ) -> dict[str, Any]:
     """Return LabelMe's file of one image; polygons of one object share a `group_id`.
 
-    A polygon through the centres of pixels has no area where the object is one pixel wide; it is left out, because
-    LabelMe would show a line or a point.
-
     Args:
         image_path: the picture, relative to the folder that the file will be in.
         size: `(H, W)`.
@@ -167,7 +164,6 @@ def to_labelme(
         }
         for number, record in enumerate(objects, start=1)
         for ring in record["centres"]
-        if _has_area(ring)
     ]
     return {
         "version": LABELME_VERSION,
@@ -230,13 +226,6 @@ def to_label_studio_config(classes: Sequence[str]) -> str:
 def to_url(prefix: str, name: str) -> str:
     """Return the address of a picture, its name quoted except for slashes."""
     return prefix + quote(name)
-
-
-def _has_area(ring: Sequence[Sequence[float]]) -> bool:
-    """Return whether a polygon encloses more than a line."""
-    points = np.asarray(ring, dtype=np.float64)
-    following = np.roll(points, -1, axis=0)
-    return bool(abs((points[:, 0] * following[:, 1] - points[:, 1] * following[:, 0]).sum()) > 1e-6)
 
 
 def _find_components(label_map: np.ndarray, score_map: np.ndarray) -> list[PredictedObject]:

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -76,6 +77,31 @@ def test_polygons_hold_exactly_the_pixels_of_the_mask(name: str) -> None:
     assert np.array_equal(fill_polygons(polygons, size), mask)
     assert np.array_equal(fill_polygons(find_polygons(mask, 0.0, "centres"), size, "centres"), mask)
     assert all(polygon.shape[1] == 2 and len(polygon) >= 3 for polygon in polygons)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(MASKS["pixel"], id="one pixel"),
+        pytest.param(drawn("....", ".##.", "...."), id="two pixels in a row"),
+        pytest.param(drawn("..", ".#", ".#"), id="two pixels in a column"),
+        pytest.param(drawn("#..", ".#.", "..#"), id="a diagonal"),
+        pytest.param(drawn("#...", "#...", "####"), id="an angle"),
+        pytest.param(drawn("#####", "#...#", "#...#", "#####"), id="a frame one pixel wide"),
+        pytest.param(drawn("##.......", "##.......", ".......##"), id="a block and a speck"),
+        pytest.param(drawn("#" * 30), id="a long line"),
+    ],
+)
+@pytest.mark.parametrize("convention", ["edges", "centres"])
+@pytest.mark.parametrize("tolerance", [0.0, 1.0])
+def test_every_polygon_has_an_area(mask: np.ndarray, convention: Convention, tolerance: float) -> None:
+    polygons = find_polygons(mask, tolerance, convention)
+    assert polygons
+    for polygon in polygons:
+        corners = list(zip(polygon, np.roll(polygon, -1, axis=0), strict=True))
+        assert abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in corners)) > 0
+    if tolerance == 0:
+        assert np.array_equal(fill_polygons(polygons, (mask.shape[0], mask.shape[1]), convention), mask)
 
 
 @pytest.mark.parametrize(
@@ -263,11 +289,13 @@ def test_a_picture_without_proposals_has_no_objects() -> None:
         assert (label_map.shape, label_map.any(), objects) == ((5, 6), False, [])
 
 
-@pytest.mark.parametrize(("height", "width", "count"), [(1, 2, 0), (1, 1, 0), (5, 1, 0), (2, 2, 1), (3, 4, 1)])
-def test_no_shape_without_area_is_written(height: int, width: int, count: int) -> None:
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (1, 1), (5, 1), (2, 2), (3, 4)])
+def test_no_shape_without_area_is_written(height: int, width: int) -> None:
     mask = np.zeros((12, 12), bool)
     mask[3 : 3 + height, 4 : 4 + width] = True
     record = to_record(PredictedObject(1, 0.5, mask), 1.0)
     shapes = to_labelme("a.png", (12, 12), [record], ("background", "dog"))["shapes"]
-    assert len(shapes) == count
+    (shape,) = shapes
+    assert cv2.contourArea(np.array(shape["points"], dtype=np.float32)) > 0
+    assert np.array_equal(fill_polygons([np.array(shape["points"])], (12, 12), "centres"), mask)
     assert len(to_coco([("a.png", (12, 12), [record])], ("background", "dog"))["annotations"]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -85,6 +86,59 @@ def test_every_format_says_the_same(bank: Path, images: Path, tmp_path: Path, mo
     assert (picture.mode, picture.getpalette()) == ("P", voc_palette().ravel().tolist())
     assert len(list(out.glob("overlays/**/*.png"))) == 3
     assert (out / "classes.txt").read_text().splitlines() == list(segmenter.classes)
+
+
+# Tools that read the files -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(bank: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of images, and that of their predictions, with every corner."""
+    root = tmp_path_factory.mktemp("exported")
+    write_folder(root, [20, 21], masks=False)
+    return root / "images", run(
+        f"bank={bank}", f"images={root / 'images'}", f"out={root / 'out'}", "tolerance=0", "objects=components"
+    )[0]
+
+
+def test_labelme_reads_its_files(exported: tuple[Path, Path]) -> None:
+    labelme = pytest.importorskip("labelme", exc_type=ImportError)
+    _, out = exported
+    ids = {name: label for label, name in enumerate((out / "classes.txt").read_text().splitlines())}
+    for path in sorted((out / "labelme").glob("*.json")):
+        label_map = read_label_png(out / "labels" / f"{path.stem}.png")
+        shapes = labelme.LabelFile(str(path)).shapes
+        assert shapes
+        drawn, _ = labelme.utils.shapes_to_label(label_map.shape, shapes, ids)
+        assert np.array_equal(drawn, label_map)
+
+
+def test_supervision_reads_the_coco_file(exported: tuple[Path, Path]) -> None:
+    supervision = pytest.importorskip("supervision", exc_type=ImportError)
+    images, out = exported
+    dataset = supervision.DetectionDataset.from_coco(str(images), str(out / "coco.json"), force_masks=True)
+    assert len(dataset) == 2
+    coco = COCO(str(out / "coco.json"))
+    for path, _, detections in dataset:
+        label_map = read_label_png(out / "labels" / f"{Path(path).stem}.png")
+        assert detections.mask is not None
+        # It fills polygons with their outline, which runs along the edges of pixels: half a pixel more all around.
+        assert (
+            compute_iou(detections.mask.any(0), cv2.dilate((label_map > 0).astype(np.uint8), np.ones((2, 2))) > 0)
+            > 0.95
+        )
+        assert detections.mask.any(0)[label_map > 0].all()
+    assert len(coco.getAnnIds()) == sum(len(detections) for _, _, detections in dataset)
+
+
+def test_label_studio_takes_the_tasks(exported: tuple[Path, Path]) -> None:
+    label_interface = pytest.importorskip("label_studio_sdk.label_interface", exc_type=ImportError)
+    _, out = exported
+    interface = label_interface.LabelInterface((out / "labelstudio.xml").read_text())
+    for task in json.loads((out / "labelstudio.json").read_text()):
+        assert interface.validate_task(task)
+        for prediction in task["predictions"]:
+            assert interface.validate_prediction(prediction)
 
 
 def _retrieval(bank: Path) -> dict[str, object]:
