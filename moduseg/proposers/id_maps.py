@@ -43,7 +43,7 @@ def read_id_map(path: Path, expected_size: tuple[int, int] | None = None) -> Pro
         DataError: the file is absent, damaged, of another content or of another size; one line.
     """
     is_archive = path.suffix.lower() == ".npz"
-    ids, scores = _read_npz(path, expected_size) if is_archive else (_read_png(path, expected_size), None)
+    ids, scores = _read_npz(path, expected_size) if is_archive else (read_png(path, expected_size), None)
     height, width = ids.shape
     region_ids = np.unique(ids)
     region_ids = region_ids[region_ids > 0].astype(np.int64)
@@ -145,8 +145,16 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def _read_png(path: Path, expected_size: tuple[int, int] | None) -> np.ndarray:
-    """Return the map as `[H, W]` integers."""
+def read_png(path: Path, expected_size: tuple[int, int] | None) -> np.ndarray:
+    """Return the values of a grey or indexed PNG of up to 16 bits as `[H, W]` integers.
+
+    Args:
+        path: the file.
+        expected_size: `(H, W)` that it must have, or `None` for any.
+
+    Raises:
+        DataError: absent, damaged, of another kind or of another size.
+    """
     try:
         with path.open("rb") as file:
             header = file.read(26)

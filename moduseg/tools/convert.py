@@ -1,4 +1,4 @@
-"""The command `convert_proposals`: maps of ids become proposal files in the annotation format of SA-1B."""
+"""The command `convert_proposals`: maps of ids, or folders of masks, become files in the annotation format of SA-1B."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from moduseg.errors import DataError, MissingError
 from moduseg.files import write_atomic
 from moduseg.progress import track
 from moduseg.proposers.id_maps import SUFFIXES, read_id_map
+from moduseg.proposers.mask_folders import TABLE, read_mask_folder
 from moduseg.proposers.sa1b import dump, to_annotations
 
 
@@ -45,8 +46,9 @@ class Conversion:
 def convert_folder(source: Path, out: Path) -> Conversion:
     """Write `<out>/<id>.json` for every `<source>/<id>.npz` and `<source>/<id>.png`, sub-folders included.
 
-    Each file is intact or absent, and one that is newer than its map is kept, so that a run that was stopped continues
-    where it was. A map that cannot be read costs its own file only.
+    A sub-folder with `metadata.csv` is one image, its PNGs are masks; see `moduseg.proposers.mask_folders`. Each file
+    is intact or absent, and one that is newer than its map is kept, so that a run that was stopped continues where it
+    was. A map that cannot be read costs its own file only.
 
     Args:
         source: the folder of maps; see `moduseg.proposers.id_maps`.
@@ -59,8 +61,11 @@ def convert_folder(source: Path, out: Path) -> Conversion:
     """
     if not source.is_dir():
         raise MissingError(f"{source}: no such folder; name the folder of .npz or .png maps")
-    maps: dict[str, Path] = {}
+    folders = {table.parent for table in source.rglob(TABLE) if table.parent != source}
+    maps: dict[str, Path] = {folder.relative_to(source).as_posix(): folder / TABLE for folder in sorted(folders)}
     for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+        if path.parent in folders:
+            continue
         image_id = path.relative_to(source).with_suffix("").as_posix()
         if image_id in maps:
             raise DataError(f"{path}: a second map of {image_id!r} beside {maps[image_id].name}; keep one of them")
@@ -75,7 +80,8 @@ def convert_folder(source: Path, out: Path) -> Conversion:
             num_kept += 1
             continue
         try:
-            data = dump(to_annotations(read_id_map(path), image_id))
+            proposals = read_mask_folder(path.parent) if path.name == TABLE else read_id_map(path)
+            data = dump(to_annotations(proposals, image_id))
         except DataError as error:
             failed[str(path)] = str(error)
             continue
