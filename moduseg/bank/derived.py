@@ -76,7 +76,8 @@ def write_derived(
     }
     key = digest_of(parts)
     target = folder or outputs / str(bank.info.get("dataset", "bank")) / STAGE / f"{operation}-{key[:8]}"
-    _check_free(target, key, sources)
+    _check_not_source(target, sources)
+    _check_free(target, key)
     bank.save(target)
     write_json(
         target / "manifest.json",
@@ -96,10 +97,39 @@ def write_derived(
     return target
 
 
-def _check_free(folder: Path, key: str, sources: Sequence[Path]) -> None:
-    """Refuse a folder that is one of the sources, or that holds anything but the artefact of this key."""
+def check_target(folder: Path, operation: str, sources: Sequence[Path]) -> None:
+    """Refuse a folder that could not be written to in the end, before the work for it is done.
+
+    A bank of this operation, made of the same sources, passes: `write_derived` decides whether it is the same one.
+
+    Raises:
+        ArtefactError: the folder is a file or that of a source, or holds something else.
+    """
+    _check_not_source(folder, sources)
+    if folder.exists() and not folder.is_dir():
+        raise ArtefactError(f"{folder}: got a file, expected a folder; set out=<new folder>")
+    manifest = folder / "manifest.json"
+    parts = read_json(manifest).get("parts") if manifest.is_file() else None
+    made_from = [file_digest(path / "bank.safetensors") for path in sources]
+    is_same = isinstance(parts, dict) and (parts.get("operation"), parts.get("sources")) == (operation, made_from)
+    if folder.is_dir() and any(folder.iterdir()) and not is_same:
+        raise ArtefactError(
+            f"{folder}: holds something else, expected a new folder; set out=<new folder>, or remove it"
+        )
+
+
+def _check_not_source(folder: Path, sources: Sequence[Path]) -> None:
+    """Refuse a folder that is one of the sources.
+
+    Raises:
+        ArtefactError: it is.
+    """
     if folder.resolve() in [path.resolve() for path in sources]:
         raise ArtefactError(f"{folder}: is the folder of the bank itself, which is never changed; set out=<new folder>")
+
+
+def _check_free(folder: Path, key: str) -> None:
+    """Refuse a folder that holds anything but the artefact of this key."""
     if folder.exists() and any(folder.iterdir()):
         manifest = folder / "manifest.json"
         held = read_json(manifest).get("key") if manifest.is_file() else None

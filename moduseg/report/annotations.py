@@ -205,7 +205,9 @@ def to_label_studio_task(
                 }
             )
     scores = [record["score"] for record in objects]
-    prediction = {"model_version": "moduseg", "score": sum(scores) / len(scores) if scores else 0.0, "result": results}
+    # Label Studio refuses scores outside 0..1, and a cosine may be negative.
+    score = min(max(sum(scores) / len(scores), 0.0), 1.0) if scores else 0.0
+    prediction = {"model_version": "moduseg", "score": score, "result": results}
     return {"data": {TO_NAME: url}, "predictions": [prediction]}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moduseg.bank import edit
-from moduseg.bank.derived import open_bank, write_derived
+from moduseg.bank.derived import check_target, open_bank, write_derived
 from moduseg.bank.store import Bank
 from moduseg.config import Config
 from moduseg.config.command_keys import AddOptions
@@ -44,6 +44,7 @@ class NewImages:
             new ones are appended to the bank's own.
         masks: label maps `<id>.png` used in place of pseudo masks; with the oracle `ground_truth` its truth.
         tag_source: what results call the source of the tags.
+        needs_regions: whether a new class that no region got is an error, not a warning.
     """
 
     files: Mapping[str, Path]
@@ -51,6 +52,7 @@ class NewImages:
     classes: Sequence[str]
     masks: Mapping[str, Path]
     tag_source: str
+    needs_regions: bool = False
 
 
 def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
@@ -72,8 +74,13 @@ def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
     source = Path(options.bank).expanduser()
     bank = open_bank(source)
     cfg = reconfigure(bank.info["config"], ["runtime.outputs=outputs", *overrides])
-    images = gather_images(options, edit.append_classes(bank.classes, options.new))
     folder = None if options.out is None else Path(options.out).expanduser()
+    if folder is not None:
+        check_target(folder, "add", [source])
+    for name in options.new:
+        if name in bank.classes:
+            log.warning("add: new=%s is a class of the bank already; its regions are added to that class", name)
+    images = gather_images(options, edit.append_classes(bank.classes, options.new))
     path, seconds = add_images(bank, source, cfg, images, folder=folder, start=start)
     counts = open_bank(path).counts
     log.info(
@@ -81,7 +88,7 @@ def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
         len(images.files),
         len(bank),
         sum(counts.values()) - len(bank),
-        ", ".join(f"{name}: {counts[name]}" for name in options.new) or "no new class",
+        ", ".join(f"{name}: {counts[name] - bank.counts.get(name, 0)}" for name in _find_named(images)),
         seconds,
         path,
     )
@@ -114,6 +121,7 @@ def add_images(
 
     Raises:
         ModusegError: as for `run`, or an image that the bank has already.
+        DataError: no region got a new class, or any class that the images are tagged with, and `needs_regions`.
     """
     start = time.perf_counter() if start is None else start
     repeated = sorted(set(images.files) & set(bank.image_ids))
@@ -131,6 +139,7 @@ def add_images(
     addition = edit.append_files(open_bank(built), {i: str(file.resolve()) for i, file in images.files.items()})
     label_source = work.dataset(SPLIT).label_source
     addition = dataclasses.replace(addition, info={**addition.info, "label_source": label_source})
+    _check_regions(addition, images, new_classes)
     extended = edit.merge([bank, addition])
     seconds = time.perf_counter() - start
     path = write_derived(
@@ -185,7 +194,31 @@ def gather_images(options: AddOptions, classes: Sequence[str]) -> NewImages:
         classes,
         {prefix + image_id: file for image_id, file in masks.items()},
         label_file.source,
+        needs_regions=True,
     )
+
+
+def _find_named(images: NewImages) -> list[str]:
+    """Return the classes that images are tagged with, in the order of their ids."""
+    return [images.classes[label] for label in sorted({label for ids in images.tags.values() for label in ids})]
+
+
+def _check_regions(addition: Bank, images: NewImages, new_classes: Sequence[str]) -> None:
+    """Warn of classes that images are tagged with and that no region got, or refuse them, as `needs_regions` says.
+
+    Raises:
+        DataError: a new class has no region, or no class has one.
+    """
+    named = _find_named(images)
+    absent = [name for name in named if not addition.counts.get(name)]
+    if not absent:
+        return
+    remedy = "look at the pseudo masks, or set masks=<folder of label PNGs>"
+    if images.needs_regions and (len(absent) == len(named) or not set(absent).isdisjoint(new_classes)):
+        raise DataError(
+            f"add: got no region of {', '.join(absent)} in {len(images.files)} images, expected one or more; {remedy}"
+        )
+    log.warning("add: no region got %s; %s", ", ".join(absent), remedy)
 
 
 def _open_workspace(bank: Bank, cfg: Config, images: NewImages) -> Workspace:

@@ -289,6 +289,12 @@ def test_a_picture_without_proposals_has_no_objects() -> None:
         assert (label_map.shape, label_map.any(), objects) == ((5, 6), False, [])
 
 
+@pytest.mark.parametrize(("score", "expected"), [(-0.25, 0.0), (0.5, 0.5), (1.000001, 1.0)])
+def test_label_studio_gets_scores_in_its_range(score: float, expected: float) -> None:
+    record = to_record(PredictedObject(1, score, MASKS["block"]), 0.0)
+    assert to_label_studio_task("a.png", (5, 6), [record], CLASSES)["predictions"][0]["score"] == expected
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 2), (1, 1), (5, 1), (2, 2), (3, 4)])
 def test_no_shape_without_area_is_written(height: int, width: int) -> None:
     mask = np.zeros((12, 12), bool)

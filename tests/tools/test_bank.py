@@ -20,6 +20,7 @@ from moduseg.cli.options import parse
 from moduseg.config import compose
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
+from moduseg.datasets.io import write_label_png
 from moduseg.datasets.tagged_images import TaggedImages
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError, ModusegError
 from moduseg.miniature.world.scenes import CLASSES
@@ -108,14 +109,24 @@ def add(bank: Path, tmp_path: Path, *arguments: str) -> Bank:
     return Bank.load(tmp_path / "new")
 
 
+def paint(path: Path, label: int) -> None:
+    """Write a label map whose left half is one class."""
+    label_map = np.zeros((64, 64), dtype=np.uint8)
+    label_map[:, :32] = label
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(write_label_png(label_map))
+
+
 def test_images_of_a_new_class_by_its_name_alone(bank: Path, tmp_path: Path) -> None:
     """All images of a folder, sub-folders included, show what `new` names."""
     write_folder(tmp_path / "more", [30, 31])
     images = tmp_path / "more" / "images"
     (images / "trip").mkdir()
     (images / "scene031.png").rename(images / "trip" / "scene031.png")
-    got = add(bank, tmp_path, f"images={images}", "new=purple blob")
     before = Bank.load(bank)
+    for name in ("scene030", "trip/scene031"):
+        paint(tmp_path / "given" / f"{name}.png", len(before.classes))
+    got = add(bank, tmp_path, f"images={images}", "new=purple blob", f"masks={tmp_path / 'given'}")
     assert got.classes == (*before.classes, "purple blob")
     assert got.image_ids == (*before.image_ids, "scene030", "trip/scene031")
     assert torch.equal(got.pooled[: len(before)], before.pooled)
@@ -192,9 +203,56 @@ def test_a_class_called_like_a_background_word_is_warned_of(
     from moduseg.miniature.world.drawing import STUFF
 
     write_folder(tmp_path / "more", [30])
-    with caplog.at_level("WARNING", logger="moduseg"):
+    with (
+        caplog.at_level("WARNING", logger="moduseg"),
+        pytest.raises(DataError, match=f"add: got no region of {STUFF[0]} in 1 images"),
+    ):
         add(bank, tmp_path, f"images={tmp_path / 'more' / 'images'}", f"new={STUFF[0]}")
     assert f"the new class {STUFF[0]!r} is one of the background words" in caplog.text
+
+
+def test_adding_says_how_many_regions_got_each_named_class(
+    bank: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = write_folder(tmp_path / "more", [30, 31])
+    before = Bank.load(bank)
+    with caplog.at_level("INFO", logger="moduseg"):
+        got = add(bank, tmp_path, f"images={more}", f"masks={more / 'masks'}")
+    counts = {name: got.counts[name] - before.counts[name] for name in before.classes[1:]}
+    said = ", ".join(f"{name}: {count}" for name, count in counts.items() if count)
+    assert f"add: 2 images, {len(before)} + {len(got) - len(before)} vectors, {said}; " in caplog.text
+
+
+def test_a_new_class_without_a_region_is_not_added(bank: Path, tmp_path: Path) -> None:
+    more = write_folder(tmp_path / "more", [30])
+    paint(tmp_path / "given" / f"{image_id(30)}.png", 1)
+    given = f"masks={tmp_path / 'given'}"
+    arguments = [f"bank={bank}", f"images={more / 'images'}", given, f"out={tmp_path / 'new'}"]
+    with pytest.raises(DataError, match=r"add: got no region of blob in 1 images, expected one or more; look at"):
+        run_verb("add", [*arguments, "new=blob", f"runtime.outputs={tmp_path / 'outputs'}"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_new_class_that_the_bank_has_is_told(bank: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = write_folder(tmp_path / "more", [30]) / "images"
+    before = Bank.load(bank)
+    paint(tmp_path / "given" / f"{image_id(30)}.png", 1)
+    with caplog.at_level("WARNING", logger="moduseg"):
+        got = add(bank, tmp_path, f"images={images}", f"masks={tmp_path / 'given'}", f"new={before.classes[1]}")
+    assert f"add: new={before.classes[1]} is a class of the bank already" in caplog.text
+    assert (got.classes, got.counts[got.classes[1]]) == (before.classes, before.counts[got.classes[1]] + 1)
+
+
+@pytest.mark.parametrize("kind", ["other files", "a file", "the bank itself"])
+def test_out_is_checked_before_any_image(
+    bank: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = write_folder(tmp_path / "more", [30])
+    out = {"other files": more, "a file": tmp_path / "file", "the bank itself": bank}[kind]
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(BuildBank, "run", lambda *_: pytest.fail("images were processed"))
+    with pytest.raises(ArtefactError, match=r"set out=<new folder>"):
+        run_verb("add", [f"bank={bank}", f"images={more}", f"out={out}", f"runtime.outputs={tmp_path / 'outputs'}"])
 
 
 def test_an_image_that_cannot_be_read_is_recorded(bank: Path, tmp_path: Path) -> None:

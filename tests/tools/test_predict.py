@@ -136,9 +136,10 @@ def test_label_studio_takes_the_tasks(exported: tuple[Path, Path]) -> None:
     _, out = exported
     interface = label_interface.LabelInterface((out / "labelstudio.xml").read_text())
     for task in json.loads((out / "labelstudio.json").read_text()):
-        assert interface.validate_task(task)
-        for prediction in task["predictions"]:
-            assert interface.validate_prediction(prediction)
+        assert interface.validate_task({"data": task["data"]})
+        (prediction,) = task["predictions"]
+        assert prediction["result"]
+        assert interface.validate_prediction(prediction, return_errors=True) == []
 
 
 def _retrieval(bank: Path) -> dict[str, object]:
