@@ -6,6 +6,7 @@ links are not allowed, it is a text file that holds the folder's name.
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from moduseg.errors import ConfigError, MissingError, StorageError
 
+log = logging.getLogger("moduseg")
 LATEST = "latest"
 BANKS = ("build_bank", "bank")
 RUNS = ("infer", "evaluate", "pseudo_masks", "compare")
@@ -97,6 +99,10 @@ def _read_link(path: Path) -> Path | None:
 def _write_link(link: Path, target: str) -> None:
     """Make or replace a link to a folder beside it."""
     if link.is_dir() and not link.is_symlink():
+        if link.name == LATEST:
+            # Outputs copied without their links have a copy of a run there, which is no reason to end a command.
+            log.warning("%s: is a folder, not a link, and stays as it is; remove it to have the newest run there", link)
+            return
         raise ConfigError(f"name: got {link.name!r}, which is a folder in {link.parent}; choose another name")
     temporary = link.with_name(f".{uuid.uuid4().hex}.tmp")
     try:

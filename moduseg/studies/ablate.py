@@ -100,7 +100,7 @@ def read_table(command: str, name: str) -> dict[str, Any]:
         allowed = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise ConfigError(f"table: got {name!r}, expected one of {allowed}; try: python {remedy}")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, *UNREADABLE) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}; correct the file") from error
     if not isinstance(content, dict):

@@ -52,6 +52,18 @@ def test_latest_is_the_newest_of_all_data_sets(outputs: Path) -> None:
     assert resolve_run(str(outputs / "b" / "infer" / "latest"), RUNS, outputs) == str(runs[0])
 
 
+def test_outputs_copied_without_links_end_no_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(tmp_path, "pets", "infer", "timm-val-11111111")
+    copied = make_run(tmp_path, "pets", "infer", "latest")
+    name_run(run)
+    assert copied.is_dir()
+    assert not copied.is_symlink()
+    assert "latest: is a folder, not a link" in caplog.text
+    make_run(tmp_path, "pets", "infer", "first")
+    with pytest.raises(ConfigError, match="name: got 'first', which is a folder"):
+        name_run(run, "first")
+
+
 def test_bank_elsewhere_gets_no_name(outputs: Path, tmp_path: Path) -> None:
     bank = make_run(tmp_path / "other", "pets", "build_bank", "timm-train-00000000")
     name_run(make_run(outputs, "pets", "infer", "timm-val-11111111", build_bank=bank))

@@ -50,7 +50,7 @@ def test_every_stage_is_killed_at_random_moments(kills: int, finished: Path, tmp
     for stage in STAGES:
         before = tmp_path / "before"
         if outputs.exists():
-            shutil.copytree(outputs, before)
+            shutil.copytree(outputs, before, symlinks=True)
         begun = time.perf_counter()
         process = start(stage, arguments(outputs), log)
         process.join(60)
@@ -82,7 +82,7 @@ def test_every_stage_is_killed_at_random_moments(kills: int, finished: Path, tmp
 def _restore(before: Path, outputs: Path) -> None:
     shutil.rmtree(outputs)
     if before.exists():
-        shutil.copytree(before, outputs)
+        shutil.copytree(before, outputs, symlinks=True)
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_two_runs_at_once_do_each_other_no_harm(finished: Path, tmp_path: Path) 
 def test_any_file_truncated_between_runs_is_made_again(finished: Path, tmp_path: Path) -> None:
     """One file of each kind: of single images, of records, of what was merged, of manifests."""
     outputs = tmp_path / "outputs"
-    shutil.copytree(finished, outputs)
+    shutil.copytree(finished, outputs, symlinks=True)
     cut = _one_of_each_kind(outputs)
     assert {p.name for p in cut} >= {
         "manifest.json",
@@ -177,7 +177,7 @@ def test_any_file_truncated_between_runs_is_made_again(finished: Path, tmp_path:
 
 def test_bytes_changed_in_place_are_found_where_digests_are_asked_for(finished: Path, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
-    shutil.copytree(finished, outputs)
+    shutil.copytree(finished, outputs, symlinks=True)
     for path in _one_of_each_kind(outputs):
         if path.suffix in (".png", ".safetensors", ".z", ".json") and path.name != "manifest.json":
             data = bytearray(path.read_bytes())

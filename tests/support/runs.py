@@ -44,6 +44,7 @@ def result_bytes(outputs: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(outputs.rglob("*")):
         relative = path.relative_to(outputs).as_posix()
-        if path.is_file() and any(f"/{part}" in f"/{relative}" for part in RESULTS) and "world-" not in relative:
+        is_copy = "world-" in relative or "/latest/" in relative
+        if path.is_file() and any(f"/{part}" in f"/{relative}" for part in RESULTS) and not is_copy:
             found[relative] = path.read_bytes()
     return found
