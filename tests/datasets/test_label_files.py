@@ -77,6 +77,16 @@ def test_case_and_spacing_are_asked_about(tag: str) -> None:
         resolve_labels([tag], ("background", "dog", "red car"), "a", "f")
 
 
+def test_label_files_that_list_the_background(tmp_path: Path) -> None:
+    """Those of the published method's authors do, with COCO's images by their number."""
+    path = tmp_path / "train.json"
+    path.write_text('{"images": [{"img_id": "9", "labels": [0, 46]}, {"img_id": "25", "labels": [0]}]}')
+    file = read_label_file(path)
+    classes = ("background", *(f"class {i}" for i in range(1, 81)))
+    tags = {image_id: resolve_labels(raw, classes, image_id, file.where) for image_id, raw in file.entries.items()}
+    assert tags == {"9": (46,), "25": ()}
+
+
 EXPECTED = {"p0": ("disc",), "p1": ("disc", "square")}
 
 
