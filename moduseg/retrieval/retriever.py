@@ -26,7 +26,8 @@ class VoteResult:
 
     Attributes:
         labels: `[N]` int64, 0 background.
-        scores: `[N]` float32, mean cosine similarity of the winning label's neighbours.
+        scores: `[N]` float64 (float32 on MPS), mean cosine similarity of the winning label's neighbours; masks are
+            ordered by it, and predictions hold it in float32.
         neighbours: `[N, k]` int64, positions in the searched bank, nearest first.
         similarities: `[N, k]` float32.
     """
@@ -82,7 +83,7 @@ class Retriever:
         votes = self.vote(pooled)
         label_map, kept = self._assemble(proposals, pooled, votes)
         rows, row_labels = self._rows_of(votes.neighbours)
-        answers = (votes.labels, votes.scores, kept, rows, row_labels, votes.similarities)
+        answers = (votes.labels, votes.scores.float(), kept, rows, row_labels, votes.similarities)
         return Prediction(label_map.cpu().numpy(), proposals, *(tensor.cpu() for tensor in answers))
 
     def vote(self, pooled: Tensor) -> VoteResult:

@@ -19,8 +19,8 @@ def vote(neighbour_labels: Tensor, similarities: Tensor, temperature: float | No
             softmax over the neighbours, so that a far one counts little and a large k does no harm. Not in the paper.
 
     Returns:
-        `labels [N]` int64 and `scores [N]` float32, the mean similarity of the winning label's neighbours; label 0 and
-        score 0 if there are no neighbours.
+        `labels [N]` int64 and `scores [N]` float64 (float32 on MPS), the mean similarity of the winning label's
+        neighbours; label 0 and score 0 if there are no neighbours.
 
     Raises:
         ValueError: shapes that do not fit, a negative label, or a temperature that is not positive.
@@ -34,15 +34,15 @@ def vote(neighbour_labels: Tensor, similarities: Tensor, temperature: float | No
         raise ValueError(f"vote: got temperature {temperature}, expected more than 0; leave it out for equal votes")
     count, k = neighbour_labels.shape
     device = neighbour_labels.device
+    # MPS has no float64. Float32 similarities add up exactly in float64, so the order of the scatter does not matter.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
     if neighbour_labels.numel() == 0:
-        return torch.zeros(count, dtype=torch.int64, device=device), torch.zeros(count, device=device)
+        return torch.zeros(count, dtype=torch.int64, device=device), torch.zeros(count, dtype=dtype, device=device)
     labels = neighbour_labels.long()
     lowest, highest = labels.aminmax()
     if int(lowest) < 0:
         raise ValueError(f"vote: got label {int(lowest)}, expected 0 or more; leave out queries without neighbours")
     shape = (count, int(highest) + 1)
-    # MPS has no float64. Float32 similarities add up exactly in float64, so the order of the scatter does not matter.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
     votes = torch.zeros(shape, dtype=torch.int64, device=device).scatter_add(1, labels, torch.ones_like(labels))
     sums = torch.zeros(shape, dtype=dtype, device=device).scatter_add(1, labels, similarities.to(dtype))
     ranks = torch.arange(k, device=device).expand_as(labels)
@@ -57,4 +57,4 @@ def vote(neighbour_labels: Tensor, similarities: Tensor, temperature: float | No
     tied &= best == best.amax(1, keepdim=True)
     winner = first.masked_fill(~tied, k).argmin(1, keepdim=True)
     scores = sums.gather(1, winner) / votes.gather(1, winner)
-    return winner[:, 0], scores[:, 0].float()
+    return winner[:, 0], scores[:, 0]

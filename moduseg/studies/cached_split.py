@@ -32,6 +32,7 @@ from moduseg.retrieval.balance import (
     count_smallest_class,
     find_class_candidates,
     measure_class_spreads,
+    widest_float,
 )
 from moduseg.retrieval.majority import label_cells_by_majority
 from moduseg.retrieval.search import BankIndex, search
@@ -89,7 +90,7 @@ class Answers:
     Attributes:
         is_kept: `[Q]` bool, whether a proposal is large and good enough.
         labels: `[Q]` int64.
-        scores: `[Q]` float32.
+        scores: `[Q]` float64 (float32 on MPS).
         worths: `[Q]` int64, what a selection maximises; zeros for rules that weigh nothing.
     """
 
@@ -211,13 +212,13 @@ class CachedSplit:
         return truth
 
     def _vote(self, bank: BankConfig, settings: RetrievalConfig) -> tuple[np.ndarray, np.ndarray]:
-        """Return `labels [Q]` int64 and `scores [Q]` float32 of all proposals of the split."""
+        """Return `labels [Q]` int64 and `scores [Q]` float64 (float32 on MPS) of all proposals of the split."""
         view = self._view(bank)
         key = (view.name, settings.top_k, settings.cap_top_k, settings.vote_balance, settings.vote_temperature)
         if key not in self._votes:
             has_vector = self.queries.has_vector
             labels = torch.zeros(len(self.queries.pooled), dtype=torch.int64, device=self._device)
-            scores = torch.zeros(len(self.queries.pooled), device=self._device)
+            scores = torch.zeros(len(labels), dtype=widest_float(labels.device), device=self._device)
             if len(has_vector) and len(view.bank.vectors):
                 similarities, rows = view.find_neighbours(settings)
                 voted = vote(view.bank.labels[rows], similarities, settings.vote_temperature)

@@ -28,6 +28,19 @@ def test_golden(index: int, device: torch.device) -> None:
     assert np.array_equal(prediction.label_map, arrays["label_map"].numpy())
 
 
+@pytest.mark.parametrize("selection", ["nms", "nms_quality"])
+def test_masks_are_ordered_by_float64_scores(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second mask's score is larger by 2^-27, which float32 does not hold.
+    neighbours = torch.tensor([[1.0, 0.0], [1.0, 2**-26]]), torch.tensor([[0, 1], [2, 3]])
+    retriever = make_retriever(torch.eye(4), torch.tensor([1, 1, 2, 2]), top_k=2, min_area=0, selection=selection)
+    monkeypatch.setattr(retriever, "_search", lambda queries: neighbours)
+    prediction = retriever.predict(Proposals(torch.ones(2, 4, 4, dtype=torch.bool)), torch.eye(4)[:2])
+    assert (prediction.labels.tolist(), prediction.scores.tolist()) == ([1, 2], [0.5, 0.5])
+    assert prediction.scores.dtype == torch.float32
+    assert prediction.kept.tolist() == [1, 0]
+    assert (prediction.label_map == 2).all()
+
+
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("top_k", [1, 5, 100])
 def test_prediction_equals_the_plain_steps(
