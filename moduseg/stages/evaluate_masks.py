@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -192,26 +193,8 @@ def count_split(
             "(background); 'ignore' is for data sets without one"
         )
 
-    def load(image_id: str) -> Pair | None:
-        try:
-            truth = dataset.semantic_of(image_id)
-        except DataError as error:
-            log.warning("not scored: %s", error)
-            return None
-        if truth is None:
-            return None
-        labels = read(image_id, (truth.shape[0], truth.shape[1]))
-        if labels.shape != truth.shape and dataset.image_size(image_id) != truth.shape:
-            log.warning(
-                "not scored: image %r: its label map is %s, expected the image's %s; make it again at that size",
-                image_id,
-                truth.shape,
-                dataset.image_size(image_id),
-            )
-            return None
-        return truth, labels
-
     counts, left_out = SplitCounts(len(dataset.classes)), []
+    load = partial(_load_pair, dataset, read)
     pairs = count_pairs(ids, load, counts.num_labels, boundary_width=settings.boundary_width, workers=settings.workers)
     for image_id, found in track(pairs, title, len(ids)):
         if found is None:
@@ -223,10 +206,37 @@ def count_split(
                 f"{dataset.num_classes} or 255 on {dataset.name}, which has no background; correct the label map"
             )
         counts.append(image_id, found)
+    _check_truth(dataset, counts, len(ids))
+    return counts, left_out
+
+
+def _load_pair(dataset: Dataset, read: Reader, image_id: str) -> Pair | None:
+    """Return the truth of an image and its label map; `None` if it has no usable truth."""
+    try:
+        truth = dataset.semantic_of(image_id)
+    except DataError as error:
+        log.warning("not scored: %s", error)
+        return None
+    if truth is None:
+        return None
+    labels = read(image_id, (truth.shape[0], truth.shape[1]))
+    if labels.shape != truth.shape and dataset.image_size(image_id) != truth.shape:
+        log.warning(
+            "not scored: image %r: its label map is %s, expected the image's %s; make it again at that size",
+            image_id,
+            truth.shape,
+            dataset.image_size(image_id),
+        )
+        return None
+    return truth, labels
+
+
+def _check_truth(dataset: Dataset, counts: SplitCounts, num_images: int) -> None:
+    """Refuse a split of which no image has ground truth, or in whose truth no class occurs."""
     where = f"{dataset.name} {dataset.split}"
     if not len(counts):
         raise DataError(
-            f"{where}: got no usable ground truth for {len(ids)} images, expected label maps of ids "
+            f"{where}: got no usable ground truth for {num_images} images, expected label maps of ids "
             f"0..{dataset.num_classes} or 255; scripts/check_data.py says what is wrong with each"
         )
     # A truth without classes, such as masks of 0 and 255, would score 100 % for a prediction of background alone.
@@ -235,7 +245,6 @@ def count_split(
             f"{where}: got {len(counts)} label maps in which no class occurs, only 0 (background) and 255 (ignored), "
             f"expected ids 1..{dataset.num_classes}; store the id of its class where an object is"
         )
-    return counts, left_out
 
 
 def make_record(work: Workspace, dataset: Dataset, counts: SplitCounts, run: ScoredRun) -> dict[str, Any]:

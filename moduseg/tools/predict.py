@@ -73,11 +73,7 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
     folder.check()
     for file in files.values():
         served_name(options.labelstudio_root, file, "")  # what lies elsewhere is said before the first image
-    if segmenter.proposer.needs_truth:
-        raise ConfigError(
-            f"proposer.name: got {cfg.proposer['name']!r}, which needs ground truth, expected one that works on "
-            "any image; set proposer=<file>, such as proposer=sam_cpu"
-        )
+    _check_proposer(segmenter)
     _warn_of_rare_classes(bank, cfg.retrieval.top_k)
     folder.write_manifest("running")
     start = time.perf_counter()
@@ -225,6 +221,14 @@ class _Folder:
     @property
     def _formats(self) -> tuple[str, ...]:
         return self.options.formats
+
+
+def _check_proposer(segmenter: Segmenter) -> None:
+    if segmenter.proposer.needs_truth:
+        raise ConfigError(
+            f"proposer.name: got {segmenter.cfg.proposer['name']!r}, which needs ground truth, expected one that works "
+            "on any image; set proposer=<file>, such as proposer=sam_cpu"
+        )
 
 
 def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Segmenter) -> str:
