@@ -69,8 +69,7 @@ class Outcome:
         processed_now: number of images processed by this call; the others were done before.
         changed: whether anything in the artefact differs from when it was last complete.
         seconds: by step, of all runs that made the artefact: `load` and `write` (which includes encoding) in their
-            threads, `work` between them,
-            `model` of it in forward passes, `wall` on the clock.
+            threads, `work` between them, `model` of it in forward passes, `wall` on the clock.
         content_digest: SHA-256 over all file digests and failures, independent of which run wrote them.
     """
 
