@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,12 +60,16 @@ class Proposals:
             proposer does not.
         id_map: `[H, W]` int32, the proposal of each pixel, -1 for none: the masks once more, as one map. `None` if
             they overlap or were not made by `of_id_map`.
+        parents: `[N]` int64, the index of the smallest mask of the same tree that contains the mask, -1 for a root;
+            several trees are a forest. `None` if the proposer knows of no tree. That a parent contains its children is
+            the proposer's word and is not looked up here.
     """
 
     masks: Tensor
     predicted_iou: Tensor = field(default_factory=lambda: torch.empty(0))
     stability_score: Tensor = field(default_factory=lambda: torch.empty(0))
     id_map: Tensor | None = None
+    parents: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.masks.ndim != 3 or self.masks.dtype != torch.bool:
@@ -84,6 +89,8 @@ class Proposals:
             raise ValueError(
                 f"proposals: id_map is {tuple(self.id_map.shape)}, expected the masks' {tuple(self.masks.shape[1:])}"
             )
+        if self.parents is not None:
+            check_parents(self.parents, num_masks)
 
     @classmethod
     def of_id_map(
@@ -108,6 +115,39 @@ class Proposals:
             missing if predicted_iou is None else predicted_iou,
             missing if stability_score is None else stability_score,
             ids,
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Proposals]) -> Proposals:
+        """Return the proposals of several lists of one image as one list, in their order.
+
+        Args:
+            parts: one or more, on one device. If some of them have parents, each proposal of the others is a root. The
+                lists may overlap, so that the result has no id map unless there is a single part.
+
+        Raises:
+            ValueError: no part, or parts of images of different sizes.
+        """
+        sizes = sorted({tuple(part.masks.shape[1:]) for part in parts})
+        if len(sizes) != 1:
+            raise ValueError(
+                f"proposals: got {len(parts)} lists of image sizes {sizes}, expected one or more lists of one size; "
+                "join the proposals of one image only"
+            )
+        if len(parts) == 1:
+            return parts[0]
+        parents = []
+        offset = 0
+        for part in parts:
+            roots = torch.full((len(part),), -1, dtype=torch.int64, device=part.masks.device)
+            part_parents = roots if part.parents is None else part.parents
+            parents.append(torch.where(part_parents >= 0, part_parents + offset, part_parents))
+            offset += len(part)
+        return cls(
+            torch.cat([part.masks for part in parts]),
+            torch.cat([part.predicted_iou for part in parts]),
+            torch.cat([part.stability_score for part in parts]),
+            parents=None if all(part.parents is None for part in parts) else torch.cat(parents),
         )
 
     def __len__(self) -> int:
@@ -136,22 +176,82 @@ class Proposals:
         return self.predicted_iou * self.stability_score
 
     def select(self, keep: Tensor) -> Proposals:
-        """Return the proposals that `keep` (`[N]` bool, or indices) names, in its order."""
-        ids = None
-        if self.id_map is not None:
+        """Return the proposals that `keep` (`[N]` bool, or indices) names, in its order.
+
+        The parent of a proposal becomes its nearest ancestor that is kept. If a proposal is named twice, the result has
+        neither an id map nor parents: it would overlap itself, and its children would have two parents.
+        """
+        ids = parents = None
+        if self.id_map is not None or self.parents is not None:
             rows = torch.arange(len(self), device=self.masks.device)[keep]
-            # A proposal that is named twice would overlap itself, which an id map cannot hold.
             if len(rows.unique()) == len(rows):
-                # The last entry stays -1: it is that of pixels without a proposal.
-                new_ids = torch.full((len(self) + 1,), -1, dtype=torch.int32, device=rows.device)
-                new_ids[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-                ids = new_ids.index_select(0, self.id_map.flatten() % (len(self) + 1)).view_as(self.id_map)
-        return Proposals(self.masks[keep], self.predicted_iou[keep], self.stability_score[keep], ids)
+                # The last entry stays -1: it is that of pixels without a proposal, and of the parent of a root.
+                new_ids = torch.full((len(self) + 1,), -1, dtype=torch.int64, device=rows.device)
+                new_ids[rows] = torch.arange(len(rows), device=rows.device)
+                if self.id_map is not None:
+                    pixels = self.id_map.flatten() % (len(self) + 1)
+                    ids = new_ids.to(torch.int32).index_select(0, pixels).view_as(self.id_map)
+                if self.parents is not None:
+                    parents = new_ids[_nearest_kept(self.parents, new_ids >= 0)[rows]]
+        return Proposals(self.masks[keep], self.predicted_iou[keep], self.stability_score[keep], ids, parents)
 
     def to(self, device: torch.device) -> Proposals:
         """Return the proposals on another device."""
         ids = None if self.id_map is None else self.id_map.to(device)
-        return Proposals(self.masks.to(device), self.predicted_iou.to(device), self.stability_score.to(device), ids)
+        parents = None if self.parents is None else self.parents.to(device)
+        return Proposals(
+            self.masks.to(device), self.predicted_iou.to(device), self.stability_score.to(device), ids, parents
+        )
+
+
+def check_parents(parents: Tensor, num_masks: int) -> None:
+    """Raise ValueError unless `parents` (see `Proposals`) makes `num_masks` masks a forest."""
+    if parents.shape != (num_masks,) or parents.dtype != torch.int64:
+        raise ValueError(
+            f"proposals: got parents {tuple(parents.shape)} {parents.dtype}, expected ({num_masks},) torch.int64, one "
+            "a mask"
+        )
+    outside = ((parents < -1) | (parents >= num_masks)).nonzero()[:, 0]
+    if len(outside):
+        raise ValueError(
+            f"proposals: got parent {int(parents[outside[0]])} of mask {int(outside[0])}, expected the index of one of "
+            f"the {num_masks} masks, or -1 for a root"
+        )
+    # Whoever has not arrived above a root after as many steps as there are masks goes round in a circle.
+    circular = (_climb(parents, torch.zeros_like(parents, dtype=torch.bool)) != num_masks).nonzero()[:, 0]
+    if len(circular):
+        raise ValueError(
+            f"proposals: mask {int(circular[0])} has itself among its ancestors or those of a parent; expected a tree, "
+            "in which each parent contains its children"
+        )
+
+
+def _nearest_kept(parents: Tensor, is_kept: Tensor) -> Tensor:
+    """Return `[N]` int64: the nearest ancestor of each mask that is kept, `N` if there is none.
+
+    Args:
+        parents: `[N]` int64, of a forest.
+        is_kept: `[N + 1]` bool; the last entry stands above the roots and has no meaning.
+    """
+    num_masks = len(parents)
+    return _climb(parents, is_kept[:num_masks])[torch.where(parents < 0, num_masks, parents)]
+
+
+def _climb(parents: Tensor, is_stop: Tensor) -> Tensor:
+    """Return `[N + 1]` int64: where a climb from each mask over its parents ends; entry `N` is `N`.
+
+    Args:
+        parents: `[N]` int64 in -1..N-1.
+        is_stop: `[N]` bool, the masks at which a climb ends, the first one included; else it ends at `N`, above a root.
+    """
+    num_masks = len(parents)
+    indices = torch.arange(num_masks, device=parents.device)
+    steps = torch.where(is_stop, indices, torch.where(parents < 0, num_masks, parents))
+    reached = torch.cat((steps, steps.new_full((1,), num_masks)))
+    # Each pass doubles the steps that have been climbed.
+    for _ in range(num_masks.bit_length()):
+        reached = reached[reached]
+    return reached
 
 
 @dataclass(frozen=True)

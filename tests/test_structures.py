@@ -80,3 +80,101 @@ def test_bad_values() -> None:
     tokens = TokenMap(torch.zeros(2, 2, 1), 4, (8, 8), (8, 8))
     with pytest.raises(ValueError, match="expected the image's"):
         proposal_coverage(Proposals.of_id_map(torch.zeros(4, 4), 1), tokens)
+
+
+def nested(parents: list[int], device: torch.device | None = None) -> Proposals:
+    """Proposals with the given parents; which pixels they have does not matter here."""
+    scores = torch.arange(len(parents), device=device) / 10
+    masks = torch.ones((len(parents), 2, 3), dtype=torch.bool, device=device)
+    return Proposals(masks, scores, parents=torch.tensor(parents, dtype=torch.int64, device=device))
+
+
+# A root 0 with the children 1 and 2, below 1 the chain 3, 4, and a second tree of 5 and 6.
+FOREST = [-1, 0, 0, 1, 3, -1, 5]
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        pytest.param([0, 1, 2, 3, 4, 5, 6], FOREST, id="all"),
+        pytest.param([True, False, True, False, True, True, True], [-1, 0, 0, -1, 3], id="a removed parent"),
+        pytest.param([1, 2, 3, 4, 6], [-1, -1, 0, 2, -1], id="a removed root"),
+        pytest.param([4, 6, 0, 5], [2, 3, -1, -1], id="another order"),
+        pytest.param([4, 3, 1, 0], [1, 2, 3, -1], id="a chain turned round"),
+        pytest.param([False] * 7, [], id="none"),
+        pytest.param([], [], id="no index"),
+    ],
+)
+def test_a_removed_parent_is_replaced_by_the_nearest_ancestor(
+    keep: list[int], expected: list[int], device: torch.device
+) -> None:
+    index = torch.tensor(keep, dtype=None if keep else torch.int64, device=device)
+    chosen = nested(FOREST, device).to(device).select(index)
+    assert chosen.parents is not None
+    assert chosen.parents.device.type == chosen.masks.device.type
+    assert chosen.parents.tolist() == expected
+
+
+def test_selected_parents_are_those_of_a_walk(rng: np.random.Generator) -> None:
+    for _ in range(30):
+        count = int(rng.integers(1, 40))
+        order = rng.permutation(count)
+        parents = np.full(count, -1)
+        for place in range(1, count):
+            parents[order[place]] = order[rng.integers(place)] if rng.random() < 0.8 else -1
+        keep = rng.permutation(count)[: int(rng.integers(count + 1))]
+        expected = []
+        for row in keep:
+            ancestor = parents[row]
+            while ancestor >= 0 and ancestor not in keep:
+                ancestor = parents[ancestor]
+            expected.append(int(np.flatnonzero(keep == ancestor)[0]) if ancestor >= 0 else -1)
+        chosen = nested(parents.tolist()).select(torch.from_numpy(keep))
+        assert chosen.parents is not None
+        assert chosen.parents.tolist() == expected
+
+
+def test_a_proposal_named_twice_has_no_tree() -> None:
+    assert nested(FOREST).select(torch.tensor([0, 1, 1])).parents is None
+
+
+def test_concatenated_parents_are_shifted() -> None:
+    flat = Proposals.of_id_map(torch.zeros(2, 3), 1)
+    joined = Proposals.concatenate([nested([-1, 0]), flat, nested([1, -1])])
+    assert joined.parents is not None
+    assert joined.parents.tolist() == [-1, 0, -1, 4, -1]
+    assert joined.predicted_iou.tolist() == pytest.approx([0, 0.1, 1, 0, 0.1])
+    assert joined.id_map is None
+    assert Proposals.concatenate([flat, flat]).parents is None
+    assert Proposals.concatenate([flat]).id_map is not None
+
+
+@pytest.mark.parametrize("parts", [[], [nested([-1]), Proposals(torch.ones((1, 2, 2), dtype=torch.bool))]])
+def test_lists_of_several_images_are_not_joined(parts: list[Proposals]) -> None:
+    with pytest.raises(ValueError, match="expected one or more lists of one size"):
+        Proposals.concatenate(parts)
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        pytest.param([-1], r"got parents \(1,\) torch.int64, expected \(2,\)", id="too few"),
+        pytest.param([-1.0, 0.0], r"torch.float32, expected \(2,\) torch.int64", id="no integers"),
+        pytest.param([-1, 2], "got parent 2 of mask 1, expected the index of one of the 2 masks", id="beyond the end"),
+        pytest.param([-2, 0], "got parent -2 of mask 0", id="below -1"),
+        pytest.param([-1, 1], "mask 1 has itself among its ancestors", id="its own parent"),
+        pytest.param([1, 0], "mask 0 has itself among its ancestors", id="a circle"),
+    ],
+)
+def test_parents_that_are_no_forest(parents: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Proposals(torch.ones((2, 2, 2), dtype=torch.bool), parents=torch.tensor(parents))
+
+
+def test_long_circles_and_chains() -> None:
+    """A circle far from the mask that leads to it is seen, and a long chain is none."""
+    chain = torch.arange(-1, 299)
+    assert len(nested(chain.tolist())) == 300
+    chain[100] = 200
+    with pytest.raises(ValueError, match="mask 100 has itself"):
+        nested(chain.tolist())

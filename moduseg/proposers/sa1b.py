@@ -2,7 +2,10 @@
 
     {"image": {"image_id": str, "width": W, "height": H, "file_name": str},
      "annotations": [{"id": int, "segmentation": {"size": [H, W], "counts": str}, "area": int, "bbox": [x, y, w, h],
-                      "predicted_iou": float, "stability_score": float}, ...]}
+                      "predicted_iou": float, "stability_score": float, "parent": int or null}, ...]}
+
+`parent` is written only where the proposer knows of a tree of masks: the position in `annotations`, from 0, of the
+smallest mask of the same tree that contains this one, null for a root.
 
 Files from elsewhere may omit the scores, may be the bare list of annotations that the SAM tools write, and may
 hold uncompressed run lengths, polygons or a matrix of 0 and 1. They are not trusted: `moduseg.masks.rle` decodes and
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ import torch
 from moduseg.errors import DataError
 from moduseg.masks.bits import PackedMasks
 from moduseg.masks.rle import encode_masks, encode_polygons, merge_disjoint_runs, read_runs
-from moduseg.structures import Proposals
+from moduseg.structures import Proposals, check_parents
 
 MAX_PIXELS = 100_000_000
 """Largest image, in pixels, whose masks are read if the caller does not know its size."""
@@ -61,6 +65,9 @@ def to_annotations(proposals: Proposals, image_id: str) -> dict[str, Any]:
             start=1,
         )
     ]
+    if proposals.parents is not None:
+        for annotation, parent in zip(annotations, proposals.parents.tolist(), strict=True):
+            annotation["parent"] = parent if parent >= 0 else None
     image = {"image_id": image_id, "width": width, "height": height, "file_name": image_id}
     return {"image": image, "annotations": annotations}
 
@@ -91,7 +98,8 @@ def read_proposals(path: Path, expected_size: tuple[int, int] | None = None) -> 
         expected_size: `(H, W)` of the image, or `None` to take the size that the file states.
 
     Returns:
-        Masks in the order of the file, empty ones included; scores are 1 if the file has none.
+        Masks in the order of the file, empty ones included; scores are 1 if the file has none, and there are parents if
+        an annotation has the field `parent`.
 
     Raises:
         DataError: no such file, not JSON, or content that does not describe masks of the expected size.
@@ -114,7 +122,8 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
         where: the file, for messages.
 
     Returns:
-        Masks in the order of the file, empty ones included; scores are 1 if the file has none.
+        Masks in the order of the file, empty ones included; scores are 1 if the file has none, and there are parents if
+        an annotation has the field `parent`.
 
     Raises:
         DataError: anything missing, malformed or of another size; one line that names the file and the annotation.
@@ -135,14 +144,15 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
         scores.append(_read_score(annotation, "predicted_iou", at))
         stability.append(_read_score(annotation, "stability_score", at))
     quality = torch.tensor(scores, dtype=torch.float32), torch.tensor(stability, dtype=torch.float32)
+    parents = _read_parents(annotations, where)
     ids = merge_disjoint_runs(runs, size)
     if ids is not None:
-        return Proposals.of_id_map(torch.from_numpy(ids), len(runs), *quality)
+        return replace(Proposals.of_id_map(torch.from_numpy(ids), len(runs), *quality), parents=parents)
     columns = np.zeros((len(runs), pixels), dtype=bool)
     for row, counts in zip(columns, runs, strict=True):
         row[:] = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     masks = torch.from_numpy(columns).view(len(runs), size[1], size[0]).transpose(1, 2).contiguous()
-    return Proposals(masks, *quality)
+    return Proposals(masks, *quality, parents=parents)
 
 
 def _split(data: Any, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -266,6 +276,27 @@ def _read_score(annotation: dict[str, Any], key: str, at: str) -> float:
     if not _is_number(value) or abs(value) > 1e6:
         raise DataError(f"{at}: {key!r} is {_short(value)}, expected a number; remove it or write the proposals again")
     return float(value)
+
+
+def _read_parents(annotations: list[dict[str, Any]], where: str) -> torch.Tensor | None:
+    """Return the parent of each annotation, `[N]` int64 with -1 for a root; `None` if no annotation has the field."""
+    if not any("parent" in annotation for annotation in annotations):
+        return None
+    parents = []
+    for index, annotation in enumerate(annotations):
+        parent: Any = annotation.get("parent")
+        if parent is not None and not (type(parent) is int and 0 <= parent < len(annotations)):
+            raise DataError(
+                f"{where}: annotation {index}: 'parent' is {_short(parent)}, expected null or the position of one of "
+                f"the {len(annotations)} annotations, from 0; remove the field or write the proposals again"
+            )
+        parents.append(-1 if parent is None else parent)
+    tensor = torch.tensor(parents, dtype=torch.int64)
+    try:
+        check_parents(tensor, len(parents))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}; remove the field 'parent' or write the proposals again") from error
+    return tensor
 
 
 def _to_shortest(values: torch.Tensor) -> list[float]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import string
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +299,52 @@ def test_outlines_may_differ_a_little_from_their_area() -> None:
         assert len(sa1b.from_annotations([{**square, "area": area}], SIZE, "a")) == 1
     with pytest.raises(DataError, match="'area' says 900"):
         sa1b.from_annotations([{**square, "area": 900}], SIZE, "a")
+
+
+@pytest.mark.parametrize("parents", [[-1, 0, 0, 2, -1, 4], [-1] * 6, [5, 5, 1, 1, 1, -1]])
+def test_parents_read_back(rng: np.random.Generator, tmp_path: Path, parents: list[int]) -> None:
+    stored = replace(random_proposals(rng), parents=torch.tensor(parents))
+    (tmp_path / "a.json").write_bytes(sa1b.encode_proposals(stored, "a"))
+    read = sa1b.read_proposals(tmp_path / "a.json").parents
+    assert read is not None
+    assert read.dtype == torch.int64
+    assert read.tolist() == parents
+
+
+def test_files_without_parents_are_those_of_before(rng: np.random.Generator) -> None:
+    data = sa1b.to_annotations(random_proposals(rng), "a")
+    assert not any("parent" in annotation for annotation in data["annotations"])
+    assert sa1b.from_annotations(data, None, "a").parents is None
+    data["annotations"][2]["parent"] = 0
+    parents = sa1b.from_annotations(data, None, "a").parents
+    assert parents is not None
+    assert parents.tolist() == [-1, -1, 0, -1, -1, -1]
+
+
+def test_disjoint_masks_keep_their_parents() -> None:
+    masks = torch.eye(3, dtype=torch.bool)[:, None]
+    data = sa1b.to_annotations(Proposals(masks, parents=torch.tensor([-1, -1, -1])), "a")
+    read = sa1b.from_annotations(data, None, "a")
+    assert read.id_map is not None
+    assert read.parents is not None
+    assert read.parents.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("parent", "message"),
+    [
+        pytest.param(6, "'parent' is 6, expected null or the position of one of the 6 annotations", id="no such mask"),
+        pytest.param(-1, "'parent' is -1", id="negative"),
+        pytest.param(True, "'parent' is True", id="truth value"),
+        pytest.param(1.0, "'parent' is 1.0", id="fraction"),
+        pytest.param("1", "'parent' is 1", id="text"),
+        pytest.param(1, "mask 1 has itself among its ancestors", id="circle"),
+    ],
+)
+def test_parents_that_are_none_are_refused(rng: np.random.Generator, parent: Any, message: str) -> None:
+    data = sa1b.to_annotations(random_proposals(rng), "a")
+    data["annotations"][1]["parent"] = parent
+    with pytest.raises(DataError, match=message) as error:
+        sa1b.from_annotations(data, SIZE, "folder/a.json")
+    assert str(error.value).startswith("folder/a.json: ")
+    assert "remove the field" in str(error.value)
