@@ -13,7 +13,7 @@ import numpy as np
 
 from moduseg.app.session import Session
 from moduseg.config.command_keys import MAX_DEMO_PIXELS
-from moduseg.datasets.io import read_image, read_size
+from moduseg.datasets.io import read_size
 from moduseg.errors import ConfigError, DataError, MissingError, ModusegError
 
 TITLE = "moduseg"
@@ -93,7 +93,7 @@ class Page:
             raise DataError(
                 f"picture: got {width} x {height} pixels, expected at most {self._max_pixels}; make it smaller"
             )
-        session.show(read_image(Path(file)))
+        session.show(session.read_image(Path(file)))
         overlay, labels = draw_picture(session), describe_labels(session)
         return session, PageView(overlay=overlay, labels=labels, explanation="Click a region of the result.")
 

@@ -178,6 +178,14 @@ class Session:
         self._top_k = top_k
         self._label_again()
 
+    def read_image(self, path: Path) -> np.ndarray:
+        """Read a picture as the images of the bank were read, `[H, W, 3]` uint8.
+
+        Raises:
+            DataError: the file cannot be used.
+        """
+        return self._original.read_image(path)
+
     def show(self, image: np.ndarray) -> None:
         """Label a picture, `[H, W, 3]` uint8.
 

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image, features
 
+from moduseg.datasets.deep_colours import has_deep_colours, read_deep_colours
 from moduseg.datasets.png import read_plain_png
 from moduseg.errors import DataError
 from moduseg.masks.palette import voc_palette
@@ -76,13 +77,14 @@ def check_image_range(image_range: tuple[int, ...] | str | None) -> ImageRange:
 def read_image(path: Path, image_range: ImageRange = None) -> np.ndarray:
     """Read a photograph as the models want it, whatever its file holds.
 
-    Grey, 1-bit, indexed and CMYK pictures become RGB; 16-bit grey is divided by 257; transparency is composited on
-    black, the colour of the models' padding; the EXIF orientation is applied; an animation gives its first frame.
+    Grey, 1-bit, indexed and CMYK pictures become RGB; grey and colours of 16 bits are divided by 257; transparency is
+    composited on black, the colour of the models' padding; the EXIF orientation is applied; an animation gives its
+    first frame.
 
     Args:
         path: the file.
-        image_range: values of 16-bit grey that become black and white; 0 and 65535 if omitted, which makes pictures
-            of fewer bits dark and is said once for each folder.
+        image_range: values of 16-bit pictures that become black and white, the same ones for all channels; 0 and 65535
+            if omitted, which makes pictures of fewer bits dark and is said once for each folder.
 
     Returns:
         `[H, W, 3]` uint8, RGB.
@@ -90,6 +92,7 @@ def read_image(path: Path, image_range: ImageRange = None) -> np.ndarray:
     Raises:
         DataError: the file is absent, empty, truncated, no image, of float or 32-bit pixels, or over `MAX_PIXELS`.
     """
+    path = Path(path)
     with _open(path) as picture:
         return np.ascontiguousarray(_turn_upright(_to_rgb(picture, path, image_range), picture))
 
@@ -100,12 +103,14 @@ def find_dark_range(path: Path) -> tuple[int, int] | None:
     Raises:
         DataError: the file cannot be read.
     """
+    path = Path(path)
     with _open(path, decode=False) as picture:
-        if not picture.mode.startswith("I"):
+        is_deep = has_deep_colours(picture, path)
+        if not picture.mode.startswith("I") and not is_deep:
             return None
     with _open(path) as picture:
-        grey = np.asarray(picture)
-    low, high = int(grey.min()), int(grey.max())
+        values = read_deep_colours(picture, path)[:, :, :3] if is_deep else np.asarray(picture)
+    low, high = int(values.min()), int(values.max())
     return (low, high) if low >= 0 and high <= _MAX_DARK else None
 
 
@@ -262,17 +267,17 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _scale_grey(grey: np.ndarray, path: Path, image_range: ImageRange) -> np.ndarray:
-    """Return 16-bit grey values in 8 bits."""
-    highest = int(grey.max())
+def _scale_to_bytes(values: np.ndarray, path: Path, image_range: ImageRange) -> np.ndarray:
+    """Return values of 16 bits in 8 bits."""
+    highest = int(values.max())
     if image_range is None:
         if highest <= _MAX_DARK:
             _warn_of_dark_folder(path.parent, path.name, highest)
-        return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if image_range == "auto":
         image_range = 0, _find_end(highest)
     low, high = image_range
-    scaled = (np.clip(grey.astype(np.int64), low, high) - low) * 510 + (high - low)
+    scaled = (np.clip(values.astype(np.int64), low, high) - low) * 510 + (high - low)
     return (scaled // (2 * (high - low))).astype(np.uint8)
 
 
@@ -303,17 +308,28 @@ def _to_rgb(picture: Image.Image, path: Path, image_range: ImageRange) -> np.nda
             grey = np.asarray(picture)
             if int(grey.min()) < 0 or int(grey.max()) > 65535:
                 raise DataError(f"{path}: got {picture.mode} pixels over 16 bits; convert it to 8-bit RGB")
-            return np.repeat(_scale_grey(grey, path, image_range)[:, :, None], 3, axis=2)
+            return np.repeat(_scale_to_bytes(grey, path, image_range)[:, :, None], 3, axis=2)
+        if has_deep_colours(picture, path):
+            colours = read_deep_colours(picture, path)
+            rgb = _scale_to_bytes(colours[:, :, :3], path, image_range)
+            if colours.shape[2] == 3:
+                return rgb
+            opacity = _scale_to_bytes(colours[:, :, 3:], path, (0, 65535))
+            return _composite_on_black(Image.fromarray(np.concatenate([rgb, opacity], axis=2)))
         if picture.mode == "F":
             raise DataError(f"{path}: got float pixels, whose range is unknown; convert it to 8-bit RGB")
         if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-            rgba = picture.convert("RGBA")
-            return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba))[:, :, :3]
+            return _composite_on_black(picture.convert("RGBA"))
         return np.asarray(picture.convert("RGB"))
     except _DAMAGE as error:
         raise DataError(
             f"{path}: {picture.mode} pixels cannot become RGB ({_one_line(error)}); convert it to 8-bit RGB"
         ) from error
+
+
+def _composite_on_black(rgba: Image.Image) -> np.ndarray:
+    """Return a picture with transparency as `[H, W, 3]` uint8 on black."""
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba))[:, :, :3]
 
 
 def _read_orientation(picture: Image.Image) -> int:

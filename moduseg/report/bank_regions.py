@@ -13,7 +13,7 @@ from moduseg import datasets
 from moduseg.bank.edit import files_of
 from moduseg.bank.store import Bank
 from moduseg.datasets.base import Dataset
-from moduseg.datasets.io import read_image, read_label_png
+from moduseg.datasets.io import ImageRange, check_image_range, read_image, read_label_png
 from moduseg.datasets.labels import check_id
 from moduseg.errors import DataError, ModusegError
 from moduseg.files import read_json
@@ -91,11 +91,11 @@ class RegionPictures:
         named = files_of(self._bank).get(image_id)
         try:
             if named is not None:
-                return read_image(Path(named)) if self._may_show(named) else None
+                return read_image(Path(named), self._image_range) if self._may_show(named) else None
             if self._dataset is None or not _is_inside(image_id):
                 return None
             path = self._dataset.image_path(image_id)
-            return None if self._is_public and not self._may_show(path) else read_image(path)
+            return None if self._is_public and not self._may_show(path) else read_image(path, self._image_range)
         except ModusegError:
             return None  # the file was moved; a region is listed without its picture
 
@@ -106,6 +106,14 @@ class RegionPictures:
         except (OSError, RuntimeError, TypeError, ValueError):  # a loop of links, no text, or a NUL byte
             return False
         return any(path.is_relative_to(folder) for folder in self._allowed)
+
+    @cached_property
+    def _image_range(self) -> ImageRange:
+        """Values of 16-bit pictures that become black and white, as the images of the bank were read."""
+        try:
+            return check_image_range(self._bank.info.get("config", {}).get("dataset", {}).get("image_range"))
+        except (TypeError, ValueError):  # a bank from a stranger
+            return None
 
     @cached_property
     def _dataset(self) -> Dataset | None:

@@ -6,6 +6,7 @@ import importlib
 import io
 import shutil
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from moduseg.app import serve
 from moduseg.app.page import Page, PageView, import_gradio, picture_scale
 from moduseg.app.session import Session
 from moduseg.bank import edit
-from moduseg.bank.derived import digest_bank
+from moduseg.bank.derived import digest_bank, open_bank
 from moduseg.bank.store import Bank
 from moduseg.cli.options import parse
 from moduseg.config import compose
@@ -28,6 +29,7 @@ from moduseg.report.bank_regions import RegionPictures, draw_region
 from moduseg.stages import extend_bank
 from moduseg.stages.build_bank import BuildBank
 from moduseg.tools import bank as bank_tool
+from tests.support.deep_png import encode_deep_png
 from tests.support.tagged_world import CLIP, image_id, scene, settings, write_folder
 
 NAME = "purple blob"
@@ -311,6 +313,22 @@ def test_a_large_picture_is_refused_before_it_is_decoded(session: Session, tmp_p
     (tmp_path / "scene.png").write_bytes(write_rgb_png(scene(20).image))
     with pytest.raises(DataError, match="expected at most 100"):
         Page(lambda: session, max_pixels=100).drop(session, str(tmp_path / "scene.png"))
+
+
+def test_pictures_of_16_bits_are_read_as_the_bank_was(bank: Path, tmp_path: Path) -> None:
+    config = {**open_bank(bank).info["config"]}
+    config["dataset"] = {**config["dataset"], "image_range": [0, 4095]}
+    (tmp_path / "dark.png").write_bytes(encode_deep_png(scene(20).image.astype(np.uint16) * 16))
+    brightest = int((int(scene(20).image.max()) * 16 * 510 + 4095) // (2 * 4095))
+    session = Session(Segmenter.from_bank(bank, "cpu", config), bank)
+    Page(lambda: session).drop(session, str(tmp_path / "dark.png"))
+    assert session.image.max() == brightest
+    # A bank that names its files shows their regions alike.
+    info = {**session.bank.info, "config": config, "files": {session.bank.image_ids[0]: str(tmp_path / "dark.png")}}
+    pictures = RegionPictures(bank, replace(session.bank, info=info), picture_folders=[tmp_path])
+    image = pictures.find_image(session.bank.image_ids[0])
+    assert image is not None
+    assert image.max() == brightest
 
 
 def test_pictures_without_a_correction_are_forgotten(session: Session) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from moduseg.config import compose
 from moduseg.datasets import build
-from moduseg.datasets.io import check_image_range, find_dark_range, read_image
-from moduseg.errors import ConfigError
+from moduseg.datasets.io import check_image_range, find_dark_range, read_image, read_size
+from moduseg.errors import ConfigError, DataError
 from moduseg.tools import check_data
+from tests.support.deep_png import encode_deep_png
 
 VALUES = np.array([[0, 1000, 2048], [3000, 4000, 4095]], np.uint16)
 
@@ -83,3 +88,71 @@ def test_ranges_that_are_none(tmp_path: Path, image_range: object) -> None:
     with pytest.raises(ConfigError, match="image_range: got"):
         build({"name": "folder", "root": str(tmp_path), "image_range": image_range}, "train")
     assert check_image_range((0, 9)) == (0, 9)
+
+
+COLOURS = np.stack([VALUES, VALUES // 2, VALUES[:, ::-1]], 2)
+OPACITY = np.full((2, 3, 1), 65535, np.uint16)
+TWELVE_BITS = (COLOURS.astype(np.int64) * 510 + 4095) // (2 * 4095)
+ROUNDED = (COLOURS.astype(np.int64) + 128) // 257
+
+
+def _encode_tiff(colours: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, colours, photometric="rgb", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "image_range", "expected"),
+    [
+        pytest.param("a.png", encode_deep_png(COLOURS), (0, 4095), TWELVE_BITS, id="PNG"),
+        pytest.param("a.png", encode_deep_png(COLOURS), "auto", TWELVE_BITS, id="auto is of all channels"),
+        pytest.param("a.png", encode_deep_png(COLOURS), None, ROUNDED, id="the whole range"),
+        pytest.param(
+            "a.png", encode_deep_png(np.concatenate([COLOURS, OPACITY], 2)), (0, 4095), TWELVE_BITS, id="opaque"
+        ),
+        pytest.param(
+            "a.png", encode_deep_png(np.concatenate([COLOURS, OPACITY * 0], 2)), "auto", TWELVE_BITS * 0, id="invisible"
+        ),
+        pytest.param(
+            "a.png", encode_deep_png(np.concatenate([VALUES[:, :, None], OPACITY], 2)), (0, 4095),
+            np.repeat(TWELVE_BITS[:, :, :1], 3, 2), id="grey with opacity",
+        ),
+        pytest.param("a.tif", _encode_tiff(COLOURS), (0, 4095), TWELVE_BITS, id="TIFF"),
+        pytest.param(
+            "a.tif", _encode_tiff(COLOURS, extratags=[(274, "H", 1, 6, True)]), (0, 4095), np.rot90(TWELVE_BITS, -1),
+            id="lying TIFF",
+        ),
+        pytest.param("a.tif", _encode_tiff(COLOURS, byteorder=">"), None, ROUNDED, id="big-endian TIFF"),
+    ],
+)  # fmt: skip
+def test_colours_of_16_bits_keep_their_range(
+    tmp_path: Path, name: str, content: bytes, image_range: object, expected: np.ndarray
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_image(tmp_path / name, image_range).tolist() == expected.tolist()
+    assert read_size(tmp_path / name) == expected.shape[:2]
+
+
+def test_dark_colours_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.png").write_bytes(encode_deep_png(COLOURS))
+    read_image(tmp_path / "a.png")
+    assert "such as a.png (up to 4095 of 65535)" in caplog.text
+    assert find_dark_range(tmp_path / "a.png") == (0, 4095)
+
+
+def test_a_tiff_of_planes_is_refused(tmp_path: Path) -> None:
+    planes = _encode_tiff(COLOURS.transpose(2, 0, 1), planarconfig="separate")
+    (tmp_path / "a.tif").write_bytes(planes)
+    with pytest.raises(DataError, match="channels are stored in planes"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_orientation_of_a_png_is_applied_once(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    block = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+    plain = encode_deep_png(COLOURS)
+    (tmp_path / "a.png").write_bytes(plain[:33] + chunk + plain[33:])
+    assert read_image(tmp_path / "a.png", (0, 4095)).tolist() == np.rot90(TWELVE_BITS, -1).tolist()

@@ -15,7 +15,12 @@ def encode_grey_png(ids: np.ndarray, bits: int) -> bytes:
     rows = np.packbits(digits.reshape(height, width * bits), axis=1)
     data = b"".join(b"\0" + row.tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
-    chunks = (_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(data)), _chunk(b"IEND", b""))
+    return join_chunks(header, data)
+
+
+def join_chunks(header: bytes, rows: bytes) -> bytes:
+    """Return the PNG of a header chunk's content and uncompressed rows."""
+    chunks = (_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(rows)), _chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
