@@ -194,6 +194,17 @@ def errors_as_exit_code() -> Iterator[ExitStatus]:
     except KeyboardInterrupt:
         print("moduseg: interrupted; finished images are kept, run the same command to go on", file=sys.stderr)
         status.code = 130
+    except Exception as error:
+        from moduseg.pipeline.forward import describe, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"moduseg: error: memory: {describe(error)}; close other programs, or set evaluation.workers=1 "
+            "runtime.workers=1, and run the same command to go on: finished images are kept",
+            file=sys.stderr,
+        )
+        status.code = 2
 
 
 def _bind_options(command: Command, cls: type[Any], arguments: Sequence[str]) -> Callable[[], int | Path]:

@@ -6,12 +6,14 @@ forward batches smaller, the third ends the run: recorded as failures, it would 
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import cv2
 import torch
 
 from moduseg.errors import ArtefactError, ConfigError, DataError, DeviceError, MissingError, StorageError
@@ -22,7 +24,7 @@ FATAL = (StorageError, ConfigError, MissingError, ArtefactError, DeviceError)
 """Errors that the next image would meet as well: they end the run instead of being recorded."""
 MAX_FAILURES_IN_ROW = 3
 """So many images in a row that fail otherwise than by an error about themselves end the run."""
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
 _DEVICE_LOST = ("CUDA error", "CUDA driver error", "HIP error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "MPS backend")
 """How torch and its libraries begin to speak when a device no longer answers."""
 
@@ -60,6 +62,7 @@ class ForwardBatches:
             DeviceError: image after image fails.
         """
         self.failed = {}
+        max_images = self._max_images
         waiting, num_alone = list(ids), 0
         while waiting:
             size = 1 if num_alone else min(self._max_images or len(waiting), len(waiting))
@@ -72,6 +75,9 @@ class ForwardBatches:
                     # An image of these is to blame: process them one by one to find it.
                     num_alone = size
                 continue
+            if size == 1 and self._problem is not None and self._problem.is_out_of_memory:
+                # Not the number of images is to blame, but this one, which finds no memory even alone.
+                self._max_images = max_images
             self._note(waiting[0])
             waiting, num_alone = waiting[size:], max(0, num_alone - size)
 
@@ -121,6 +127,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory of the device or of the machine is used up."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, cv2.error):
+        return error.code == cv2.Error.StsNoMem
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save as save_tensors
 from moduseg.errors import DataError
 from moduseg.files import digest_of, file_digest, to_json_values, write_atomic
 from moduseg.pipeline.batches import Files, Outcome
+from moduseg.pipeline.forward import describe, is_out_of_memory
 from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
@@ -141,8 +142,10 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
             continue
         try:
             dataset.load(image_id)
-        except DataError as error:
-            log.warning("scores: fitted without %s: %s", image_id, error)
+        except Exception as error:
+            if not isinstance(error, DataError) and not is_out_of_memory(error):
+                raise
+            log.warning("scores: fitted without %s: %s", image_id, describe(error))
             continue
         usable.append(image_id)
     artefact = work.artefact(

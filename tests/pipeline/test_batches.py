@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 from moduseg.errors import DataError, DeviceError, IncompleteError, StorageError
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import BatchJob, BatchRunner, Files, Outcome, Shard
+from moduseg.pipeline.forward import is_out_of_memory
 from moduseg.pipeline.records import Record, Records
 
 IDS = tuple(f"im{i}" for i in range(7))
@@ -237,18 +243,48 @@ def test_out_of_memory_halves_the_forward_batch(
     assert "test: no memory for 4 images at once; going on with 2" in caplog.text
 
 
-def test_an_image_without_memory_costs_only_itself(world: World) -> None:
-    world.max_items = 1
-    process = world.process
+ALLOCATIONS = [
+    pytest.param(lambda: bytearray(1 << 60), id="Python"),
+    pytest.param(lambda: np.empty(1 << 50), id="numpy"),
+    pytest.param(lambda: torch.empty(1 << 50), id="torch"),
+    pytest.param(lambda: cv2.resize(np.zeros((1, 1), np.uint8), (32_000, 1 << 30)), id="OpenCV"),
+    pytest.param(lambda: mmap.mmap(-1, 1 << 60), id="system"),
+]
+"""Allocations that no machine can make."""
 
-    def fail_on_one(items: list[str]) -> list[dict[str, bytes]]:
-        if items == ["im4"]:
-            raise MemoryError("Unable to allocate 9.00 GiB")
-        return process(items)
 
-    world.process = fail_on_one  # type: ignore[method-assign]
-    assert world.run().failed == {"im4": "MemoryError: Unable to allocate 9.00 GiB"}
+@pytest.mark.parametrize("step", ["load", "process", "encode"])
+@pytest.mark.parametrize("allocate", ALLOCATIONS)
+def test_an_image_without_memory_costs_only_itself(world: World, allocate: Callable[[], object], step: str) -> None:
+    load, process = world.load, world.process
+
+    def fail_to_load(image_id: str) -> str:
+        if step == "load" and image_id == "im4":
+            allocate()
+        return load(image_id)
+
+    def fail_to_process(items: list[str]) -> list[dict[str, Any]]:
+        if step == "process" and "im4" in items:
+            allocate()
+        files: list[dict[str, Any]] = [*process(items)]
+        for item, content in zip(items, files, strict=True):
+            if step == "encode" and item == "im4":
+                content["out/im4.txt"] = allocate
+        return files
+
+    world.load, world.process = fail_to_load, fail_to_process  # type: ignore[method-assign]
+    assert list(world.run().failed) == ["im4"]
     assert len(world.files()) == 6
+    if step == "process":
+        # The batches after it are as large as before.
+        assert world.batches == [["im0", "im1", "im2"], ["im3"], ["im5"], ["im6"]]
+
+
+def test_other_errors_are_no_lack_of_memory() -> None:
+    with pytest.raises(cv2.error) as raised:
+        cv2.resize(np.zeros((0, 1), np.uint8), (1, 1))
+    assert not is_out_of_memory(raised.value)
+    assert not is_out_of_memory(OSError(2, "No such file"))
 
 
 LOST = "CUDA error: an illegal memory access was encountered"
