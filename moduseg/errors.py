@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 _CREDENTIALS = re.compile(r"(?i)\b(https?|ftp)://[^\s/?#\"'<>]*@")
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), 127)}
@@ -48,11 +48,18 @@ class MissingWeightsError(MissingError):
     Attributes:
         what: name of the file or model.
         source: its address, or a sentence that names it.
+        find_size: asks the hub for the bytes to fetch, `None` if it does not say; `None` for what is not of the hub.
     """
 
-    def __init__(self, message: str, what: str = "", source: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        what: str = "",
+        source: str = "",
+        find_size: Callable[[], int | None] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.what, self.source = what, source
+        self.what, self.source, self.find_size = what, source, find_size
 
 
 class ArtefactError(ModusegError):

@@ -55,7 +55,8 @@ def fetch_published_file(name: str, revision: str | None, key: str) -> Path:
         except MissingError:
             address = f"hf://{maker}/model.safetensors"
             message = f"{error}; {address}, the maker's own file, could not be had either"
-            raise MissingWeightsError(message, hub_id, f"https://huggingface.co/{hub_id}") from error
+            find_size = getattr(error, "find_size", None)
+            raise MissingWeightsError(message, hub_id, f"https://huggingface.co/{hub_id}", find_size) from error
     log.warning("%s: timm's file of %s could not be had; the maker's own, %s, has its place", key, name, path)
     return path
 

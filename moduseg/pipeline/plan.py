@@ -197,7 +197,7 @@ def describe_plan(plan: Plan, outputs: Path) -> Iterator[str]:
         yield f"{stage.title:{width}} {counts}  -> {where}"
     for key, error in plan.downloads.items():
         address = next(iter(re.findall(r"https?://\S+", error.source)), error.source)
-        size = find_download_size(error.source)
+        size = error.find_size() if error.find_size else find_download_size(error.source)
         yield f"fetch {key}: {error.what}, {f'{size / 1e6:.0f} MB' if size else 'size unknown'}, {address}"
     yield (f"disk: about {plan.num_bytes / 1e9:.2f} GB to write, {plan.num_free_bytes / 1e9:.2f} GB free -> {outputs}")
     for problem in plan.problems:

@@ -38,7 +38,7 @@ PAUSE = 1.0
 """Seconds before the second try; doubled before each further one."""
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
-_PROBE_TIMEOUT = 5.0
+PROBE_TIMEOUT = 5.0
 """Seconds that a server has to say how large a file is."""
 _BLOCK = 1 << 20
 _OFFLINE = {"1", "ON", "YES", "TRUE"}
@@ -88,7 +88,7 @@ def find_download_size(url: str) -> int | None:
         return None
     try:
         request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "moduseg"})
-        with urllib.request.urlopen(request, timeout=_PROBE_TIMEOUT) as response:
+        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT) as response:
             return _length(response, 0)
     except (OSError, http.client.HTTPException):
         return None
@@ -164,7 +164,7 @@ def fetch(url: str, key: str, sha256: str | None = None, value: str | None = Non
 
 def missing_weights(
     reason: str, *, key: str, got: str, what: str, source: str, folder: Path | str, otherwise: str
-) -> MissingError:
+) -> MissingWeightsError:
     """Return the error for weights that are neither in the cache folder nor can be fetched.
 
     Args:

@@ -14,16 +14,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
-from moduseg.errors import ArtefactError, MissingError
+from moduseg.errors import ArtefactError, MissingError, MissingWeightsError
 from moduseg.files import file_digest
 from moduseg.weights.download import (
+    PROBE_TIMEOUT,
     TIMEOUT,
     get_cache_home,
+    is_offline,
     locked,
     missing_weights,
     storage_error,
@@ -79,7 +82,8 @@ def fetch_hub_folder(
         folder=f"{target} (`hf download {hub_id}{option} --local-dir {target}` does it where there is a network)",
         otherwise="<directory with these files>",
     )
-    with _open_repository(hub_id, revision, target, missing) as names:
+    find_size = partial(find_size_on_hub, hub_id, revision, _choose_model_files)
+    with _open_repository(hub_id, revision, target, partial(_add_size, missing, find_size)) as names:
         _fetch_model_files(hub_id, revision, target, names)
     if not is_complete(target):
         # The client returns without an error if the hub stops answering.
@@ -93,21 +97,72 @@ def _fetch_model_files(hub_id: str, revision: str | None, target: Path, names: s
     """Fetch the files of a model into `target`; `names` are the repository's files."""
     from huggingface_hub import snapshot_download
 
-    for name in WEIGHTS:
-        if name in names:
-            weights = [name]
-            break
-        if name + INDEX in names:
-            stem, suffix = name.rsplit(".", 1)
-            weights = [name + INDEX, f"{stem}-*.{suffix}"]
-            break
-    else:
+    patterns = _choose_model_files(names)
+    if len(patterns) == len(SMALL_FILES):
         raise FileNotFoundError(f"the repository has no {' or '.join(WEIGHTS)}")
     # Weights come last, so that a directory that has them is complete.
-    for patterns in (list(SMALL_FILES), weights):
+    for part in (patterns[: len(SMALL_FILES)], patterns[len(SMALL_FILES) :]):
         snapshot_download(
-            hub_id, revision=revision, local_dir=target, cache_dir=_get_client_cache(), allow_patterns=patterns
+            hub_id, revision=revision, local_dir=target, cache_dir=_get_client_cache(), allow_patterns=part
         )
+
+
+def _choose_model_files(names: Collection[str]) -> list[str]:
+    """Return the patterns of a model's files, given those of its repository: `SMALL_FILES`, then its weights if any."""
+    for name in WEIGHTS:
+        if name in names:
+            return [*SMALL_FILES, name]
+        if name + INDEX in names:
+            stem, suffix = name.rsplit(".", 1)
+            return [*SMALL_FILES, name + INDEX, f"{stem}-*.{suffix}"]
+    return [*SMALL_FILES]
+
+
+def _choose_first(preferred: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return the first of the preferred names that a repository has, in a list; an empty one if it has none."""
+    return [name for name in preferred if name in names][:1]
+
+
+def _add_size(
+    missing: Callable[[str], MissingWeightsError], find_size: Callable[[], int | None], reason: str
+) -> MissingWeightsError:
+    """Return the error for a reason, with a function that asks for the bytes that would be fetched."""
+    error = missing(reason)
+    error.find_size = find_size
+    return error
+
+
+def find_size_on_hub(
+    hub_id: str, revision: str | None, choose: Callable[[Collection[str]], Sequence[str]]
+) -> int | None:
+    """Return the bytes of files of a repository, as the hub states them.
+
+    Args:
+        hub_id: `<owner>/<name>`, or `datasets/<owner>/<name>` for a data set.
+        revision: branch, tag or commit; `None` is `main`.
+        choose: names of the repository's files -> names, or patterns, of those that count.
+
+    Returns:
+        Their sum; `None` offline, or if the hub does not state the size of all of them.
+    """
+    from huggingface_hub import HfApi
+
+    if is_offline():
+        return None
+    try:
+        info = HfApi().repo_info(
+            hub_id.removeprefix(DATASETS),
+            repo_type=_get_repo_type(hub_id),
+            revision=revision,
+            timeout=PROBE_TIMEOUT,
+            files_metadata=True,
+        )
+    except _list_failures():
+        return None
+    sizes = {file.rfilename: file.size for file in getattr(info, "siblings", None) or ()}
+    patterns = choose(sizes)
+    chosen = [size for name, size in sizes.items() if any(fnmatch(name, pattern) for pattern in patterns)]
+    return sum(size for size in chosen if size) if chosen and None not in chosen else None
 
 
 def fetch_hub_file(
@@ -142,10 +197,13 @@ def fetch_hub_file(
         folder=target,
         otherwise=otherwise or "<path of the file>",
     )
-    with _open_repository(hub_id, revision, target, missing) as repository_names:
+    choose = partial(_choose_first, names)
+    with _open_repository(
+        hub_id, revision, target, partial(_add_size, missing, partial(find_size_on_hub, hub_id, revision, choose))
+    ) as repository_names:
         from huggingface_hub import hf_hub_download
 
-        chosen = next((name for name in names if name in repository_names), None)
+        chosen = next(iter(choose(repository_names)), None)
         if chosen is None:
             raise FileNotFoundError(f"the repository has no {' or '.join(names)}")
         file = Path(
@@ -258,18 +316,6 @@ def _open_repository(
 
     if reason := why_not_fetched():
         raise missing(reason)
-    # The base class of the client's network errors belongs to requests or to httpx, depending on its version.
-    transport = [
-        c for c in errors.HfHubHTTPError.__mro__ if c.__module__.split(".")[0] in ("requests", "httpx", "httpx2")
-    ]
-    failures: tuple[type[BaseException], ...] = (
-        errors.HfHubHTTPError,
-        errors.HFValidationError,
-        getattr(errors, "XetDownloadError", OSError),
-        OSError,
-        RuntimeError,  # of the transfer library of newer hub clients
-        *transport,
-    )
     with locked(target):
         try:
             # Unlike a download, this fails at once if there is no network.
@@ -282,12 +328,30 @@ def _open_repository(
                 f"asks for its licence to be accepted: do so at {get_page_url(hub_id)}, then run `hf auth login` and "
                 "try again"
             ) from error
-        except failures as error:
+        except _list_failures() as error:
             if isinstance(error, OSError) and error.errno in _STORAGE:
                 raise storage_error(target, error) from error
             if "No space left" in str(error):  # the transfer library has no error numbers
                 raise storage_error(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
             raise missing(f"could not be fetched ({first_line(error)})") from error
+
+
+def _list_failures() -> tuple[type[BaseException], ...]:
+    """Return what the hub's client raises where the hub does not give what it is asked for."""
+    from huggingface_hub import errors
+
+    # The base class of the client's network errors belongs to requests or to httpx, depending on its version.
+    transport = [
+        c for c in errors.HfHubHTTPError.__mro__ if c.__module__.split(".")[0] in ("requests", "httpx", "httpx2")
+    ]
+    return (
+        errors.HfHubHTTPError,
+        errors.HFValidationError,
+        getattr(errors, "XetDownloadError", OSError),
+        OSError,
+        RuntimeError,  # of the transfer library of newer hub clients
+        *transport,
+    )
 
 
 def _check_digest(folder: Path, name: str, key: str) -> None:

@@ -126,7 +126,11 @@ class HubHandler(BaseHTTPRequestHandler):
             if not files:
                 self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
                 return
-            listing: Any = {"id": api[2], "sha": self.commit, "siblings": [{"rfilename": name} for name in files]}
+            siblings = [
+                {"rfilename": name, **({"size": len(content)} if "blobs=" in self.path else {})}
+                for name, content in files.items()
+            ]
+            listing: Any = {"id": api[2], "sha": self.commit, "siblings": siblings}
             if api[3] == "tree":
                 listing = [
                     {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from safetensors.torch import save_file
 import moduseg
 from moduseg.backbones.clip import ClipBackbone, ClipOptions
 from moduseg.backbones.timm_backbone import TimmBackbone, TimmOptions
-from moduseg.errors import ArtefactError, MissingError, StorageError
+from moduseg.errors import ArtefactError, MissingError, MissingWeightsError, StorageError
 from moduseg.files import file_digest
+from moduseg.pipeline.plan import Plan, PlannedStage, describe_plan
 from moduseg.weights import hub
-from moduseg.weights.download import get_cache_home
+from moduseg.weights.download import forbid_downloads, get_cache_home
 from moduseg.weights.hub import fetch_hub_file, fetch_hub_folder, get_cached_folder, list_weight_files, model_digest
 from moduseg.weights.sources import find_model_folder, find_weights
 from tests.support.agree_vit import DEPTH, HEADS, WIDTH, radio_state
@@ -204,6 +206,47 @@ def test_a_model_is_fetched_once(site: Site) -> None:
     assert fetch_hub_folder(ID, None, KEY) == folder
     assert fetch_hub_file(ID, ["model.safetensors"], None, KEY) == folder / "model.safetensors"
     assert len(site.asked) == count
+
+
+MODEL = partial(fetch_hub_folder, ID, None, KEY)
+
+
+@pytest.mark.parametrize(("fetch", "expected"), [
+    pytest.param(MODEL, 10**6 + 4, id="a model: configuration, tokenizer, weights"),
+    pytest.param(partial(fetch_hub_file, ID, ["absent.bin", "README.md"], None, KEY), 3, id="the first file there is"),
+    pytest.param(partial(fetch_hub_file, ID, ["absent.bin"], None, KEY), None, id="no such file"),
+    pytest.param(partial(fetch_hub_folder, "owner/absent", None, KEY), None, id="no such repository"),
+])  # fmt: skip
+def test_a_dry_run_names_the_size_of_what_it_would_fetch(
+    site: Site, fetch: Callable[[], Path], expected: int | None
+) -> None:
+    site.files[f"/{ID}/model.safetensors"] = b"w" * 10**6
+    with forbid_downloads(), pytest.raises(MissingWeightsError) as raised:
+        fetch()
+    assert raised.value.find_size is not None
+    assert raised.value.find_size() == expected
+    assert not get_cached_folder(ID, None).exists()
+    lines = list(describe_plan(Plan([PlannedStage("t")], downloads={"backbone": raised.value}), Path("outputs")))
+    assert f", {'1 MB' if expected == 10**6 + 4 else '0 MB' if expected else 'size unknown'}, http" in lines[1]
+
+
+def test_sizes_are_unknown_offline(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with forbid_downloads(), pytest.raises(MissingWeightsError) as raised:
+        MODEL()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert raised.value.find_size is not None
+    assert raised.value.find_size() is None
+    assert site.asked == []
+
+
+def test_parts_of_weights_are_added_up(site: Site) -> None:
+    del site.files[f"/{ID}/model.safetensors"]
+    for name in ("model.safetensors.index.json", "model-00001.safetensors", "model-00002.safetensors"):
+        site.files[f"/{ID}/{name}"] = b"1234567"
+    with forbid_downloads(), pytest.raises(MissingWeightsError) as raised:
+        MODEL()
+    assert raised.value.find_size is not None
+    assert raised.value.find_size() == 4 + 3 * 7
 
 
 def test_a_data_sets_file_is_fetched_once(site: Site) -> None:
