@@ -192,7 +192,7 @@ class Proposals:
                     pixels = self.id_map.flatten() % (len(self) + 1)
                     ids = new_ids.to(torch.int32).index_select(0, pixels).view_as(self.id_map)
                 if self.parents is not None:
-                    parents = new_ids[_nearest_kept(self.parents, new_ids >= 0)[rows]]
+                    parents = select_parents(self.parents, rows)
         return Proposals(self.masks[keep], self.predicted_iou[keep], self.stability_score[keep], ids, parents)
 
     def to(self, device: torch.device) -> Proposals:
@@ -226,15 +226,22 @@ def check_parents(parents: Tensor, num_masks: int) -> None:
         )
 
 
-def _nearest_kept(parents: Tensor, is_kept: Tensor) -> Tensor:
-    """Return `[N]` int64: the nearest ancestor of each mask that is kept, `N` if there is none.
+def select_parents(parents: Tensor, rows: Tensor) -> Tensor:
+    """Return the parents of some of the masks of a forest: for each the nearest ancestor that is among them.
 
     Args:
-        parents: `[N]` int64, of a forest.
-        is_kept: `[N + 1]` bool; the last entry stands above the roots and has no meaning.
+        parents: `[N]` int64, see `Proposals`.
+        rows: `[K]` int64, the masks that are kept, each once.
+
+    Returns:
+        `[K]` int64, positions in `rows`, -1 where no ancestor is kept.
     """
     num_masks = len(parents)
-    return _climb(parents, is_kept[:num_masks])[torch.where(parents < 0, num_masks, parents)]
+    # The last entry stands above the roots.
+    positions = torch.full((num_masks + 1,), -1, dtype=torch.int64, device=parents.device)
+    positions[rows] = torch.arange(len(rows), device=parents.device)
+    first_steps = torch.where(parents < 0, num_masks, parents)[rows]
+    return positions[_climb(parents, positions[:num_masks] >= 0)[first_steps]]
 
 
 def _climb(parents: Tensor, is_stop: Tensor) -> Tensor:

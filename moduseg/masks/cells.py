@@ -12,16 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moduseg.masks.bits import PACKED
+from moduseg.masks.forest import paint_deepest
+
 _BITS = 36
 """Masks between two renumberings: a cell number (below 2^27) and this many bits fit into 63."""
 
 
-def split_into_cells(masks: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def split_into_cells(
+    masks: Tensor, values: Tensor | None = None, parents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the cells of an image.
 
     Args:
         masks: `[N, H, W]` bool.
         values: `[H, W]` integers 0..255 that split cells further.
+        parents: `[N]` int64 of masks that may be nested (`Proposals.parents`). If they are, in one tree or in several
+            beside each other, the same cells are made sooner on the CPU, in another order.
 
     Returns:
         `cell_of [H * W]` int64, the cell of each pixel, and `cell_pixels [U]` int64, one pixel of each cell.
@@ -30,10 +37,17 @@ def split_into_cells(masks: Tensor, values: Tensor | None = None) -> tuple[Tenso
     code = torch.zeros(pixels.shape[1], dtype=torch.int64, device=masks.device)
     if values is not None:
         code = values.flatten().to(masks.device).long()
-    for start in range(0, max(len(pixels), 1), _BITS):
-        for mask in pixels[start : start + _BITS]:
-            code = code * 2 + mask
-        code = code.unique(return_inverse=True)[1]
+    deepest = None
+    if parents is not None and masks.device.type in PACKED:
+        deepest = paint_deepest(masks, parents.cpu().numpy())
+    if deepest is not None:
+        # The deepest mask of a pixel stands for all that cover it.
+        code = (code * (len(masks) + 1) + torch.from_numpy(deepest).flatten() + 1).unique(return_inverse=True)[1]
+    else:
+        for start in range(0, max(len(pixels), 1), _BITS):
+            for mask in pixels[start : start + _BITS]:
+                code = code * 2 + mask
+            code = code.unique(return_inverse=True)[1]
     # Any pixel of a cell represents it.
     cell_pixels = torch.zeros(int(code.max()) + 1 if len(code) else 0, dtype=torch.int64, device=masks.device)
     cell_pixels[code] = torch.arange(len(code), device=masks.device)
@@ -55,12 +69,13 @@ class Cells:
     values: np.ndarray
 
     @classmethod
-    def of(cls, masks: Tensor, values: Tensor | None = None) -> Cells:
+    def of(cls, masks: Tensor, values: Tensor | None = None, parents: Tensor | None = None) -> Cells:
         """Partition an image.
 
         Args:
             masks: `[N, H, W]` bool on any device.
             values: `[H, W]` integers 0..255 that split cells further, such as the ground truth.
+            parents: `[N]` int64 of masks that may be nested, to be sooner done; see `split_into_cells`.
 
         Raises:
             ValueError: `masks` is not `[N, H, W]` bool, or `values` of another size.
@@ -69,10 +84,16 @@ class Cells:
             raise ValueError(f"masks: got {tuple(masks.shape)} {masks.dtype}, expected [N, H, W] bool")
         if values is not None and values.shape != masks.shape[1:]:
             raise ValueError(f"values: got {tuple(values.shape)}, expected the masks' {tuple(masks.shape[1:])}")
-        cell_of, pixels = split_into_cells(masks, values)
+        cell_of, pixels = split_into_cells(masks, values, parents)
         sizes = torch.bincount(cell_of)
         value = pixels.new_zeros(len(sizes)) if values is None else values.flatten().to(masks.device).long()[pixels]
         return cls(masks.flatten(1)[:, pixels].T.cpu().numpy(), sizes.cpu().numpy(), value.cpu().numpy())
+
+    @property
+    def areas(self) -> np.ndarray:
+        """`[N]` int64, pixels of each mask."""
+        # Counts below 2^53 are exact in float64, whatever the order of the sums.
+        return (self.cover.T.astype(np.float64) @ self.sizes).astype(np.int64)
 
     @cached_property
     def shared(self) -> np.ndarray:

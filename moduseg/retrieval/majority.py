@@ -18,7 +18,7 @@ _UNIT = 1 << 20
 """Scores are rounded to this fraction and added as integers, so that the order of a sum changes no choice."""
 
 
-def assemble_majority(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+def assemble_majority(masks: Tensor, labels: Tensor, scores: Tensor, parents: Tensor | None = None) -> Tensor:
     """Return the label map in which all proposals vote.
 
     Args:
@@ -26,6 +26,8 @@ def assemble_majority(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
         labels: `[N]` integers, 0..254; background proposals vote like the others.
         scores: `[N]` float in [-1, 1]: of labels with equally many proposals, the one with the larger sum wins; then
             the smaller label.
+        parents: `[N]` int64 of masks that may be nested (`Proposals.parents`): the same map sooner. Each of the nested
+            masks of a pixel has a vote, the large ones too.
 
     Returns:
         `[H, W]` uint8; background where no proposal is.
@@ -38,7 +40,7 @@ def assemble_majority(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
     if masks.numel() == 0:
         return torch.zeros(masks.shape[1:], dtype=torch.uint8, device=masks.device)
     # Pixels that the same masks cover get the same label: there are a few hundred such cells, not thousands.
-    cell_of, cell_pixels = split_into_cells(masks)
+    cell_of, cell_pixels = split_into_cells(masks, parents=parents)
     return vote_by_majority(masks.flatten(1)[:, cell_pixels], labels, scores)[cell_of].view(masks.shape[1:])
 
 

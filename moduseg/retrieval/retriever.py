@@ -162,9 +162,10 @@ class Retriever:
             return assemble_proposals(proposals, labels, ranks, settings.nms_iou)
         masks = proposals.masks.to(labels.device)
         if is_majority:
-            return assemble_majority(masks, labels, scores), descending(scores)
+            return assemble_majority(masks, labels, scores, proposals.parents), descending(scores)
         certainty = self._margins(pooled, labels) if settings.selection == "margin" else compute_certainty(scores)
-        return assemble_selected(masks, labels, scores, compute_worths(certainty, proposals.quality))
+        worths = compute_worths(certainty, proposals.quality)
+        return assemble_selected(masks, labels, scores, worths, proposals.parents)
 
     def _margins(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """Return `[N]` float64: the margin of each query (`compute_margins`), 0 for a proposal without a vector."""

@@ -41,7 +41,7 @@ from moduseg.retrieval.vote import vote
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.propose import Propose
 from moduseg.stages.queries import Queries
-from moduseg.structures import IGNORE_INDEX, SearchBank
+from moduseg.structures import IGNORE_INDEX, SearchBank, select_parents
 
 STORED_KEYS = ("purify", "min_area", "aggregation", "flips", "path")
 """Keys of `bank` that decide what is stored; the others decide how the stored bank is read."""
@@ -55,12 +55,14 @@ class SplitImage:
         id: its id.
         cells: its proposals' cells, split by the truth.
         queries: which of the split's queries are its proposals.
+        parents: `[N]` int64 of its proposals (`Proposals.parents`), or `None`.
         counts_by_rule: confusion counts by what decides them: settings that label an image alike are counted once.
     """
 
     id: str
     cells: Cells
     queries: slice
+    parents: Tensor | None = None
     counts_by_rule: dict[tuple[bytes, ...], np.ndarray] = field(default_factory=dict)
 
 
@@ -183,8 +185,8 @@ class CachedSplit:
                     f"{image_id}: {len(pooled[-1])} query vectors for {len(proposals)} proposals; remove "
                     f"{queries.path} and run again"
                 )
-            cells = Cells.of(proposals.masks, torch.from_numpy(truth))
-            images.append(SplitImage(image_id, cells, slice(start, start + len(proposals))))
+            cells = Cells.of(proposals.masks, torch.from_numpy(truth), proposals.parents)
+            images.append(SplitImage(image_id, cells, slice(start, start + len(proposals)), proposals.parents))
             predicted_iou.append(proposals.predicted_iou)
             quality.append(proposals.quality)
             start += len(proposals)
@@ -343,7 +345,9 @@ def _count_image(image: SplitImage, answers: Answers, settings: RetrievalConfig,
             order = cells.suppress(order, answers.labels, settings.nms_iou)
         elif not is_majority:
             kept_cells = Cells(cells.cover[:, kept], cells.sizes, cells.values)
-            chosen = kept[select_masks(kept_cells, answers.labels[kept], answers.worths[kept])]
+            parents = image.parents
+            tree = None if parents is None else select_parents(parents, torch.from_numpy(kept)).numpy()
+            chosen = kept[select_masks(kept_cells, answers.labels[kept], answers.worths[kept], tree)]
             order = order[np.isin(order, chosen)]
         if is_majority:
             painted = label_cells_by_majority(cells, order, answers.labels, answers.scores)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,12 +18,14 @@ from moduseg.retrieval.selection import (
     compute_certainty,
     compute_margins,
     compute_worths,
+    find_heaviest_in_forest,
     find_heaviest_set,
     select_masks,
 )
 from moduseg.structures import Proposals
 from tests import reference
 from tests.support.retrieval import make_retriever
+from tests.support.trees import random_tree
 
 UNIT = 1 << 20
 
@@ -77,6 +81,87 @@ def test_no_set_is_heavier(density: float, rng: np.random.Generator) -> None:
         chosen = find_heaviest_set(weights, conflicts)
         assert not conflicts[np.ix_(chosen, chosen)].any()
         assert int(weights[chosen].sum()) == subsets(weights, conflicts)
+
+
+def random_forest(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Parents of random trees, `[N]`, in random order, and which pairs are ancestor and descendant, `[N, N]` bool."""
+    order = rng.permutation(count)
+    parents = np.full(count, -1)
+    for place in range(1, count):
+        if rng.random() < 0.85:
+            parents[order[place]] = order[rng.integers(place)]
+    related = np.zeros((count, count), bool)
+    for index in range(count):
+        ancestor = parents[index]
+        while ancestor >= 0:
+            related[index, ancestor] = related[ancestor, index] = True
+            ancestor = parents[ancestor]
+    return parents, related
+
+
+def test_a_forest_is_solved_as_by_trying_all_sets(rng: np.random.Generator) -> None:
+    for _ in range(60):
+        count = int(rng.integers(1, 11))
+        parents, related = random_forest(rng, count)
+        weights = rng.integers(-20, 50, count)
+        chosen = find_heaviest_in_forest(weights, parents)
+        assert not related[np.ix_(chosen, chosen)].any()
+        assert chosen.tolist() == sorted(chosen.tolist())
+        assert int(weights[chosen].sum()) == subsets(weights, related)
+
+
+def test_a_tree_is_chosen_from_as_its_masks_are(rng: np.random.Generator) -> None:
+    """With and without its parents: the same masks, where no two sets are worth the same."""
+    num_chosen = 0
+    for _ in range(25):
+        masks, parents = random_tree(rng, 20, (3, 200))
+        labels, worths = rng.integers(0, 4, 39), rng.integers(1, UNIT, 39)
+        cells = Cells.of(masks)
+        chosen = select_masks(cells, labels, worths, parents.numpy())
+        assert chosen.tolist() == select_masks(cells, labels, worths).tolist()
+        num_chosen += len(chosen)
+    assert num_chosen > 50
+
+
+def test_masks_that_are_not_nested_are_searched(rng: np.random.Generator) -> None:
+    """Two trees over the same pixels: parents alone would take masks of both."""
+    first, second = random_tree(rng, 8, (2, 60)), random_tree(rng, 9, (2, 60))
+    masks = torch.cat((first[0], second[0]))
+    parents = torch.cat((first[1], torch.where(second[1] >= 0, second[1] + len(first[0]), -1))).numpy()
+    labels, worths = rng.integers(1, 4, len(masks)), rng.integers(1, UNIT, len(masks))
+    chosen = select_masks(Cells.of(masks), labels, worths, parents)
+    assert chosen.tolist() == select_masks(Cells.of(masks), labels, worths).tolist()
+
+
+@pytest.mark.parametrize("shape", ["chain", "star", "binary"])
+def test_a_forest_of_any_depth_takes_a_step_a_mask(shape: str) -> None:
+    """Two hundred thousand masks, far deeper than Python may recurse, in seconds of processor time."""
+    count = 200_000
+    parents = {"chain": np.arange(-1, count - 1), "star": np.r_[-1, np.zeros(count - 1, int)]}.get(
+        shape, (np.arange(count) - 1) // 2
+    )
+    parents[0] = -1
+    begin = time.process_time()
+    chosen = find_heaviest_in_forest(np.ones(count, dtype=np.int64), parents)
+    assert time.process_time() - begin < 5
+    assert len(chosen) == {"chain": 1, "star": count - 1}.get(shape, count // 2)
+
+
+@pytest.mark.parametrize("rule", ["margin", "similarity", "majority"])
+def test_a_tree_is_predicted_as_its_masks_are(rule: str, device: torch.device, rng: np.random.Generator) -> None:
+    masks, parents = random_tree(rng, 20, (12, 200))
+    bank = F.normalize(torch.from_numpy(rng.normal(size=(30, 5)).astype(np.float32)).to(device), dim=1)
+    labels = torch.arange(30, device=device) % 4
+    pooled = torch.from_numpy(rng.normal(size=(39, 5)).astype(np.float32)).to(device)
+    flat = Proposals(masks.to(device), torch.linspace(0.5, 1, 39, device=device))
+    tree = replace(flat, parents=parents.to(device))
+    # Small masks are filtered, which makes their children those of their grandparents.
+    retriever = make_retriever(bank, labels, top_k=3, selection=rule, min_area=60)
+    first, second = retriever.predict(flat, pooled), retriever.predict(tree, pooled)
+    assert 5 < len(first.labels) < 39
+    assert first.kept.tolist() == second.kept.tolist()
+    assert np.array_equal(first.label_map, second.label_map)
+    assert len(np.unique(first.label_map)) > 1
 
 
 def test_a_deep_forest_is_solved_exactly_and_soon(rng: np.random.Generator) -> None:

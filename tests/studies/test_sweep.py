@@ -16,16 +16,20 @@ from moduseg.config import compose
 from moduseg.errors import ConfigError
 from moduseg.evaluation import measures
 from moduseg.evaluation.measures import Measure
+from moduseg.files import write_atomic
+from moduseg.pipeline.workspace import Workspace
+from moduseg.proposers import sa1b
 from moduseg.proposers.superpixels import SuperpixelProposer
 from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
 from moduseg.stages.queries import Queries
-from moduseg.structures import SearchBank
+from moduseg.structures import Proposals, SearchBank
 from moduseg.studies import sweep
 from moduseg.studies.cached_split import CachedSplit
 from moduseg.studies.sweep import parse
 from tests.support.runs import overrides
+from tests.support.trees import random_tree
 
 SETTINGS = (
     [],
@@ -72,6 +76,27 @@ def test_every_setting_gives_what_infer_gives(finished: Path) -> None:
     assert len({m.tobytes() for m in matrices}) > len(SETTINGS) / 2
     again = [split.confusion(s.bank, s.retrieval) for s in reversed(settings)]
     assert all(np.array_equal(a, b) for a, b in zip(matrices, reversed(again), strict=True))
+
+
+def test_trees_of_proposals_give_what_infer_gives(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Nested masks from files, of which the small ones are filtered, so that trees lose their leaves."""
+    cfg = compose(arguments(tmp_path))
+    for split in ("train", "val"):
+        dataset = Workspace(cfg).dataset(split)
+        for image_id in dataset.ids:
+            masks, parents = random_tree(rng, 12, dataset.image_size(image_id))
+            content = sa1b.encode_proposals(Proposals(masks, parents=parents), image_id)
+            write_atomic(tmp_path / "trees" / f"{image_id}.json", content)
+    files = ("proposer=files", f"proposer.folder={tmp_path / 'trees'}")
+    rules = ("margin", "similarity", "majority")
+    settings = [
+        compose(arguments(tmp_path, *files, f"retrieval.selection={r}", "retrieval.min_area=500")) for r in rules
+    ]
+    split_in_memory = CachedSplit(settings[0], [s.retrieval for s in settings])
+    for cfg in settings:
+        results = json.loads((Infer.run(cfg) / "results.json").read_text())
+        assert split_in_memory.confusion(cfg.bank, cfg.retrieval).tolist() == results["confusion"]
+    assert all(image.parents is not None for image in split_in_memory.images)
 
 
 def test_a_grid_runs_no_model_and_leaves_table_csv_and_plot(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
