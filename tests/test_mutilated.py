@@ -42,7 +42,7 @@ from moduseg.pseudo_masks.files import read_label_map
 from moduseg.pseudo_masks.store import pack, unpack
 from moduseg.structures import Proposals, ScoreMaps
 from moduseg.studies.ablate import load_table
-from moduseg.weights.sources import load_state
+from moduseg.weights.tensors import load_state
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 st = hypothesis.strategies

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moduseg.devices import seed_weights
 from moduseg.errors import ArtefactError, ConfigError, suggest
-from moduseg.weights.sources import load_state
+from moduseg.weights.tensors import load_state
 
 HEAD_PREFIXES = ("head.", "head_dist.", "classifier.", "fc.", "fc_norm.", "attn_pool.")
 """Parameters of classifiers and of their pooling, which a model without them leaves out."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from moduseg.devices import Device, copy_arrays, seed_weights
 from moduseg.errors import ArtefactError
 from moduseg.files import file_digest
-from moduseg.weights.sources import find_weights, load_state
+from moduseg.weights.sources import find_weights
+from moduseg.weights.tensors import load_state
 
 KEY = "proposer.weights"
 MEAN_BGR = (104.00699, 116.66877, 122.67892)

@@ -22,7 +22,8 @@ from moduseg.proposers.mask_generation import check_thickness, generate_batch
 from moduseg.proposers.sam_decoder import PackagedSam
 from moduseg.structures import Proposals, Sample
 from moduseg.weights.download import fetch
-from moduseg.weights.sources import ADDRESSES, find_weights, load_state
+from moduseg.weights.sources import ADDRESSES, find_weights
+from moduseg.weights.tensors import load_state
 
 if TYPE_CHECKING:
     from segment_anything import SamAutomaticMaskGenerator

