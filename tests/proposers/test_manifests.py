@@ -115,7 +115,7 @@ def _on_meta(preset: str) -> Any:
     cfg = compose([f"proposer={preset}"]).proposer
     if cfg["name"] == "sam":
         with torch.device("meta"):
-            model = sam._registry()[cfg["model"]]().to("meta").eval()
+            model = sam._get_builders()[cfg["model"]]().to("meta").eval()
         return model, PackagedSam(model, META)
     import transformers
 
