@@ -325,6 +325,24 @@ class ScoreMaps:
 
 
 @dataclass(frozen=True)
+class Tags:
+    """Which classes one image shows, as a tagger says.
+
+    Attributes:
+        class_ids: ascending foreground ids.
+        scores: `[C]` float32 on the CPU, of every foreground class, larger for what is more likely there; `None` if the
+            tagger ranks nothing.
+    """
+
+    class_ids: tuple[int, ...]
+    scores: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if list(self.class_ids) != sorted(set(self.class_ids)) or any(c < 1 for c in self.class_ids):
+            raise ValueError(f"tags: got class ids {self.class_ids}, expected ascending foreground ids >= 1")
+
+
+@dataclass(frozen=True)
 class SearchBank:
     """The vectors that queries are compared with: a stored bank as one configuration reads it.
 

@@ -70,6 +70,7 @@ class Command:
     config_name: str = "config"
 
 
+_WORDS = ("dataset", "proposer", "backbone", "pseudo_masks", "tagger", "evaluation", "runtime", "experiment")
 _ALL = (
     "dataset", "proposer", "backbone", "pseudo_masks", "bank", "retrieval", "evaluation", "runtime", "experiment",
 )  # fmt: skip
@@ -117,6 +118,17 @@ _TABLE = (
         examples=("infer", "infer experiment=folder dataset.root=my"),
         groups=_ALL,
         stage="moduseg.stages.infer:Infer",
+    ),
+    Command(
+        "segment",
+        "pipeline",
+        "Label and score the evaluated split from words alone, without training images.",
+        "moduseg.stages.segment:Segment.run",
+        reads="the images of the evaluated split; proposals and tags, which are made if needed and absent",
+        writes="outputs/<dataset>/segment/<name>-<key>/: labels/<id>.png, results.json, report/index.html",
+        examples=("segment", "segment dataset=folder dataset.root=my vocabulary='a dog;grass'"),
+        groups=_WORDS,
+        stage="moduseg.stages.segment:Segment",
     ),
     Command(
         "evaluate",

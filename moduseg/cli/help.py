@@ -91,6 +91,8 @@ def _describe_configuration(command: Command, overrides: Sequence[str]) -> list[
     rows = [("name=<text>", "a name of the run beside its key: run=<name>, bank=<name>")] if command.groups else []
     if "evaluation" in groups:
         rows.append(("predictions=<text> [null]", read_attributes(Config)["predictions"]))
+    if "tagger" in groups:
+        rows.append(("vocabulary=<file or list> [[]]", read_attributes(Config)["vocabulary"]))
     for group in (group for group in groups if group in cfg):
         schema = get_type_hints(Config).get(group)
         if dataclasses.is_dataclass(schema) and isinstance(schema, type):

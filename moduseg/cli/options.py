@@ -19,7 +19,7 @@ from moduseg.errors import ConfigError, suggest
 Options = TypeVar("Options")
 Overrides = Literal["none", "groups", "all"]
 """Which other arguments a command accepts: none; `group.key=value` of the configuration; all, for Hydra to read."""
-GROUPS = tuple(field.name for field in dataclasses.fields(Config) if field.name != "predictions")
+GROUPS = tuple(field.name for field in dataclasses.fields(Config) if field.name not in ("predictions", "vocabulary"))
 """Groups of the configuration that an override may name."""
 _PATH_KEYS = ("images", "banks")
 """Keys of several files or folders."""

@@ -202,6 +202,23 @@ class AddOptions:
 
 
 @dataclass(frozen=True)
+class TagOptions:
+    """Keys of the command `tag`.
+
+    Attributes:
+        images: folder of images, or a folder with `images/` inside, as data sets of one's own are laid out. If omitted,
+            the evaluated split of the data set, whose tags are then only compared with its own.
+        vocabulary: words of the classes: a file with one class a line, or a list (`dog;cat`); those of the data set if
+            omitted.
+        out: label file to write; `labels.csv` beside the images if omitted.
+    """
+
+    images: str | None = None
+    vocabulary: str = ""
+    out: str | None = None
+
+
+@dataclass(frozen=True)
 class PredictOptions:
     """Keys of the command `predict`.
 

@@ -50,6 +50,14 @@ def build_named(group: str, registry: Mapping[str, type[T]], cfg: Mapping[str, A
         raise ConfigError(f"{group}: {error}") from error
 
 
+def takes_key(backend: type, key: str) -> bool:
+    """Return whether a backend's configuration has a key."""
+    options_class = _find_options_class(backend)
+    if options_class is not None:
+        return key in {field.name for field in dataclasses.fields(options_class)}
+    return key in inspect.signature(backend.__init__).parameters  # type: ignore[misc]
+
+
 def _find_options_class(backend: type) -> type | None:
     """Return the dataclass of a backend whose first argument is `options`; `None` if it takes plain arguments."""
     names = list(inspect.signature(backend.__init__).parameters)  # type: ignore[misc]

@@ -120,13 +120,13 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     predictions = plain.get("predictions")
     if not isinstance(predictions, str | None):
         raise ConfigError(f"predictions: got {predictions!r}, expected a folder; set predictions=<folder>")
-    train_proposer = plain.get("train_proposer")
-    if not isinstance(train_proposer, Mapping | None):
-        raise ConfigError(
-            f"train_proposer: got {train_proposer!r}, expected a group of settings; pick a file with "
-            "proposer@train_proposer=<file>"
-        )
-    values: dict[str, Any] = {"predictions": predictions, "train_proposer": train_proposer}
+    values: dict[str, Any] = {"predictions": predictions, "vocabulary": _read_vocabulary(plain.get("vocabulary"))}
+    for name, choice in (("train_proposer", "proposer@train_proposer"), ("tagger", "tagger")):
+        values[name] = plain.get(name)
+        if not isinstance(values[name], Mapping | None):
+            raise ConfigError(
+                f"{name}: got {values[name]!r}, expected a group of settings; pick a file with {choice}=<file>"
+            )
     for name in group_names:
         value = plain.get(name)
         if name in values:
@@ -135,6 +135,21 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
             raise ConfigError(f"{name}: got {value!r}, expected a group of settings; pick a file with {name}=<file>")
         values[name] = construct(schemas[name], value, name) if name in schemas else value
     return Config(**values)
+
+
+def _read_vocabulary(value: object) -> str | tuple[str, ...]:
+    """Return a vocabulary as it was typed: text, or a list of words, which may look like numbers.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(map(str, value))
+    if not isinstance(value, str | None):
+        raise ConfigError(
+            f"vocabulary: got {value!r}, expected a file or a list of words; try vocabulary='a dog;grass'"
+        )
+    return value or ()
 
 
 def _one_line(error: Exception) -> str:

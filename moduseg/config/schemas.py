@@ -354,6 +354,9 @@ class Config:
         predictions: folder of label maps made elsewhere, scored or packed in place of a run's own.
         train_proposer: proposer of the training images if it is not that of the evaluated ones (`proposer`), which then
             changes alone in an ablation; `None` for one proposer of both.
+        tagger: what says which classes an image of `segment` shows; `None` lets all compete.
+        vocabulary: words in place of the data set's classes, of `segment` and `tag`: a file with one class a line, or a
+            list (`a dog;grass`).
     """
 
     dataset: Mapping[str, Any]
@@ -366,11 +369,17 @@ class Config:
     runtime: RuntimeConfig
     predictions: str | None = None
     train_proposer: Mapping[str, Any] | None = None
+    tagger: Mapping[str, Any] | None = None
+    vocabulary: str | tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings that a result may depend on as JSON values, without those that distribute the work."""
         values: dict[str, Any] = _to_plain(self)
         values["runtime"] = {key: value for key, value in values["runtime"].items() if key not in _DISTRIBUTION}
+        # Results that were made without words look as they always did.
+        for name in ("tagger", "vocabulary"):
+            if not values[name]:
+                del values[name]
         return values
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -36,7 +35,7 @@ class Ade20kDataset(Dataset):
     """
 
     name = "ade20k"
-    has_background: ClassVar[bool] = False
+    has_background = False
 
     def __init__(self, root: str, split: str, list_dir: str | None = None, labels: str = "auto") -> None:
         super().__init__(root, split, labels)

@@ -56,7 +56,7 @@ class Dataset(ABC):
 
     name: str = ""
     extra_sources: ClassVar[tuple[str, ...]] = ()
-    has_background: ClassVar[bool] = True
+    has_background: bool = True
     masks_optional: ClassVar[bool] = False
     image_range: ImageRange = None
 
@@ -160,6 +160,11 @@ class Dataset(ABC):
     def classes(self) -> tuple[str, ...]:
         """Class names by id, background first."""
         return self._read_classes()
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the data set names its classes; images alone can still be labelled from a vocabulary."""
+        return True
 
     @property
     def num_classes(self) -> int:
@@ -288,7 +293,7 @@ class Dataset(ABC):
             rows.append([image_id, *self._truth_sizes(image_id), tags])
         # Earlier results, which had no range of values, keep their keys.
         image_range = [] if self.image_range is None else [self.image_range]
-        content = json.dumps([self.classes, self.label_source, rows, *image_range])
+        content = json.dumps([self.classes if self.has_classes else (), self.label_source, rows, *image_range])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property

@@ -97,6 +97,11 @@ class FolderDataset(Dataset):
         # A listed name may carry its suffix; ids that end in one by chance (a file 'x.png.jpg') win over that.
         return line if line in self._files else drop_suffix(line)
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether there is `classes.txt` or a label file to take names from."""
+        return (self.root / "classes.txt").is_file() or self.label_file is not None
+
     def _read_classes(self) -> tuple[str, ...]:
         path = self.root / "classes.txt"
         if path.is_file():

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from moduseg.bank.store import read_vectors
 from moduseg.datasets.io import read_label_png
 from moduseg.datasets.labels import check_id
@@ -15,6 +17,7 @@ from moduseg.errors import DataError
 from moduseg.files import read_json
 from moduseg.proposers import sa1b
 from moduseg.pseudo_masks.store import SUFFIX, unpack
+from moduseg.structures import Tags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     from moduseg.structures import Proposals, ScoreMaps
 
-Kind = Literal["proposals", "scores", "label_map", "vectors", "panel"]
+Kind = Literal["proposals", "scores", "label_map", "vectors", "panel", "tags"]
 """What a stage stores for one image."""
 _LAYOUT: dict[Kind, tuple[str, str]] = {
     "proposals": ("masks", ".json"),
@@ -30,6 +33,7 @@ _LAYOUT: dict[Kind, tuple[str, str]] = {
     "label_map": ("labels", ".png"),
     "vectors": ("vectors", ".safetensors"),
     "panel": ("panels", ".png"),
+    "tags": ("tags", ".json"),
 }
 """Sub-folder and suffix of each kind of file."""
 
@@ -172,6 +176,20 @@ class StageFolder:
         """
         return read_vectors(self.file("vectors", image_id), names)
 
+    def tags(self, image_id: str) -> Tags:
+        """Return the stored tags of an image.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        file = self.file("tags", image_id)
+        try:
+            content = json.loads(file.read_bytes())
+            scores = content["scores"]
+            return Tags(tuple(content["labels"]), None if scores is None else torch.tensor(scores))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: not readable as tags ({error!r}); run scripts/tag.py again") from error
+
     def scores(self, image_id: str) -> ScoreMaps:
         """Return the stored class scores of an image.
 
@@ -182,6 +200,12 @@ class StageFolder:
         if not file.is_file():
             raise DataError(f"{file}: no such file; run scripts/pseudo_masks.py again")
         return unpack(file.read_bytes(), name=str(file))
+
+
+def encode_tags(tags: Tags) -> bytes:
+    """Return tags as the bytes of their JSON file."""
+    scores = None if tags.scores is None else [round(float(score), 6) for score in tags.scores]
+    return json.dumps({"labels": list(tags.class_ids), "scores": scores}).encode()
 
 
 def stored_name(kind: Kind, image_id: str) -> str:

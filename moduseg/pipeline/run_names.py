@@ -18,7 +18,7 @@ from moduseg.errors import ConfigError, MissingError, StorageError
 log = logging.getLogger("moduseg")
 LATEST = "latest"
 BANKS = ("build_bank", "bank")
-RUNS = ("infer", "evaluate", "pseudo_masks", "compare")
+RUNS = ("infer", "evaluate", "pseudo_masks", "segment", "compare")
 """Stages whose folders `bank=<name>` and `run=<name>` look for."""
 _NAME = re.compile(r"(?!latest$)(?!.*-[0-9a-f]{8}$)[^\W.][^/\\\0]*")
 

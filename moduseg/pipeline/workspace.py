@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from moduseg import backbones, datasets, proposers, pseudo_masks
+from moduseg import backbones, datasets, proposers, pseudo_masks, taggers
 from moduseg.backbones.base import Backbone
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
+from moduseg.datasets.vocabulary import RewordedDataset, WordList, read_word_list
 from moduseg.devices import Device, resolve_device
 from moduseg.files import to_json_values
 from moduseg.pipeline.artefacts import Artefact
@@ -21,6 +22,7 @@ from moduseg.pipeline.batches import Shard
 from moduseg.pipeline.peers import Peers
 from moduseg.proposers.base import Proposer
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
+from moduseg.taggers.base import Tagger
 
 log = logging.getLogger("moduseg")
 FinishedStages = dict[tuple[str, str], Path]
@@ -47,6 +49,7 @@ class Workspace:
         self.cfg = cfg
         self.finished_stages: FinishedStages = dict(finished_stages or {})
         self._datasets: dict[str, Dataset] = dict(splits or {})
+        self._reworded: dict[str, Dataset] = {}
         self._fingerprints: dict[str, str] = {}
         self.has_own_splits = bool(splits)
         self.is_checked = finished_stages is not None
@@ -119,6 +122,40 @@ class Workspace:
         return pseudo_masks.build(
             self.cfg.pseudo_masks.generator, device=self.device, backbone=lambda: self.backbone, classes=classes
         )
+
+    @cached_property
+    def vocabulary(self) -> WordList | None:
+        """The words that stand in place of the data set's classes; `None` if the configuration has none."""
+        return read_word_list(self.cfg.vocabulary)
+
+    def reworded_dataset(self, split: str) -> Dataset:
+        """Return a split with the classes of the vocabulary, or as it is if there is none."""
+        dataset = self.dataset(split)
+        if self.vocabulary is None:
+            return dataset
+        if split not in self._reworded:
+            self._reworded[split] = RewordedDataset(dataset, self.vocabulary)
+        return self._reworded[split]
+
+    @cached_property
+    def word_generator(self) -> PseudoMaskGenerator:
+        """The generator of `segment`: that of the pseudo masks, with the words of the vocabulary if there is one."""
+        if self.vocabulary is None:
+            return self.generator
+        settings = pseudo_masks.set_words(self.cfg.pseudo_masks.generator, self.vocabulary.as_settings())
+        classes = self.vocabulary.classes
+        return pseudo_masks.build(settings, device=self.device, backbone=lambda: self.backbone, classes=classes)
+
+    @property
+    def tagger_settings(self) -> Mapping[str, Any]:
+        """The configuration of the tagger; by default all classes compete."""
+        return self.cfg.tagger if self.cfg.tagger is not None else {"name": "all"}
+
+    @cached_property
+    def tagger(self) -> Tagger:
+        """What says which classes an image shows, with the words of the vocabulary if there is one."""
+        classes = self.reworded_dataset(self.eval_split).classes
+        return taggers.build(self.tagger_settings, self.device, classes, self.vocabulary)
 
     def dataset_parts(self, split: str) -> dict[str, Any]:
         """Return the part of a key that stands for the data set: the split and a fingerprint of its content."""

@@ -7,15 +7,16 @@ from functools import partial
 from typing import Any
 
 from moduseg.backbones.base import Backbone
-from moduseg.config.construct import build_named
+from moduseg.config.construct import build_named, takes_key
 from moduseg.devices import Device
+from moduseg.errors import ConfigError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.cam import CamGenerator
 from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator
 from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator
 from moduseg.pseudo_masks.corrclip import CorrClipGenerator
 from moduseg.pseudo_masks.files import FilePseudoMasks
-from moduseg.pseudo_masks.fusion import FusionGenerator
+from moduseg.pseudo_masks.fusion import PARTS, FusionGenerator
 from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
 
 GENERATORS: dict[str, type[PseudoMaskGenerator]] = {
@@ -28,7 +29,29 @@ GENERATORS: dict[str, type[PseudoMaskGenerator]] = {
     "ground_truth": GroundTruthPseudoMasks,
 }
 
-__all__ = ["GENERATORS", "PseudoMaskGenerator", "build"]
+__all__ = ["GENERATORS", "PseudoMaskGenerator", "build", "set_words"]
+
+
+def set_words(cfg: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a generator's configuration with the words of a vocabulary, in both parts of a fusion.
+
+    Args:
+        cfg: its configuration.
+        words: `class_words` and `background_words`.
+
+    Raises:
+        ConfigError: a generator that compares no words.
+    """
+    name = str(cfg.get("name"))
+    if name == "fusion":
+        return {**cfg, **{part: set_words(cfg[part], words) for part in PARTS if isinstance(cfg.get(part), Mapping)}}
+    if name in GENERATORS and not takes_key(GENERATORS[name], "class_words"):
+        able = ", ".join(other for other, generator in GENERATORS.items() if takes_key(generator, "class_words"))
+        raise ConfigError(
+            f"pseudo_masks.generator.name: got {name!r}, which compares no words, expected one of {able} with a "
+            "vocabulary; try pseudo_masks=clip_dense"
+        )
+    return {**cfg, **words}
 
 
 def build(

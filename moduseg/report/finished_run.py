@@ -20,7 +20,7 @@ from moduseg.files import read_json
 from moduseg.pipeline.manifests import StageFolder, stage_seconds
 from moduseg.pipeline.workspace import Workspace
 
-STAGES = ("infer", "evaluate", "pseudo_masks")
+STAGES = ("infer", "evaluate", "pseudo_masks", "segment")
 """The stages whose folders can be reported on."""
 _EMPTY_GROUPS: Mapping[str, Any] = {
     **{name: {} for name in ("proposer", "backbone", "bank", "retrieval")},
@@ -96,7 +96,8 @@ def open_run(path: Path, work: Workspace) -> FinishedRun:
     """Open the folder of a finished run.
 
     Args:
-        path: an artefact of `infer`, `evaluate` or `pseudo_masks`; for `evaluate`, the run that it evaluated is opened.
+        path: an artefact of `infer`, `evaluate`, `segment` or `pseudo_masks`; for `evaluate`, the run that it evaluated
+            is opened.
         work: of the run's configuration (`read_run_config`).
 
     Raises:
@@ -107,7 +108,10 @@ def open_run(path: Path, work: Workspace) -> FinishedRun:
     folder = _find_label_maps(path)
     # Pseudo masks are of the training split, everything else of the evaluated one.
     is_pseudo = folder.stage == "pseudo_masks"
-    dataset = work.dataset(str(folder.manifest.get("split", work.train_split)) if is_pseudo else work.eval_split)
+    if folder.stage == "segment":
+        dataset = work.reworded_dataset(str(folder.manifest.get("split", work.eval_split)))
+    else:
+        dataset = work.dataset(str(folder.manifest.get("split", work.train_split)) if is_pseudo else work.eval_split)
     ids = tuple(image_id for image_id in dataset.ids if image_id not in folder.failures)
     if not ids:
         raise DataError(f"{folder.path}: got no label map, expected one or more; see failures.jsonl there")

@@ -48,7 +48,11 @@ def make_overview(work: Workspace, run: FinishedRun, num_shown: int) -> dict[str
         "ignore": IGNORE_INDEX,
         "has_background": dataset.has_background,
         "ignore_uncovered": run.ignores_uncovered,
-        "label_source": str(record.get("label_source") or work.dataset(work.train_split).label_source),
+        "label_source": str(
+            record.get("label_source")
+            or run.folder.manifest.get("label_source")
+            or work.dataset(work.train_split).label_source
+        ),
         "total": len(dataset.ids),
         "shown": num_shown,
         "record": None if run.record is None else {key: record[key] for key in kept if key in record},

@@ -76,7 +76,7 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
             "dataset": self.work.dataset_parts(self.split),
             "generator": to_json_values(self.cfg.pseudo_masks.generator),
             "digest": self.work.generator.digest,
-            "fit": self._fit_digest,
+            "fit": self.fit_digest,
             "proposals": proposals.name if proposals is not None else "",
             **self.work.device.key_parts(),
         }
@@ -110,7 +110,7 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
         return {"split": self.split}
 
     @cached_property
-    def _fit_digest(self) -> str:
+    def fit_digest(self) -> str:
         """Digest of what the generator was fitted to, which an earlier run may have stored; empty without a fit."""
         work = self.work
         if not work.generator.is_fitted:

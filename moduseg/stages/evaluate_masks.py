@@ -76,6 +76,7 @@ def score_or_draw(
     *,
     proposals: StageFolder | None = None,
     inputs: Mapping[str, StageFolder] | None = None,
+    label_source: str | None = None,
 ) -> None:
     """Score a stage's label maps and draw panels of them; without ground truth only draw. Do nothing if that is done.
 
@@ -83,7 +84,9 @@ def score_or_draw(
     """
     if dataset.has_truth:
         if needs_scoring(work, artefact, outcome, dataset):
-            score_label_maps(work, artefact, outcome, dataset, proposals=proposals, inputs=inputs)
+            score_label_maps(
+                work, artefact, outcome, dataset, proposals=proposals, inputs=inputs, label_source=label_source
+            )
     elif outcome.changed:
         ids = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
         draw_panels(artefact, dataset, ids, work.cfg.evaluation.panels, proposals=proposals)
@@ -99,6 +102,7 @@ def score_label_maps(
     *,
     proposals: StageFolder | None = None,
     inputs: Mapping[str, StageFolder] | None = None,
+    label_source: str | None = None,
 ) -> dict[str, Any]:
     """Score `labels/*.png` of an artefact; write `results.json`, `results.md`, the counts of each image and `panels/`.
 
@@ -112,6 +116,7 @@ def score_label_maps(
         dataset: the split they belong to.
         proposals: the folder of stage `propose`, for the panels; that column is left out if omitted.
         inputs: folders it was made from, by stage; their seconds are listed.
+        label_source: where the tags behind the label maps come from; that of the training split if omitted.
 
     Returns:
         What `results.json` holds.
@@ -133,7 +138,7 @@ def score_label_maps(
         dataset.name,
         dataset.split,
         len(counts),
-        label_source=work.dataset(work.train_split).label_source,
+        label_source=label_source or work.dataset(work.train_split).label_source,
         config=work.cfg.as_dict(),
         seconds=seconds,
         failures=[*outcome.failed, *unscored],

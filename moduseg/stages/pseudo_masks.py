@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg.config import PseudoMasksConfig
+from moduseg.config import Config, PseudoMasksConfig
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import write_label_png
-from moduseg.devices import copy_arrays
 from moduseg.errors import DataError
 from moduseg.files import to_json_values
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.stage import Stage
-from moduseg.pseudo_masks.labels import make_label_map, region_vote
-from moduseg.pseudo_masks.refine import pamr, par
+from moduseg.pseudo_masks.labelling import DIFFUSIONS, ScoredImage, to_label_map
 from moduseg.stages.class_scores import ClassScores
 from moduseg.stages.evaluate_masks import score_or_draw
 from moduseg.stages.propose import Propose
-from moduseg.structures import Proposals, ScoreMaps
-
-DIFFUSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int], int], Tensor]] = {"pamr": pamr, "par": par}
-"""Refiners that spread scores between similar neighbouring pixels, by the name that the configuration uses."""
-
-
-@dataclass(frozen=True)
-class ScoredImage:
-    """What the label map of one image is made from, on the CPU.
-
-    Attributes:
-        id: of the image.
-        scores: of its classes.
-        image: `[H, W, 3]` uint8, if the refiner looks at it.
-        proposals: those that vote, if the refiner looks at them.
-    """
-
-    id: str
-    scores: ScoreMaps
-    image: np.ndarray | None = None
-    proposals: Proposals | None = None
 
 
 class PseudoMasks(Stage[ScoredImage]):
@@ -77,18 +52,8 @@ class PseudoMasks(Stage[ScoredImage]):
 
     def key(self) -> dict[str, Any]:
         """Return everything that decides the label maps."""
-        settings, proposals = self.cfg.pseudo_masks, self.input_folders.get("propose")
-        parts = {
-            "scores": self.input_folders["scores"].name,
-            "background": to_json_values(self.cfg.as_dict()["pseudo_masks"]["background"]),
-            "refine": [settings.refine, list(settings.dilations), settings.iterations]
-            if settings.refine in DIFFUSIONS
-            else settings.refine,
-            "proposals": proposals.name if proposals is not None else "",
-        }
-        if proposals is not None and settings.vote_min_score:
-            parts["vote_min_score"] = settings.vote_min_score
-        return parts
+        scores, proposals = self.input_folders["scores"], self.input_folders.get("propose")
+        return {"scores": scores.name, **labelling_parts(self.cfg, proposals)}
 
     def load(self, image_id: str) -> ScoredImage:
         """Return the stored scores of an image with what the refiner looks at."""
@@ -99,7 +64,7 @@ class PseudoMasks(Stage[ScoredImage]):
         """Return the label maps of several images."""
         settings, device = self.cfg.pseudo_masks, self.work.device.torch_device
         return [
-            {stored_name("label_map", item.id): partial(_encode_label_map, to_label_map(item, settings, device))}
+            {stored_name("label_map", item.id): partial(encode_label_map, to_label_map(item, settings, device))}
             for item in items
         ]
 
@@ -117,7 +82,28 @@ class PseudoMasks(Stage[ScoredImage]):
         return {"split": self.split}
 
 
-def _encode_label_map(label_map: Tensor) -> bytes:
+def labelling_parts(cfg: Config, proposals: StageFolder | None) -> dict[str, Any]:
+    """Return the part of a key that stands for what makes label maps of scores.
+
+    Args:
+        cfg: the configuration.
+        proposals: the folder of those that the refiner or the generator looks at, if one does.
+    """
+    settings = cfg.pseudo_masks
+    parts: dict[str, Any] = {
+        "background": to_json_values(cfg.as_dict()["pseudo_masks"]["background"]),
+        "refine": [settings.refine, list(settings.dilations), settings.iterations]
+        if settings.refine in DIFFUSIONS
+        else settings.refine,
+        "proposals": proposals.name if proposals is not None else "",
+    }
+    if proposals is not None and settings.vote_min_score:
+        parts["vote_min_score"] = settings.vote_min_score
+    return parts
+
+
+def encode_label_map(label_map: Tensor) -> bytes:
+    """Return a `[H, W]` uint8 label map as the bytes of its PNG."""
     return write_label_png(label_map.cpu().numpy())
 
 
@@ -174,21 +160,3 @@ def load_scored(
         if image.shape[:2] != size:
             raise DataError(f"{image_id}: scores are {size}, expected the image's {image.shape[:2]}; make them again")
     return ScoredImage(image_id, maps, image, voters)
-
-
-def to_label_map(item: ScoredImage, settings: PseudoMasksConfig, device: torch.device) -> Tensor:
-    """Return the `[H, W]` uint8 label map of one image's scores, on the device.
-
-    Raises:
-        ConfigError: a background rule or value that is not allowed for these scores.
-    """
-    rule, refine = settings.background, None
-    if settings.refine in DIFFUSIONS and item.image is not None:
-        pixels = copy_arrays([item.image], device)[0].permute(2, 0, 1).float() / 255
-        diffuse = DIFFUSIONS[settings.refine]
-
-        def refine(stacked: Tensor) -> Tensor:
-            return diffuse(stacked, pixels, settings.dilations, settings.iterations)
-
-    labels = make_label_map(item.scores.to(device), rule.rule, rule.value, rule.low, refine)
-    return labels if item.proposals is None else region_vote(labels, item.proposals.to(device))

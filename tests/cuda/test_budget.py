@@ -66,7 +66,7 @@ BANK = {
     "pseudo_masks/store.py:_shrink": Limit(2, 0, "the scores and the background, to be stored"),
     "pseudo_masks/labels.py:make_label_map": Limit(0, 1, "the tags"),
     "pseudo_masks/labels.py:region_vote": Limit(3, 0, "which regions there are, and which pixels they fill"),
-    "stages/pseudo_masks.py:_encode_label_map": Limit(1, 0, "the label map, to be stored"),
+    "stages/pseudo_masks.py:encode_label_map": Limit(1, 0, "the label map, to be stored"),
     "bank/purification.py:class_regions": Limit(2, 0, "which classes there are, and which are large enough"),
     "bank/store.py:encode_vectors": Limit(3, 0, "vectors, labels and areas, to be stored"),
 }

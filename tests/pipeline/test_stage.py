@@ -25,13 +25,14 @@ from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.records import encode_files
 from moduseg.pipeline.stage import Stage, rebuild_runner, skipped_images
 from moduseg.pipeline.workspace import Workspace
+from moduseg.pseudo_masks.labelling import ScoredImage
 from moduseg.pseudo_masks.store import unpack
 from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.class_scores import ClassScores
 from moduseg.stages.infer import Infer
 from moduseg.stages.propose import Propose
-from moduseg.stages.pseudo_masks import PseudoMasks, ScoredImage
+from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.stages.queries import Queries
 from moduseg.structures import Proposals, Sample, ScoreMaps, SearchBank
 from tests.support.runs import overrides
