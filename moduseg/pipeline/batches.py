@@ -28,7 +28,7 @@ from moduseg.devices import count_workers
 from moduseg.errors import DataError, IncompleteError
 from moduseg.files import canonical_json, write_atomic
 from moduseg.pipeline.artefacts import Artefact
-from moduseg.pipeline.estimate import TimeEstimate
+from moduseg.pipeline.estimate import RunEstimate, StageName, TimeEstimate
 from moduseg.pipeline.forward import FATAL, ForwardBatches, describe, is_device_lost, lost_device
 from moduseg.pipeline.records import Files, InputStamp, Record, Records, encode_files, read_batch_size
 from moduseg.progress import Progress
@@ -97,6 +97,8 @@ class BatchJob(Generic[Item]):
         skipped: images that an earlier stage could not process, with its error.
         reads: id -> its input files; a batch whose inputs changed since it was made is done again.
         max_forward: images that `process` gets at once; all of a batch if `None`.
+        estimate: how long the run takes that the stage is part of.
+        name: of the stage in that run.
     """
 
     ids: Sequence[str]
@@ -107,6 +109,8 @@ class BatchJob(Generic[Item]):
     skipped: Mapping[str, str] = field(default_factory=dict)
     reads: Callable[[str], list[Path]] = _no_inputs
     max_forward: int | None = None
+    estimate: RunEstimate | None = None
+    name: StageName = ("", "")
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ class BatchRunner(Generic[Item]):
         num_images = sum(len(self.batches[i]) for i in of_shard)
         num_done = num_images - sum(len(self.batches[i]) for i in unfinished)
         processed_now = 0
-        estimate = TimeEstimate(self.job.title, num_images - num_done)
+        estimate = TimeEstimate(self.job.title, num_images - num_done, self.job.estimate, self.job.name)
         with Progress(num_images, self.job.title, num_done=num_done, is_quiet=self.shard.quiet) as progress:
             for index, num_results in (run_batches or self.process_batches)(unfinished):
                 processed_now += num_results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moduseg.config import Config
 from moduseg.errors import DataError, MissingError, MissingWeightsError
+from moduseg.pipeline.estimate import StageName
 from moduseg.pipeline.manifests import StageFolder
 from moduseg.weights.download import find_download_size, forbid_downloads
 
@@ -33,6 +34,7 @@ class PlannedStage:
         note: why there is no key, or nothing to do.
         num_images, num_done: images of the split, and those that an earlier run processed.
         num_bytes: what it will write, estimated.
+        name, cost: the stage's, by which its time is estimated; see `StageWork`.
     """
 
     title: str
@@ -42,6 +44,8 @@ class PlannedStage:
     num_images: int = 0
     num_done: int = 0
     num_bytes: int = 0
+    name: StageName = ("", "")
+    cost: Hashable = None
 
 
 @dataclass
@@ -91,12 +95,12 @@ class _Planner:
 
     def __init__(self, may_fetch: bool) -> None:
         self._may_fetch = may_fetch
-        self._visited: dict[tuple[str, str], PlannedStage] = {}
+        self._visited: dict[StageName, PlannedStage] = {}
         self.plan = Plan()
 
     def visit(self, stage: Stage[Any]) -> PlannedStage:
         """Plan a stage after those that it reads."""
-        result = (stage.cache_name, stage.split)
+        result = stage.result_name
         if result not in self._visited:
             planned = self._plan_stage(stage)
             self._visited[result] = planned
@@ -126,7 +130,9 @@ class _Planner:
             del stage.input_folders
         num_done = 0 if folder is None else _count_done(folder)
         num_bytes = self._estimate_bytes(stage, ids) * (len(ids) - num_done)
-        return PlannedStage(title, folder, key, note, len(ids), num_done, num_bytes)
+        return PlannedStage(
+            title, folder, key, note, len(ids), num_done, num_bytes, name=stage.result_name, cost=stage.cost()
+        )
 
     def _visit_input(self, name: str, stage: Stage[Any], folders: dict[str, StageFolder]) -> str:
         """Plan a stage that another one reads, note its folder; return why it has none, or an empty text."""

@@ -11,6 +11,7 @@ import torch
 
 from moduseg.errors import StorageError
 from moduseg.files import get_digested_bytes, write_atomic
+from moduseg.pipeline.estimate import RunEstimate, StageWork
 from moduseg.pipeline.plan import Plan, plan_run
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ def check_before_run(stage: Stage[Any]) -> None:
     _check_writable(work.outputs)
     _ = stage.dataset.ids
     plan = plan_run(stage, may_fetch=True)
+    work.estimate = RunEstimate(
+        StageWork(
+            planned.name, planned.title, planned.cost, -(-(planned.num_images - planned.num_done) // work.shard.count)
+        )
+        for planned in plan.stages
+    )
     if work.peers.is_leader:
         warn_of_cpu(work, get_digested_bytes())
         _warn_of_space(plan)

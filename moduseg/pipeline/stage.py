@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal
@@ -14,6 +14,7 @@ from moduseg.datasets.base import Dataset
 from moduseg.errors import ArtefactError, DataError
 from moduseg.pipeline.artefacts import Artefact, locate_artefact
 from moduseg.pipeline.batches import BatchJob, BatchRunner, Files, Item, Outcome
+from moduseg.pipeline.estimate import StageName
 from moduseg.pipeline.manifests import StageFolder, wall_seconds
 from moduseg.pipeline.preflight import HasDigest, check_before_run
 from moduseg.pipeline.workspace import FinishedStages, Workspace
@@ -141,6 +142,10 @@ class Stage(ABC, Generic[Item]):
         """Name under which the workspace remembers the folder, beside the split."""
         return self.name
 
+    def cost(self) -> Hashable:
+        """Return what is equal for stages that take about the same time for an image: their models, else their name."""
+        return tuple(id(model) for model in self.models().values()) or self.name
+
     # What is written once.
 
     @classmethod
@@ -159,7 +164,7 @@ class Stage(ABC, Generic[Item]):
             ModusegError: the stage cannot be completed, say because other shards have work left.
         """
         stage = cls(work if work is not None and work.cfg is cfg else Workspace(cfg), split)
-        finished, result = stage.work.finished_stages, (stage.cache_name, stage.split)
+        finished, result = stage.work.finished_stages, stage.result_name
         if result not in finished:
             folder = stage.existing_folder()
             if folder is None:
@@ -168,6 +173,7 @@ class Stage(ABC, Generic[Item]):
                 share = partial(runner.run_shard, stage._ray_batches())
                 task = f"{stage.name}-{stage.artefact.key}"
                 folder = Path(stage.work.peers.run_then_merge(task, share, partial(stage._complete, runner)))
+                stage.work.estimate.finish(result)
             finished[result] = folder
         return finished[result]
 
@@ -175,6 +181,11 @@ class Stage(ABC, Generic[Item]):
         """Return the folder that the stage writes and its key, without making it."""
         work = self.work
         return locate_artefact(work.outputs, work.dataset_name, self.name, self.folder_name(), self.key())
+
+    @property
+    def result_name(self) -> StageName:
+        """Name and split under which the workspace remembers the folder."""
+        return self.cache_name, self.split
 
     @property
     def dataset(self) -> Dataset:
@@ -204,6 +215,8 @@ class Stage(ABC, Generic[Item]):
             reads=self.reads,
             # On the CPU the last bits of a result may depend on which images share a pass, and runs are to agree.
             max_forward=None if self.work.device.torch_device.type == "cpu" else self.cfg.runtime.batch_size,
+            estimate=self.work.estimate,
+            name=self.result_name,
         )
         return BatchRunner(self.artefact, job, self.work.shard)
 

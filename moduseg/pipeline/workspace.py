@@ -19,13 +19,14 @@ from moduseg.devices import Device, resolve_device
 from moduseg.files import to_json_values
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import Shard
+from moduseg.pipeline.estimate import RunEstimate, StageName
 from moduseg.pipeline.peers import Peers
 from moduseg.proposers.base import Proposer
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.taggers.base import Tagger
 
 log = logging.getLogger("moduseg")
-FinishedStages = dict[tuple[str, str], Path]
+FinishedStages = dict[StageName, Path]
 """Stage and split -> the folder of its result."""
 
 
@@ -40,6 +41,7 @@ class Workspace:
     Attributes:
         has_own_splits: whether `splits` were given, which another process would not have.
         finished_stages: folder of each stage that has completed in this run.
+        estimate: how long the stages take that the run was planned with.
         is_checked: whether what the run needs has been looked for; a worker's driver has done so.
     """
 
@@ -52,6 +54,7 @@ class Workspace:
         self._reworded: dict[str, Dataset] = {}
         self._fingerprints: dict[str, str] = {}
         self.has_own_splits = bool(splits)
+        self.estimate = RunEstimate()
         self.is_checked = finished_stages is not None
         shard = cfg.runtime.shard
         self.peers = Peers(shard.index, shard.count, alone=finished_stages is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
     def models(self) -> dict[str, HasDigest]:
         """Return the backbone."""
         return {"backbone": self.work.backbone}
+
+    def cost(self) -> Hashable:
+        """Return what is equal for stages of the same cost: the backbone, twice where mirrored images pass it too."""
+        return (id(self.work.backbone),) * (2 if self.cfg.bank.flips else 1)
 
     def folder_name(self) -> str:
         """Return the readable part of the folder's name."""

@@ -13,7 +13,6 @@ from moduseg.config import compose
 from moduseg.devices import Device
 from moduseg.errors import ConfigError, MissingError, StorageError
 from moduseg.pipeline import preflight
-from moduseg.pipeline.estimate import TimeEstimate, format_duration
 from moduseg.pipeline.plan import plan_run
 from moduseg.pipeline.workspace import Workspace
 from moduseg.stages.build_bank import BuildBank
@@ -154,24 +153,3 @@ def test_a_full_disk_is_warned_of(
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     Propose.run(compose(overrides(tmp_path)))
     assert "the run will write about 0.0 GB, and 0.0 GB are free" in caplog.text
-
-
-@pytest.mark.parametrize(("seconds", "expected"), [
-    pytest.param([320.0], "t: 40.00 s an image, about 48 min for the 72 that are left", id="slow from the start"),
-    pytest.param([50.0, 58.0, 99.0], "t: 1.00 s an image, about 1 min for the 64 that are left", id="first loads"),
-    pytest.param([1.0, 1.1], "", id="less than a minute"),
-])  # fmt: skip
-def test_the_rest_is_estimated_after_the_first_images(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: list[float], expected: str
-) -> None:
-    times = iter([0.0, *seconds])
-    monkeypatch.setattr("time.monotonic", lambda: next(times))
-    estimate = TimeEstimate("t", 80)
-    caplog.set_level(logging.INFO, logger="moduseg")
-    for _ in seconds:
-        estimate.update(8)
-    assert caplog.messages == [expected][: bool(expected)]
-
-
-def test_durations() -> None:
-    assert [format_duration(seconds) for seconds in (1, 150, 19_200)] == ["1 min", "2 min", "5 h 20 min"]
