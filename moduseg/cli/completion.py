@@ -34,12 +34,32 @@ complete -o default -F _moduseg moduseg
 _moduseg() {
     local -a candidates
     candidates=(${(f)"$(moduseg completion words "${(@)words[2,CURRENT]}" 2>/dev/null)"})
-    if (( $#candidates )); then compadd -S '' -- $candidates; else _files; fi
+    if (( $#candidates )); then
+        # A value follows a key at once; after anything else comes a space.
+        compadd -S '' -- ${(M)candidates:#*=}
+        compadd -- ${candidates:#*=}
+    else
+        compset -P '*='
+        _files
+    fi
 }
 compdef _moduseg moduseg
 """,
     "fish": """\
-complete -c moduseg -a '(moduseg completion words (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)'
+function __moduseg_complete
+    set -l current (commandline -ct)
+    set -l candidates (moduseg completion words (commandline -opc)[2..-1] "$current" 2>/dev/null | string match -v '')
+    if test (count $candidates) -gt 0
+        printf '%s\\n' $candidates
+    else
+        # A path, as an argument or as the value of a key.
+        set -l key (string match -r '^[^=]*=' -- $current)
+        for path in (__fish_complete_path (string replace -r '^[^=]*=' '' -- $current))
+            printf '%s\\n' "$key$path"
+        end
+    end
+end
+complete -c moduseg -f -a '(__moduseg_complete)'
 """,
 }
 """Shell -> its script."""

@@ -1,7 +1,8 @@
-"""Completion of commands, keys, groups and files, as bash asks for it."""
+"""Completion of commands, keys, groups and files, as bash, zsh and fish ask for it."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from moduseg.cli.completion import SCRIPTS, complete, list_candidates
 from moduseg.errors import ConfigError
+from tests.support.shells import press_tab_in_zsh, write_program
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -68,3 +70,36 @@ def test_bash_completes(line: str, expected: list[str]) -> None:
     """
     ended = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines() == expected
+
+
+LINES = [
+    pytest.param("moduseg inf", "moduseg infer ", id="a command"),
+    pytest.param("moduseg infer retrieval.t", "moduseg infer retrieval.top_k=", id="a key"),
+    pytest.param(
+        "moduseg infer dataset.root={folder}/own", "moduseg infer dataset.root={folder}/own_images/", id="path"
+    ),
+]
+"""A line as it is typed, and as it is after the tabulator; `{folder}` holds `own_images/` alone."""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+@pytest.mark.parametrize(("line", "expected"), LINES)
+def test_zsh_completes(line: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "own_images").mkdir()
+    (tmp_path / "script").write_text(complete(["zsh"]))
+    write_program(tmp_path / "bin" / "moduseg")
+    completed = press_tab_in_zsh(line.format(folder=tmp_path), tmp_path / "script", tmp_path / "bin")
+    assert completed == expected.format(folder=tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+@pytest.mark.parametrize(("line", "expected"), LINES)
+def test_fish_completes(line: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "own_images").mkdir()
+    (tmp_path / "script").write_text(complete(["fish"]))
+    write_program(tmp_path / "bin" / "moduseg")
+    code = f"set -p PATH {tmp_path}/bin; source {tmp_path}/script; complete -C '{line.format(folder=tmp_path)}'"
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    command = ["fish", "--no-config", "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert ended.stdout.splitlines() == [expected.format(folder=tmp_path).split()[-1]]

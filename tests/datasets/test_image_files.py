@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from moduseg.datasets import image_files
 from moduseg.datasets.image_files import find_images
-from moduseg.datasets.io import IMAGE_SUFFIXES, read_image
+from moduseg.datasets.io import HEIF_SUFFIXES, IMAGE_SUFFIXES, read_image
 from moduseg.errors import DataError, MissingError
 
 PIXELS = np.full((12, 16, 3), (200, 40, 40), np.uint8)
@@ -67,8 +68,11 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path: Path, caplog: p
     ]
 
 
-@pytest.mark.skipif(".heic" in IMAGE_SUFFIXES, reason="pillow-heif is installed")
-def test_heic_without_its_extra_names_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_heic_without_its_extra_names_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in HEIF_SUFFIXES)
+    monkeypatch.setattr(image_files, "IMAGE_SUFFIXES", plain)
     _save(tmp_path / "a.jpg")
     _save(tmp_path / "p1.HEIC")
     find_images([tmp_path])
