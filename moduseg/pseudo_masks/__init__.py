@@ -15,18 +15,22 @@ from moduseg.pseudo_masks.cam import CamGenerator
 from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator
 from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator
 from moduseg.pseudo_masks.corrclip import CorrClipGenerator
+from moduseg.pseudo_masks.diffsegmenter import DiffSegmenterGenerator
 from moduseg.pseudo_masks.files import FilePseudoMasks
 from moduseg.pseudo_masks.fusion import PARTS, FusionGenerator
 from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
+from moduseg.pseudo_masks.iseg import ISegGenerator
 
 GENERATORS: dict[str, type[PseudoMaskGenerator]] = {
     "cam": CamGenerator,
     "cam_neighbours": NeighbourCamGenerator,
     "clip_dense": ClipDenseGenerator,
     "corrclip": CorrClipGenerator,
+    "diffsegmenter": DiffSegmenterGenerator,
     "files": FilePseudoMasks,
     "fusion": FusionGenerator,
     "ground_truth": GroundTruthPseudoMasks,
+    "iseg": ISegGenerator,
 }
 
 __all__ = ["GENERATORS", "PseudoMaskGenerator", "build", "set_words"]

@@ -66,7 +66,7 @@ def fetch_hub_folder(
     target = get_cached_folder(hub_id, revision)
     if is_complete(target):
         return target
-    config = _find_in_hub_cache(hub_id, "config.json", revision)
+    config = find_in_hub_cache(hub_id, "config.json", revision)
     if config is not None and is_complete(config.parent):
         folder = config.parent
         if not companions or any((folder / name).is_file() for name in companions):
@@ -83,13 +83,13 @@ def fetch_hub_folder(
         otherwise="<directory with these files>",
     )
     find_size = partial(find_size_on_hub, hub_id, revision, _choose_model_files)
-    with _open_repository(hub_id, revision, target, partial(_add_size, missing, find_size)) as names:
+    with open_repository(hub_id, revision, target, partial(add_size, missing, find_size)) as names:
         _fetch_model_files(hub_id, revision, target, names)
     if not is_complete(target):
         # The client returns without an error if the hub stops answering.
         raise missing("could not be fetched in full")
     for file in list_weight_files(target):
-        _check_digest(target, file.name, key)
+        check_digest(target, file.name, key)
     return target
 
 
@@ -103,7 +103,7 @@ def _fetch_model_files(hub_id: str, revision: str | None, target: Path, names: s
     # Weights come last, so that a directory that has them is complete.
     for part in (patterns[: len(SMALL_FILES)], patterns[len(SMALL_FILES) :]):
         snapshot_download(
-            hub_id, revision=revision, local_dir=target, cache_dir=_get_client_cache(), allow_patterns=part
+            hub_id, revision=revision, local_dir=target, cache_dir=get_client_cache(), allow_patterns=part
         )
 
 
@@ -123,7 +123,7 @@ def _choose_first(preferred: Sequence[str], names: Collection[str]) -> list[str]
     return [name for name in preferred if name in names][:1]
 
 
-def _add_size(
+def add_size(
     missing: Callable[[str], MissingWeightsError], find_size: Callable[[], int | None], reason: str
 ) -> MissingWeightsError:
     """Return the error for a reason, with a function that asks for the bytes that would be fetched."""
@@ -186,7 +186,7 @@ def fetch_hub_file(
         if (target / name).is_file():
             return target / name
     for name in names:
-        if (cached := _find_in_hub_cache(hub_id, name, revision)) is not None:
+        if (cached := find_in_hub_cache(hub_id, name, revision)) is not None:
             return cached
     missing = partial(
         missing_weights,
@@ -198,8 +198,8 @@ def fetch_hub_file(
         otherwise=otherwise or "<path of the file>",
     )
     choose = partial(_choose_first, names)
-    with _open_repository(
-        hub_id, revision, target, partial(_add_size, missing, partial(find_size_on_hub, hub_id, revision, choose))
+    with open_repository(
+        hub_id, revision, target, partial(add_size, missing, partial(find_size_on_hub, hub_id, revision, choose))
     ) as repository_names:
         from huggingface_hub import hf_hub_download
 
@@ -213,12 +213,12 @@ def fetch_hub_file(
                 repo_type=_get_repo_type(hub_id),
                 revision=revision,
                 local_dir=target,
-                cache_dir=_get_client_cache(),
+                cache_dir=get_client_cache(),
             )
         )
     if not file.is_file():
         raise missing("could not be fetched in full")
-    _check_digest(target, file.relative_to(target).as_posix(), key)
+    check_digest(target, file.relative_to(target).as_posix(), key)
     return file
 
 
@@ -234,8 +234,12 @@ def get_page_url(hub_id: str, revision: str | None = None) -> str:
     return f"{constants.ENDPOINT}/{hub_id}" + (f"/tree/{revision}" if revision else "")
 
 
-def list_weight_files(folder: Path) -> list[Path]:
+def list_weight_files(folder: Path, names: Sequence[str] = WEIGHTS) -> list[Path]:
     """Return the files from which transformers takes a model's weights: safetensors first, one file before several.
+
+    Args:
+        folder: a directory.
+        names: what the weight file may be called, the preferred name first.
 
     Returns:
         The weight file, or the index followed by all parts in order of name; empty if a part is absent.
@@ -243,7 +247,7 @@ def list_weight_files(folder: Path) -> list[Path]:
     Raises:
         ArtefactError: the index is damaged.
     """
-    for name in WEIGHTS:
+    for name in names:
         if (folder / name).is_file():
             return [folder / name]
         index = folder / (name + INDEX)
@@ -277,7 +281,7 @@ def is_complete(folder: Path) -> bool:
     return (folder / "config.json").is_file() and bool(list_weight_files(folder))
 
 
-def _find_in_hub_cache(hub_id: str, name: str, revision: str | None) -> Path | None:
+def find_in_hub_cache(hub_id: str, name: str, revision: str | None) -> Path | None:
     """Return a file of a repository from the hub's own cache; `None` if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -291,13 +295,13 @@ def _get_repo_type(hub_id: str) -> str:
     return "dataset" if hub_id.startswith(DATASETS) else "model"
 
 
-def _get_client_cache() -> Path:
+def get_client_cache() -> Path:
     """Return the folder for the bookkeeping of the hub's client."""
     return get_cache_home() / "huggingface.co" / ".cache"
 
 
 @contextmanager
-def _open_repository(
+def open_repository(
     hub_id: str, revision: str | None, target: Path, missing: Callable[[str], MissingError]
 ) -> Iterator[set[str]]:
     """Yield the file names of a repository while files are fetched from it into `target`, one process at a time.
@@ -354,7 +358,7 @@ def _list_failures() -> tuple[type[BaseException], ...]:
     )
 
 
-def _check_digest(folder: Path, name: str, key: str) -> None:
+def check_digest(folder: Path, name: str, key: str) -> None:
     """Compare a file that has just arrived with the sha256 that the hub announced for it.
 
     Raises:

@@ -25,8 +25,8 @@ NAMES = ["Bilder_Größe", "photos (1)", "tag#1", "it's", "a&b", "x,y", "me@work
 """Names of folders that YAML, Hydra or OmegaConf would read as something else."""
 PRINTABLE = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
 NO_PATHS = {
-    "background_words", "class_words", "device", "image_range", "instance_map", "merge_space", "model", "precision",
-    "revision", "split", "templates", "address",
+    "address", "background_separator", "background_words", "class_words", "closing", "device", "image_range",
+    "instance_map", "merge_space", "model", "precision", "revision", "separator", "split", "template", "templates",
 }  # fmt: skip
 """Keys that hold text which is a name or a word, never a file of one's own."""
 

@@ -22,9 +22,12 @@ from tests.proposers.contract import sample as proposer_sample
 from tests.proposers.test_sam import OPEN
 from tests.proposers.test_universal import SETTINGS
 from tests.pseudo_masks.contract import CLASSES, NUM_CLASSES, halves, sample
+from tests.pseudo_masks.test_diffsegmenter import SETTINGS as DIFFSEGMENTER
+from tests.pseudo_masks.test_iseg import SETTINGS as ISEG
 from tests.support import tiny_models
 from tests.support.devices import CPU
 from tests.support.pretend_cuda import CUDA, pretend_cuda
+from tests.support.tiny_diffusion import tiny_diffusion
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 Configuration = dict[str, Any]
@@ -161,12 +164,15 @@ def make_generators(words: tuple[Path, int, int]) -> dict[str, Configuration]:
         "cam, refined": {"name": "cam", "ridge": 0.1, "rounds": 2},
         "cam_neighbours": {"name": "cam_neighbours", "ridge": 0.1},
         "ground_truth": {"name": "ground_truth"},
+        "iseg": {**ISEG, **tiny_diffusion(words)},
+        "diffsegmenter": {**DIFFSEGMENTER, **tiny_diffusion(words)},
         "fusion": {"name": "fusion", "first": {"name": "ground_truth"}, "second": {"name": "cam", "ridge": 0.1}},
     }
 
 
 GENERATOR_NAMES = (
-    "clip_dense", "clip_dense, proxy", "corrclip", "cam", "cam, refined", "cam_neighbours", "ground_truth", "fusion",
+    "clip_dense", "clip_dense, proxy", "corrclip", "cam", "cam, refined", "cam_neighbours", "ground_truth", "iseg",
+    "diffsegmenter", "fusion",
 )  # fmt: skip
 
 

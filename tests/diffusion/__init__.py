@@ -1,0 +1,1 @@
+"""Attention of text-to-image models."""
