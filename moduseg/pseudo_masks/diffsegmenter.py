@@ -88,8 +88,7 @@ class DiffSegmenterGenerator(DiffusionWordsGenerator):
         Raises:
             MissingError: the weights are not there.
         """
-        captions = self._captioner.digest
-        return self._source.digest + (f"+{captions}" if captions else "")
+        return "+".join(digest for digest in (self._source.digest, self._captioner.digest) if digest)
 
     def _score(self, sample: Sample, words: dict[str, str]) -> Tensor:
         groups = [words] if self._options.one_pass else [{name: word} for name, word in words.items()]
