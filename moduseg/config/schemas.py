@@ -120,6 +120,10 @@ class RetrievalConfig:
         selection: how masks are chosen; see `moduseg.retrieval.selection` and `moduseg.retrieval.majority`.
         engine: search engine, part of keys unless it is the default.
         storage: number format of the bank's vectors, part of keys unless it is the default.
+        min_object_area: smaller objects of a label map get the label around them, in pixels; 0 keeps them.
+        max_hole_area: holes in objects of at most this size are closed, in pixels; 0 leaves them.
+        smoothing_radius: outlines are smoothed by the label of most pixels in a disc of this radius; 0 leaves them.
+            These three come last, see `moduseg.masks.tidy`; they are part of keys unless they are 0.
     """
 
     top_k: int = 25
@@ -132,6 +136,9 @@ class RetrievalConfig:
     selection: Literal["nms", "nms_quality", "margin", "similarity", "majority"] = "nms"
     engine: Literal["exact", "faiss"] = "exact"
     storage: Literal["float32", "float16"] = "float32"
+    min_object_area: int = 0
+    max_hole_area: int = 0
+    smoothing_radius: int = 0
 
     def __post_init__(self) -> None:
         _check_range("top_k", self.top_k, 1, 10**6, "the paper uses 25")
@@ -142,6 +149,14 @@ class RetrievalConfig:
             raise ValueError(
                 f"vote_temperature: got {self.vote_temperature}, expected more than 0, or null for equal votes"
             )
+        _check_range("min_object_area", self.min_object_area, 0, 10**9, "0 keeps every object")
+        _check_range("max_hole_area", self.max_hole_area, 0, 10**9, "0 leaves holes open")
+        _check_range("smoothing_radius", self.smoothing_radius, 0, 100, "0 leaves outlines as they are, 3 is a little")
+
+    @property
+    def tidying(self) -> dict[str, int]:
+        """The settings of `moduseg.masks.tidy.tidy_label_map`."""
+        return {name: getattr(self, name) for name in ("min_object_area", "max_hole_area", "smoothing_radius")}
 
     def key_parts(self) -> dict[str, Any]:
         """Return the settings that decide a result; later additions are omitted while they have their default."""
@@ -151,6 +166,7 @@ class RetrievalConfig:
             "selection": "nms",
             "engine": "exact",
             "storage": "float32",
+            **dict.fromkeys(self.tidying, 0),
         }
         return {name: value for name, value in _to_plain(self).items() if unchanged.get(name, ...) != value}
 

@@ -10,9 +10,14 @@ from xml.sax.saxutils import quoteattr
 
 import cv2
 import numpy as np
+import torch
 
+from moduseg.config import RetrievalConfig
 from moduseg.masks.palette import voc_palette
 from moduseg.masks.polygons import Convention, find_polygons
+from moduseg.masks.tidy import tidy_label_map
+from moduseg.retrieval.majority import assemble_majority
+from moduseg.retrieval.rasterize import rasterize
 from moduseg.structures import IGNORE_INDEX, Prediction
 
 LABELME_VERSION = "5.5.0"
@@ -37,7 +42,11 @@ class PredictedObject:
 
 
 def split_objects(
-    prediction: Prediction, min_score: float | None = None, components: bool = False
+    prediction: Prediction,
+    min_score: float | None = None,
+    components: bool = False,
+    *,
+    settings: RetrievalConfig | None = None,
 ) -> tuple[np.ndarray, list[PredictedObject]]:
     """Split a prediction into objects, and mark pixels of low score as unknown.
 
@@ -48,30 +57,79 @@ def split_objects(
         prediction: of one image.
         min_score: `None` for no limit.
         components: whether an object is a connected region of one class; else it is the visible part of one proposal.
+        settings: that the prediction was made with, needed with `min_score`; the defaults if omitted.
 
     Returns:
         The label map, `[H, W]` uint8 with ids 0..C and 255, and the objects: by proposal in descending score, or by
         class and then from top to bottom.
     """
-    masks = prediction.proposals.masks.cpu().numpy()
-    labels, scores = prediction.labels.cpu().numpy(), prediction.scores.cpu().numpy()
-    order = prediction.kept.cpu().tolist()
-    certain = [i for i in order if min_score is None or scores[i] >= min_score]
-    # Paint low scores first, so that high scores stay on top.
-    owner = np.full(prediction.label_map.shape, -1, dtype=np.int64)
-    for i in reversed(certain):
-        if labels[i] > 0:
-            owner[masks[i]] = i
-    label_map = np.where(owner >= 0, labels[owner], 0).astype(np.uint8) if len(labels) else prediction.label_map.copy()
-    uncertain = [i for i in range(len(labels)) if min_score is not None and scores[i] < min_score]
-    if uncertain:
-        covered = masks[certain].any(0) if certain else np.zeros(owner.shape, dtype=bool)
-        label_map[masks[uncertain].any(0) & ~covered] = IGNORE_INDEX
+    scores = prediction.scores.numpy()
+    is_certain = np.full(len(scores), True) if min_score is None else scores >= min_score
+    label_map = prediction.label_map.copy()
+    if min_score is not None:
+        label_map = _label_certain(prediction, is_certain, settings or RetrievalConfig())
+    order = [i for i in prediction.kept.tolist() if is_certain[i] and prediction.labels[i] > 0]
+    owner = _find_owners(prediction, order, label_map)
     if components:
         score_map = np.where(owner >= 0, scores[owner], 0.0) if len(scores) else np.zeros(owner.shape)
         return label_map, _find_components(label_map, score_map)
-    visible = [(i, owner == i) for i in certain if labels[i] > 0]
-    return label_map, [PredictedObject(int(labels[i]), float(scores[i]), mask) for i, mask in visible if mask.any()]
+    visible = [(i, owner == i) for i in order]
+    labels = prediction.labels.tolist()
+    return label_map, [PredictedObject(labels[i], float(scores[i]), mask) for i, mask in visible if mask.any()]
+
+
+def _label_certain(prediction: Prediction, is_certain: np.ndarray, settings: RetrievalConfig) -> np.ndarray:
+    """Return the label map of the certain proposals alone, with 255 where only uncertain ones are.
+
+    Args:
+        prediction: of one image.
+        is_certain: `[N]` bool.
+        settings: how masks are chosen, and the label map is tidied.
+    """
+    masks, labels = prediction.proposals.masks.cpu(), prediction.labels
+    kept = prediction.kept[torch.from_numpy(is_certain)[prediction.kept]]
+    if settings.selection == "majority":
+        painted = assemble_majority(masks[kept], labels[kept], prediction.scores[kept])
+    else:
+        # Ranks in place of scores, since masks are not always kept in the order of their scores.
+        painted = rasterize(masks[kept], labels[kept], torch.arange(len(kept), 0, -1).float())
+    covering = kept
+    if settings.selection in ("margin", "similarity"):
+        # These keep no background, and it is known all the same.
+        is_background = torch.from_numpy(is_certain) & (labels == 0)
+        covering = torch.cat((kept, is_background.nonzero()[:, 0]))
+    is_unknown = masks[torch.from_numpy(~is_certain)].any(0) & ~masks[covering].any(0)
+    painted[is_unknown] = IGNORE_INDEX
+    return tidy_label_map(painted.numpy(), **settings.tidying)
+
+
+def _find_owners(prediction: Prediction, order: Sequence[int], label_map: np.ndarray) -> np.ndarray:
+    """Return the proposal of each object's pixel, `[H, W]` int64, -1 for pixels without an object.
+
+    Args:
+        prediction: of one image.
+        order: foreground proposals, best first: a pixel is the first one's that covers it and has its label.
+        label_map: `[H, W]` uint8. A pixel that no proposal of its label covers, as tidying leaves them, is that of the
+            nearest pixel of its class.
+    """
+    masks, labels = prediction.proposals.masks.cpu().numpy(), prediction.labels.tolist()
+    owner = np.full(label_map.shape, -1, dtype=np.int64)
+    for label in {labels[i] for i in order}:
+        is_label = label_map == label
+        covering = np.full(label_map.shape, -1, dtype=np.int64)
+        for i in reversed(order):
+            if labels[i] == label:
+                covering[masks[i]] = i
+        if (is_label & (covering < 0)).any() and (covering >= 0).any():
+            # The transform numbers the pixels of distance 0; a table leads from there to their proposals.
+            outside = (covering < 0).astype(np.uint8)
+            kind = cv2.DIST_LABEL_PIXEL
+            _, nearest = cv2.distanceTransformWithLabels(outside, cv2.DIST_L2, cv2.DIST_MASK_5, labelType=kind)
+            proposal_of = np.zeros(int(nearest.max()) + 1, dtype=np.int64)
+            proposal_of[nearest[outside == 0]] = covering[outside == 0]
+            covering = proposal_of[nearest]
+        owner[is_label] = covering[is_label]
+    return owner
 
 
 def to_record(predicted: PredictedObject, tolerance: float) -> dict[str, Any]:

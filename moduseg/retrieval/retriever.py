@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moduseg.config import RetrievalConfig
+from moduseg.masks.tidy import tidy_label_map
 from moduseg.retrieval import indices
 from moduseg.retrieval.assemble import assemble_proposals
 from moduseg.retrieval.balance import ClassIndex, balance_neighbours, count_smallest_class, measure_class_spreads
@@ -64,7 +65,7 @@ class Retriever:
 
     @torch.inference_mode()
     def predict(self, proposals: Proposals, pooled: Tensor) -> Prediction:
-        """Label one image: filter its proposals, search, vote, choose among masks, paint.
+        """Label one image: filter its proposals, search, vote, choose among masks, paint, tidy the label map.
 
         Args:
             proposals: `N` of them, on any device.
@@ -81,10 +82,11 @@ class Retriever:
             proposals, pooled = proposals.select(keep), pooled[keep.to(pooled.device)]
         pooled = pooled.to(self.bank.vectors.device)
         votes = self.vote(pooled)
-        label_map, kept = self._assemble(proposals, pooled, votes)
+        painted, kept = self._assemble(proposals, pooled, votes)
+        label_map = tidy_label_map(painted.cpu().numpy(), **self.settings.tidying)
         rows, row_labels = self._rows_of(votes.neighbours)
         answers = (votes.labels, votes.scores.float(), kept, rows, row_labels, votes.similarities)
-        return Prediction(label_map.cpu().numpy(), proposals, *(tensor.cpu() for tensor in answers))
+        return Prediction(label_map, proposals, *(tensor.cpu() for tensor in answers))
 
     def vote(self, pooled: Tensor) -> VoteResult:
         """Search the bank for each query and let its neighbours vote.

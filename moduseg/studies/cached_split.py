@@ -116,10 +116,17 @@ class CachedSplit:
             images the bank is made of. The mean and the outlier filter of the bank are still made with the image.
 
     Raises:
+        ConfigError: a setting that tidies label maps: their pixels are not kept here.
         DataError: no ground truth, or artefacts that do not fit each other.
     """
 
     def __init__(self, cfg: Config, settings: Sequence[RetrievalConfig], is_held_out: bool = False) -> None:
+        for name, value in (pair for setting in settings for pair in setting.tidying.items()):
+            if value:
+                raise ConfigError(
+                    f"retrieval.{name}: got {value}, expected 0, as a sweep scores regions and not single pixels; "
+                    "leave it out here, and set it for scripts/infer.py"
+                )
         work = Workspace(cfg)
         self.dataset = work.dataset(work.eval_split)
         if not self.dataset.has_truth:

@@ -168,7 +168,8 @@ class _Folder:
         stamp = stamp_file(file)
         image = segmenter.read_image(file)
         has_components = self.options.objects == "components"
-        label_map, objects = split_objects(segmenter.predict(image), self.options.min_score, has_components)
+        prediction, settings = segmenter.predict(image), segmenter.cfg.retrieval
+        label_map, objects = split_objects(prediction, self.options.min_score, has_components, settings=settings)
         records = [to_record(predicted, self.options.tolerance) for predicted in objects]
         size = (image.shape[0], image.shape[1])
         if "png" in self._formats:
@@ -239,6 +240,7 @@ def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Se
     weights = {"proposer_digest": digest} if (digest := segmenter.proposer.digest) else {}
     image_range = cfg.dataset.get("image_range")
     reading = {} if image_range is None else {"image_range": image_range}
+    groups["retrieval"] = {k: v for k, v in groups["retrieval"].items() if v or k not in cfg.retrieval.tidying}
     device = segmenter.device.key_parts() if segmenter.device.torch_device.type != "cpu" else {}
     return digest_of(
         {

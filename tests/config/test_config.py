@@ -75,6 +75,9 @@ def test_every_table_composes(name: str) -> None:
         (["retrieval.top_k=0"], r"top_k: got 0, expected 1 to"),
         (["retrieval.nms_iou=1.5"], r"nms_iou: got 1\.5, expected 0 to 1"),
         (["retrieval.engine=fast"], r"retrieval\.engine: got 'fast'.*one of exact, faiss"),
+        (["retrieval.min_object_area=-1"], r"retrieval: min_object_area: got -1, expected 0 to .*0 keeps every object"),
+        (["retrieval.max_hole_area=-1"], r"retrieval: max_hole_area: got -1.*0 leaves holes open"),
+        (["retrieval.smoothing_radius=101"], r"retrieval: smoothing_radius: got 101, expected 0 to 100"),
         (["retrieval.storage=int8"], r"retrieval\.storage: got 'int8'.*one of float32, float16"),
         (
             ["retrieval.selection=best"],
@@ -113,10 +116,12 @@ def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
 
 def test_later_settings_at_default_leave_keys_alone() -> None:
     parts = compose().retrieval.key_parts()
-    assert {"engine", "storage"}.isdisjoint(parts)
+    assert {"engine", "storage", "min_object_area", "max_hole_area", "smoothing_radius"}.isdisjoint(parts)
     assert parts["top_k"] == 5
     changed = compose(["retrieval.engine=faiss", "retrieval.storage=float16"]).retrieval.key_parts()
     assert changed == {**parts, "engine": "faiss", "storage": "float16"}
+    tidied = compose(["retrieval.min_object_area=50", "retrieval.smoothing_radius=2"]).retrieval.key_parts()
+    assert tidied == {**parts, "min_object_area": 50, "smoothing_radius": 2}
 
 
 def test_an_unknown_table_names_the_known_ones() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from matplotlib.path import Path as Outline
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 
+from moduseg.config import RetrievalConfig
 from moduseg.masks.polygons import Convention, compute_iou, fill_polygons, find_polygons
+from moduseg.masks.tidy import tidy_label_map
 from moduseg.miniature.world.scenes import render_scene
 from moduseg.report.annotations import (
     PredictedObject,
@@ -28,6 +31,7 @@ from moduseg.report.annotations import (
     to_url,
 )
 from moduseg.retrieval.assemble import assemble
+from moduseg.retrieval.majority import assemble_majority
 from moduseg.structures import Prediction, Proposals
 
 CLASSES = ("background", "dog & co", "cat")
@@ -280,6 +284,59 @@ def test_what_scores_too_little_is_unknown() -> None:
     everything, _ = split_objects(prediction, 0.95)
     assert set(np.unique(everything[masks.any(0)])) == {255}
     assert 255 not in split_objects(prediction)[0]
+
+
+def test_objects_follow_a_tidied_label_map() -> None:
+    """Closed holes belong to the nearest object of their class, and removed specks to none."""
+    masks = np.zeros((3, 9, 12), dtype=bool)
+    masks[0, 1:6, 1:5] = masks[1, 1:6, 7:11] = masks[2, 8, 0] = True
+    masks[0, 3, 3] = masks[1, 2, 8] = False
+    prediction = prediction_of(masks, [1, 1, 2], [0.9, 0.8, 0.7])
+    tidied = replace(prediction, label_map=tidy_label_map(prediction.label_map, min_object_area=5, max_hole_area=1))
+    label_map, objects = split_objects(tidied)
+    assert np.array_equal(label_map, tidied.label_map)
+    assert [(o.label, int(o.mask.sum()), o.score) for o in objects] == [
+        (1, 20, pytest.approx(0.9)),
+        (1, 20, pytest.approx(0.8)),
+    ]
+    assert objects[0].mask[3, 3]
+    assert objects[1].mask[2, 8]
+    settings = RetrievalConfig(min_object_area=5, max_hole_area=1)
+    assert np.array_equal(split_objects(prediction, 0.0, settings=settings)[0], label_map)
+
+
+def test_objects_of_a_vote_are_those_of_its_label_map(rng: np.random.Generator) -> None:
+    """Where all proposals vote, the label map is not what painting by score gives; objects follow the map."""
+    settings = RetrievalConfig(selection="majority")
+    is_other = False
+    for _ in range(20):
+        masks = rng.random((9, 6, 7)) < 0.5
+        painted = prediction_of(masks, rng.integers(0, 3, 9).tolist(), rng.random(9).tolist())
+        voted = assemble_majority(painted.proposals.masks, painted.labels, painted.scores).numpy()
+        prediction = replace(painted, label_map=voted, kept=painted.scores.argsort(descending=True))
+        is_other |= not np.array_equal(voted, painted.label_map)
+        for components in (False, True):
+            label_map, objects = split_objects(prediction, components=components)
+            assert np.array_equal(label_map, voted)
+            together = np.zeros_like(voted)
+            for found in objects:
+                together[found.mask] = found.label
+            assert np.array_equal(together, voted)
+        certain = (painted.scores >= 0.5).nonzero()[:, 0]
+        expected = assemble_majority(painted.proposals.masks[certain], painted.labels[certain], painted.scores[certain])
+        label_map, _ = split_objects(prediction, 0.5, settings=settings)
+        assert np.array_equal(label_map[label_map < 255], expected.numpy()[label_map < 255])
+        covered = painted.proposals.masks[certain].any(0).numpy()
+        assert np.array_equal(label_map == 255, masks.any(0) & ~covered)
+    assert is_other
+
+
+def test_background_that_is_certain_is_known_under_every_rule() -> None:
+    masks = np.zeros((2, 4, 4), dtype=bool)
+    masks[0, :, :2] = masks[1, :2] = True
+    prediction = replace(prediction_of(masks, [0, 1], [0.9, 0.3]), kept=torch.tensor([1]))
+    label_map, _ = split_objects(prediction, 0.5, settings=RetrievalConfig(selection="margin"))
+    assert (label_map == 255).tolist() == [[False, False, True, True]] * 2 + [[False] * 4] * 2
 
 
 def test_a_picture_without_proposals_has_no_objects() -> None:

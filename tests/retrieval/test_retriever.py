@@ -163,3 +163,27 @@ def test_bad_values() -> None:
         SearchBank(vectors, labels, rows, torch.ones(2))
     with pytest.raises(ValueError, match="top_k: got 0"):
         RetrievalConfig(top_k=0)
+
+
+def test_label_maps_are_tidied_last(device: torch.device) -> None:
+    """A speck beside a ring: alone the one goes, then the ring is filled, and what retrieval says stays."""
+    masks = torch.zeros(2, 9, 9, dtype=torch.bool, device=device)
+    masks[0, 1:6, 1:6] = True
+    masks[0, 3, 3] = False
+    masks[1, 7, 7] = True
+    bank, labels = torch.eye(2, device=device), torch.tensor([1, 2], device=device)
+    plain = np.zeros((9, 9), dtype=np.uint8)
+    plain[masks[0].cpu().numpy()] = 1
+    plain[7, 7] = 2
+    without_speck = np.where(plain == 2, 0, plain)
+    filled = without_speck.copy()
+    filled[3, 3] = 1
+    for settings, expected in (
+        ({}, plain),
+        ({"min_object_area": 2}, without_speck),
+        ({"min_object_area": 2, "max_hole_area": 1}, filled),
+    ):
+        prediction = make_retriever(bank, labels, top_k=1, min_area=0, **settings).predict(Proposals(masks), bank)
+        assert np.array_equal(prediction.label_map, expected)
+        assert prediction.labels.tolist() == [1, 2]
+        assert prediction.kept.tolist() == [0, 1]

@@ -78,6 +78,12 @@ def test_every_setting_gives_what_infer_gives(finished: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(matrices, reversed(again), strict=True))
 
 
+def test_label_maps_that_are_tidied_cannot_be_swept(finished: Path) -> None:
+    cfg = compose(arguments(finished, "retrieval.max_hole_area=9"))
+    with pytest.raises(ConfigError, match=r"retrieval\.max_hole_area: got 9, expected 0, as a sweep scores regions"):
+        CachedSplit(cfg, [cfg.retrieval])
+
+
 def test_trees_of_proposals_give_what_infer_gives(tmp_path: Path, rng: np.random.Generator) -> None:
     """Nested masks from files, of which the small ones are filtered, so that trees lose their leaves."""
     cfg = compose(arguments(tmp_path))

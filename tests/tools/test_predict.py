@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -191,6 +192,37 @@ def test_what_is_done_is_not_done_again(
             run(*arguments, more)
     with pytest.raises(ArtefactError, match=r"holds other files; set out="):
         run(*arguments[:2], f"out={images}")
+
+
+@pytest.mark.parametrize("selection", ["majority", "margin"])
+def test_label_maps_are_those_of_the_segmenter(selection: str, bank: Path, images: Path, tmp_path: Path) -> None:
+    keys = ("proposer=superpixels", f"retrieval.selection={selection}")
+    tidying = {"retrieval.min_object_area": 40, "retrieval.max_hole_area": 9, "retrieval.smoothing_radius": 1}
+    plain, _ = run(f"bank={bank}", f"images={images}", f"out={tmp_path / 'plain'}", "formats=[png]", *keys)
+    tidy, _ = run(
+        *(f"bank={bank}", f"images={images}", f"out={tmp_path / 'tidy'}", "formats=[png]", *keys),
+        *(f"{key}={value}" for key, value in tidying.items()),
+    )
+    cfg = json.loads((tidy / "manifest.json").read_text())["config"]
+    segmenter = Segmenter.from_bank(bank, device="cpu", overrides=cfg)
+    num_changed = 0
+    for file in sorted(images.rglob("*.png")):
+        name = file.relative_to(images)
+        label_map = read_label_png(tidy / "labels" / name)
+        assert np.array_equal(label_map, segmenter.predict(file).label_map)
+        num_changed += int((label_map != read_label_png(plain / "labels" / name)).sum())
+    assert num_changed > 0
+
+
+def test_settings_that_tidy_are_in_the_key_where_they_are_set(
+    bank: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents: list[dict[str, Any]] = []
+    monkeypatch.setattr(predict, "digest_of", lambda content: contents.append(content) or "0" * 64)
+    for index, more in enumerate(([], ["retrieval.max_hole_area=9"])):
+        run(f"bank={bank}", f"images={images}", f"out={tmp_path / str(index)}", "formats=[png]", *more)
+    names = {"min_object_area", "max_hole_area", "smoothing_radius"}
+    assert [names & content["config"]["retrieval"].keys() for content in contents] == [set(), {"max_hole_area"}]
 
 
 def test_a_broken_image_is_left_out_and_tried_again(bank: Path, images: Path, tmp_path: Path) -> None:
