@@ -144,7 +144,7 @@ def _absorb(label_map: np.ndarray, regions: np.ndarray, num_regions: int) -> np.
         votes += np.bincount(codes, minlength=len(votes))
     by_region = votes.reshape(num_regions, 256)
     label_of = by_region.argmax(1).astype(np.uint8)
-    is_decided = by_region.any(1)
+    is_decided = by_region.max(1) > 0
     is_decided[0] = False
     return np.where(is_decided[regions], label_of[regions], label_map)
 
