@@ -20,7 +20,10 @@ from moduseg.config import compose, config_dir
 from tests.support.runs import overrides
 from tests.support.serving import go_online
 
-STAGES = {"dataset": "propose", "proposer": "propose", "backbone": "build_bank", "pseudo_masks": "pseudo_masks"}
+STAGES = {
+    "dataset": "propose", "proposer": "propose", "backbone": "build_bank", "pseudo_masks": "pseudo_masks",
+    "tagger": "segment",
+}  # fmt: skip
 """The first stage that uses what a group configures."""
 PRESETS = [(group, path.stem) for group in STAGES for path in sorted((config_dir() / group).glob("*.yaml"))]
 NEEDS_NOTHING = {
@@ -40,6 +43,10 @@ NEEDS_NOTHING = {
     ("pseudo_masks", "corrclip_miniature"),
     ("pseudo_masks", "fusion"),
     ("pseudo_masks", "ground_truth"),
+    ("tagger", "all"),
+    ("tagger", "clip"),
+    ("tagger", "given"),
+    ("tagger", "tagclip"),
 }
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 NEEDS_SOMETHING = [preset for preset in PRESETS if preset not in NEEDS_NOTHING]

@@ -27,6 +27,7 @@ from moduseg.config.command_keys import (
     ReportOptions,
     ReproduceOptions,
     SweepOptions,
+    TagOptions,
 )
 
 
@@ -129,6 +130,16 @@ _TABLE = (
         examples=("segment", "segment dataset=folder dataset.root=my vocabulary='a dog;grass'"),
         groups=_WORDS,
         stage="moduseg.stages.segment:Segment",
+    ),
+    Command(
+        "tag",
+        "data",
+        "Write labels.csv for a folder of images without tags.",
+        "moduseg.tools.tag:main",
+        reads="images, and words for what they may show",
+        writes="<folder>/labels.csv, which build_bank takes (dataset=folder)",
+        examples=("tag images=my vocabulary='dog;cat;bus'", "tag images=my vocabulary=words.txt tagger=clip"),
+        options=TagOptions,
     ),
     Command(
         "evaluate",

@@ -22,6 +22,7 @@ from moduseg.backbones.windows import list_window_starts
 from moduseg.errors import ConfigError, DataError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.prompts import resolve_background_words, resolve_class_words, resolve_templates
+from moduseg.pseudo_masks.word_features import encode_words
 from moduseg.structures import Proposals, Sample, ScoreMaps, TokenMap
 
 KEY = "pseudo_masks.generator.weights"
@@ -145,19 +146,9 @@ class ClipWordsGenerator(PseudoMaskGenerator):
     @cached_property
     def _texts(self) -> tuple[Tensor, list[int]]:
         """Normalised features `[Q, D]` of all words, and the class id of each word (0: the background's)."""
-        rows: list[Tensor] = []
-        label_of_text: list[int] = []
-        for label, words in enumerate((self._background_words, *self._class_words)):
-            if not words:
-                continue
-            prompts = [template.format(word) for word in words for template in self._templates]
-            features = self._source.text_features(prompts).unflatten(0, (len(words), -1))
-            features = F.normalize(features.mean(1), dim=-1)
-            if label and self._options.word_merge == "mean":
-                features = F.normalize(features.mean(0, keepdim=True), dim=-1)
-            rows.append(features)
-            label_of_text += [label] * len(features)
-        return torch.cat(rows), label_of_text
+        words_by_label = (self._background_words, *self._class_words)
+        merge_classes = self._options.word_merge == "mean"
+        return encode_words(self._source, self._templates, words_by_label, merge_classes=merge_classes)
 
     def _compare(self, image: np.ndarray, texts: Tensor, regions: Tensor | None = None) -> Tensor:
         """Return the cosines `[Q, H, W]` of every pixel of the image, averaged over the windows that hold it."""

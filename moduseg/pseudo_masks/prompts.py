@@ -37,6 +37,10 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "single": ("a photo of a {}.",),
 }
 
+_TERRAIN = (
+    "ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway",
+    "railroad", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley", "bridge",
+)  # fmt: skip
 _SCENERY = ("sky", "wall", "tree", "wood", "grass", "road", "sea", "river", "mountain", "sands", "desk")
 BACKGROUND_WORDS: dict[str, tuple[str, ...]] = {
     "voc": (
@@ -44,10 +48,13 @@ BACKGROUND_WORDS: dict[str, tuple[str, ...]] = {
         "stair", "floor", "hill", "rail", "fence",
     ),
     "coco": (*_SCENERY, "building", "cloud", "floor", "hill", "rail"),
+    "clip_es_voc": (*_TERRAIN, "keyboard", "sign"),
+    "clip_es_coco": _TERRAIN,
     "miniature": STUFF,
     "none": (),
 }  # fmt: skip
-"""Words for what a background shows, by data set; `none` is for ADE20K and Cityscapes, which have no background."""
+"""Words for what a background shows, by data set; `clip_es_*` are those of CLIP-ES and TagCLIP; `none` is for ADE20K
+and Cityscapes, which have no background."""
 
 CLASS_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "names": {},

@@ -9,12 +9,15 @@ from moduseg.config.construct import build_named
 from moduseg.datasets.vocabulary import WordList
 from moduseg.devices import Device
 from moduseg.taggers.base import Tagger
+from moduseg.taggers.clip import ClipTagger, TagClipTagger
 from moduseg.taggers.listed import AllTagger, FileTagger, GivenTagger
 
 TAGGERS: dict[str, type[Tagger]] = {
     "all": AllTagger,
+    "clip": ClipTagger,
     "file": FileTagger,
     "given": GivenTagger,
+    "tagclip": TagClipTagger,
 }
 
 __all__ = ["TAGGERS", "Tagger", "build"]

@@ -16,7 +16,10 @@ from moduseg.errors import ConfigError, ModusegError
 from moduseg.pipeline.workspace import Workspace
 from moduseg.studies.ablate import load_table
 
-GROUPS = ("dataset", "proposer", "backbone", "pseudo_masks", "bank", "retrieval", "evaluation", "runtime", "experiment")
+GROUPS = (
+    "dataset", "proposer", "backbone", "pseudo_masks", "tagger", "bank", "retrieval", "evaluation", "runtime",
+    "experiment",
+)  # fmt: skip
 FILES = [(g, p.stem) for g in GROUPS for p in sorted((config_dir() / g).glob("*.yaml"))]
 TABLES = sorted(p.stem for p in (config_dir() / "table").glob("*.yaml"))
 
@@ -42,6 +45,7 @@ def test_every_file_composes_and_builds(group: str, name: str, tmp_path: Path, m
     assert work.proposer is not None
     assert work.backbone is not None
     assert work.dataset(work.eval_split).name
+    assert group != "tagger" or work.tagger is not None
     assert work.cfg.as_dict()["runtime"]["device"] == "cpu"
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moduseg import backbones, proposers, pseudo_masks
+from moduseg import backbones, proposers, pseudo_masks, taggers
 from moduseg.backbones import BACKBONES
 from moduseg.devices import Device
 from moduseg.proposers import PROPOSERS
 from moduseg.pseudo_masks import GENERATORS
 from moduseg.structures import Sample
+from moduseg.taggers import TAGGERS
 from tests.backbones.contract import picture
 from tests.backbones.test_clip import tiny_config
 from tests.proposers.contract import sample as proposer_sample
@@ -201,6 +202,21 @@ def test_generators(name: str, precision: str, words: tuple[Path, int, int]) -> 
     check_close(results, expected, precision)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["clip", "tagclip"])
+def test_taggers(name: str, precision: str, words: tuple[Path, int, int]) -> None:
+    settings = {**make_generators(words)["clip_dense"], "name": name, "image_size": 16}
+    settings = {key: value for key, value in settings.items() if key not in ("window", "stride")}
+
+    def tag(device: Device) -> list[Tensor]:
+        scores = taggers.build(settings, device, CLASSES).tag(sample(name="24-2")).scores
+        return [] if scores is None else [scores]
+
+    expected, results = run_everywhere(tag, precision)
+    assert len(results) == 1
+    check_close(results, expected, precision)
+
+
 def test_no_class_is_left_out(words: tuple[Path, int, int]) -> None:
     """Files are read on the CPU."""
     generators = make_generators(words)
@@ -209,3 +225,5 @@ def test_no_class_is_left_out(words: tuple[Path, int, int]) -> None:
     assert {c["name"] for c in BACKBONE_CONFIGURATIONS.values()} == set(BACKBONES)
     tested = {"sam", "sam_transformers", "universal", "superpixels", "ground_truth"}
     assert tested | {"files"} == set(PROPOSERS)
+    # The others run no model.
+    assert {"clip", "tagclip"} == {name for name, tagger in TAGGERS.items() if tagger.runs_model}
