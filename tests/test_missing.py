@@ -99,7 +99,7 @@ def check(group: str, name: str, code: object, lines: list[str], home: Path) -> 
     assert re.match(rf"moduseg: error: {key}\.\w+: got \S", line)
     cfg = getattr(compose([f"{group}={name}"]), group)
     settings = cfg.generator if group == "pseudo_masks" else cfg
-    needs_folder = next((settings[k] for k in ("root", "folder", "annotations") if k in settings), None)
+    needs_folder = next((settings[k] for k in ("root", "folder", "annotations", "path") if k in settings), None)
     if needs_folder is not None:
         assert needs_folder in line
         assert re.search(rf"set {key}\.\w+=<|data/README\.md", line)

@@ -71,7 +71,9 @@ class FileTagger(Tagger):
             MissingError: no such file.
         """
         if not self._path.is_file():
-            raise MissingError(f"tagger.path: got '{self._path}', no such file; write it with scripts/tag.py")
+            raise MissingError(
+                f"tagger.path: got '{self._path}', no such file; write it with scripts/tag.py, or set tagger.path=<file>"
+            )
         return file_digest(self._path)
 
     @cached_property
