@@ -49,13 +49,15 @@ def set_words(cfg: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any
     name = str(cfg.get("name"))
     if name == "fusion":
         return {**cfg, **{part: set_words(cfg[part], words) for part in PARTS if isinstance(cfg.get(part), Mapping)}}
-    if name in GENERATORS and not takes_key(GENERATORS[name], "class_words"):
+    if name not in GENERATORS:
+        return dict(cfg)
+    if not takes_key(GENERATORS[name], "class_words"):
         able = ", ".join(other for other, generator in GENERATORS.items() if takes_key(generator, "class_words"))
         raise ConfigError(
             f"pseudo_masks.generator.name: got {name!r}, which compares no words, expected one of {able} with a "
             "vocabulary; try pseudo_masks=clip_dense"
         )
-    return {**cfg, **words}
+    return {**cfg, **{key: value for key, value in words.items() if takes_key(GENERATORS[name], key)}}
 
 
 def build(

@@ -71,9 +71,8 @@ class FileTagger(Tagger):
             MissingError: no such file.
         """
         if not self._path.is_file():
-            raise MissingError(
-                f"tagger.path: got '{self._path}', no such file; write it with scripts/tag.py, or set tagger.path=<file>"
-            )
+            remedy = "write it with scripts/tag.py, or set tagger.path=<file>"
+            raise MissingError(f"tagger.path: got '{self._path}', no such file; {remedy}")
         return file_digest(self._path)
 
     @cached_property
