@@ -94,9 +94,7 @@ class Vocabulary:
             is_needed = has_vote or self._generator.needs_proposals
             proposals = self._proposer.propose(sample) if is_needed else None
             scores = self._generator.generate(sample, class_ids, proposals)
-        voters = None
-        if proposals is not None and has_vote:
-            voters = proposals.select(proposals.predicted_iou >= self._settings.vote_min_score)
+        voters = proposals if has_vote else None
         item = ScoredImage(sample.id, scores, pixels if self._settings.refine in DIFFUSIONS else None, voters)
         label_map = to_label_map(item, self._settings, self.device.torch_device)
         return WordedPrediction(label_map.cpu().numpy(), scores, scores.class_ids)

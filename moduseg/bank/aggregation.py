@@ -192,12 +192,42 @@ def _measure_shared_areas(masks: Tensor, stride: int, input_size: tuple[int, int
     # All lengths are whole numbers, so sums are exact if the dtype can hold them. MPS has no float64.
     dtype = torch.float32 if area < 1 << 24 or masks.device.type == "mps" else torch.float64
     down, across = down.to(dtype), across.to(dtype).T.contiguous()
+    if masks.device.type == "cpu":
+        return torch.from_numpy(_measure_in_boxes(masks.numpy(), down.numpy(), across.numpy(), area))
     result = torch.zeros((len(masks), len(down), across.shape[1]), device=masks.device)
     step = max(1, _BLOCK // max(1, height * width))
     for start in range(0, len(masks), step):
         shared = (down @ masks[start : start + step].to(dtype)) @ across
         result[start : start + step] = shared / area
     return result
+
+
+def _measure_in_boxes(pixels: np.ndarray, down: np.ndarray, across: np.ndarray, area: int) -> np.ndarray:
+    """Return the share of each patch that each mask covers, `[N, h, w]` float32, looking at the masks' boxes alone.
+
+    Args:
+        pixels: `[N, H, W]` bool.
+        down: `[h, H]` float, the length that a pixel's row shares with a row of patches.
+        across: `[W, w]` float, the same for columns.
+        area: of a patch, in the units of both lengths.
+    """
+    result = np.zeros((len(pixels), len(down), across.shape[1]), np.float32)
+    for index, mask in enumerate(pixels):
+        rows, columns = np.asarray(mask.any(axis=1)), np.asarray(mask.any(axis=0))
+        if not rows.any():
+            continue
+        box_rows, box_columns = _span(rows), _span(columns)
+        # The patches that the box touches: those that share a length with one of its rows, and of its columns.
+        patch_rows, patch_columns = _span(down[:, box_rows].max(axis=1) > 0), _span(across[box_columns].max(axis=0) > 0)
+        box = mask[box_rows, box_columns].astype(down.dtype)
+        shared = (down[patch_rows, box_rows] @ box) @ across[box_columns, patch_columns]
+        result[index, patch_rows, patch_columns] = shared / area
+    return result
+
+
+def _span(hit: np.ndarray) -> slice:
+    """Return the slice from the first to the last true entry of `hit [L]`, one of which is true."""
+    return slice(int(hit.argmax()), len(hit) - int(hit[::-1].argmax()))
 
 
 def _measure_overlaps(size: int, input_size: int, stride: int, device: torch.device) -> tuple[Tensor, int]:

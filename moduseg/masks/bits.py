@@ -77,13 +77,23 @@ class PackedMasks:
             counts[part] = _ones(self.words[first[part]] & self.words[second[part]])
         return counts
 
+    def shared_with(self, other: PackedMasks) -> np.ndarray:
+        """Return `[N, M]` int64: the pixels that each mask shares with each of `other`'s `M` masks of the same size."""
+        step = max(1, _PAIR_WORDS // max(1, self.words[:1].size))
+        counts = np.zeros((len(self), len(other)), np.int64)
+        for start in range(0, len(self), step):
+            part = self.words[start : start + step]
+            for column, words in enumerate(other.words):
+                counts[start : start + step, column] = _ones(part & words)
+        return counts
+
     def paint(self, labels: np.ndarray) -> np.ndarray:
-        """Return `[H, W]` uint8: the label of the first mask that covers each pixel, 0 for none.
+        """Return `[H, W]`, type of `labels`: the label of the first mask that covers each pixel, 0 for none.
 
         Args:
-            labels: `[N]` uint8.
+            labels: `[N]` uint8, or a wider integer without negative entries.
         """
-        result = np.zeros((self.words.shape[1], self.width), np.uint8)
+        result = np.zeros((self.words.shape[1], self.width), labels.dtype)
         if not len(self):
             return result
         visible = self.words.copy()
@@ -91,7 +101,7 @@ class PackedMasks:
         # No two visible parts share a pixel, so the labels are composed one binary digit at a time.
         for digit in range(int(labels.max()).bit_length()):
             plane = np.bitwise_or.reduce(visible[(labels >> digit) & 1 == 1], axis=0)
-            result |= self._pixels(plane) << np.uint8(digit)
+            result |= self._pixels(plane).astype(labels.dtype, copy=False) << labels.dtype.type(digit)
         return result
 
     def _pixels(self, words: np.ndarray) -> np.ndarray:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moduseg.masks.bits import PACKED, PackedMasks
 from moduseg.structures import Proposals
 
 RegionOrder = Literal["score", "area", "largest"]
+_BLOCK = 1 << 25
+"""Mask pixels turned into integers at once, on devices that pack no masks: this bounds the memory."""
 
 
 def make_id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
@@ -34,6 +38,32 @@ def make_id_map(proposals: Proposals, order: RegionOrder = "score") -> Tensor:
     stacked = masks[best_first]
     # argmax takes the first of equal maxima.
     return torch.where(stacked.any(0), best_first[stacked.to(torch.uint8).argmax(0)], -1)
+
+
+def find_first(masks: Tensor, order: Tensor) -> Tensor:
+    """Return which mask covers each pixel first.
+
+    Args:
+        masks: `[N, H, W]` bool.
+        order: `[K]` int64, indices of masks, first to last, on the device of the masks.
+
+    Returns:
+        `[H, W]` int64, positions in `order`, -1 where none of its masks is.
+    """
+    count = len(order)
+    if not count:
+        return torch.full(masks.shape[1:], -1, dtype=torch.int64, device=masks.device)
+    if masks.device.type in PACKED:
+        painted = PackedMasks.of(masks).select(order.numpy()).paint(np.arange(1, count + 1, dtype=np.int32))
+        return torch.from_numpy(painted).long() - 1
+    # The first mask has the highest rank. One maximum for many masks: the host does not wait for each.
+    step = max(1, _BLOCK // max(1, masks[0].numel()))
+    best = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
+    for start in range(0, count, step):
+        rows = order[start : start + step]
+        ranks = torch.arange(count - start, count - start - len(rows), -1, dtype=torch.int32, device=masks.device)
+        best = torch.maximum(best, (masks[rows] * ranks[:, None, None]).amax(0))
+    return torch.where(best > 0, count - best, -1).long()
 
 
 def to_disjoint(proposals: Proposals) -> Proposals:

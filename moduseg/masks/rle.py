@@ -140,6 +140,43 @@ def read_runs(counts: object, pixels: int) -> np.ndarray:
     return runs
 
 
+def decode_masks(runs: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Return masks from their run lengths.
+
+    Args:
+        runs: of each mask, run lengths `[R]` int64 column by column, as `read_runs` gives them.
+        size: `(H, W)` of the image.
+
+    Returns:
+        `[N, H, W]` bool.
+    """
+    height, width = size
+    pixels = height * width
+    result = np.zeros((len(runs), height, width), dtype=np.uint8)
+    # Every second run is of ones. Its first pixel and the one after its last are marked, in the order of the file.
+    ends = [np.cumsum(counts) + index * pixels for index, counts in enumerate(runs)]
+    stops = np.concatenate([np.zeros(0, np.int64), *(e[1::2] for e in ends)])
+    starts = stops - np.concatenate([np.zeros(0, np.int64), *(counts[1::2] for counts in runs)])
+    starts, stops = starts[starts < stops], stops[starts < stops]
+    # A run that goes on in the next column is cut there: from here on each begins and ends within one column.
+    first_column, last_column = starts // height, (stops - 1) // height
+    num_columns = last_column - first_column + 1
+    run = np.repeat(np.arange(len(starts)), num_columns)
+    column = np.arange(len(run)) - np.repeat(np.cumsum(num_columns) - num_columns - first_column, num_columns)
+    top = np.maximum(starts[run] - column * height, 0)
+    bottom = np.minimum(stops[run] - column * height, height)
+    mask, x = np.divmod(column, width)
+    flat = result.reshape(-1)
+    # Where one run ends as the next begins, the two marks cancel.
+    np.bitwise_xor.at(flat, (mask * height + top) * width + x, np.uint8(1))
+    is_inside = bottom < height
+    np.bitwise_xor.at(flat, ((mask * height + bottom) * width + x)[is_inside], np.uint8(1))
+    # A pixel is of the mask if an odd number of marks is at it or above.
+    for row in range(1, height):
+        result[:, row] ^= result[:, row - 1]
+    return result.view(bool)
+
+
 def merge_disjoint_runs(runs: list[np.ndarray], size: tuple[int, int]) -> np.ndarray | None:
     """Return one id map of masks that share no pixel, without decoding any of them.
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from moduseg.masks.encoded import WaitingProposals
     from moduseg.structures import Proposals, ScoreMaps
 
 Kind = Literal["proposals", "scores", "label_map", "vectors", "panel", "tags"]
@@ -159,6 +160,14 @@ class StageFolder:
             DataError: the file is missing, damaged, or of another size.
         """
         return sa1b.read_proposals(self.file("proposals", image_id), size)
+
+    def waiting_proposals(self, image_id: str, size: tuple[int, int]) -> WaitingProposals:
+        """Return the stored proposals of an image that waits for its turn; large ones are not decoded yet.
+
+        Raises:
+            DataError: as `proposals`.
+        """
+        return sa1b.read_waiting(self.file("proposals", image_id), size)
 
     def label_map(self, image_id: str) -> np.ndarray:
         """Return the stored label map of an image, `[H, W]` uint8.

@@ -23,6 +23,11 @@ class Proposer(ABC):
         """The digest of weights or files: what besides the configuration decides the result."""
         return ""
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether images share a forward pass, so that the last bits of a result may depend on the others."""
+        return type(self).propose_batch is not Proposer.propose_batch
+
     @abstractmethod
     def propose(self, sample: Sample) -> Proposals:
         """Return the masks of one image, on the CPU, at the size of the image; `[0, H, W]` if there are none.

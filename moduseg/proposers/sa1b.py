@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ import numpy as np
 import torch
 
 from moduseg.errors import DataError
+from moduseg.masks import encoded as encoding
 from moduseg.masks.bits import PackedMasks
-from moduseg.masks.rle import encode_masks, encode_polygons, merge_disjoint_runs, read_runs
+from moduseg.masks.encoded import EncodedProposals, WaitingProposals
+from moduseg.masks.rle import encode_masks, encode_polygons, read_runs
 from moduseg.structures import Proposals, check_parents
 
 MAX_PIXELS = 100_000_000
@@ -91,15 +92,21 @@ def encode_proposals(proposals: Proposals, image_id: str) -> bytes:
 
 
 def read_proposals(path: Path, expected_size: tuple[int, int] | None = None) -> Proposals:
-    """Return the proposals in a file.
-
-    Args:
-        path: a JSON file in the SA-1B format, or a bare list of its annotations.
-        expected_size: `(H, W)` of the image, or `None` to take the size that the file states.
+    """Return the proposals in a file; arguments and errors as those of `read_encoded`.
 
     Returns:
         Masks in the order of the file, empty ones included; scores are 1 if the file has none, and there are parents if
         an annotation has the field `parent`.
+    """
+    return read_encoded(path, expected_size).decode()
+
+
+def read_encoded(path: Path, expected_size: tuple[int, int] | None = None) -> EncodedProposals:
+    """Return the proposals in a file, checked but not decoded.
+
+    Args:
+        path: a JSON file in the SA-1B format, or a bare list of its annotations.
+        expected_size: `(H, W)` of the image, or `None` to take the size that the file states.
 
     Raises:
         DataError: no such file, not JSON, or content that does not describe masks of the expected size.
@@ -110,20 +117,35 @@ def read_proposals(path: Path, expected_size: tuple[int, int] | None = None) -> 
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); write its proposals again") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({_one_line(error)}); write its proposals again") from error
-    return from_annotations(data, expected_size, str(path))
+    return encode_annotations(data, expected_size, str(path))
+
+
+def read_waiting(path: Path, expected_size: tuple[int, int]) -> WaitingProposals:
+    """Return the proposals in a file for an image that waits for its turn: large ones are not decoded yet (`decode`).
+
+    Arguments and errors as those of `read_encoded`.
+    """
+    encoded = read_encoded(path, expected_size)
+    return encoded if encoded.num_pixels > encoding.MAX_WAITING_PIXELS else encoded.decode()
 
 
 def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: str) -> Proposals:
-    """Make proposals on the CPU from an object in the SA-1B format, or from a bare list of its annotations.
+    """Make proposals on the CPU from an object in the SA-1B format; arguments and errors as of `encode_annotations`.
+
+    Returns:
+        Masks in the order of the file, empty ones included; scores are 1 if the file has none, and there are parents if
+        an annotation has the field `parent`.
+    """
+    return encode_annotations(data, expected_size, where).decode()
+
+
+def encode_annotations(data: Any, expected_size: tuple[int, int] | None, where: str) -> EncodedProposals:
+    """Return the checked run lengths of an object in the SA-1B format, or of a bare list of its annotations.
 
     Args:
         data: the parsed JSON; nothing about it is assumed.
         expected_size: `(H, W)` of the image, or `None` to take the size that the file states.
         where: the file, for messages.
-
-    Returns:
-        Masks in the order of the file, empty ones included; scores are 1 if the file has none, and there are parents if
-        an annotation has the field `parent`.
 
     Raises:
         DataError: anything missing, malformed or of another size; one line that names the file and the annotation.
@@ -143,16 +165,8 @@ def from_annotations(data: Any, expected_size: tuple[int, int] | None, where: st
         _check_area(annotation, int(runs[-1][1::2].sum()), at)
         scores.append(_read_score(annotation, "predicted_iou", at))
         stability.append(_read_score(annotation, "stability_score", at))
-    quality = torch.tensor(scores, dtype=torch.float32), torch.tensor(stability, dtype=torch.float32)
-    parents = _read_parents(annotations, where)
-    ids = merge_disjoint_runs(runs, size)
-    if ids is not None:
-        return replace(Proposals.of_id_map(torch.from_numpy(ids), len(runs), *quality), parents=parents)
-    columns = np.zeros((len(runs), pixels), dtype=bool)
-    for row, counts in zip(columns, runs, strict=True):
-        row[:] = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-    masks = torch.from_numpy(columns).view(len(runs), size[1], size[0]).transpose(1, 2).contiguous()
-    return Proposals(masks, *quality, parents=parents)
+    predicted_iou, stability_score = (torch.tensor(values, dtype=torch.float32) for values in (scores, stability))
+    return EncodedProposals(runs, size, predicted_iou, stability_score, _read_parents(annotations, where))
 
 
 def _split(data: Any, where: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ from moduseg.backbones.base import Backbone
 from moduseg.backbones.upsample import upsample
 from moduseg.bank.aggregation import coverage
 from moduseg.errors import ArtefactError, DataError
+from moduseg.masks.id_maps import find_first
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.structures import Proposals, Sample, ScoreMaps, TokenMap
 
@@ -300,10 +301,12 @@ def _to_multi_hot(labels: tuple[int, ...], num_classes: int, like: Tensor) -> Te
 
 def paint_regions(scores: Tensor, values: Tensor, proposals: Proposals) -> Tensor:
     """Return `scores` `[R, H, W]` with each proposal's pixels set to its `values` `[R, N]`; the smallest decides."""
-    result = scores.clone()
-    for index in proposals.areas.argsort(descending=True, stable=True):
-        result = torch.where(proposals.masks[index], values[:, index, None, None], result)
-    return result
+    # Of equally large proposals the last one decides.
+    smallest_first = proposals.areas.argsort(descending=True, stable=True).flip(0)
+    owner = find_first(proposals.masks, smallest_first)
+    if not len(proposals):
+        return scores.clone()
+    return torch.where(owner < 0, scores, values[:, smallest_first][:, owner.clamp(min=0)])
 
 
 def scale_scores(scores: Tensor, scale: str = "max") -> Tensor:

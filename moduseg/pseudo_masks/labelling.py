@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moduseg.config import BackgroundConfig, PseudoMasksConfig
 from moduseg.devices import copy_arrays
+from moduseg.masks.encoded import WaitingProposals, decode
 from moduseg.pseudo_masks.labels import make_label_map, region_vote
 from moduseg.pseudo_masks.refine import pamr, par
-from moduseg.structures import Proposals, ScoreMaps
+from moduseg.structures import ScoreMaps
 
 DIFFUSIONS: dict[str, Callable[[Tensor, Tensor, Sequence[int], int], Tensor]] = {"pamr": pamr, "par": par}
 """Refiners that spread scores between similar neighbouring pixels, by the name that the configuration uses."""
@@ -28,13 +29,13 @@ class ScoredImage:
         id: of the image.
         scores: of its classes.
         image: `[H, W, 3]` uint8, if the refiner looks at it.
-        proposals: those that vote, if the refiner looks at them.
+        proposals: if the refiner looks at them; those of `vote_min_score` or more vote.
     """
 
     id: str
     scores: ScoreMaps
     image: np.ndarray | None = None
-    proposals: Proposals | None = None
+    proposals: WaitingProposals | None = None
 
 
 def to_label_map(item: ScoredImage, settings: PseudoMasksConfig, device: torch.device) -> Tensor:
@@ -52,7 +53,13 @@ def to_label_map(item: ScoredImage, settings: PseudoMasksConfig, device: torch.d
             return diffuse(stacked, pixels, settings.dilations, settings.iterations)
 
     labels = make_label_map(item.scores.to(device), rule.rule, rule.value, rule.low, refine)
-    return labels if item.proposals is None else region_vote(labels, item.proposals.to(device))
+    if item.proposals is None:
+        return labels
+    proposals = decode(item.proposals)
+    is_voter = proposals.predicted_iou >= settings.vote_min_score
+    if not bool(is_voter.all()):  # a copy of all masks takes the time of the vote
+        proposals = proposals.select(is_voter)
+    return region_vote(labels, proposals.to(device))
 
 
 def fit_rule(settings: PseudoMasksConfig, *, has_background_words: bool) -> PseudoMasksConfig:

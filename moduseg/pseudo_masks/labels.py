@@ -136,10 +136,12 @@ def region_vote(labels: Tensor, proposals: Proposals, purity: float = 0.0) -> Te
     ids = ids[ids != IGNORE_INDEX]
     if not len(ids):
         return labels.clone()
-    # float32 counts pixels exactly up to 16 million.
-    one_hot = (flat[:, None] == ids).float()
-    step = max(1, _BLOCK // flat.numel())
-    votes = torch.cat([block.flatten(1).float() @ one_hot for block in masks.split(step)])
+    packed = PackedMasks.of(masks) if masks.device.type in PACKED else None
+    if packed is not None:
+        classes = PackedMasks.of(labels == ids[:, None, None])
+        votes = torch.from_numpy(packed.shared_with(classes)).float()
+    else:
+        votes = _count_votes(masks, flat, ids)
     best, winner = votes.max(1).values, votes.argmax(1)
     areas = proposals.areas
     is_pure = best >= purity * votes.sum(1).clamp(min=1)
@@ -148,18 +150,27 @@ def region_vote(labels: Tensor, proposals: Proposals, purity: float = 0.0) -> Te
     order = order[areas[order].argsort(descending=True, stable=True)]
     order = order[is_pure[order].int().argsort(stable=True)]
     order = order[best[order] > 0]
-    if masks.device.type in PACKED:
+    if packed is not None:
         # PackedMasks keeps what was painted first; labels count from 1, so that 0 is an unpainted pixel.
         order = order.flip(0)
         numbers = (winner[order] + 1).to(torch.uint8).numpy()
-        painted = torch.from_numpy(PackedMasks.of(masks).select(order.numpy()).paint(numbers)).flatten()
+        painted = torch.from_numpy(packed.select(order.numpy()).paint(numbers)).flatten()
         result = torch.where(painted == 0, flat, torch.cat((ids[:1], ids))[painted.long()])
     else:
         # Painting one proposal after the other would make the host wait for a GPU at each.
         ranks = torch.zeros(len(masks), dtype=torch.int32, device=masks.device)
         ranks[order] = torch.arange(1, len(order) + 1, dtype=torch.int32, device=masks.device)
         last = torch.zeros_like(flat, dtype=torch.int32)
+        step = max(1, _BLOCK // flat.numel())
         for block, block_ranks in zip(masks.split(step), ranks.split(step), strict=True):
             last = torch.maximum(last, (block.flatten(1) * block_ranks[:, None]).amax(0))
         result = torch.where(last == 0, flat, torch.cat((ids[:1], ids[winner[order]]))[last.long()])
     return torch.where(flat == IGNORE_INDEX, flat, result).view_as(labels)
+
+
+def _count_votes(masks: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+    """Return `[N, K]` float32, the pixels of each mask `[N, H, W]` whose label `[H * W]` is each of `ids` `[K]`."""
+    # float32 counts pixels exactly up to 16 million.
+    one_hot = (labels[:, None] == ids).float()
+    step = max(1, _BLOCK // labels.numel())
+    return torch.cat([block.flatten(1).float() @ one_hot for block in masks.split(step)])

@@ -15,6 +15,7 @@ from safetensors.torch import save as save_tensors
 
 from moduseg.errors import DataError
 from moduseg.files import digest_of, file_digest, to_json_values, write_atomic
+from moduseg.masks.encoded import WaitingProposals, decode
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.forward import describe, is_out_of_memory
 from moduseg.pipeline.manifests import StageFolder, stored_name
@@ -29,7 +30,7 @@ from moduseg.structures import Proposals, Sample
 _FIT = "fit.safetensors"
 
 
-class ClassScores(Stage[tuple[Sample, Proposals | None]]):
+class ClassScores(Stage[tuple[Sample, WaitingProposals | None]]):
     """Scores the classes that the image-level labels name, at every pixel of the training images.
 
     The folder holds `maps/<id>.safetensors.z` (format: `moduseg.pseudo_masks.store`), `failures.jsonl` and
@@ -81,7 +82,7 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
             **self.work.device.key_parts(),
         }
 
-    def load(self, image_id: str) -> tuple[Sample, Proposals | None]:
+    def load(self, image_id: str) -> tuple[Sample, WaitingProposals | None]:
         """Return an image with its labels, and its proposals if the generator looks at them."""
         sample = self.dataset.load(image_id, truth=self.work.generator.needs_truth)
         if sample.labels is None:
@@ -89,16 +90,19 @@ class ClassScores(Stage[tuple[Sample, Proposals | None]]):
                 f"{image_id}: no image-level labels; add them, or take the image out of the {self.split} list"
             )
         proposals = self.input_folders.get("propose")
-        return sample, None if proposals is None else proposals.proposals(image_id, sample.size)
+        return sample, None if proposals is None else proposals.waiting_proposals(image_id, sample.size)
 
-    def process(self, items: list[tuple[Sample, Proposals | None]]) -> list[Files]:
+    def process(self, items: list[tuple[Sample, WaitingProposals | None]]) -> list[Files]:
         """Return the scores of several images."""
         generate, settings = self.work.generator.generate, self.cfg.pseudo_masks
         store = partial(pack, bits=settings.score_bits, scale=settings.score_scale)
-        return [
-            {stored_name("scores", sample.id): partial(store, generate(sample, sample.labels or (), proposals))}
-            for sample, proposals in items
-        ]
+        files: list[Files] = []
+        for sample, waiting in items:
+            # One image's masks are in memory at a time.
+            proposals = None if waiting is None else decode(waiting)
+            maps = generate(sample, sample.labels or (), proposals)
+            files.append({stored_name("scores", sample.id): partial(store, maps)})
+        return files
 
     def reads(self, image_id: str) -> list[Path]:
         """Return the files of the image and, if the generator looks at them, its proposals."""

@@ -13,6 +13,7 @@ from moduseg.bank.store import Bank
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
 from moduseg.files import digest_of, file_digest, to_json_values
+from moduseg.masks.encoded import WaitingProposals, decode
 from moduseg.pipeline.batches import BatchRunner, Files, Outcome
 from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.stage import Stage, skipped_images
@@ -22,10 +23,9 @@ from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.evaluate_masks import score_or_draw
 from moduseg.stages.queries import Queries
-from moduseg.structures import Proposals
 
 
-class Infer(Stage[tuple[str, Proposals, Tensor]]):
+class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
     """Labels the evaluated split by retrieval from the bank. An item is an image's id, its proposals and their vectors.
 
     The folder holds `labels/<id>.png`, `failures.jsonl` and `manifest.json`; if the split has ground truth, also
@@ -104,7 +104,7 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
             parts["bank_labels"] = digest_of(self.stored_bank.labels.tolist())
         return parts
 
-    def runner(self) -> BatchRunner[tuple[str, Proposals, Tensor]]:
+    def runner(self) -> BatchRunner[tuple[str, WaitingProposals, Tensor]]:
         """Return what processes the images; a bank that does not fit is an error before the first of them."""
         _ = self.stored_bank
         return super().runner()
@@ -113,10 +113,10 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
         """Return the images without proposals or queries; those that the bank lacks are of another split."""
         return skipped_images({"propose": self.proposals, "queries": self.input_folders["queries"]})
 
-    def load(self, image_id: str) -> tuple[str, Proposals, Tensor]:
+    def load(self, image_id: str) -> tuple[str, WaitingProposals, Tensor]:
         """Return an image's proposals and their vectors."""
         queries = self.input_folders["queries"]
-        proposals = self.proposals.proposals(image_id, self.dataset.image_size(image_id))
+        proposals = self.proposals.waiting_proposals(image_id, self.dataset.image_size(image_id))
         pooled = queries.vectors(image_id)["pooled"]
         if len(pooled) != len(proposals):
             raise DataError(
@@ -125,11 +125,13 @@ class Infer(Stage[tuple[str, Proposals, Tensor]]):
             )
         return image_id, proposals, pooled
 
-    def process(self, items: list[tuple[str, Proposals, Tensor]]) -> list[Files]:
+    def process(self, items: list[tuple[str, WaitingProposals, Tensor]]) -> list[Files]:
         """Return the label maps of several images."""
+        # One image's masks are in memory at a time.
+        label_maps = (self.retriever.predict(decode(proposals), pooled).label_map for _, proposals, pooled in items)
         return [
-            {stored_name("label_map", i): partial(write_label_png, self.retriever.predict(proposals, pooled).label_map)}
-            for i, proposals, pooled in items
+            {stored_name("label_map", item[0]): partial(write_label_png, label_map)}
+            for item, label_map in zip(items, label_maps, strict=True)
         ]
 
     def reads(self, image_id: str) -> list[Path]:

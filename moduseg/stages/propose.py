@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moduseg.files import to_json_values
+from moduseg.masks import encoded
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import stored_name
 from moduseg.pipeline.preflight import HasDigest
@@ -15,7 +16,7 @@ from moduseg.pipeline.stage import Stage
 from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers import sa1b
 from moduseg.proposers.base import Proposer
-from moduseg.structures import Sample
+from moduseg.structures import Proposals, Sample
 
 
 class Propose(Stage[Sample]):
@@ -83,10 +84,10 @@ class Propose(Stage[Sample]):
 
     def process(self, items: list[Sample]) -> list[Files]:
         """Return the proposals of several images."""
-        return [
-            {stored_name("proposals", sample.id): partial(sa1b.encode_proposals, proposals, sample.id)}
-            for sample, proposals in zip(items, self.proposer.propose_batch(items), strict=True)
-        ]
+        proposer = self.proposer
+        # A proposer that takes images one by one leaves the masks of one image in memory.
+        lists = proposer.propose_batch(items) if proposer.shares_passes else map(proposer.propose, items)
+        return [_encode(sample.id, proposals) for sample, proposals in zip(items, lists, strict=True)]
 
     def reads(self, image_id: str) -> list[Path]:
         """Return the image's file."""
@@ -95,3 +96,10 @@ class Propose(Stage[Sample]):
     def merge(self, outcome: Outcome) -> dict[str, Any]:
         """Return the split, for the manifest."""
         return {"split": self.split}
+
+
+def _encode(image_id: str, proposals: Proposals) -> Files:
+    """Return the file of one image's proposals; many masks are encoded here, as they would fill the memory."""
+    encode = partial(sa1b.encode_proposals, proposals, image_id)
+    name = stored_name("proposals", image_id)
+    return {name: encode() if proposals.masks.numel() > encoded.MAX_WAITING_PIXELS else encode}

@@ -153,8 +153,7 @@ def load_scored(
     if settings.refine == "region_vote":
         if proposals is None:
             raise DataError(f"{image_id}: no proposals, which refine=region_vote needs; name their artefact")
-        voters = proposals.proposals(image_id, size)
-        voters = voters.select(voters.predicted_iou >= settings.vote_min_score)
+        voters = proposals.waiting_proposals(image_id, size)
     if settings.refine in DIFFUSIONS:
         image = dataset.load(image_id, truth=False, labels=False).image
         if image.shape[:2] != size:

@@ -11,15 +11,16 @@ from typing import Any
 
 from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
 from moduseg.bank.store import encode_vectors
+from moduseg.masks.encoded import WaitingProposals, decode
 from moduseg.pipeline.batches import Files
 from moduseg.pipeline.manifests import stored_name
 from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.stages.propose import Propose
-from moduseg.structures import Proposals, Sample
+from moduseg.structures import Sample
 
 
-class Queries(Stage[tuple[Sample, Proposals]]):
+class Queries(Stage[tuple[Sample, WaitingProposals]]):
     """Pools the patch tokens of the evaluated split under its proposals.
 
     The folder holds `vectors/<id>.safetensors` with `pooled` `[N, C]` float32, in the order of the proposals.
@@ -53,17 +54,17 @@ class Queries(Stage[tuple[Sample, Proposals]]):
             "aggregation": self.cfg.bank.aggregation,
         }
 
-    def load(self, image_id: str) -> tuple[Sample, Proposals]:
+    def load(self, image_id: str) -> tuple[Sample, WaitingProposals]:
         """Return an image and its proposals."""
         sample = self.dataset.load(image_id)
-        return sample, self.input_folders["propose"].proposals(image_id, sample.size)
+        return sample, self.input_folders["propose"].waiting_proposals(image_id, sample.size)
 
-    def process(self, items: list[tuple[Sample, Proposals]]) -> list[Files]:
+    def process(self, items: list[tuple[Sample, WaitingProposals]]) -> list[Files]:
         """Return the vectors of several images' proposals."""
         token_maps = self.work.backbone.tokens([sample.image for sample, _ in items])
         files: list[Files] = []
         for (sample, proposals), tokens in zip(items, token_maps, strict=True):
-            weights = proposal_coverage(proposals, tokens)
+            weights = proposal_coverage(decode(proposals), tokens)
             if self.cfg.bank.aggregation == "hard":
                 weights = harden(weights)
             pooled = aggregate(tokens.tokens, weights, normalize=False)

@@ -10,6 +10,7 @@ from typing import Any
 from moduseg.config import PseudoMasksConfig
 from moduseg.datasets.base import Dataset
 from moduseg.files import to_json_values
+from moduseg.masks.encoded import WaitingProposals, decode
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import stored_name
 from moduseg.pipeline.preflight import HasDigest
@@ -22,7 +23,7 @@ from moduseg.stages.evaluate_masks import score_or_draw
 from moduseg.stages.propose import Propose
 from moduseg.stages.pseudo_masks import encode_label_map, labelling_parts
 from moduseg.stages.tag import TagImages
-from moduseg.structures import Proposals, Sample
+from moduseg.structures import Sample
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class WordedImage:
 
     sample: Sample
     class_ids: tuple[int, ...]
-    proposals: Proposals | None = None
+    proposals: WaitingProposals | None = None
 
 
 class Segment(Stage[WordedImage]):
@@ -114,18 +115,20 @@ class Segment(Stage[WordedImage]):
         tags, proposals, tagger = self.input_folders.get("tags"), self.input_folders.get("propose"), self.work.tagger
         sample = self.dataset.load(image_id, truth=self.generator.needs_truth, labels=tagger.needs_labels)
         class_ids = (tagger.tag(sample) if tags is None else tags.tags(image_id)).class_ids
-        return WordedImage(sample, class_ids, None if proposals is None else proposals.proposals(image_id, sample.size))
+        return WordedImage(
+            sample, class_ids, None if proposals is None else proposals.waiting_proposals(image_id, sample.size)
+        )
 
     def process(self, items: list[WordedImage]) -> list[Files]:
         """Return the label maps of several images."""
         settings, device = self._settings, self.work.device.torch_device
         files: list[Files] = []
         for item in items:
-            scores = self.generator.generate(item.sample, item.class_ids, item.proposals)
+            # One image's masks are in memory at a time.
+            proposals = None if item.proposals is None else decode(item.proposals)
+            scores = self.generator.generate(item.sample, item.class_ids, proposals)
             image = item.sample.image if settings.refine in DIFFUSIONS else None
-            voters = item.proposals if settings.refine == "region_vote" else None
-            if voters is not None:
-                voters = voters.select(voters.predicted_iou >= settings.vote_min_score)
+            voters = proposals if settings.refine == "region_vote" else None
             label_map = to_label_map(ScoredImage(item.sample.id, scores, image, voters), settings, device)
             files.append({stored_name("label_map", item.sample.id): partial(encode_label_map, label_map)})
         return files

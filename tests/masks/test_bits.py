@@ -57,3 +57,11 @@ def test_without_masks_or_pixels(shape: tuple[int, int, int], monkeypatch: pytes
         assert packed.areas.tolist() == [0] * shape[0]
         assert packed.paint(np.ones(shape[0], np.uint8)).shape == shape[1:]
         assert packed.boxes().shape == (shape[0], 4)
+
+
+@pytest.mark.parametrize("words", [1 << 16, 1])
+def test_pixels_shared_with_other_masks(words: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "_PAIR_WORDS", words)
+    masks, others = reference.random_masks(rng, 5, 11, 70), reference.random_masks(rng, 3, 11, 70)
+    counts = PackedMasks.of(torch.from_numpy(masks)).shared_with(PackedMasks.of(torch.from_numpy(others)))
+    np.testing.assert_array_equal(counts, (masks[:, None] & others[None]).sum((2, 3)))

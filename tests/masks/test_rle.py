@@ -8,7 +8,7 @@ import torch
 from pycocotools import mask as coco
 
 from moduseg.masks.bits import PackedMasks
-from moduseg.masks.rle import encode_masks
+from moduseg.masks.rle import decode_counts, decode_masks, encode_masks
 
 
 def _make_masks(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -39,3 +39,30 @@ def test_long_runs_take_six_characters() -> None:
     """2^26 pixels: an empty mask is one run; its number has 27 bits and a sign, at 5 bits a character."""
     masks = torch.zeros(1, 1 << 13, 1 << 13, dtype=torch.bool)
     assert encode_masks(PackedMasks.of(masks)) == [coco.encode(np.asfortranarray(masks[0].byte()))["counts"].decode()]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (70, 1), (7, 64), (37, 130)])
+def test_masks_are_decoded_as_they_were_encoded(size: tuple[int, int], rng: np.random.Generator) -> None:
+    masks = _make_masks(size, rng)
+    runs = [decode_counts(text) for text in encode_masks(PackedMasks.of(torch.from_numpy(masks)))]
+    np.testing.assert_array_equal(decode_masks(runs, size), masks)
+
+
+@pytest.mark.parametrize(
+    ("runs", "columns"),
+    [
+        pytest.param([6], "000 000", id="no run of ones"),
+        pytest.param([0, 6], "111 111", id="all columns in one run"),
+        pytest.param([1, 2, 0, 1, 2], "011 100", id="an empty run of zeros between two of ones"),
+        pytest.param([1, 0, 4, 1], "000 001", id="an empty run of ones"),
+        pytest.param([2, 2, 2], "001 100", id="a run across two columns"),
+    ],
+)
+def test_runs_go_down_the_columns(runs: list[int], columns: str) -> None:
+    expected = np.array([[c == "1" for c in column] for column in columns.split()]).T
+    masks = decode_masks([np.array([6]), np.array(runs)], (3, 2))
+    np.testing.assert_array_equal(masks, [np.zeros((3, 2), bool), expected])
+
+
+def test_no_runs_are_no_masks() -> None:
+    assert decode_masks([], (4, 5)).shape == (0, 4, 5)

@@ -6,7 +6,9 @@ import json
 import pickle
 import shutil
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from moduseg.config import compose
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError
 from moduseg.files import write_atomic
+from moduseg.masks import encoded
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.records import encode_files
 from moduseg.pipeline.stage import Stage, rebuild_runner, skipped_images
 from moduseg.pipeline.workspace import Workspace
+from moduseg.proposers import sa1b
 from moduseg.pseudo_masks.labelling import ScoredImage
 from moduseg.pseudo_masks.store import unpack
 from moduseg.retrieval.retriever import Retriever
@@ -111,6 +115,50 @@ def test_infer_paints_each_proposal_with_its_neighbours_label(work: Workspace) -
     stage.retriever = Retriever(bank, work.cfg.retrieval)
     vectors = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     assert np.array_equal(decode(only_file(stage.process([("trip/a", HALVES, vectors)]), "labels/trip/a.png")), LABELS)
+
+
+@torch.inference_mode()
+def test_propose_holds_the_masks_of_one_image(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a proposer that takes images one by one; with a thousand masks a batch of them would take gigabytes."""
+    alive: weakref.WeakSet[Proposals] = weakref.WeakSet()
+    most_alive = 0
+
+    def propose(sample: Sample) -> Proposals:
+        nonlocal most_alive
+        proposals = Proposals(HALVES.masks.clone())
+        alive.add(proposals)
+        most_alive = max(most_alive, len(alive))
+        return proposals
+
+    monkeypatch.setattr(encoded, "MAX_WAITING_PIXELS", 2 * 32 * 40 - 1)
+    monkeypatch.setattr(work.proposer, "propose", propose)
+    files = Propose(work).process([SAMPLE, SAMPLE, SAMPLE, SAMPLE])
+    assert most_alive <= 2  # the one before goes when the next one is there
+    assert len(alive) <= 1
+    assert [encode_files(of_image)["masks/trip/a.json"] for of_image in files] == [
+        sa1b.encode_proposals(HALVES, "trip/a")
+    ] * 4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("max_pixels", [pytest.param(0, id="run lengths"), pytest.param(1 << 24, id="masks")])
+def test_proposals_that_wait_give_the_same_files(
+    work: Workspace, max_pixels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoded, "MAX_WAITING_PIXELS", max_pixels)
+    (tmp_path / "a.json").write_bytes(sa1b.encode_proposals(HALVES, "a"))
+    waiting = sa1b.read_waiting(tmp_path / "a.json", SIZE)
+    assert isinstance(waiting, encoded.EncodedProposals) is (max_pixels == 0)
+    is_class = torch.from_numpy(LABELS == 3).float()
+    work.cfg = replace(work.cfg, pseudo_masks=replace(work.cfg.pseudo_masks, refine="region_vote"))
+    maps = ScoreMaps((3,), is_class[None], 1 - is_class)
+    stages: list[tuple[Stage[Any], Any, Any]] = [
+        (ClassScores(work), (SAMPLE, HALVES), (SAMPLE, waiting)),
+        (PseudoMasks(work), ScoredImage("a", maps, None, HALVES), ScoredImage("a", maps, None, waiting)),
+        (Queries(work), (SAMPLE, HALVES), (SAMPLE, waiting)),
+    ]
+    for stage, item, waiting_item in stages:
+        assert encode_files(stage.process([waiting_item])[0]) == encode_files(stage.process([item])[0])
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -13,7 +13,7 @@ from moduseg.backbones.base import Backbone
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.pseudo_masks import build
-from moduseg.pseudo_masks.cam import CamGenerator, CamOptions
+from moduseg.pseudo_masks.cam import CamGenerator, CamOptions, paint_regions
 from moduseg.pseudo_masks.labels import make_label_map
 from moduseg.structures import Proposals, Sample, TokenMap
 from tests.pseudo_masks.contract import CLASSES, NUM_CLASSES, GeneratorContract, halves, sample
@@ -206,3 +206,15 @@ def test_bad_state() -> None:
     generator.load_state({"weights": torch.zeros(5, 9), "mean": torch.zeros(9)})
     with pytest.raises(ArtefactError, match="fitted on 9 channels, but the backbone gives 6"):
         generator.generate(sample(), (2,), None)
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_regions_are_painted_from_large_to_small(count: int, rng: np.random.Generator, device: torch.device) -> None:
+    masks = torch.from_numpy(rng.random((count, 12, 20)) < rng.random((count, 1, 1)))
+    masks[count // 2 :] &= torch.arange(240).view(12, 20) < 9  # many areas are equal
+    scores, values = torch.rand(3, 12, 20), torch.rand(3, count)
+    expected = scores.clone()
+    for index in masks.flatten(1).sum(1).argsort(descending=True, stable=True).tolist():
+        expected[:, masks[index]] = values[:, index, None]
+    painted = paint_regions(scores.to(device), values.to(device), Proposals(masks).to(device))
+    assert torch.equal(painted.cpu(), expected)
