@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moduseg.backbones.efficientnet_names import has_port_names, to_timm_names
 from moduseg.devices import seed_weights
 from moduseg.errors import ArtefactError, ConfigError, suggest
 from moduseg.weights.tensors import load_state
@@ -162,13 +163,16 @@ def check_layers(model: Any, layers: Sequence[int], name: str) -> tuple[int, ...
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a weight file, accounting for every tensor of the model; half precision becomes float32.
 
-    timm's own filter of the architecture runs first, if there is one: it translates the names of other publishers and
-    resizes positional embeddings. Classifier tensors that the model does not have are dropped.
+    EfficientNet's tensors may have the names of its PyTorch ports. timm's own filter of the architecture runs next, if
+    there is one: it translates the names of other publishers and resizes positional embeddings. Classifier tensors that
+    the model does not have are dropped.
 
     Raises:
         ArtefactError: a tensor is missing, left over or of another shape, or the file is damaged.
     """
     state = load_state(path)
+    if has_port_names(state) and hasattr(model, "blocks"):
+        state = to_timm_names(state, model)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         try:
