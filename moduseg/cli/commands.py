@@ -26,6 +26,7 @@ from moduseg.config.command_keys import (
     RemoveOptions,
     ReportOptions,
     ReproduceOptions,
+    ShowAttentionOptions,
     SweepOptions,
     TagOptions,
 )
@@ -341,6 +342,20 @@ _TABLE = (
         writes="<out>/: labels/<id>.png, overlays/, and the formats that were asked for",
         examples=("predict bank=latest images=photos", "predict bank=latest images=photos formats='png;coco'"),
         options=PredictOptions,
+    ),
+    Command(
+        "show_attention",
+        "tools",
+        "Draw where a text-to-image model sees words in an image.",
+        "moduseg.tools.show_attention:main",
+        reads="an image, and a generator that reads a diffusion model (pseudo_masks=iseg_voc)",
+        writes="<out>, a PNG file: for each word its map before and after completion",
+        examples=(
+            "show_attention image=photo.jpg words='dog;grass' pseudo_masks=iseg_voc",
+            "show_attention image=photo.jpg words=dog out=dog.png pseudo_masks=diffsegmenter_voc",
+        ),
+        groups=("pseudo_masks", "runtime"),
+        options=ShowAttentionOptions,
     ),
     Command(
         "demo_app",

@@ -219,6 +219,27 @@ class TagOptions:
 
 
 @dataclass(frozen=True)
+class ShowAttentionOptions:
+    """Keys of the command `show_attention`.
+
+    Attributes:
+        image: the image file.
+        words: what is looked for, as it is written into the prompt.
+        out: PNG file to write.
+    """
+
+    image: str
+    words: tuple[str, ...]
+    out: str = "attention.png"
+
+    def __post_init__(self) -> None:
+        if not self.words or not all(word.strip() for word in self.words):
+            raise ValueError(f"words: got {list(self.words)}, expected one or more, separated by ';'")
+        if len(set(self.words)) < len(self.words):
+            raise ValueError(f"words: got {list(self.words)}, expected each once")
+
+
+@dataclass(frozen=True)
 class PredictOptions:
     """Keys of the command `predict`.
 

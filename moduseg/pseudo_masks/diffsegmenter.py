@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -15,8 +15,8 @@ from moduseg.diffusion.layers import MapRequest
 from moduseg.diffusion.model import Latent
 from moduseg.diffusion.prompts import Prompt, TokenizedPrompt, write_prompt
 from moduseg.pseudo_masks.diffsegmenter_maps import complete, merge_sizes
-from moduseg.pseudo_masks.diffusion_maps import renormalise_content, select_columns, stretch, to_pixels
-from moduseg.pseudo_masks.diffusion_words import KEY, DiffusionWordsGenerator, DiffusionWordsOptions
+from moduseg.pseudo_masks.diffusion_maps import renormalise_content, select_columns
+from moduseg.pseudo_masks.diffusion_words import KEY, DiffusionWordsGenerator, DiffusionWordsOptions, WordMaps
 from moduseg.structures import Sample
 
 ColumnTokens = Literal["all", "last"]
@@ -90,18 +90,21 @@ class DiffSegmenterGenerator(DiffusionWordsGenerator):
         """
         return "+".join(digest for digest in (self._source.digest, self._captioner.digest) if digest)
 
-    def _score(self, sample: Sample, words: dict[str, str]) -> Tensor:
-        groups = [words] if self._options.one_pass else [{name: word} for name, word in words.items()]
-        prompts = [self._write(sample, group) for group in groups]
+    def read_words(self, sample: Sample, words: Mapping[str, str]) -> WordMaps:
+        """Return where the model sees words, before and after the completion (`DiffusionWordsGenerator`)."""
+        groups = [dict(words)] if self._options.one_pass else [{name: word} for name, word in words.items()]
         size = self._options.batch_size
-        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        passes = [
-            torch.cat([self._read(latents, batch, step, seed) for batch in batches], 1)
-            for latents, step, seed in self._draw_latents(sample)
-        ]
-        return stretch(to_pixels(torch.stack(passes).mean(0), sample.size), (1, 2))
+        with torch.inference_mode():
+            prompts = [self._write(sample, group) for group in groups]
+            batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+            return WordMaps.mean(
+                [
+                    _join([self._read(latents, batch, step, seed) for batch in batches])
+                    for latents, step, seed in self._draw_latents(sample)
+                ]
+            )
 
-    def _write(self, sample: Sample, words: dict[str, str]) -> Prompt:
+    def _write(self, sample: Sample, words: Mapping[str, str]) -> Prompt:
         """Return the prompt for one class or more, continued by the captioner."""
         options = self._options
         prompt = write_prompt(
@@ -114,8 +117,8 @@ class DiffSegmenterGenerator(DiffusionWordsGenerator):
         rest = self._captioner.caption(sample, options.separator.join(words), prompt.text)
         return Prompt(prompt.text + rest, prompt.names, prompt.ranges, prompt.weight)
 
-    def _read(self, latents: Tensor, prompts: Sequence[Prompt], step: int, seed: int) -> Tensor:
-        """Return the completed maps `[N, C]` of the classes of some prompts, from one pass."""
+    def _read(self, latents: Tensor, prompts: Sequence[Prompt], step: int, seed: int) -> WordMaps:
+        """Return the maps of the classes of some prompts, from one pass."""
         options = self._options
         encoded = self._source.encode_prompts(prompts)
         requests = [
@@ -129,8 +132,9 @@ class DiffSegmenterGenerator(DiffusionWordsGenerator):
         for row, tokens in enumerate(encoded.tokens):
             of_prompt = [means[row] for means in attention.maps]
             levels, completion = of_prompt[: len(options.cross)], of_prompt[len(options.cross) :]
-            maps.append(complete(self._merge(levels, tokens), completion))
-        return torch.cat(maps, 1)
+            seen = self._merge(levels, tokens)
+            maps.append(WordMaps(seen, complete(seen, completion)))
+        return _join(maps)
 
     def _merge(self, levels: Sequence[Tensor], tokens: TokenizedPrompt) -> Tensor:
         """Return the maps `[N, C]` of a prompt's classes from its cross-attention of all sizes."""
@@ -140,3 +144,8 @@ class DiffSegmenterGenerator(DiffusionWordsGenerator):
         spans = [span if options.column_tokens == "all" else span[-1:] for span in tokens.spans]
         weights = [level.weight if options.size_weights else 1.0 for level in options.cross]
         return merge_sizes([select_columns(level, spans) for level in levels], weights)
+
+
+def _join(maps: Sequence[WordMaps]) -> WordMaps:
+    """Return the maps of several groups of classes as one."""
+    return WordMaps(torch.cat([each.seen for each in maps], 1), torch.cat([each.completed for each in maps], 1))

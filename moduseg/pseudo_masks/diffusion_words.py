@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from moduseg.diffusion.model import DiffusionModelOptions
 from moduseg.diffusion.prompts import resolve_class_words, resolve_head_words
 from moduseg.errors import DataError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
+from moduseg.pseudo_masks.diffusion_maps import stretch, to_pixels
 from moduseg.structures import Proposals, Sample, ScoreMaps
 
 KEY = "pseudo_masks.generator"
@@ -90,6 +91,26 @@ class DiffusionWordsOptions(DiffusionModelOptions):
             raise ValueError(f"noise_seeds: got {list(self.noise_seeds)}, expected one or more from 0 on; try [1101]")
 
 
+@dataclass(frozen=True)
+class WordMaps:
+    """Where a model saw words in an image, on a square of cells.
+
+    Attributes:
+        seen: `[N, C]` float32, the cross-attention of `C` words, all sizes together.
+        completed: `[N, C]` float32, the same after self-attention has completed it.
+    """
+
+    seen: Tensor
+    completed: Tensor
+
+    @staticmethod
+    def mean(maps: Sequence[WordMaps]) -> WordMaps:
+        """Return the mean of several passes over the same words."""
+        return WordMaps(
+            torch.stack([each.seen for each in maps]).mean(0), torch.stack([each.completed for each in maps]).mean(0)
+        )
+
+
 class DiffusionWordsGenerator(PseudoMaskGenerator):
     """Every pixel's score of the words of the present classes, from a diffusion model's attention; no background.
 
@@ -119,8 +140,20 @@ class DiffusionWordsGenerator(PseudoMaskGenerator):
         return self._source.digest
 
     @abstractmethod
-    def _score(self, sample: Sample, words: dict[str, str]) -> Tensor:
-        """Return scores `[C, H, W]` in [0, 1] of an image for one class or more, by name, with the words to write."""
+    def read_words(self, sample: Sample, words: Mapping[str, str]) -> WordMaps:
+        """Return where the model sees some words, averaged over time steps and seeds of the noise.
+
+        Args:
+            sample: an image.
+            words: what is written for each class, by the class's name; one class or more.
+
+        Raises:
+            DataError, ConfigError, MissingError, ArtefactError: as `generate` does.
+        """
+
+    def to_scores(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return maps `[N, C]` at the size of an image, each stretched to [0, 1], `[C, H, W]`."""
+        return stretch(to_pixels(maps, size), (1, 2))
 
     def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None = None) -> ScoreMaps:
         """Return the scores of the classes in `labels`, each map stretched to [0, 1].
@@ -139,7 +172,7 @@ class DiffusionWordsGenerator(PseudoMaskGenerator):
         words = {self._classes[label]: self._class_words[label - 1] for label in labels}
         try:
             with torch.inference_mode():
-                scores = self._score(sample, words)
+                scores = self.to_scores(self.read_words(sample, words).completed, sample.size)
         except DataError as error:
             raise DataError(f"{sample.id}: {error}") from error
         # Cloned outside inference mode: ordinary tensors.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moduseg.devices import Device
 from moduseg.diffusion.attention import EncodedPrompts
 from moduseg.diffusion.layers import MapRequest
 from moduseg.diffusion.prompts import resolve_background_words, write_prompt
 from moduseg.pseudo_masks.diffusion_maps import renormalise_content, select_columns, side_of, stretch, to_pixels
-from moduseg.pseudo_masks.diffusion_words import KEY, DiffusionWordsGenerator, DiffusionWordsOptions
+from moduseg.pseudo_masks.diffusion_words import KEY, DiffusionWordsGenerator, DiffusionWordsOptions, WordMaps
 from moduseg.pseudo_masks.iseg_maps import (
     Logarithm,
     average_clusters,
@@ -105,7 +106,8 @@ class ISegGenerator(DiffusionWordsGenerator):
         background = ", ".join(resolve_background_words(options.background_words))
         self._suffix = options.closing + (options.background_separator + background if background else "")
 
-    def _score(self, sample: Sample, words: dict[str, str]) -> Tensor:
+    def read_words(self, sample: Sample, words: Mapping[str, str]) -> WordMaps:
+        """Return where the model sees words, before and after the propagation (`DiffusionWordsGenerator`)."""
         options = self._options
         prompt = write_prompt(
             words,
@@ -114,14 +116,20 @@ class ISegGenerator(DiffusionWordsGenerator):
             suffix=self._suffix,
             head_words=self._head_words,
         )
-        encoded = self._source.encode_prompts([prompt], gain=options.gain)
-        maps = [self._refine(latents, encoded, step, seed) for latents, step, seed in self._draw_latents(sample)]
-        square = to_pixels(torch.stack(maps).mean(0), (options.output_side, options.output_side))
-        stretched = stretch(square, (1, 2))
-        return torch.nn.functional.interpolate(stretched[None], sample.size, mode="bilinear", align_corners=False)[0]
+        with torch.inference_mode():
+            encoded = self._source.encode_prompts([prompt], gain=options.gain)
+            return WordMaps.mean(
+                [self._refine(latents, encoded, step, seed) for latents, step, seed in self._draw_latents(sample)]
+            )
 
-    def _refine(self, latents: Tensor, encoded: EncodedPrompts, step: int, seed: int) -> Tensor:
-        """Return the refined maps of the classes `[N, C]` from one pass."""
+    def to_scores(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return maps `[N, C]` stretched to [0, 1] on a square of `output_side` pixels, then at the image's size."""
+        side = self._options.output_side
+        square = stretch(to_pixels(maps, (side, side)), (1, 2))
+        return F.interpolate(square[None], size, mode="bilinear", align_corners=False)[0]
+
+    def _refine(self, latents: Tensor, encoded: EncodedPrompts, step: int, seed: int) -> WordMaps:
+        """Return the maps of the classes, before and after the propagation, from one pass."""
         options, tokens = self._options, encoded.tokens[0]
         requests = [
             *(level.request for level in options.cross),
@@ -143,4 +151,5 @@ class ISegGenerator(DiffusionWordsGenerator):
         maps = shift_to_zero(select_columns(seen, tokens.spans))
 
         # Spread along the connections that are left.
-        return propagate(maps, reduce_entropy(connections, options.entropy, options.logarithm), options.iterations)
+        kept = reduce_entropy(connections, options.entropy, options.logarithm)
+        return WordMaps(maps, propagate(maps, kept, options.iterations))

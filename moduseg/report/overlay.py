@@ -128,6 +128,26 @@ def overlay_proposals(image: np.ndarray, masks: np.ndarray | Tensor, alpha: floa
     return painted
 
 
+def overlay_heat(image: np.ndarray, heat: np.ndarray, alpha: float = 0.6) -> np.ndarray:
+    """Paint a map of scores over a photograph in grey, from dark (0) over red to bright yellow (1).
+
+    Args:
+        image: `[H, W, 3]` uint8.
+        heat: `[H, W]` float in [0, 1].
+        alpha: share of the map's colours.
+
+    Returns:
+        `[H, W, 3]` uint8.
+
+    Raises:
+        ValueError: a map of another size than the image.
+    """
+    _check_size(image, heat)
+    levels = np.rint(heat.clip(0, 1) * 255).astype(np.uint8)
+    colours = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
+    return _blend(_to_grey(image), colours, alpha)
+
+
 def paint_errors(truth: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
     """Paint right and wrong pixels in the colours of `ERROR_LEGEND`; correct background shows the dimmed photograph.
 

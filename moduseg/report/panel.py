@@ -68,6 +68,34 @@ def draw_panel(columns: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple
     Raises:
         ValueError: no column.
     """
+    return write_rgb_png(_draw_sheet(columns, legend), compress_level=1)
+
+
+def stack_panels(rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> bytes:
+    """Draw several rows of pictures under their titles, one below the other; see `draw_panel`.
+
+    Args:
+        rows: columns of each row, as `draw_panel` takes them, at the size at which they are shown.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ValueError: no row, or one without a column.
+    """
+    if not rows:
+        raise ValueError("panels: got no row, expected one or more")
+    sheets = [_draw_sheet(columns, ()) for columns in rows]
+    stacked = np.full((sum(map(len, sheets)), max(sheet.shape[1] for sheet in sheets), 3), _PAPER, np.uint8)
+    top = 0
+    for sheet in sheets:
+        stacked[top : top + len(sheet), : sheet.shape[1]] = sheet
+        top += len(sheet)
+    return write_rgb_png(stacked, compress_level=1)
+
+
+def _draw_sheet(columns: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple[str, Colour | None]]) -> np.ndarray:
+    """Return the picture `[H, W, 3]` uint8 of a panel."""
     if not columns:
         raise ValueError("panel: got no column, expected one or more")
     pictures = [_enlarge(picture) if max(picture.shape[:2]) * 2 <= COLUMN_WIDTH else picture for _, picture in columns]
@@ -91,7 +119,7 @@ def draw_panel(columns: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple
             if colour is not None:
                 draw.rectangle((left, top + 2, left + 16, top + 18), fill=colour, outline=_INK)
             draw.text((left + (0 if colour is None else 22), top + 1), name, fill=_INK, font=font)
-    return write_rgb_png(np.asarray(sheet), compress_level=1)
+    return np.asarray(sheet)
 
 
 def _enlarge(picture: np.ndarray) -> np.ndarray:

@@ -128,6 +128,19 @@ def test_weights_are_taken_whole_or_not_at_all(part: str, change: str, folder: P
     assert "\n" not in str(raised.value)
 
 
+def test_older_names_of_the_autoencoder_are_read(folder: Path) -> None:
+    """Stable Diffusion 1.5's file names the layers of its attention as diffusers once did."""
+    expected = load(folder, "vae").state_dict()
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(file)
+    for new, old in older.items():
+        state = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): t for name, t in state.items()}
+    assert len(set(state) - set(expected)) == 16
+    save_file(state, file)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load(folder, "vae").state_dict().items())
+
+
 @pytest.mark.parametrize(("file", "part"), [
     pytest.param("unet/config.json", "unet", id="UNet"),
     pytest.param("vae/diffusion_pytorch_model.safetensors", "vae", id="autoencoder"),

@@ -116,7 +116,7 @@ def test_steps_and_seeds_are_averaged_before_they_are_stretched(make: Make) -> N
             generator = make(steps=[step], noise_seeds=[seed])
             ((latents, _, _),) = generator._draw_latents(item)
             prompt = generator._write(item, {"class 2": "class 2"})
-            passes.append(generator._read(latents, [prompt], step, seed))
+            passes.append(generator._read(latents, [prompt], step, seed).completed)
     expected = stretch(to_pixels(torch.stack(passes).mean(0), (16, 16)), (1, 2))
     both = make(steps=[50, 300], noise_seeds=[1, 2])
     torch.testing.assert_close(score(both, (2,), item).scores, expected)

@@ -125,7 +125,7 @@ def test_several_steps_and_seeds_are_averaged(make: Make) -> None:
         from moduseg.diffusion.prompts import write_prompt
 
         encoded = generator._source.encode_prompts([write_prompt(words, suffix=generator._suffix)], gain=1.6)
-        maps.append(generator._refine(latents, encoded, step, seed))
+        maps.append(generator._refine(latents, encoded, step, seed).completed)
     expected = stretch(to_pixels(torch.stack(maps).mean(0), (16, 16)), (1, 2))
     torch.testing.assert_close(score(both, item, (2,)).scores, expected)
 
