@@ -196,6 +196,8 @@ class PseudoMasksConfig:
         refine: how labels are refined; see `moduseg.pseudo_masks.refine`.
         dilations: distances of the neighbours that `pamr` and `par` compare, in pixels.
         iterations: iterations of `pamr` and `par`.
+        min_class_share: classes that win no more than this share of an image's foreground lose it; part of keys unless
+            it is 0.
         vote_min_score: proposals of lower predicted IoU have no vote in `region_vote`.
         score_bits: of a stored class score; part of keys unless it is the default.
         score_scale: side in pixels of the squares that one stored score stands for; part of keys unless it is 1.
@@ -206,11 +208,13 @@ class PseudoMasksConfig:
     refine: Literal["none", "region_vote", "pamr", "par"] = "none"
     dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     iterations: int = 10
+    min_class_share: float = 0.0
     vote_min_score: float = 0.0
     score_bits: Literal[8, 16] = 16
     score_scale: int = 1
 
     def __post_init__(self) -> None:
+        _check_range("min_class_share", self.min_class_share, 0, 1, "0 drops none, SCLIP uses 0.1 on VOC")
         _check_range("vote_min_score", self.vote_min_score, 0, 1, "0 lets every proposal vote, the paper uses 0.5")
         _check_range("score_scale", self.score_scale, 1, 8, "2 takes a quarter of the space")
         if not self.dilations or min(self.dilations) < 1:

@@ -14,6 +14,8 @@ from moduseg.datasets.cityscapes import CityscapesDataset
 from moduseg.datasets.coco import CocoDataset
 from moduseg.datasets.coco150 import Coco150Dataset
 from moduseg.datasets.coco_export import CocoExport
+from moduseg.datasets.coco_stuff import CocoObjectDataset, CocoStuffDataset
+from moduseg.datasets.context import ContextDataset
 from moduseg.datasets.folder import FolderDataset
 from moduseg.datasets.miniature import MiniatureDataset
 from moduseg.datasets.voc import VocDataset
@@ -26,6 +28,9 @@ DATASETS: dict[str, type[Dataset]] = {
     "coco": CocoDataset,
     "coco150": Coco150Dataset,
     "coco_json": CocoExport,
+    "coco_object": CocoObjectDataset,
+    "coco_stuff": CocoStuffDataset,
+    "context": ContextDataset,
     "folder": FolderDataset,
     "miniature": MiniatureDataset,
     "voc": VocDataset,

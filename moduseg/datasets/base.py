@@ -293,7 +293,9 @@ class Dataset(ABC):
             rows.append([image_id, *self._truth_sizes(image_id), tags])
         # Earlier results, which had no range of values, keep their keys.
         image_range = [] if self.image_range is None else [self.image_range]
-        content = json.dumps([self.classes if self.has_classes else (), self.label_source, rows, *image_range])
+        # A view of the same files without their background is another truth.
+        views = [] if self.has_background is type(self).has_background else [self.has_background]
+        content = json.dumps([self.classes if self.has_classes else (), self.label_source, rows, *image_range, *views])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
+
 from moduseg.datasets.base import Dataset, find_image, require_folder
 from moduseg.datasets.classes import VOC_CLASSES
 from moduseg.datasets.labels import Label, LabelFile, drop_suffix, read_classes, read_label_file, read_list
 from moduseg.errors import DataError, MissingError
+from moduseg.structures import IGNORE_INDEX
 
 PUBLISHED_SIZES = {"train": 1464, "train_aug": 10582, "val": 1449, "trainval": 2913, "test": 1456}
 """Number of images in the splits that published numbers refer to (docs/method.md, data protocol)."""
@@ -33,6 +36,8 @@ class VocOptions:
         classes_file: class names below `root`, background first; `None` for VOC's twenty.
         annotation_dir: folder of `<id>.xml` below `root`; may be absent.
         labels: where image-level labels come from (the values of `Dataset`, or `xml`).
+        reduce_zero_label: label 0 is ignored (255) in place of being the class background, as the option of this name
+            in other tools has it; ids stay 1..C. Predictions then compete without a background.
 
     Raises:
         ValueError: a suffix without its dot, or none.
@@ -47,6 +52,7 @@ class VocOptions:
     classes_file: str | None = None
     annotation_dir: str = "Annotations"
     labels: str = "auto"
+    reduce_zero_label: bool = False
 
     def __post_init__(self) -> None:
         if not self.suffixes or not all(suffix.startswith(".") for suffix in self.suffixes):
@@ -70,6 +76,9 @@ class VocDataset(Dataset):
     def __init__(self, options: VocOptions, split: str) -> None:
         super().__init__(options.root, split, options.labels)
         self.options = options
+        if options.reduce_zero_label:
+            self.has_background = False
+            self.name = "voc20" if options.classes_file is None else self.name
         self._annotated: dict[str, tuple[str, ...]] = {}
 
     def _layout(self) -> str:
@@ -80,7 +89,7 @@ class VocDataset(Dataset):
     @property
     def published_size(self) -> int | None:
         """Number of images in the published split of VOC 2012; `None` for other classes and other lists."""
-        if self.options.classes_file is not None or self.name != "voc":
+        if self.options.classes_file is not None or self.name not in ("voc", "voc20"):
             return None
         return PUBLISHED_SIZES.get(self.split.replace("trainaug", "train_aug"))
 
@@ -92,7 +101,7 @@ class VocDataset(Dataset):
     def _read_ids(self) -> tuple[list[str], str]:
         require_folder(self.root, "dataset.root", self._layout())
         require_folder(self.root / self.options.image_dir, "dataset.image_dir", self._layout())
-        folder = self.root / self.options.list_dir
+        folder = self._list_folder()
         names = LIST_NAMES.get(self.list_name, (self.list_name,))
         path = next((folder / f"{name}.txt" for name in names if (folder / f"{name}.txt").is_file()), None)
         if path is None:
@@ -102,6 +111,10 @@ class VocDataset(Dataset):
                 f"{available}; set dataset.train_split / dataset.val_split (data/README.md)"
             )
         return [self._id_of(line) for line in read_list(path)], str(path)
+
+    def _list_folder(self) -> Path:
+        """Return the folder of the lists."""
+        return self.root / self.options.list_dir
 
     def _id_of(self, line: str) -> str:
         # Lists of the augmented split often read "/JPEGImages/<id>.jpg /SegmentationClassAug/<id>.png"; the devkit's
@@ -155,6 +168,12 @@ class VocDataset(Dataset):
     def other_mask_path(self, image_id: str) -> Path | None:
         other = TRUTHS.get(self.options.mask_dir)
         return None if other is None else self.root / other / f"{image_id}.png"
+
+    def _read_semantic(self, image_id: str) -> np.ndarray | None:
+        stored = super()._read_semantic(image_id)
+        if stored is None or self.has_background:
+            return stored
+        return np.where(stored == 0, np.uint8(IGNORE_INDEX), stored)
 
     def instance_path(self, image_id: str) -> Path | None:
         return self.root / self.options.instance_dir / f"{image_id}.png"

@@ -49,7 +49,9 @@ class WordList:
 
     def as_settings(self) -> dict[str, Any]:
         """Return the words as the settings `class_words` and `background_words` of generators and taggers."""
-        class_words = {name: list(words) for name, words in zip(self.names, self.words, strict=True)}
+        pairs = zip(self.names, self.words, strict=True)
+        # A single word is text: some generators take no more than one.
+        class_words = {name: words[0] if len(words) == 1 else list(words) for name, words in pairs}
         return {"class_words": class_words, "background_words": list(self.background)}
 
 

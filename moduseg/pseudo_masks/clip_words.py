@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from moduseg.pseudo_masks.prompts import resolve_background_words, resolve_class
 from moduseg.pseudo_masks.word_features import encode_words
 from moduseg.structures import Proposals, Sample, ScoreMaps, TokenMap
 
+Resampling = Literal["area", "linear"]
 KEY = "pseudo_masks.generator.weights"
 """Where these generators' CLIP is named, for messages."""
 
@@ -47,6 +49,12 @@ class ClipWordsOptions(ClipModelOptions):
             smaller than a window is one window.
         stride: step of the window, in pixels; the last window of a row or column ends at the border.
         short_side: the image is resized until its short side has this many pixels; native size if omitted.
+        long_side: its long side gets no more than this many pixels; no limit if omitted.
+        resampling: how it is resized: `area` (cubic where it is enlarged), or `linear`, bilinear without antialiasing
+            as the protocols of open-vocabulary segmentation do it.
+        padding: how a window that is no whole number of patches is seen. `None`: padded with black at the bottom and
+            right. 0: what is left of the last whole patch is not seen, and the map is stretched over the window. Any
+            other number: padded on all sides to a multiple of it, with the model's mean colour in whole levels.
         batch_size: windows that share a forward pass.
 
     Raises:
@@ -62,6 +70,9 @@ class ClipWordsOptions(ClipModelOptions):
     window: int | None = 336
     stride: int = 112
     short_side: int | None = None
+    long_side: int | None = None
+    resampling: Resampling = "area"
+    padding: int | None = None
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -74,6 +85,10 @@ class ClipWordsOptions(ClipModelOptions):
             )
         if self.short_side is not None and self.short_side < 1:
             raise ValueError(f"short_side: got {self.short_side}, expected 1 or more, or null for the image's own size")
+        if self.long_side is not None and not (self.short_side or 1) <= self.long_side:
+            raise ValueError(f"long_side: got {self.long_side}, expected short_side or more; the protocols use 2048")
+        if self.padding is not None and self.padding < 0:
+            raise ValueError(f"padding: got {self.padding}, expected 0 or more, or null; try 16")
 
 
 class ClipWordsGenerator(PseudoMaskGenerator):
@@ -153,27 +168,114 @@ class ClipWordsGenerator(PseudoMaskGenerator):
     def _compare(self, image: np.ndarray, texts: Tensor, regions: Tensor | None = None) -> Tensor:
         """Return the cosines `[Q, H, W]` of every pixel of the image, averaged over the windows that hold it."""
         options = self._options
-        resized = resize_short_side(image, options.short_side)
+        resized = resize_sides(image, options.short_side, options.long_side, options.resampling)
         height, width = resized.shape[:2]
         if regions is not None:
             # A grid of patches of one pixel: the nearest pixel of the image.
             regions = sample_regions(regions, (height, width), 1, (height, width))
+        boxes = list_windows(height, width, options.window, options.stride)
+        # Of a single window without padding, the map goes to the pixels of the image at once, as the protocols do it.
+        if options.padding is not None and len(boxes) == 1 and options.window is None:
+            return self._see_windows([resized], texts, None if regions is None else [regions], image.shape[:2])[0]
         total = torch.zeros(len(texts), height, width, device=texts.device)
         num_windows = torch.zeros(height, width, device=texts.device)
-        boxes = list_windows(height, width, options.window, options.stride)
         for start in range(0, len(boxes), options.batch_size):
             batch = boxes[start : start + options.batch_size]
             crops = [resized[top:bottom, left:right] for top, bottom, left, right in batch]
             ids = None if regions is None else [regions[top:bottom, left:right] for top, bottom, left, right in batch]
-            maps = self._encode(crops, ids)
-            for (top, bottom, left, right), token_map in zip(batch, maps, strict=True):
-                cosines = F.normalize(token_map.tokens, dim=-1) @ texts.T
-                total[:, top:bottom, left:right] += upsample(cosines.permute(2, 0, 1), token_map)
+            for (top, bottom, left, right), cosines in zip(batch, self._see_windows(crops, texts, ids), strict=True):
+                total[:, top:bottom, left:right] += cosines
                 num_windows[top:bottom, left:right] += 1
         mean = total / num_windows
         if mean.shape[1:] != image.shape[:2]:
             mean = F.interpolate(mean[None], size=image.shape[:2], mode="bilinear", align_corners=False)[0]
         return mean
+
+    def _see_windows(
+        self,
+        crops: list[np.ndarray],
+        texts: Tensor,
+        regions: list[Tensor] | None,
+        size: tuple[int, ...] | None = None,
+    ) -> list[Tensor]:
+        """Return the cosines `[Q, h, w]` of the pixels of windows, or of `size` pixels that stand for a window."""
+        padding = self._options.padding
+        if padding is None:
+            maps = self._encode(crops, regions)
+            return [_to_pixels(token_map, texts) for token_map in maps]
+        mean = (self._source.normalisation[0].flatten() * 255).round().tolist()
+        borders = [find_borders(crop.shape[:2], padding, self._encoder.stride) for crop in crops]
+        padded = [pad_window(crop, border, mean) for crop, border in zip(crops, borders, strict=True)]
+        if regions is not None:
+            regions = [pad_regions(ids, border) for ids, border in zip(regions, borders, strict=True)]
+        results = []
+        for token_map, crop, border in zip(self._encode(padded, regions), crops, borders, strict=True):
+            height, width = crop.shape[:2]
+            if min(border) < 0 or border == (0, 0, 0, 0):
+                # Seen without padding: the map is stretched over what it stands for.
+                whole = dataclasses.replace(token_map, image_size=tuple(size or (height, width)))
+                results.append(_to_pixels(whole, texts))
+                continue
+            cosines = _to_pixels(token_map, texts)[:, border[0] : border[0] + height, border[2] : border[2] + width]
+            if size is not None:
+                cosines = F.interpolate(cosines[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+            results.append(cosines)
+        return results
+
+
+def _to_pixels(token_map: TokenMap, texts: Tensor) -> Tensor:
+    """Return the cosines `[Q, H, W]` of a token map and texts at the pixels of its image."""
+    cosines = F.normalize(token_map.tokens, dim=-1) @ texts.T
+    return upsample(cosines.permute(2, 0, 1), token_map)
+
+
+def find_borders(size: tuple[int, ...], padding: int, patch: int) -> tuple[int, int, int, int]:
+    """Return how many pixels a window gets at the top, bottom, left and right; negative ones are cut off.
+
+    Args:
+        size: `(height, width)` of the window.
+        padding: it is padded to a multiple of this, half on each side (the odd pixel at the bottom or right); 0 cuts it
+            to whole patches, unless it has none.
+        patch: side of a patch.
+    """
+    borders = []
+    for side in size:
+        missing = -side % padding if padding else -(side % patch) if side >= patch else 0
+        borders += [missing // 2, missing - missing // 2] if missing >= 0 else [0, missing]
+    return borders[0], borders[1], borders[2], borders[3]
+
+
+def pad_window(crop: np.ndarray, border: tuple[int, int, int, int], colour: Sequence[float]) -> np.ndarray:
+    """Return a window `[H, W, 3]` uint8 with a border of one colour, or cut where the border is negative."""
+    top, bottom, left, right = (max(0, pixels) for pixels in border)
+    height, width = crop.shape[0] + min(0, border[1]), crop.shape[1] + min(0, border[3])
+    return cv2.copyMakeBorder(crop[:height, :width], top, bottom, left, right, cv2.BORDER_CONSTANT, value=tuple(colour))
+
+
+def pad_regions(ids: Tensor, border: tuple[int, int, int, int]) -> Tensor:
+    """Return the ids `[H, W]` of a window's regions as `pad_window` returns its pixels; the border is no region."""
+    top, bottom, left, right = border
+    return F.pad(ids, (left, right, top, bottom), value=-1)
+
+
+def resize_sides(
+    image: np.ndarray, short_side: int | None, long_side: int | None, resampling: Resampling = "area"
+) -> np.ndarray:
+    """Return the image `[H, W, 3]` uint8 with `short_side` pixels on its short side, but no more than `long_side` on
+    its long one; as it is without either.
+    """
+    if resampling == "area" and long_side is None:
+        return resize_short_side(image, short_side)
+    sides = image.shape[:2]
+    scale = min(
+        1.0 if short_side is None else short_side / min(sides),
+        float("inf") if long_side is None else long_side / max(sides),
+    )
+    height, width = (max(1, int(side * scale + 0.5)) for side in sides)
+    if (height, width) == sides:
+        return image
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR if resampling == "linear" else method)
 
 
 def resize_short_side(image: np.ndarray, short_side: int | None) -> np.ndarray:

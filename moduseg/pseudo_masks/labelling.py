@@ -52,7 +52,8 @@ def to_label_map(item: ScoredImage, settings: PseudoMasksConfig, device: torch.d
         def refine(stacked: Tensor) -> Tensor:
             return diffuse(stacked, pixels, settings.dilations, settings.iterations)
 
-    labels = make_label_map(item.scores.to(device), rule.rule, rule.value, rule.low, refine)
+    scores, share = item.scores.to(device), settings.min_class_share
+    labels = make_label_map(scores, rule.rule, rule.value, rule.low, refine, min_class_share=share)
     if item.proposals is None:
         return labels
     proposals = decode(item.proposals)

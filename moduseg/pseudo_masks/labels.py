@@ -24,6 +24,8 @@ def make_label_map(
     value: float = 0.5,
     low: float | None = None,
     refine: Callable[[Tensor], Tensor] | None = None,
+    *,
+    min_class_share: float = 0.0,
 ) -> Tensor:
     """Return every pixel's best class, background included.
 
@@ -37,6 +39,8 @@ def make_label_map(
         value: in [0, 1], but above 0 for `power`; unused for `given` and `words`.
         low: of `threshold`, at most `value`; `value` if omitted, which makes it `constant`.
         refine: changes the scores `[1 + R, H, W]`, background first, before they are compared.
+        min_class_share: the scores of a class that wins no more than this share of all pixels that classes win become
+            0, so that its pixels go to the next best (SCLIP's area threshold).
 
     Returns:
         `[H, W]` uint8 on the device of the scores: 0 background, class ids, 255 where `score_maps.ignore`. A tie goes
@@ -52,11 +56,16 @@ def make_label_map(
                 f"pseudo_masks.background.low: got {floor} with value {value}, expected 0 <= low <= value <= 1; "
                 "try low 0.35 and value 0.55"
             )
-        strict, loose = (make_label_map(score_maps, "constant", v, refine=refine) for v in (value, floor))
+        strict, loose = (
+            make_label_map(score_maps, "constant", v, refine=refine, min_class_share=min_class_share)
+            for v in (value, floor)
+        )
         return torch.where((strict == 0) & (loose != 0), IGNORE_INDEX, strict)
     stacked = add_background(score_maps, rule, value)
     if refine is not None:
         stacked = refine(stacked)
+    if min_class_share:
+        stacked = drop_small_classes(stacked, min_class_share)
     ids = torch.tensor((0, *score_maps.class_ids), dtype=torch.uint8, device=stacked.device)
     # The smallest of equal maxima; on a CPU a fraction of the time of argmax.
     best = stacked.amax(0)
@@ -66,6 +75,19 @@ def make_label_map(
     if score_maps.ignore is not None:
         labels = labels.masked_fill(score_maps.ignore, IGNORE_INDEX)
     return labels
+
+
+def drop_small_classes(scores: Tensor, min_class_share: float) -> Tensor:
+    """Return scores `[1 + R, H, W]`, background first, without those of classes that win few pixels.
+
+    Args:
+        scores: of background and classes; the first of equal maxima wins a pixel.
+        min_class_share: in [0, 1]; classes that win no more than this share of the pixels that classes win get 0.
+    """
+    winners = torch.arange(len(scores), device=scores.device)[:, None, None] == scores.argmax(0)
+    num_pixels = winners[1:].sum((1, 2))
+    is_large = num_pixels > min_class_share * num_pixels.sum()
+    return torch.cat([scores[:1], scores[1:] * is_large[:, None, None]])
 
 
 def add_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: float = 0.5) -> Tensor:

@@ -29,6 +29,8 @@ from moduseg.structures import IGNORE_INDEX
 
 Reader = Callable[[str, tuple[int, int]], np.ndarray]
 """Id and `(H, W)` of the truth -> `[H, W]` uint8 label map."""
+_MAY_IGNORE = ("pseudo_masks", "segment")
+"""Stages whose label maps may hold 255."""
 NO_REFINEMENT = "none (no CRF, no test-time augmentation)"
 
 
@@ -106,7 +108,7 @@ def score_label_maps(
 ) -> dict[str, Any]:
     """Score `labels/*.png` of an artefact; write `results.json`, `results.md`, the counts of each image and `panels/`.
 
-    Pixels that a pseudo mask leaves open (255) count as background, as they would on a screen; predictions have none.
+    Pixels that a pseudo mask leaves open (255) count as background, as they would on a screen; retrieval leaves none.
     Images without ground truth are left out and named.
 
     Args:
@@ -125,7 +127,8 @@ def score_label_maps(
 
     def read(image_id: str, expected: tuple[int, int]) -> np.ndarray:
         labels = folder.label_map(image_id)
-        return labels if what == "prediction" else np.where(labels == IGNORE_INDEX, np.uint8(0), labels)
+        # Rules of pseudo masks may leave pixels open in `segment` too.
+        return labels if artefact.stage not in _MAY_IGNORE else np.where(labels == IGNORE_INDEX, np.uint8(0), labels)
 
     labelled = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
     counts, unscored = count_split(work, dataset, labelled, read, f"score {what}s")
@@ -142,7 +145,7 @@ def score_label_maps(
         config=work.cfg.as_dict(),
         seconds=seconds,
         failures=[*outcome.failed, *unscored],
-        extra={"refinement": NO_REFINEMENT, "seed": work.cfg.runtime.seed, **timing(steps)},
+        extra={"refinement": _describe_refinement(work, artefact), "seed": work.cfg.runtime.seed, **timing(steps)},
     )
     record = make_record(work, dataset, counts, run)
     table = results_markdown(record)
@@ -154,6 +157,12 @@ def score_label_maps(
     if work.cfg.evaluation.panels:
         log.info("panels:  %s", artefact.path / "panels")
     return record
+
+
+def _describe_refinement(work: Workspace, artefact: Artefact) -> str:
+    """Return what changed the label maps after the scores; a bank's predictions have no such step."""
+    refine = work.cfg.pseudo_masks.refine if artefact.stage == "segment" else "none"
+    return NO_REFINEMENT if refine == "none" else f"{refine} (no CRF, no test-time augmentation)"
 
 
 def timing(steps: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def labelling_parts(cfg: Config, proposals: StageFolder | None) -> dict[str, Any
         else settings.refine,
         "proposals": proposals.name if proposals is not None else "",
     }
+    if settings.min_class_share:
+        parts["min_class_share"] = settings.min_class_share
     if proposals is not None and settings.vote_min_score:
         parts["vote_min_score"] = settings.vote_min_score
     return parts

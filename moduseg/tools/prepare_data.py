@@ -14,6 +14,7 @@ from moduseg import datasets
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.coco import MARKER, CocoDataset
+from moduseg.datasets.context import ContextDataset
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError, StorageError
 from moduseg.files import read_json, write_atomic, write_json
@@ -47,6 +48,7 @@ def run(cfg: Config) -> dict[str, str]:
     for split in dict.fromkeys((str(cfg.dataset["train_split"]), str(cfg.dataset["val_split"]))):
         dataset = datasets.build(cfg.dataset, split)
         split_failed = _write_masks(dataset) if isinstance(dataset, CocoDataset) else {}
+        split_failed |= _convert_masks(dataset) if isinstance(dataset, ContextDataset) else {}
         split_failed |= _write_labels(dataset, skipped=split_failed)
         path = dataset.root / LISTS / f"{dataset.list_name}.txt"
         content = "".join(f"{image_id}\n" for image_id in dataset.ids).encode()
@@ -87,6 +89,28 @@ def _write_masks(dataset: CocoDataset) -> dict[str, str]:
         len(failed),
         folder,
     )
+    return failed
+
+
+def _convert_masks(dataset: ContextDataset) -> dict[str, str]:
+    """Write the label maps of PASCAL Context that are not there; return the error of each image that failed."""
+    failed, num_written = {}, 0
+    # Label maps are written with their 0, whichever view of them is configured.
+    for image_id in track(dataset.ids, f"masks {dataset.list_name}"):
+        path = dataset.mask_path(image_id)
+        if path is None or path.is_file():
+            continue
+        try:
+            made = dataset.convert(image_id)
+        except DataError as error:
+            failed[image_id] = str(error)
+            continue
+        if made is None:
+            failed[image_id] = f"{dataset.release_folder / image_id}.mat: no such file; fetch the release again"
+            continue
+        _write(path, write_label_png(made))
+        num_written += 1
+    log.info("prepare_data: %s %s: %d masks written, %d failed", dataset.name, dataset.split, num_written, len(failed))
     return failed
 
 

@@ -182,3 +182,19 @@ def test_region_vote_without_proposals_and_with_others() -> None:
         region_vote(labels, Proposals(torch.zeros(1, 3, 2, dtype=torch.bool)))
     with pytest.raises(ValueError, match="purity: got 2"):
         region_vote(labels, Proposals(torch.zeros(1, 2, 3, dtype=torch.bool)), 2)
+
+
+def test_classes_that_win_few_pixels_lose_them() -> None:
+    """Of ten pixels of classes, class 2 has one: a tenth, which is no more than the share."""
+    scores = torch.zeros(3, 1, 12)
+    scores[0, 0, :9], scores[1, 0, 9] = 0.9, 0.8
+    scores[2, 0, 9] = 0.6
+    maps = ScoreMaps((1, 2, 5), scores, torch.full((1, 12), 0.5))
+    assert make_label_map(maps, "given")[0].tolist() == [1] * 9 + [2, 0, 0]
+    # The pixel goes to the next best: class 5 has none, so that the background gets it.
+    assert make_label_map(maps, "given", min_class_share=0.1)[0].tolist() == [1] * 9 + [0, 0, 0]
+    assert make_label_map(maps, "given", min_class_share=0.09)[0].tolist() == [1] * 9 + [2, 0, 0]
+    # Below a threshold is background, after small classes are dropped.
+    assert make_label_map(maps, "probability", 0.55, min_class_share=0.1)[0].tolist() == [1] * 9 + [0, 0, 0]
+    empty = ScoreMaps((), torch.zeros(0, 1, 12), torch.full((1, 12), 0.5))
+    assert not make_label_map(empty, "given", min_class_share=0.1).any()

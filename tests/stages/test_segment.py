@@ -152,3 +152,7 @@ def test_images_without_tags_fail_by_name(world: Path, tmp_path: Path) -> None:
     stage = Segment(Workspace(cfg))
     with pytest.raises(DataError, match="val_00000: no image-level labels, which tagger=given needs"):
         stage.load("val_00000")
+
+
+def test_results_name_the_refinement(segmented: Path) -> None:
+    assert json.loads((segmented / "results.json").read_text())["refinement"].startswith("region_vote (no CRF")

@@ -162,3 +162,32 @@ def write_cityscapes(root: Path) -> Path:
             blank = split == "test"
             grey(root / "gtFine" / split / f"{stem}_gtFine_labelIds.png", ids * (0 if blank else 1))
     return root
+
+
+def write_context(root: Path) -> Path:
+    """VOC 2010's images with the release of PASCAL Context: of the 459 labels two of the 59, another one and 0."""
+    from scipy.io import savemat
+
+    labels = np.zeros((H, W), np.uint16)
+    labels[:12], labels[12:24], labels[24:36] = 2, 458, 300
+    for i, id in enumerate(("2008_000008", "2008_000015", "2008_000019")):
+        picture(root / "JPEGImages" / f"{id}.jpg", noise(i))
+        (root / "trainval").mkdir(parents=True, exist_ok=True)
+        savemat(root / "trainval" / f"{id}.mat", {"LabelMap": labels})
+    lists = root / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2008_000008\n2008_000015\n")
+    (lists / "val.txt").write_text("2008_000019\n")
+    return root
+
+
+def write_coco_stuff(root: Path) -> Path:
+    """Maps with the first and the last thing, the first and the last stuff, an id that no category has, and 255."""
+    ids = np.full((H, W), 255, np.uint8)
+    for row, label in enumerate((0, 89, 91, 181, 11)):
+        ids[8 * row : 8 * row + 8] = label
+    for split, numbers in (("train", (9, 25)), ("val", (139,))):
+        for number in numbers:
+            picture(root / f"{split}2017" / f"{number:012d}.jpg", noise(number))
+            grey(root / "stuffthingmaps" / f"{split}2017" / f"{number:012d}.png", ids)
+    return root
