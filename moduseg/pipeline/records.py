@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -126,6 +127,53 @@ class Records:
 def encode_files(files: Files) -> dict[str, bytes]:
     """Return the content of one image's files, encoding those that a function encodes."""
     return {relative: content if isinstance(content, bytes) else content() for relative, content in files.items()}
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of one image in the folder of a stage.
+
+    Attributes:
+        path: of the file.
+        sha256: of its content, hexadecimal.
+        stamps: of the files that it was made from, in the order of the stage's `reads`.
+        companions: ids of the images of its batch, itself among them.
+    """
+
+    path: Path
+    sha256: str
+    stamps: Sequence[Any]
+    companions: tuple[str, ...]
+
+    def read(self) -> bytes | None:
+        """Return the content; `None` if the file is gone or another one."""
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            return None
+        return content if hashlib.sha256(content).hexdigest() == self.sha256 else None
+
+
+def list_stored_files(folder: Path, locate: Callable[[str], str]) -> dict[str, StoredFile]:
+    """Return a file of each image that a stage has finished, by id, as the records of its batches say.
+
+    Args:
+        folder: of the stage; its records may still grow.
+        locate: id -> path of the file inside the folder.
+    """
+    files: dict[str, StoredFile] = {}
+    for path in sorted((folder / "batches").glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            for image_id, stamps in zip(record["ids"], record["stamps"], strict=True):
+                relative = locate(image_id)
+                if relative in record["files"]:
+                    sha256 = str(record["files"][relative][1])
+                    files[image_id] = StoredFile(folder / relative, sha256, stamps, tuple(record["ids"]))
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            # Whatever is wrong with the record, its batch is done again.
+            continue
+    return files
 
 
 def read_batch_size(artefact: Artefact, ids: Sequence[str]) -> int | None:

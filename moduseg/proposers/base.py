@@ -18,6 +18,10 @@ class Proposer(ABC):
     needs_truth: bool = False
     """Whether `propose` reads `sample.semantic` / `sample.instances` (an oracle)."""
 
+    sees_image_alone: bool = True
+    """Whether masks depend on nothing but the image, the configuration and `digest`, so that they serve wherever the
+    image occurs; an oracle and a folder of files look at the image's id."""
+
     @property
     def digest(self) -> str:
         """The digest of weights or files: what besides the configuration decides the result."""

@@ -29,6 +29,8 @@ class FileProposer(Proposer):
         MissingError: there is no such folder.
     """
 
+    sees_image_alone = False
+
     def __init__(self, folder: str, pattern: str = "{id}.json") -> None:
         if "{id}" not in pattern:
             raise ValueError(f"pattern: got {pattern!r}, expected a path with {{id}} in it; try '{{id}}.json'")

@@ -27,6 +27,7 @@ class GroundTruthProposer(Proposer):
     """
 
     needs_truth = True
+    sees_image_alone = False
 
     def __init__(
         self,
