@@ -120,7 +120,7 @@ class ClipEncoder:
             ValueError: proxies or regions missing, superfluous, or of other images.
         """
         self._check_inputs(images, proxies, regions)
-        inputs = to_inputs(images, self.options.short_side, self.source.device.torch_device)
+        inputs = to_inputs(images, self.options.short_side, self.source.device.torch_device, stride=self.stride)
         keys = []
         for index, (tensor, image) in enumerate(zip(inputs, images, strict=True)):
             # Resampling to a proxy's grid depends on the sizes before padding too.

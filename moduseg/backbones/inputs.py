@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import TypeVar
 
@@ -14,15 +15,22 @@ from moduseg.devices import copy_arrays
 from moduseg.errors import DataError
 
 Key = TypeVar("Key", bound=Hashable)
+MAX_ASPECT = 4.0
+"""A picture whose long side is more than so many times the short one is a strip; its input size is limited."""
+_MAX_STRIP_COST = 1.5
+"""How many times the pixels of a square picture the input of a strip may have; padding included."""
 
 
-def to_inputs(images: Sequence[np.ndarray], short_side: int | None, device: torch.device) -> list[Tensor]:
+def to_inputs(
+    images: Sequence[np.ndarray], short_side: int | None, device: torch.device, *, stride: int = 1
+) -> list[Tensor]:
     """Return images as the model sees them before padding and normalisation; they are copied to the device at once.
 
     Args:
         images: `[H, W, 3]` uint8 RGB each.
         short_side: pixels of the short side after resizing; the image's own size if `None`.
         device: where the results are put.
+        stride: sides will be padded to multiples of it, in pixels.
 
     Returns:
         `[3, H', W']` float32 in [0, 1] each.
@@ -36,16 +44,44 @@ def to_inputs(images: Sequence[np.ndarray], short_side: int | None, device: torc
                 f"image: got {image.shape} {image.dtype}, expected [H, W, 3] uint8 RGB with at least one pixel; "
                 "read it with moduseg.datasets.io.read_image"
             )
-    return [_resize(pixels.permute(2, 0, 1).float() / 255.0, short_side) for pixels in copy_arrays(images, device)]
+    return [
+        _resize(pixels.permute(2, 0, 1).float() / 255.0, fit_input(image.shape[:2], short_side, stride))
+        for image, pixels in zip(images, copy_arrays(images, device), strict=True)
+    ]
 
 
-def _resize(pixels: Tensor, short_side: int | None) -> Tensor:
-    """Return `[3, H, W]` in [0, 1] resized to `short_side` pixels; as it is if it has them, or for `None`."""
-    sides = pixels.shape[1:]
-    if short_side is None or short_side == min(sides):
+def fit_input(size: tuple[int, int], short_side: int | None, stride: int = 1) -> tuple[int, int]:
+    """Return the size to which a picture is resized before a model sees it.
+
+    The short side gets `short_side` pixels. Of a strip the long side would then have any length; it gets a size of at
+    most one and a half times the pixels of a square of that side, which needs no padding across. A strip that is not
+    resized is shortened only if it is so thin that padding would more than double it.
+
+    Args:
+        size: `(H, W)` of the picture.
+        short_side: in pixels; the picture's own size if `None`.
+        stride: sides will be padded to multiples of it, in pixels.
+
+    Returns:
+        `(H', W')`, at least one pixel each.
+    """
+    short, long = min(size), max(size)
+    scale = 1.0 if short_side is None else short_side / short
+    if long > MAX_ASPECT * short and short_side is not None:
+        allowed = _MAX_STRIP_COST * short_side**2
+        num_patches = max(1, int(short * min(scale, math.sqrt(allowed / (short * long))) / stride))
+        scale = min(num_patches * stride / short, allowed / (num_patches * stride * long))
+    elif long > MAX_ASPECT * short and 2 * short < stride:
+        scale = _MAX_STRIP_COST * short / stride
+    if scale == 1.0:
+        return size
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return `[3, H, W]` in [0, 1] resized to `size`; as it is if it has that size."""
+    if size == tuple(pixels.shape[1:]):
         return pixels
-    scale = short_side / min(sides)
-    size = tuple(max(1, round(side * scale)) for side in sides)
     return F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
 
 

@@ -168,7 +168,7 @@ class TimmBackbone(Backbone):
             MissingError: the weights are not there.
             ArtefactError: the weights are of another model.
         """
-        inputs = to_inputs(images, self._options.short_side, self._device.torch_device)
+        inputs = to_inputs(images, self._options.short_side, self._device.torch_device, stride=self.stride)
         sizes = [round_up(tensor.shape[1:], self.stride) for tensor in inputs]
         maps: dict[int, TokenMap] = {}
         for size, members in batch_equal(sizes, self._options.batch_size):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moduseg.backbones.inputs import MAX_ASPECT
 from moduseg.structures import TokenMap
+
+_PART = 1 << 18
+"""Weights of positions and cells that are made at once for a strip."""
 
 
 def upsample(maps: Tensor, token_map: TokenMap) -> Tensor:
@@ -28,12 +32,16 @@ def upsample(maps: Tensor, token_map: TokenMap) -> Tensor:
         raise ValueError(
             f"maps: got {tuple(maps.shape)}, expected [R, h, w] on the grid {tuple(token_map.tokens.shape[:2])}"
         )
+    stride, is_strip = token_map.stride, max(token_map.image_size) > MAX_ASPECT * min(token_map.image_size)
     rows, columns = (
-        _make_interpolation(_make_centres(pixels, maps) / pixels * source, cells, token_map.stride)
+        (_make_centres(pixels, maps) / pixels * source).split(max(1, _PART // cells) if is_strip else pixels)
         for pixels, source, cells in zip(token_map.image_size, token_map.input_size, maps.shape[1:], strict=True)
     )
-    # Two small matrix products, which are exact and repeatable on every device.
-    return rows @ maps @ columns.T
+    # Two small matrix products, which are exact and repeatable on every device. A strip takes its long side in parts.
+    down = [_make_interpolation(part, maps.shape[1], stride) @ maps for part in rows]
+    tall = down[0] if len(down) == 1 else torch.cat(down, dim=1)
+    across = [tall @ _make_interpolation(part, maps.shape[2], stride).T for part in columns]
+    return across[0] if len(across) == 1 else torch.cat(across, dim=2)
 
 
 def regrid(token_map: TokenMap, target: TokenMap) -> Tensor:

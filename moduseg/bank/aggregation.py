@@ -11,6 +11,8 @@ from torch import Tensor
 
 from moduseg.structures import Proposals, TokenMap
 
+_MAX_LENGTHS = 1 << 18
+"""Shared lengths of pixels and patches that are held at once: those of a side of 2048 pixels and patches of 16."""
 _BLOCK = 1 << 22
 """Mask pixels turned into floats at once: bounds the memory, and stays near the cache on a CPU."""
 
@@ -186,19 +188,24 @@ def _sum_rows(pixels: Tensor, patch_size: int) -> Tensor:
 def _measure_shared_areas(masks: Tensor, stride: int, input_size: tuple[int, int]) -> Tensor:
     """Return `[N, h, w]` coverage for a resized input: overlaps of pixels and patches, one axis after the other."""
     height, width = masks.shape[1:]
-    down, row_unit = _measure_overlaps(height, input_size[0], stride, masks.device)
-    across, column_unit = _measure_overlaps(width, input_size[1], stride, masks.device)
-    area = row_unit * column_unit
+    down, across = _Overlaps(height, input_size[0], stride), _Overlaps(width, input_size[1], stride)
+    area = down.unit * across.unit
     # All lengths are whole numbers, so sums are exact if the dtype can hold them. MPS has no float64.
     dtype = torch.float32 if area < 1 << 24 or masks.device.type == "mps" else torch.float64
-    down, across = down.to(dtype), across.to(dtype).T.contiguous()
-    if masks.device.type == "cpu":
-        return torch.from_numpy(_measure_in_boxes(masks.numpy(), down.numpy(), across.numpy(), area))
-    result = torch.zeros((len(masks), len(down), across.shape[1]), device=masks.device)
+    result = torch.zeros((len(masks), down.num_patches, across.num_patches), device=masks.device)
     step = max(1, _BLOCK // max(1, height * width))
-    for start in range(0, len(masks), step):
-        shared = (down @ masks[start : start + step].to(dtype)) @ across
-        result[start : start + step] = shared / area
+    # A strip takes the patches of its long side in parts.
+    for rows in down.split():
+        lengths_down = down.measure(rows, masks.device).to(dtype)
+        for columns in across.split():
+            lengths_across = across.measure(columns, masks.device).to(dtype).T.contiguous()
+            if masks.device.type == "cpu":
+                part = _measure_in_boxes(masks.numpy(), lengths_down.numpy(), lengths_across.numpy(), area)
+                result[:, rows, columns] = torch.from_numpy(part)
+                continue
+            for start in range(0, len(masks), step):
+                shared = (lengths_down @ masks[start : start + step].to(dtype)) @ lengths_across
+                result[start : start + step, rows, columns] = shared / area
     return result
 
 
@@ -218,7 +225,10 @@ def _measure_in_boxes(pixels: np.ndarray, down: np.ndarray, across: np.ndarray, 
             continue
         box_rows, box_columns = _span(rows), _span(columns)
         # The patches that the box touches: those that share a length with one of its rows, and of its columns.
-        patch_rows, patch_columns = _span(down[:, box_rows].max(axis=1) > 0), _span(across[box_columns].max(axis=0) > 0)
+        is_row_touched, is_column_touched = down[:, box_rows].max(axis=1) > 0, across[box_columns].max(axis=0) > 0
+        if not (is_row_touched.any() and is_column_touched.any()):
+            continue
+        patch_rows, patch_columns = _span(is_row_touched), _span(is_column_touched)
         box = mask[box_rows, box_columns].astype(down.dtype)
         shared = (down[patch_rows, box_rows] @ box) @ across[box_columns, patch_columns]
         result[index, patch_rows, patch_columns] = shared / area
@@ -230,13 +240,35 @@ def _span(hit: np.ndarray) -> slice:
     return slice(int(hit.argmax()), len(hit) - int(hit[::-1].argmax()))
 
 
-def _measure_overlaps(size: int, input_size: int, stride: int, device: torch.device) -> tuple[Tensor, int]:
-    """Return `[patches, size]` int64 overlap lengths along one axis and a patch's length, in a common unit."""
-    divisor = math.gcd(size, input_size)
-    pixel, patch = input_size // divisor, stride * (size // divisor)
-    pixels = torch.arange(size, device=device) * pixel
-    patches = torch.arange(_num_patches(input_size, stride), device=device)[:, None] * patch
-    return (torch.minimum(pixels + pixel, patches + patch) - torch.maximum(pixels, patches)).clamp(min=0), patch
+class _Overlaps:
+    """Lengths that pixels and patches share along one axis, in a common unit.
+
+    Args:
+        size: pixels of the image.
+        input_size: pixels of the input.
+        stride: of the patches, in pixels of the input.
+
+    Attributes:
+        num_patches: patches along the axis.
+        unit: length of a patch.
+    """
+
+    def __init__(self, size: int, input_size: int, stride: int) -> None:
+        divisor = math.gcd(size, input_size)
+        self._size, self._pixel = size, input_size // divisor
+        self.num_patches, self.unit = _num_patches(input_size, stride), stride * (size // divisor)
+
+    def split(self) -> list[slice]:
+        """Return the patches in parts whose lengths are held at once."""
+        step = max(1, _MAX_LENGTHS // max(1, self._size))
+        return [slice(start, start + step) for start in range(0, self.num_patches, step)]
+
+    def measure(self, part: slice, device: torch.device) -> Tensor:
+        """Return the lengths `[patches, size]` int64 of a part of the patches."""
+        pixels = torch.arange(self._size, device=device) * self._pixel
+        patches = torch.arange(self.num_patches, device=device)[part, None] * self.unit
+        ends = torch.minimum(pixels + self._pixel, patches + self.unit)
+        return (ends - torch.maximum(pixels, patches)).clamp(min=0)
 
 
 def _num_patches(size: int, stride: int) -> int:

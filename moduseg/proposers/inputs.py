@@ -15,6 +15,8 @@ from moduseg.devices import copy_arrays
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_MAX_ASPECT = 4
+"""A picture whose longest side is more than so many times the shortest one is a strip."""
 
 
 def prepare_images(
@@ -71,8 +73,13 @@ def fit_longest_side(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def fit_shortest_side(size: tuple[int, int], short: int, max_long: int | None) -> tuple[int, int]:
-    """Return the size whose shortest side is `short`, or less if the longest would exceed `max_long`; at least 1."""
+    """Return the size whose shortest side is `short`, or less if the longest would exceed `max_long`; at least 1.
+
+    Without `max_long`, the longest side of a strip is `_MAX_ASPECT` times `short`: it could have any length.
+    """
     shorter, longer = min(size), max(size)
+    if max_long is None and longer > _MAX_ASPECT * shorter:
+        max_long = _MAX_ASPECT * short
     exact = float(short)
     if max_long is not None and longer / shorter * short > max_long:
         exact = max_long * shorter / longer

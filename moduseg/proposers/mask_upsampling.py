@@ -59,7 +59,9 @@ def enlarge(logits: Tensor, embedded: Embedded) -> Iterator[Tensor]:
     padded = embedded.padded_size or (None, None)
     rows = make_resize_matrix(logits.shape[1], padded[0], embedded.input_size[0], height, logits.device)
     columns = make_resize_matrix(logits.shape[2], padded[1], embedded.input_size[1], width, logits.device)
-    at_once = max(1, CHUNK_PIXELS.get(logits.device.type, CHUNK_PIXELS["cpu"]) // (height * width))
+    # Of a strip that lies, masks whose rows are not yet reduced to the few of the image are larger than the result.
+    rows_held = height if logits.device.type == "cpu" else max(height, logits.shape[1])
+    at_once = max(1, CHUNK_PIXELS.get(logits.device.type, CHUNK_PIXELS["cpu"]) // (rows_held * width))
     for chunk in logits.split(at_once):
         yield rows @ (chunk @ columns.T)
 

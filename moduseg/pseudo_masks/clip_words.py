@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from moduseg.backbones.clip import ClipEncoder
 from moduseg.backbones.clip_model import ClipModelOptions
+from moduseg.backbones.inputs import fit_input
 from moduseg.backbones.regions import sample_regions
 from moduseg.backbones.upsample import upsample
 from moduseg.backbones.windows import list_window_starts
@@ -279,12 +280,15 @@ def resize_sides(
 
 
 def resize_short_side(image: np.ndarray, short_side: int | None) -> np.ndarray:
-    """Return the image `[H, W, 3]` uint8 with `short_side` pixels on its short side; as it is if `None`."""
-    if short_side is None or short_side == min(image.shape[:2]):
+    """Return the image `[H, W, 3]` uint8 with `short_side` pixels on its short side; as it is if `None`.
+
+    Strips get fewer (`moduseg.backbones.inputs.fit_input`).
+    """
+    height, width = fit_input((image.shape[0], image.shape[1]), short_side)
+    if (height, width) == image.shape[:2]:
         return image
-    scale = short_side / min(image.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    shrinks = height < image.shape[0] or width < image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def list_windows(height: int, width: int, window: int | None, stride: int) -> list[tuple[int, int, int, int]]:

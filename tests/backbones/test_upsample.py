@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moduseg.backbones import upsample as module
 from moduseg.backbones.upsample import upsample
 from moduseg.structures import TokenMap
 
@@ -44,6 +45,15 @@ def test_impulse_peaks_in_its_patch() -> None:
         maps[0, i, j] = 1
         y, x = divmod(int(upsample(maps, token_map)[0].argmax()), 45)
         assert (y // 8, x // 8) == (i, j)
+
+
+@pytest.mark.parametrize("image", [(3, 90), (90, 3)])
+def test_parts_of_a_strip_are_the_whole(image: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    token_map = grid(image, 4, (image[0] * 2, image[1] * 2))
+    maps = torch.rand(2, *token_map.tokens.shape[:2])
+    whole = upsample(maps, token_map)
+    monkeypatch.setattr(module, "_PART", 500)
+    torch.testing.assert_close(upsample(maps, token_map), whole, atol=1e-6, rtol=1e-6)
 
 
 def test_no_maps(device: torch.device) -> None:

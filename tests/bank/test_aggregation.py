@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moduseg.bank import aggregation
 from moduseg.bank.aggregation import aggregate, coverage, harden, id_map_coverage, patch_coverage
 from moduseg.structures import TokenMap
 from tests import reference
@@ -87,6 +88,18 @@ def test_resized_keeps_the_area_beyond_float32(device: torch.device) -> None:
     result = coverage(masks, token_map((1009, 1013), (512, 514), 16))
     assert result.double().sum().item() * 256 == pytest.approx(512 * 514 * 500 / 1009, abs=0.01)
     assert (result <= 1).all()
+
+
+@pytest.mark.parametrize("size", [(3, 90), (90, 3), (30, 40)])
+def test_parts_of_a_strip_are_the_whole(
+    size: tuple[int, int], device: torch.device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = torch.from_numpy(reference.random_masks(rng, 5, *size)).to(device)
+    masks[1, :, size[1] // 2 :] = masks[2, : size[0] // 2] = False
+    tokens = token_map(size, (size[0] * 2, size[1] * 2), 4)
+    whole = coverage(masks, tokens)
+    monkeypatch.setattr(aggregation, "_MAX_LENGTHS", 200)
+    assert torch.equal(coverage(masks, tokens), whole)
 
 
 def test_id_map_equals_overlapping_path_on_disjoint_masks(device: torch.device, rng: np.random.Generator) -> None:

@@ -173,6 +173,8 @@ def test_disjoint_by_hand() -> None:
         ((100, 400), 1333, (333, 1333)),
         ((1, 4000), 1333, (1, 1333)),
         ((30, 30), None, (800, 800)),
+        ((100, 400), None, (800, 3200)),
+        ((40, 2000), None, (64, 3200)),  # a strip
     ],
 )
 def test_shortest_side(size: tuple[int, int], long: int | None, expected: tuple[int, int]) -> None:
