@@ -72,7 +72,9 @@ class Command:
     config_name: str = "config"
 
 
-_WORDS = ("dataset", "proposer", "backbone", "pseudo_masks", "tagger", "evaluation", "runtime", "experiment")
+_WORDS = (
+    "dataset", "proposer", "backbone", "pseudo_masks", "tagger", "evaluation", "runtime", "experiment", "protocol",
+)  # fmt: skip
 _ALL = (
     "dataset", "proposer", "backbone", "pseudo_masks", "bank", "retrieval", "evaluation", "runtime", "experiment",
 )  # fmt: skip

@@ -39,7 +39,8 @@ class ClipWordsOptions(ClipModelOptions):
     Attributes:
         templates: preset (`imagenet`, `miniature`, `single`) or sentences with `{}`; a word's feature is the normalised
             mean over them.
-        class_words: preset of renamed classes (`names`, `voc`, `coco`), or a mapping from a class to its word or words.
+        class_words: preset of renamed classes (`names`, `voc`, `coco`, ...), or a mapping from a class to its word or
+            words.
         word_merge: of a class's several words, `max` takes the best one's probability (each competes), `mean` makes one
             text of them before anything is compared. Background words always compete.
         background_words: preset (`voc`, `coco`, `miniature`) or words; with none, the background has no score and

@@ -48,6 +48,7 @@ BACKGROUND_WORDS: dict[str, tuple[str, ...]] = {
         "stair", "floor", "hill", "rail", "fence",
     ),
     "coco": (*_SCENERY, "building", "cloud", "floor", "hill", "rail"),
+    "coco_open": (*_SCENERY, "bed", "building", "cloud", "floor", "hill", "rail"),
     "clip_es_voc": (*_TERRAIN, "keyboard", "sign"),
     "clip_es_coco": _TERRAIN,
     "miniature": STUFF,
@@ -56,10 +57,20 @@ BACKGROUND_WORDS: dict[str, tuple[str, ...]] = {
 """Words for what a background shows, by data set; `clip_es_*` are those of CLIP-ES and TagCLIP; `none` is for ADE20K
 and Cityscapes, which have no background."""
 
+_PERSON = (
+    "person", "person in shirt", "person in jeans", "person in dress", "person in sweater", "person in skirt",
+    "person in jacket",
+)  # fmt: skip
 CLASS_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "names": {},
     "voc": {"boat": ("ship",), "diningtable": ("table",), "person": ("people",)},
     "coco": {"person": ("people",)},
+    "voc_open": {"boat": ("ship",), "diningtable": ("table",)},
+    "voc_phrases": {
+        "boat": ("ship",), "diningtable": ("table",), "person": _PERSON,
+        "tvmonitor": ("television monitor", "tv monitor", "monitor", "television", "screen"),
+    },
+    "coco_phrases": {"person": (*_PERSON, "body")},
     "ade20k": {
         "windowpane": ("window",), "earth": ("ground",), "base": ("pedestal",), "signboard": ("sign",),
         "grandstand": ("grandstand", "covered stand"), "case": ("display case", "showcase"), "blind": ("window blind",),
@@ -72,7 +83,8 @@ CLASS_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "cityscapes": {"vegetation": ("tree", "hedge", "vegetation"), "terrain": ("grass", "soil", "terrain")},
 }  # fmt: skip
 """Words that stand for a class in place of its official name, by data set; `names` has none. VOC's and COCO's are the
-paper's; those of ADE20K (plainer names of the same thing) and Cityscapes (what its definitions name) are our own."""
+paper's, `*_phrases` those of SCLIP and NACLIP, `voc_open` those of ClearCLIP and ProxyCLIP; those of ADE20K (plainer
+names of the same thing) and Cityscapes (what its definitions name) are our own."""
 
 
 def resolve_templates(value: str | Sequence[str]) -> tuple[str, ...]:
