@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from moduseg.bank.edit import align_classes
+from moduseg.bank.overlaps import count_nearest_classes, worst_lines
 from moduseg.bank.store import Bank
+from moduseg.config import OutliersConfig
 from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
 from moduseg.files import digest_of, file_digest, to_json_values
@@ -145,5 +147,15 @@ class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
         return {"config": self.cfg.as_dict()}
 
     def report(self, outcome: Outcome) -> None:
-        """Write the report."""
+        """Write the report, and say which classes of the bank cannot be told apart."""
         build.write_report_of_run(self.work, self.artefact.path, outcome.changed)
+        if self.cfg.bank.shuffle_labels is None:
+            self._warn_of_overlaps()
+
+    def _warn_of_overlaps(self) -> None:
+        """Log the classes of the bank that overlap most, in three lines at most; nothing if there are none."""
+        bank, device = self.stored_bank, self.work.device.torch_device
+        vectors = bank.select_vectors(self.cfg.bank.centre, OutliersConfig(enabled=False)).vectors.to(device)
+        command = f"scripts/bank.py info bank={self.input_folders['build_bank'].path}"
+        for line in worst_lines(count_nearest_classes(bank, vectors), command):
+            log.warning("bank: %s", line)

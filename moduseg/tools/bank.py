@@ -14,6 +14,7 @@ from typing import Any
 from moduseg.bank import edit
 from moduseg.bank.derived import open_bank, write_derived
 from moduseg.bank.export import export as export_bank
+from moduseg.bank.overlaps import count_nearest_classes, describe_bank
 from moduseg.bank.statistics import (
     RegionStatistics,
     compute_class_statistics,
@@ -58,7 +59,7 @@ class DerivedBank:
 
 
 def info(options: InfoOptions, overrides: Sequence[str]) -> int:
-    """Print the classes of a bank, or the regions of one class, as a table or as JSON."""
+    """Print the classes of a bank and which cannot be told apart, or the regions of one class, as a table or JSON."""
     bank = open_bank(options.bank)
     cfg = reconfigure(bank.info["config"], overrides)
     vectors = bank.select_vectors(cfg.bank.centre, OutliersConfig(enabled=False)).vectors
@@ -66,14 +67,18 @@ def info(options: InfoOptions, overrides: Sequence[str]) -> int:
     searched_rows = bank.select_vectors(cfg.bank.centre, cfg.bank.outliers).rows
     if options.class_ is None:
         statistics = compute_class_statistics(bank, vectors, nearest, searched_rows)
+        told_apart = describe_bank(count_nearest_classes(bank, vectors))
         record: Any = {
             "bank": options.bank,
             "vectors": len(bank),
             "images": len(bank.image_ids),
             "dim": bank.pooled.shape[1],
             "classes": [s.as_dict() for s in statistics],
+            "told_apart": told_apart,
         }
-        text = f"{_headline(bank, cfg)}\n\n{markdown_table(CLASS_HEADER, format_statistics(statistics))}"
+        words = "\n".join(f"- {line}" for line in told_apart)
+        table = markdown_table(CLASS_HEADER, format_statistics(statistics)).rstrip()
+        text = f"{_headline(bank, cfg)}\n\n{table}\n\n{words}"
     elif options.class_ in bank.classes:
         label = bank.classes.index(options.class_)
         regions = compute_region_statistics(bank, vectors, nearest, searched_rows, label)

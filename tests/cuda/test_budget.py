@@ -87,6 +87,8 @@ QUERIES = {
     "retrieval/suppress.py:_scan": Limit(10, 0, "whether another round of suppression changed anything"),
     "retrieval/rasterize.py:check_labels": Limit(1, 0, "whether labels fit a byte"),
     "retrieval/rasterize.py:rasterize": Limit(1, 0, "which proposals are painted"),
+    "stages/infer.py:_warn_of_overlaps": Limit(0, 0.25, "the bank's vectors, once a run"),
+    "bank/overlaps.py:count_nearest_classes": Limit(0.5, 0.5, "once a run, for each thousand regions of the bank"),
     "retrieval/assemble.py:assemble_proposals": Limit(0, 1, "the masks of the proposals"),
 }
 

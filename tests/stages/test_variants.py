@@ -12,8 +12,9 @@ import torch
 
 from moduseg import Segmenter
 from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.bank.overlaps import count_nearest_classes, worst_lines
 from moduseg.bank.store import Bank
-from moduseg.config import compose
+from moduseg.config import OutliersConfig, compose
 from moduseg.datasets.io import read_label_png
 from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers.ground_truth import GroundTruthProposer
@@ -30,6 +31,7 @@ OPTIONS = (
     "retrieval.selection=nms_quality",
     "retrieval.selection=margin",
     "retrieval.selection=similarity",
+    "retrieval.smoothing_radius=2",
     "bank.prototypes=2",
     "bank.classes=[red disc]",
 )
@@ -116,7 +118,10 @@ def test_flips_add_the_vectors_of_mirror_images(finished: Path) -> None:
     assert Infer.run(cfg) != Infer.run(default)
 
 
-@pytest.mark.parametrize("option", ["retrieval.selection=margin", "retrieval.vote_balance=cap", "bank.prototypes=3"])
+@pytest.mark.parametrize(
+    "option",
+    ["retrieval.selection=margin", "retrieval.vote_balance=cap", "retrieval.min_object_area=90", "bank.prototypes=3"],
+)
 def test_the_api_follows_the_options(option: str, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     arguments = overrides(tmp_path / "copy", "proposer=superpixels", option, "retrieval.top_k=4", world=finished)
@@ -130,3 +135,20 @@ def test_the_api_follows_the_options(option: str, finished: Path, tmp_path: Path
     assert np.array_equal(prediction.label_map, read_label_png(path / "labels" / "val_00002.png"))
     named = {segmenter.describe(int(row))["label"] for row in prediction.neighbours[0]}
     assert named <= set(segmenter.classes)
+
+
+def test_infer_ends_with_the_classes_that_cannot_be_told_apart(
+    finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A backbone without training tells few classes apart; the control experiment with shuffled labels is silent."""
+    cfg = compose(overrides(finished, "backbone=miniature_random"))
+    bank = Bank.load(BuildBank.run(cfg))
+    vectors = bank.select_vectors(cfg.bank.centre, OutliersConfig(enabled=False)).vectors
+    expected = [f"bank: {line}" for line in worst_lines(count_nearest_classes(bank, vectors), "")]
+    assert len(expected) == 3
+    for option, lines in (([], expected), (["bank.shuffle_labels=1"], [])):
+        caplog.clear()
+        Infer.run(compose(overrides(finished, "backbone=miniature_random", *option)))
+        said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("bank: ")]
+        assert said[:2] == lines[:2]
+        assert len(said) == len(lines)

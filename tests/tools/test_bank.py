@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -284,11 +285,13 @@ def test_info_remove_merge_and_export_on_the_command_line(
     assert code == 0
     assert f"{len(stored)} vectors of 128 numbers from 12 images of folder train, 13 classes" in out
     assert "| background" in out
+    assert re.search(r"^- Of \d+ regions, \d+ \(\d+ %\) are nearest to one of their own class", out, re.MULTILINE)
     code, out, _ = run("info", f"bank={bank}", "class=background", "json=true")
     regions = json.loads(out)
     assert sorted(r["row"] for r in regions) == torch.nonzero(stored.labels == 0).flatten().tolist()
     code, out, _ = run("info", f"bank={bank}", "json=true")
     assert [c["vectors"] for c in json.loads(out)["classes"]] == list(stored.counts.values())
+    assert json.loads(out)["told_apart"][0].startswith("Of ")
 
     shown = next(name for name, count in stored.counts.items() if count > 1 and name != "background")
     left = tmp_path / "left"
