@@ -335,6 +335,8 @@ class RuntimeConfig:
         engine: `local` or `ray`.
         shard: the share of this process.
         ray: the workers of `ray`.
+        token_cache: gigabytes of disk for the backbone's tokens, which then passes each image once; 0 for none. Tokens
+            are rounded to half precision with it, so that its being there, not its size, is part of keys.
     """
 
     outputs: str = "outputs"
@@ -348,8 +350,10 @@ class RuntimeConfig:
     engine: Literal["local", "ray"] = "local"
     shard: ShardConfig = field(default_factory=ShardConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    token_cache: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_range("token_cache", self.token_cache, 0, 10**6, "gigabytes, 0 stores no tokens")
         _check_range("batch_size", self.batch_size, 1, 4096, "8 is the default")
         _check_range("record_size", self.record_size, 1, 4096, "8 is the default")
         _check_range("workers", self.workers, 0, 256, "0 takes one a core, 4 at most")
@@ -396,6 +400,8 @@ class Config:
         """Return the settings that a result may depend on as JSON values, without those that distribute the work."""
         values: dict[str, Any] = _to_plain(self)
         values["runtime"] = {key: value for key, value in values["runtime"].items() if key not in _DISTRIBUTION}
+        if not values["runtime"]["token_cache"]:
+            del values["runtime"]["token_cache"]
         # Results that were made without words look as they always did.
         for name in ("tagger", "vocabulary"):
             if not values[name]:

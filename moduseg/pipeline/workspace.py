@@ -12,6 +12,7 @@ import torch
 
 from moduseg import backbones, datasets, proposers, pseudo_masks, taggers
 from moduseg.backbones.base import Backbone
+from moduseg.backbones.token_cache import TokenStore
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.vocabulary import RewordedDataset, WordList, read_word_list
@@ -116,7 +117,9 @@ class Workspace:
     @cached_property
     def backbone(self) -> Backbone:
         """The backbone of bank and queries."""
-        return backbones.build(self.cfg.backbone, self.device)
+        max_bytes = int(self.cfg.runtime.token_cache * 1e9)
+        store = TokenStore(self.outputs / self.dataset_name / "tokens", max_bytes) if max_bytes else None
+        return backbones.build(self.cfg.backbone, self.device, store=store)
 
     @cached_property
     def generator(self) -> PseudoMaskGenerator:
@@ -172,7 +175,12 @@ class Workspace:
             "config": to_json_values(self.cfg.backbone),
             "digest": self.backbone.digest,
             **self.device.key_parts(),
+            **self.token_parts(),
         }
+
+    def token_parts(self) -> dict[str, Any]:
+        """Return the part of a key that says how tokens are rounded; none if they are not."""
+        return {"tokens": "float16"} if self.cfg.runtime.token_cache else {}
 
     def artefact(self, stage: str, name: str, parts: Mapping[str, Any]) -> Artefact:
         """Return the folder for a stage's result, named by its key (see `Artefact`)."""

@@ -80,6 +80,7 @@ class ClassScores(Stage[tuple[Sample, WaitingProposals | None]]):
             "fit": self.fit_digest,
             "proposals": proposals.name if proposals is not None else "",
             **self.work.device.key_parts(),
+            **self.work.token_parts(),
         }
 
     def load(self, image_id: str) -> tuple[Sample, WaitingProposals | None]:
@@ -161,6 +162,7 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
             "digest": generator.digest,
             "images": digest_of(usable),
             **work.device.key_parts(),
+            **work.token_parts(),
             **({"proposals": proposals.name} if proposals is not None else {}),
         },
     )

@@ -105,6 +105,7 @@ class Segment(Stage[WordedImage]):
             else tags.name,
             "labelling": labelling_parts(self.cfg, proposals),
             **self.work.device.key_parts(),
+            **self.work.token_parts(),
         }
         if self.work.vocabulary is not None:
             parts["vocabulary"] = to_json_values(self.work.vocabulary.as_settings())
