@@ -390,6 +390,8 @@ class Prediction:
         neighbours: `[N, k]` int64, rows of the stored bank, nearest first; -1 for a proposal that was not searched.
         neighbour_labels: `[N, k]` int64, the label that each neighbour voted for; -1 likewise.
         similarities: `[N, k]` float32, cosine similarity of each neighbour; 0 likewise.
+        confidence: `[H, W]` uint8, how sure each pixel's label is, see `moduseg.retrieval.confidence`; `None` without
+            `retrieval.confidence`.
     """
 
     label_map: np.ndarray
@@ -400,3 +402,4 @@ class Prediction:
     neighbours: Tensor
     neighbour_labels: Tensor
     similarities: Tensor
+    confidence: np.ndarray | None = None

@@ -124,6 +124,8 @@ class RetrievalConfig:
         max_hole_area: holes in objects of at most this size are closed, in pixels; 0 leaves them.
         smoothing_radius: outlines are smoothed by the label of most pixels in a disc of this radius; 0 leaves them.
             These three come last, see `moduseg.masks.tidy`; they are part of keys unless they are 0.
+        confidence: whether a picture says how sure each pixel is, see `moduseg.retrieval.confidence`; part of keys
+            where it is true.
     """
 
     top_k: int = 25
@@ -139,6 +141,7 @@ class RetrievalConfig:
     min_object_area: int = 0
     max_hole_area: int = 0
     smoothing_radius: int = 0
+    confidence: bool = False
 
     def __post_init__(self) -> None:
         _check_range("top_k", self.top_k, 1, 10**6, "the paper uses 25")
@@ -167,6 +170,7 @@ class RetrievalConfig:
             "engine": "exact",
             "storage": "float32",
             **dict.fromkeys(self.tidying, 0),
+            "confidence": False,
         }
         return {name: value for name, value in _to_plain(self).items() if unchanged.get(name, ...) != value}
 

@@ -211,6 +211,19 @@ def write_label_png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def write_grey_png(array: np.ndarray) -> bytes:
+    """Encode `[H, W]` uint8 as a grey PNG of 8 bits; equal arrays give equal bytes.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    if array.ndim != 2 or array.dtype != np.uint8:
+        raise ValueError(f"picture: got {array.shape} {array.dtype}, expected [H, W] uint8")
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG", optimize=False, compress_level=6)
+    return buffer.getvalue()
+
+
 def write_rgb_png(array: np.ndarray, compress_level: int = 6) -> bytes:
     """Encode `[H, W, 3]` uint8 as PNG; equal arrays give equal bytes.
 

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from moduseg.masks.encoded import WaitingProposals
     from moduseg.structures import Proposals, ScoreMaps
 
-Kind = Literal["proposals", "scores", "label_map", "vectors", "panel", "tags"]
+Kind = Literal["proposals", "scores", "label_map", "confidence", "vectors", "panel", "tags"]
 """What a stage stores for one image."""
 _LAYOUT: dict[Kind, tuple[str, str]] = {
     "proposals": ("masks", ".json"),
     "scores": ("maps", SUFFIX),
     "label_map": ("labels", ".png"),
+    "confidence": ("scores", ".png"),
     "vectors": ("vectors", ".safetensors"),
     "panel": ("panels", ".png"),
     "tags": ("tags", ".json"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from moduseg.masks.tidy import tidy_label_map
 from moduseg.retrieval import indices
 from moduseg.retrieval.assemble import assemble_proposals
 from moduseg.retrieval.balance import ClassIndex, balance_neighbours, count_smallest_class, measure_class_spreads
+from moduseg.retrieval.confidence import measure_vote_shares, paint_confidence
 from moduseg.retrieval.majority import assemble_majority
 from moduseg.retrieval.search import search
 from moduseg.retrieval.selection import NEAREST, assemble_selected, compute_certainty, compute_margins, compute_worths
@@ -85,8 +87,10 @@ class Retriever:
         painted, kept = self._assemble(proposals, pooled, votes)
         label_map = tidy_label_map(painted.cpu().numpy(), **self.settings.tidying)
         rows, row_labels = self._rows_of(votes.neighbours)
+        confidence = self._measure_confidence(proposals, votes, row_labels, label_map)
         answers = (votes.labels, votes.scores.float(), kept, rows, row_labels, votes.similarities)
-        return Prediction(label_map, proposals, *(tensor.cpu() for tensor in answers))
+        labels, scores, kept, rows, row_labels, similarities = (tensor.cpu() for tensor in answers)
+        return Prediction(label_map, proposals, labels, scores, kept, rows, row_labels, similarities, confidence)
 
     def vote(self, pooled: Tensor) -> VoteResult:
         """Search the bank for each query and let its neighbours vote.
@@ -168,6 +172,30 @@ class Retriever:
         certainty = self._margins(pooled, labels) if settings.selection == "margin" else compute_certainty(scores)
         worths = compute_worths(certainty, proposals.quality)
         return assemble_selected(masks, labels, scores, worths, proposals.parents)
+
+    def _measure_confidence(
+        self, proposals: Proposals, votes: VoteResult, row_labels: Tensor, label_map: np.ndarray
+    ) -> np.ndarray | None:
+        """Return how sure each pixel's label is, `[H, W]` uint8; `None` unless the settings ask for it.
+
+        Args:
+            proposals: `N` of them.
+            votes: on them.
+            row_labels: `[N, k]` int64, the labels that the neighbours voted for, -1 for none.
+            label_map: `[H, W]` uint8.
+        """
+        settings, device = self.settings, votes.labels.device
+        if not settings.confidence:
+            return None
+        shares = measure_vote_shares(votes.labels, row_labels, votes.similarities, settings.vote_temperature)
+        return paint_confidence(
+            proposals.masks.to(device),
+            votes.labels,
+            votes.scores,
+            shares,
+            torch.from_numpy(label_map).to(device),
+            is_majority=settings.selection == "majority",
+        )
 
     def _margins(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """Return `[N]` float64: the margin of each query (`compute_margins`), 0 for a proposal without a vector."""

@@ -12,7 +12,7 @@ from moduseg.bank.edit import align_classes
 from moduseg.bank.overlaps import count_nearest_classes, worst_lines
 from moduseg.bank.store import Bank
 from moduseg.config import OutliersConfig
-from moduseg.datasets.io import write_label_png
+from moduseg.datasets.io import write_grey_png, write_label_png
 from moduseg.errors import DataError
 from moduseg.files import digest_of, file_digest, to_json_values
 from moduseg.masks.encoded import WaitingProposals, decode
@@ -25,13 +25,15 @@ from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.evaluate_masks import score_or_draw
 from moduseg.stages.queries import Queries
+from moduseg.structures import Proposals
 
 
 class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
     """Labels the evaluated split by retrieval from the bank. An item is an image's id, its proposals and their vectors.
 
-    The folder holds `labels/<id>.png`, `failures.jsonl` and `manifest.json`; if the split has ground truth, also
-    `results.json`, `results.md` and `panels/`. `report/index.html` shows it all (`evaluation.report`).
+    The folder holds `labels/<id>.png`, with `retrieval.confidence` also `scores/<id>.png`, `failures.jsonl` and
+    `manifest.json`; if the split has ground truth, also `results.json`, `results.md` and `panels/`. `report/index.html`
+    shows it all (`evaluation.report`).
     """
 
     name = "infer"
@@ -128,13 +130,17 @@ class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
         return image_id, proposals, pooled
 
     def process(self, items: list[tuple[str, WaitingProposals, Tensor]]) -> list[Files]:
-        """Return the label maps of several images."""
+        """Return the label maps of several images, and how sure they are if that is asked for."""
         # One image's masks are in memory at a time.
-        label_maps = (self.retriever.predict(decode(proposals), pooled).label_map for _, proposals, pooled in items)
-        return [
-            {stored_name("label_map", item[0]): partial(write_label_png, label_map)}
-            for item, label_map in zip(items, label_maps, strict=True)
-        ]
+        return [self._label(image_id, decode(proposals), pooled) for image_id, proposals, pooled in items]
+
+    def _label(self, image_id: str, proposals: Proposals, pooled: Tensor) -> Files:
+        """Return the files of one image."""
+        prediction = self.retriever.predict(proposals, pooled)
+        label_map = {stored_name("label_map", image_id): partial(write_label_png, prediction.label_map)}
+        if prediction.confidence is None:
+            return label_map
+        return {**label_map, stored_name("confidence", image_id): partial(write_grey_png, prediction.confidence)}
 
     def reads(self, image_id: str) -> list[Path]:
         """Return the files of the image's proposals and their vectors."""

@@ -16,7 +16,7 @@ from moduseg.config import Config
 from moduseg.config.command_keys import PredictOptions
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
-from moduseg.datasets.io import write_label_png
+from moduseg.datasets.io import write_grey_png, write_label_png
 from moduseg.errors import ArtefactError, ConfigError, DataError
 from moduseg.files import FORMAT, digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.manifests import safe_name
@@ -38,6 +38,7 @@ from moduseg.report.panel import draw_panel, make_class_legend
 _IMAGE_FILES = {
     "png": ("labels", ".png"),
     "overlay": ("overlays", ".png"),
+    "confidence": ("scores", ".png"),
     "labelme": ("labelme", ".json"),
     "record": ("records", ".json"),
 }
@@ -174,6 +175,8 @@ class _Folder:
         size = (image.shape[0], image.shape[1])
         if "png" in self._formats:
             write_atomic(self.file("png", image_id), write_label_png(label_map))
+        if prediction.confidence is not None:
+            write_atomic(self.file("confidence", image_id), write_grey_png(prediction.confidence))
         if "overlay" in self._formats:
             legend = [
                 ("unknown" if name == "ignored" else name, colour)
@@ -240,7 +243,8 @@ def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Se
     weights = {"proposer_digest": digest} if (digest := segmenter.proposer.digest) else {}
     image_range = cfg.dataset.get("image_range")
     reading = {} if image_range is None else {"image_range": image_range}
-    groups["retrieval"] = {k: v for k, v in groups["retrieval"].items() if v or k not in cfg.retrieval.tidying}
+    later_keys = {*cfg.retrieval.tidying, "confidence"}
+    groups["retrieval"] = {key: value for key, value in groups["retrieval"].items() if value or key not in later_keys}
     device = segmenter.device.key_parts() if segmenter.device.torch_device.type != "cpu" else {}
     return digest_of(
         {

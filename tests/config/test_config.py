@@ -120,7 +120,7 @@ def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
 
 def test_later_settings_at_default_leave_keys_alone() -> None:
     parts = compose().retrieval.key_parts()
-    assert {"engine", "storage", "min_object_area", "max_hole_area", "smoothing_radius"}.isdisjoint(parts)
+    assert {"engine", "storage", "min_object_area", "max_hole_area", "smoothing_radius", "confidence"}.isdisjoint(parts)
     assert parts["top_k"] == 5
     changed = compose(["retrieval.engine=faiss", "retrieval.storage=float16"]).retrieval.key_parts()
     assert changed == {**parts, "engine": "faiss", "storage": "float16"}

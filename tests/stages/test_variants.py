@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from moduseg import Segmenter
 from moduseg.backbones.timm_backbone import TimmBackbone
@@ -135,6 +136,22 @@ def test_the_api_follows_the_options(option: str, finished: Path, tmp_path: Path
     assert np.array_equal(prediction.label_map, read_label_png(path / "labels" / "val_00002.png"))
     named = {segmenter.describe(int(row))["label"] for row in prediction.neighbours[0]}
     assert named <= set(segmenter.classes)
+
+
+def test_confidence_is_written_beside_the_label_maps(finished: Path) -> None:
+    plain = Infer.run(compose(overrides(finished)))
+    path = Infer.run(compose(overrides(finished, "retrieval.confidence=true")))
+    assert not (plain / "scores").exists()
+    for file in sorted((plain / "labels").iterdir()):
+        label_map = read_label_png(path / "labels" / file.name)
+        assert np.array_equal(label_map, read_label_png(file))
+        with Image.open(path / "scores" / file.name) as picture:
+            assert picture.mode == "L"
+            confidence = np.asarray(picture)
+        assert confidence.shape == label_map.shape
+        # One neighbour votes here, so that whatever has a label is sure.
+        assert (confidence[label_map > 0] == 255).all()
+        assert set(np.unique(confidence)) <= {0, 255}
 
 
 def test_infer_ends_with_the_classes_that_cannot_be_told_apart(

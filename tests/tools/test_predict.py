@@ -219,10 +219,15 @@ def test_settings_that_tidy_are_in_the_key_where_they_are_set(
 ) -> None:
     contents: list[dict[str, Any]] = []
     monkeypatch.setattr(predict, "digest_of", lambda content: contents.append(content) or "0" * 64)
-    for index, more in enumerate(([], ["retrieval.max_hole_area=9"])):
+    for index, more in enumerate(([], ["retrieval.max_hole_area=9"], ["retrieval.confidence=true"])):
         run(f"bank={bank}", f"images={images}", f"out={tmp_path / str(index)}", "formats=[png]", *more)
-    names = {"min_object_area", "max_hole_area", "smoothing_radius"}
-    assert [names & content["config"]["retrieval"].keys() for content in contents] == [set(), {"max_hole_area"}]
+    names = {"min_object_area", "max_hole_area", "smoothing_radius", "confidence"}
+    found = [names & content["config"]["retrieval"].keys() for content in contents]
+    assert found == [set(), {"max_hole_area"}, {"confidence"}]
+    assert not (tmp_path / "0" / "scores").exists()
+    assert [path.stem for path in sorted((tmp_path / "2" / "scores").rglob("*.png"))] == [
+        path.stem for path in sorted((tmp_path / "2" / "labels").rglob("*.png"))
+    ]
 
 
 def test_a_broken_image_is_left_out_and_tried_again(bank: Path, images: Path, tmp_path: Path) -> None:
