@@ -27,6 +27,11 @@ class PseudoMaskGenerator(ABC):
     """Whether `fit` uses proposals as well."""
 
     @property
+    def num_fit_passes(self) -> int:
+        """How often `fit` goes over the training images, for its progress; 0 if nothing is fitted."""
+        return int(self.is_fitted)
+
+    @property
     def digest(self) -> str:
         """Digest of what decides the result besides the configuration: weights, or files."""
         return ""

@@ -91,6 +91,11 @@ class ActivationGenerator(PseudoMaskGenerator):
         self._mean: Tensor | None = None
 
     @property
+    def num_fit_passes(self) -> int:
+        """One pass for the regression, and one for each refinement round."""
+        return 1 + self._fit_options.rounds
+
+    @property
     def digest(self) -> str:
         """Digest of the backbone's weights; what `fit` learned has its own."""
         return self._backbone.digest

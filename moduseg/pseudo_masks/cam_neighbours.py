@@ -84,6 +84,11 @@ class NeighbourCamGenerator(ActivationGenerator):
         self._options = options
         self._training_regions: dict[str, Tensor] | None = None
 
+    @property
+    def num_fit_passes(self) -> int:
+        """Those of `ActivationGenerator`, and one that collects the regions."""
+        return super().num_fit_passes + 1
+
     def fit(
         self,
         samples: Callable[[], Iterable[Sample]],

@@ -77,6 +77,11 @@ class FusionGenerator(PseudoMaskGenerator):
         """Digests of both generators."""
         return "&".join(part.digest for part in self._parts)
 
+    @property
+    def num_fit_passes(self) -> int:
+        """Those of all parts."""
+        return sum(part.num_fit_passes for part in self._parts)
+
     def fit(
         self,
         samples: Callable[[], Iterable[Sample]],

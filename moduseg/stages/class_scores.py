@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,11 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
     if artefact.is_complete and file.is_file() and file_digest(file) == artefact.manifest.get("sha256"):
         return artefact.path
 
+    passes = count(1)
+
     def samples() -> Iterator[Sample]:
-        return (dataset.load(image_id) for image_id in track(usable, "fit"))
+        title = f"fit, pass {next(passes)} of {generator.num_fit_passes}"
+        return (dataset.load(image_id) for image_id in track(usable, title))
 
     def proposals_of(sample: Sample) -> Proposals:
         if proposals is None:

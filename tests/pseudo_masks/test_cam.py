@@ -218,3 +218,27 @@ def test_regions_are_painted_from_large_to_small(count: int, rng: np.random.Gene
         expected[:, masks[index]] = values[:, index, None]
     painted = paint_regions(scores.to(device), values.to(device), Proposals(masks).to(device))
     assert torch.equal(painted.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_passes"),
+    [
+        pytest.param({"name": "cam"}, 1, id="regression"),
+        pytest.param({"name": "cam", "rounds": 2}, 3, id="refinement rounds"),
+        pytest.param({"name": "cam_neighbours", "rounds": 1}, 3, id="regions of neighbours"),
+        pytest.param(
+            {"name": "fusion", "first": {"name": "cam"}, "second": {"name": "cam", "rounds": 1}}, 3, id="both"
+        ),
+        pytest.param({"name": "fusion", "first": {"name": "cam"}, "second": {"name": "ground_truth"}}, 1, id="one"),
+    ],
+)
+def test_passes_of_a_fit_are_known_before(settings: dict[str, Any], num_passes: int) -> None:
+    passes: list[int] = []
+
+    def samples() -> Iterator[Sample]:
+        passes.append(len(passes))
+        return iter(world())
+
+    generator = build(settings, device=Device(CPU), backbone=ColourBackbone, classes=CLASSES)
+    generator.fit(samples, NUM_CLASSES, lambda item: halves(item.size))
+    assert len(passes) == generator.num_fit_passes == num_passes

@@ -20,7 +20,8 @@ def test_every_step_of_a_run_reports(
     lines = capsys.readouterr().err.splitlines()
     steps = {line.partition(":")[0] for line in lines}
     assert steps >= {
-        "propose train", "propose val", "read training images", "fit", "class scores train", "pseudo masks train",
+        "propose train", "propose val", "read training images", "fit, pass 2 of 2",
+        "class scores train", "pseudo masks train",
         "build bank", "queries", "infer", "score predictions",
     }  # fmt: skip
     assert len([line for line in lines if " of " in line and line.endswith(" left")]) > len(steps)
