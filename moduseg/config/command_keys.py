@@ -55,8 +55,8 @@ class ReproduceOptions:
 
     Attributes:
         table: name of a file in `configs/reproduce/`.
-        dataset: the one data set to run: `voc`, `voc_aug`, `coco`, `ade20k`, `cityscapes` or `miniature`; all with
-            published figures if omitted.
+        dataset: the one data set to run: `voc`, `voc_aug`, `coco`, `ade20k`, `cityscapes` or `miniature`, or of the
+            open-vocabulary table a protocol such as `voc21`; all with published figures if omitted.
         row: the one row to run; all if omitted.
         seeds: runs of a row, where the data set can be repeated; the table's number if omitted.
         show: whether to print the command of each row instead of running it.

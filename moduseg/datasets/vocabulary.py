@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,7 +77,8 @@ def read_word_list(value: str | Sequence[str]) -> WordList | None:
     """
     if isinstance(value, str):
         path = Path(value).expanduser()
-        if path.is_file():
+        # Unlike `Path.is_file`, this takes text of any length.
+        if os.path.isfile(path):  # noqa: PTH113
             return _parse_lines(read_text(path).splitlines())
         if path.suffix == ".txt":
             raise MissingError(

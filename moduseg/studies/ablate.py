@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moduseg.config import UNREADABLE, compose, config_dir
+from moduseg.config import UNREADABLE, Config, compose, config_dir
 from moduseg.config.command_keys import AblateOptions
 from moduseg.config.construct import construct
 from moduseg.errors import ConfigError
@@ -27,6 +27,7 @@ from moduseg.files import digest_of, read_json, write_atomic, write_json
 from moduseg.pipeline.workspace import log
 from moduseg.progress import Progress
 from moduseg.stages import evaluate
+from moduseg.stages.segment import Segment
 
 FIGURES: dict[str, tuple[str, Figure]] = {
     **{measure.column: ("prediction", measure) for measure in single_measures()},
@@ -47,6 +48,8 @@ class Table:
         axes: axis -> option -> overrides, or -> a list of lists of overrides, whose results are averaged.
         replicates: lists of overrides; every cell is run with each list, and the results are averaged.
         columns: keys of `FIGURES`.
+        stage: what a run is: `evaluate` (a bank, searched) or `segment` (words alone), which has figures of predictions
+            alone.
     """
 
     title: str
@@ -54,11 +57,14 @@ class Table:
     base: list[str] = field(default_factory=list)
     replicates: list[Any] = field(default_factory=lambda: [[]])
     columns: list[str] = field(default_factory=lambda: ["mIoU"])
+    stage: Literal["evaluate", "segment"] = "evaluate"
 
     def __post_init__(self) -> None:
         unknown = [c for c in self.columns if c not in FIGURES]
         if unknown:
             raise ValueError(f"columns: got {', '.join(unknown)}, expected some of {', '.join(FIGURES)}")
+        if self.stage == "segment" and any(FIGURES[column][0] != "prediction" for column in self.columns):
+            raise ValueError(f"columns: got {', '.join(self.columns)}, expected figures of predictions for segment")
         if not self.axes or not all(isinstance(options, Mapping) and options for options in self.axes.values()):
             raise ValueError(f"axes: got {dict(self.axes)!r}, expected axis -> option -> overrides")
 
@@ -142,8 +148,7 @@ def _run_cell(
     commands = [[*table.base, *cell_overrides, *overrides] for cell_overrides in runs]
     results = []
     for command in commands:
-        path = evaluate.run(compose(["evaluation.report=false", *command]))
-        results.append(read_json(path / "results.json"))
+        results.append(run_stage(table.stage, compose(["evaluation.report=false", *command])))
         progress.update()
     return {
         "options": dict(options),
@@ -154,6 +159,13 @@ def _run_cell(
         "split": results[0]["prediction"]["split"],
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def run_stage(stage: str, cfg: Config) -> dict[str, Any]:
+    """Run `evaluate` or `segment` and return its results by part; those of `segment` are of predictions alone."""
+    if stage == "evaluate":
+        return dict(read_json(evaluate.run(cfg) / "results.json"))
+    return {"prediction": read_json(Segment.run(cfg) / "results.json")}
 
 
 def _expand_cells(table: Table) -> Iterator[tuple[dict[str, str], list[list[str]]]]:

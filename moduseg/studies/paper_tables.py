@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from moduseg.config.construct import construct
 from moduseg.errors import ConfigError
@@ -20,10 +20,18 @@ BASE: dict[str, list[str]] = {
     "ade20k": ["experiment=ade20k"],
     "cityscapes": ["experiment=cityscapes"],
     "miniature": [],
+    "voc21": ["protocol=voc21"],
+    "context60": ["protocol=context60"],
+    "coco_object": ["protocol=coco_object"],
+    "voc20": ["protocol=voc20"],
+    "context59": ["protocol=context59"],
+    "coco_stuff": ["protocol=coco_stuff"],
 }
 """The data sets that a table may have, and the overrides every row starts from."""
 FULL = ("voc", "coco")
 """What `full` means in a table: the data sets of the paper's ablations."""
+PROTOCOLS = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
+"""The open-vocabulary benchmarks, in the order in which tables show them."""
 MINIATURE = "miniature"
 """The embedded world, which is no benchmark: its rows have VOC's published figures beside them."""
 SPLITS = {"mIoU": "val", "pseudo-mask mIoU": "train"}
@@ -36,11 +44,15 @@ class Row:
 
     Attributes:
         published: the method's name in the table of `moduseg.evaluation.published`, or data set -> name.
+        kind: what the method had: whether it was trained, and on what; whether it was told an image's tags.
+        protocols: overrides on the open-vocabulary benchmarks, `{set}` being the benchmark's name.
         all, full: overrides on VOC, COCO and the miniature; on VOC and COCO.
-        voc, coco, ade20k, cityscapes, miniature: overrides on this data set, after the others.
+        voc, coco, ade20k, ...: overrides on this data set, after the others.
     """
 
     published: Any = None
+    kind: str = ""
+    protocols: list[str] | None = None
     all: list[str] | None = None
     full: list[str] | None = None
     voc: list[str] | None = None
@@ -48,18 +60,27 @@ class Row:
     ade20k: list[str] | None = None
     cityscapes: list[str] | None = None
     miniature: list[str] | None = None
+    voc21: list[str] | None = None
+    context60: list[str] | None = None
+    coco_object: list[str] | None = None
+    voc20: list[str] | None = None
+    context59: list[str] | None = None
+    coco_stuff: list[str] | None = None
 
     def overrides(self, dataset: str) -> list[str] | None:
         """Return the overrides of this row for `dataset`; `None` if the row does not apply to it."""
         everywhere = self.all if dataset in (*FULL, MINIATURE) else None
-        parts = [everywhere, self.full if dataset in FULL else None, getattr(self, dataset)]
+        protocols = None
+        if self.protocols is not None and dataset in PROTOCOLS:
+            protocols = [override.replace("{set}", dataset) for override in self.protocols]
+        parts = [everywhere, protocols, self.full if dataset in FULL else None, getattr(self, dataset)]
         present = [part for part in parts if part is not None]
         return [override for part in present for override in part] if present else None
 
     @property
     def is_quoted(self) -> bool:
         """Whether there is nothing to run: another method's figure, for the reader."""
-        return all(getattr(self, f.name) is None for f in fields(self) if f.name != "published")
+        return all(getattr(self, f.name) is None for f in fields(self) if f.name not in ("published", "kind"))
 
 
 @dataclass(frozen=True)
@@ -70,6 +91,7 @@ class PaperTable:
         title: what it shows.
         rows: name -> row, in the order shown.
         published: which of `moduseg.evaluation.published.TABLES`.
+        stage: what a row runs: `evaluate` (a bank, searched) or `segment` (words alone).
         figure: key of `SPLITS` that the published figures are.
         columns: more keys of `moduseg.studies.ablate.FIGURES`, ours alone.
         reference: the row that changes are counted from, or data set -> row.
@@ -84,6 +106,7 @@ class PaperTable:
     title: str
     rows: Mapping[str, Row]
     published: str
+    stage: Literal["evaluate", "segment"] = "evaluate"
     figure: str = "mIoU"
     columns: list[str] = field(default_factory=list)
     reference: Any = None
@@ -143,7 +166,8 @@ class PaperTable:
     def figure_of(self, name: str, dataset: str) -> PublishedRow | None:
         """Return the published figure of a row; the miniature's rows have that of VOC, for orientation."""
         method = pick(self.rows[name].published, dataset)
-        benchmark = f"{'voc' if dataset == MINIATURE else dataset}/{SPLITS[self.figure]}"
+        orientation = "voc21" if self.stage == "segment" else "voc"
+        benchmark = f"{orientation if dataset == MINIATURE else dataset}/{SPLITS[self.figure]}"
         wanted = (self.published, method, benchmark)
         return next((row for row in PUBLISHED if (row.table, row.method, row.benchmark) == wanted), None)
 

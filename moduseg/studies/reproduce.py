@@ -23,9 +23,12 @@ from moduseg.pipeline.manifests import StageFolder, count_failures
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.progress import Progress
 from moduseg.stages import evaluate
+from moduseg.stages.segment import Segment
 from moduseg.studies.ablate import FIGURES, label_column, mean_cell, read_figure
 from moduseg.studies.paper_tables import BASE, MINIATURE, SPLITS, PaperTable, load_paper_table, pick
 
+RUNS: dict[str, Callable[[Config], Path]] = {"evaluate": evaluate.run, "segment": Segment.run}
+"""What a row of a table runs, by the table's `stage`."""
 ALIASES = {"voc_aug": "voc", "coco2014": "coco"}
 """Other configurations of a data set -> its name in tables."""
 
@@ -147,12 +150,14 @@ class TableRun:
         """Run a row, or record what it lacks."""
         record, start = self.records[row], time.perf_counter()
         try:
-            record["missing"] = list(dict.fromkeys(line for cfg in cfgs for line in find_missing(Workspace(cfg))))
+            stage = self.table.stage
+            lacking = [line for cfg in cfgs for line in find_missing(Workspace(cfg), stage)]
+            record["missing"] = list(dict.fromkeys(lacking))
             if record["missing"]:
                 record["status"] = "missing"
             else:
                 # Each run has a workspace of its own, so that one run's models are in memory at a time.
-                record.update(self._read_results([evaluate.run(cfg) for cfg in cfgs]))
+                record.update(self._read_results([RUNS[self.table.stage](cfg) for cfg in cfgs]))
                 record["train_split"] = cfgs[0].dataset.get("train_split", "train")
                 record["status"] = "done"
         except StorageError:
@@ -197,11 +202,12 @@ class TableRun:
         keys = ("method", "benchmark", "value", "source", "note")
         return {
             "row": row,
+            "kind": self.table.rows[row].kind,
             "status": "to do" if runs else "quoted",
             "published": None if published is None else {key: getattr(published, key) for key in keys},
             "ours": None,
             "runs": runs,
-            "commands": [command(overrides) for overrides in runs],
+            "commands": [command(overrides, self.table.stage) for overrides in runs],
             "values": [],
             "columns": {},
             "images": None,
@@ -217,6 +223,9 @@ class TableRun:
     def _read_results(self, paths: Sequence[Path]) -> dict[str, Any]:
         """Return what a row's record says of its finished runs."""
         results = [read_json(path / "results.json") for path in paths]
+        if self.table.stage == "segment":
+            # Its results are those of the predictions alone.
+            results = [{"prediction": result} for result in results]
         # The figure's own label maps: predictions, or pseudo masks.
         scored = results[0][FIGURES[self.table.figure][0]] or {}
         values = [read_figure(result, self.table.figure) for result in results]
@@ -251,7 +260,7 @@ class TableRun:
             record["published_change"] = published["value"] - reference_published["value"] if has_both else None
 
     def _make_markdown(self) -> str:
-        header = ["row", "published", "ours", "difference"]
+        header = ["row", *(["kind"] if self._has_kinds else []), "published", "ours", "difference"]
         if self.reference is not None:
             header += ["published change", "our change"]
         header += [*(label_column(c) for c in self.table.columns), "images", "seconds"]
@@ -269,6 +278,7 @@ class TableRun:
         published, images, seconds = record["published"], record["images"], record["seconds"]
         cells: list[object] = [
             record["row"],
+            *([record["kind"] or "-"] if self._has_kinds else []),
             format_value(None if published is None else published["value"]),
             ours + ("*" if record["left_out"] else ""),
             mean_cell([record["difference"]], figure, "+"),
@@ -277,6 +287,11 @@ class TableRun:
             cells += [mean_cell([record["published_change"]], figure, "+"), mean_cell(record["change"], figure, "+")]
         cells += [mean_cell(record["columns"].get(c, []), c) for c in self.table.columns]
         return [*cells, "-" if images is None else images, "-" if seconds is None else seconds]
+
+    @property
+    def _has_kinds(self) -> bool:
+        """Whether the table says of its rows what the methods had."""
+        return any(row.kind for row in self.table.rows.values())
 
     def _list_notes(self) -> list[str]:
         """Return what one must know to read the table, in sentences."""
@@ -292,7 +307,11 @@ class TableRun:
             last = num_runs - 1
             notes.append(f"Ours: mean ± sample standard deviation of {num_runs} runs, {self.seed_key} 0 to {last}.")
         banks = sorted({(r["train_split"], r["label_source"]) for r in records if r["status"] == "done"})
-        notes += [f"Bank of {split}, image-level labels from {source}." for split, source in banks]
+        if self.table.stage == "segment":
+            sources = sorted({str(source) for _, source in banks})
+            notes += [f"No bank; which classes compete in an image: {source}." for source in sources]
+        else:
+            notes += [f"Bank of {split}, image-level labels from {source}." for split, source in banks]
         notes.append(
             "Seconds: time on the clock of all stages behind a row, whenever it was done and whoever shares it."
         )
@@ -329,10 +348,14 @@ class TableRun:
         return lines_by_rows
 
 
-def find_missing(work: Workspace) -> list[str]:
+def find_missing(work: Workspace, stage: str = "evaluate") -> list[str]:
     """Return what a run needs and does not find: data, folders, weights. Nothing is computed with them.
 
     Weights that can be fetched are fetched.
+
+    Args:
+        work: of the run.
+        stage: what runs, a key of `RUNS`.
 
     Returns:
         The line of each `MissingError`, once.
@@ -344,6 +367,15 @@ def find_missing(work: Workspace) -> list[str]:
         lambda: work.backbone.digest,
         lambda: work.generator.digest,
     )
+    if stage == "segment":
+        needs_proposals = work.word_generator.needs_proposals or work.cfg.pseudo_masks.refine == "region_vote"
+        proposals: tuple[Callable[[], object], ...] = (lambda: work.proposer.digest,) if needs_proposals else ()
+        parts = (
+            lambda: work.dataset(work.eval_split).ids,
+            *proposals,
+            lambda: work.word_generator.digest,
+            lambda: work.tagger.digest,
+        )
     lines: dict[str, None] = {}
     for part in parts:
         try:
@@ -358,9 +390,9 @@ def work_seconds(path: Path) -> float:
     return sum(folder.seconds for folder in StageFolder(path).provenance())
 
 
-def command(overrides: Sequence[str]) -> str:
-    """Return the command line of one run."""
-    return " ".join(["python scripts/evaluate.py", *(shlex.quote(override) for override in overrides)])
+def command(overrides: Sequence[str], stage: str = "evaluate") -> str:
+    """Return the command line of one run of a stage."""
+    return " ".join([f"python scripts/{stage}.py", *(shlex.quote(override) for override in overrides)])
 
 
 def list_commands(name: str, dataset: str | None = None) -> list[str]:
@@ -368,7 +400,7 @@ def list_commands(name: str, dataset: str | None = None) -> list[str]:
     table = load_paper_table(name)
     wanted = ALIASES.get(dataset or "", dataset)
     chosen = [d for d in BASE if d in table.datasets and wanted in (None, d)]
-    return [f"{d}, {row}: {command(table.runs(row, d, 1)[0])}" for d in chosen for row in table.names(d)]
+    return [f"{d}, {row}: {command(table.runs(row, d, 1)[0], table.stage)}" for d in chosen for row in table.names(d)]
 
 
 def _one_line(error: Exception) -> str:

@@ -30,6 +30,9 @@ def test_files_are_read(content: str, expected: WordList, tmp_path: Path) -> Non
     pytest.param("a dog;grass", WordList(("a dog", "grass"), (("a dog",), ("grass",))), id="text"),
     pytest.param("dog: puppy, hound;cat", WordList(("dog", "cat"), (("puppy", "hound"), ("cat",))), id="text, names"),
     pytest.param(["a dog", "grass"], WordList(("a dog", "grass"), (("a dog",), ("grass",))), id="list"),
+    pytest.param(";".join(f"class {i}" for i in range(200)),
+                 WordList(tuple(f"class {i}" for i in range(200)), tuple((f"class {i}",) for i in range(200))),
+                 id="text longer than a file name may be"),
     pytest.param("", None, id="empty text"),
     pytest.param((), None, id="empty list"),
 ])  # fmt: skip

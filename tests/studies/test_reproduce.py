@@ -273,3 +273,29 @@ def test_show_prints_every_rows_command(
         "voc, both: python scripts/evaluate.py experiment=voc",
     ]
     assert reproduce.command(["a=${oc.env:X,y}"]) == "python scripts/evaluate.py 'a=${oc.env:X,y}'"
+
+
+def test_rows_of_words_alone_are_segmented(tmp_path: Path, tables: Path, small: list[str]) -> None:
+    """Each row says what its method had; rows that lack weights or are of others stand beside it."""
+    rows = {
+        "SCLIP": {
+            "published": "SCLIP",
+            "kind": "training-free; no tags",
+            "protocols": ["protocol={set}_sclip"],
+            "miniature": ["pseudo_masks=clip_dense", "pseudo_masks.refine=none"],
+        },
+        "Trident B": {"published": "Trident B", "kind": "of others"},
+    }
+    table = {"title": "Words.", "published": "open vocabulary", "stage": "segment", "rows": rows}
+    OmegaConf.save(OmegaConf.create(table), tables / "words.yaml")
+    written = reproduce.run(ReproduceOptions(table="words", dataset="miniature"), small)
+    (row,) = record_of(written.paths[0])["rows"]
+    assert (row["status"], row["published"]["value"], row["images"]) == ("done", 59.1, 2)
+    assert row["commands"][0].startswith("python scripts/segment.py ")
+    text = written.paths[0].read_text()
+    assert "| SCLIP | training-free; no tags |" in " ".join(text.split())
+    assert "No bank; which classes compete in an image: none, all words compete." in text
+    lacking = reproduce.run(ReproduceOptions(table="words", dataset="voc21"), [f"runtime.outputs={tmp_path / 'out'}"])
+    statuses = {row["row"]: row["status"] for row in record_of(lacking.paths[0])["rows"]}
+    assert statuses == {"SCLIP": "missing", "Trident B": "quoted"}
+    assert lacking.num_failed == 0
