@@ -20,6 +20,7 @@ FIGURES: dict[str, str] = {
     "outside_models": "benchmarks.engine:outside_models",
     "memory": "benchmarks.engine:memory",
     "shards": "benchmarks.engine:shards",
+    "photographs": "benchmarks.photographs:photographs",
 }
 """Name -> `module:function`, imported when it is measured; the function takes a `Setting` and returns its rows."""
 

@@ -42,7 +42,7 @@ def outside_models(setting: Setting) -> list[Row]:
     runs: list[dict[str, float]] = []
     steps: dict[str, Any] = {}
     for _ in range(1 if setting.is_small else min(setting.repeats, 3)):
-        with _scratch() as folder:
+        with make_scratch() as folder:
             cfg = compose(
                 [
                     *(f"runtime.{k}={v}" for k, v in (("outputs", folder), ("device", setting.device))),
@@ -87,7 +87,7 @@ def memory(setting: Setting) -> list[Row]:
     figure, target = f"peak memory of infer, {many} images over {few}", f"at most +{MEMORY_MB:g} MB"
     if not sys.platform.startswith("linux"):
         return [make_unmeasured_row(figure, target, "a process's peak memory is read as Linux writes it")]
-    with _scratch() as folder:
+    with make_scratch() as folder:
         peaks = [_peak(folder / str(images), images) for images in (few, many)]
     more = peaks[1] - peaks[0]
     text = f"{more:+.1f} MB ({peaks[0]:.0f} to {peaks[1]:.0f} MB)"
@@ -103,7 +103,7 @@ def shards(setting: Setting) -> list[Row]:
     images = 8 if setting.is_small else 64
     times: dict[int, list[float]] = {1: [], 2: []}
     computed: dict[int, list[float]] = {1: [], 2: []}
-    with _scratch() as folder:
+    with make_scratch() as folder:
         for round_ in range(1 if setting.is_small else min(setting.repeats, 3)):
             for count in (1, 2) if round_ % 2 else (2, 1):
                 shutil.rmtree(folder / "miniature" / "propose", ignore_errors=True)
@@ -124,7 +124,7 @@ def shards(setting: Setting) -> list[Row]:
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
+def make_scratch() -> Iterator[Path]:
     """Yield a temporary folder, with the log reduced to errors."""
     log = logging.getLogger("moduseg")
     level = log.level
@@ -159,11 +159,12 @@ def _peak(folder: Path, images: int) -> float:
         "dataset.train=40",
         f"dataset.val={images}",
     ]
-    _in_process(_draw, arguments)
-    return float(_in_process(_infer, arguments))
+    in_process(_draw, arguments)
+    return float(in_process(_infer, arguments))
 
 
-def _in_process(job: Any, arguments: Sequence[str]) -> Any:
+def in_process(job: Any, arguments: Sequence[str]) -> Any:
+    """Run `job(pipe, arguments)` in a new process, and return what it sends."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=job, args=(theirs, list(arguments)))
@@ -184,9 +185,14 @@ def _infer(pipe: Connection, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("moduseg").setLevel(logging.ERROR)
     Infer.run(compose(arguments))
+    pipe.send(read_peak_megabytes())
+
+
+def read_peak_megabytes() -> float:
+    """Return the peak memory of this process, as Linux writes it."""
     # `ru_maxrss` will not do: a process inherits it from its parent.
     status = Path("/proc/self/status").read_text()
-    pipe.send(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")))
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def _time_shards(folder: Path, images: int, cores: Sequence[int]) -> tuple[float, float]:

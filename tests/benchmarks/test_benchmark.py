@@ -26,7 +26,7 @@ from benchmarks.common import (
 CPU = torch.device("cpu")
 
 
-PROCESSES = ("outside_models", "memory", "shards")
+PROCESSES = ("outside_models", "memory", "shards", "photographs")
 """Whole runs, some in processes of their own: seconds each, however small."""
 
 
