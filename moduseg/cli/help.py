@@ -6,6 +6,7 @@ import dataclasses
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +18,8 @@ from moduseg.config import Config, compose_hydra, config_dir
 
 _WIDTH = 110
 _KEY_WIDTH = 44
+_PHOTOS = "photos"
+"""How the experiments for one's own photographs begin; the help says what each needs and is good for."""
 _CHAPTERS = ("data", "pipeline", "experiments", "tools")
 _TITLES = {
     "data": "data: lay out and check images and labels",
@@ -88,6 +91,9 @@ def _describe_configuration(command: Command, overrides: Sequence[str]) -> list[
     for group in groups:
         names = sorted(path.stem for path in (folder / group).glob("*.yaml"))
         lines += _fill(f"  {group}=<file>   ", ", ".join(names)) if len(names) > 1 else []
+        if group == "experiment":
+            for name in (name for name in names if name.startswith(_PHOTOS)):
+                lines += _fill(f"  {group}={name}   ", _read_comment(folder / group / f"{name}.yaml"))
     rows = [("name=<text>", "a name of the run beside its key: run=<name>, bank=<name>")] if command.groups else []
     if "evaluation" in groups:
         rows.append(("predictions=<text> [null]", read_attributes(Config)["predictions"]))
@@ -102,6 +108,13 @@ def _describe_configuration(command: Command, overrides: Sequence[str]) -> list[
     if not command.groups:
         rows += _describe_file(cfg, "", folder, [key for key in cfg if key not in groups])
     return [*lines, *_to_columns(rows)]
+
+
+def _read_comment(path: Path) -> str:
+    """Return the comment at the head of a YAML file as one text, without the line for Hydra."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.lstrip("# ") for line in head if "@package" not in line)
 
 
 def _describe_schema(cls: type, cfg: DictConfig, prefix: str) -> Iterator[tuple[str, str]]:

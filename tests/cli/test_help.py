@@ -27,6 +27,7 @@ entry()
     pytest.param([], 0, "moduseg <command> [key=value ...]", id="nothing"),
     pytest.param(["--version"], 0, f"moduseg {__version__}", id="version"),
     pytest.param(["infer", "--help"], 0, "neighbours that vote", id="a stage"),
+    pytest.param(["infer", "--help"], 0, "experiment=photos_light   Photographs with tags, on a CPU", id="presets"),
     pytest.param(["bank", "--help"], 0, "bank info bank=latest", id="verbs"),
     pytest.param(["predict", "--help"], 0, "bank=<text>", id="keys of its own"),
     pytest.param(["infr"], 2, "infr: unknown command; did you mean infer?", id="a command"),
