@@ -106,7 +106,7 @@ def check(group: str, name: str, code: object, lines: list[str], home: Path) -> 
         assert re.search(rf"set {key}\.\w+=<|data/README\.md", line)
     else:
         assert re.search(r"https://[\w.-]+/\S+", line), line
-        assert re.search(r"\w\.(safetensors|pth|pt|bin|npz)\b", line), line
+        assert re.search(r"\w\.(safetensors|pth|pt|bin|npz|h5)\b", line), line
         assert f"into {home}" in line or "environment variable" in line, line
         assert re.search(rf"{key}\.\w+=<", line), line
 

@@ -55,8 +55,8 @@ def find_objects(
     return np.array([class_id for class_id, _ in objects], dtype=np.int64), masks
 
 
-def best_ious(objects: Tensor, proposals: Tensor, ignore: Tensor | None = None) -> Tensor:
-    """Return for each object the IoU of the proposal that fits it best.
+def measure_ious(objects: Tensor, proposals: Tensor, ignore: Tensor | None = None) -> Tensor:
+    """Return the IoU of each object with each proposal.
 
     Args:
         objects: `[M, H, W]` bool.
@@ -64,26 +64,39 @@ def best_ious(objects: Tensor, proposals: Tensor, ignore: Tensor | None = None) 
         ignore: `[H, W]` bool, pixels that count for neither, or `None`.
 
     Returns:
-        `[M]` float32 in [0, 1]; 0 where there is no proposal.
+        `[M, N]` float32 in [0, 1].
 
     Raises:
         ValueError: masks of different sizes.
     """
     if objects.shape[1:] != proposals.shape[1:]:
         raise ValueError(f"proposals: got masks {tuple(proposals.shape[1:])}, expected {tuple(objects.shape[1:])}")
-    best = torch.zeros(len(objects), dtype=torch.float32, device=objects.device)
+    ious = torch.zeros(len(objects), len(proposals), dtype=torch.float32, device=objects.device)
     if len(objects) == 0 or len(proposals) == 0:
-        return best
+        return ious
     is_counted = torch.ones_like(objects[:1]) if ignore is None else ~ignore[None]
     # float32 counts pixels exactly up to 2^24, far above the size of one object. The last row counts whole proposals.
     rows = torch.cat((objects & is_counted, is_counted)).flatten(1).float()
     object_areas = rows[:-1].sum(1)
-    for chunk in proposals.split(_CHUNK):
+    for columns, chunk in zip(ious.split(_CHUNK, dim=1), proposals.split(_CHUNK), strict=True):
         products = rows @ chunk.flatten(1).float().T
         intersections, proposal_areas = products[:-1], products[-1]
         unions = object_areas[:, None] + proposal_areas[None] - intersections
-        best = torch.maximum(best, (intersections / unions.clamp(min=1)).amax(1))
-    return best
+        columns.copy_(intersections / unions.clamp(min=1))
+    return ious
+
+
+def best_ious(objects: Tensor, proposals: Tensor, ignore: Tensor | None = None) -> Tensor:
+    """Return for each object the IoU of the proposal that fits it best; arguments as `measure_ious`.
+
+    Returns:
+        `[M]` float32 in [0, 1]; 0 where there is no proposal.
+
+    Raises:
+        ValueError: masks of different sizes.
+    """
+    ious = measure_ious(objects, proposals, ignore)
+    return ious.amax(1) if len(proposals) else ious.new_zeros(len(objects))
 
 
 class ProposalQuality:

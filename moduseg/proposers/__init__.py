@@ -8,6 +8,7 @@ from typing import Any
 from moduseg.config.construct import build_named
 from moduseg.devices import Device
 from moduseg.proposers.base import Proposer
+from moduseg.proposers.contours import ContourProposer
 from moduseg.proposers.files import FileProposer
 from moduseg.proposers.ground_truth import GroundTruthProposer
 from moduseg.proposers.sam import SamProposer
@@ -16,6 +17,7 @@ from moduseg.proposers.superpixels import SuperpixelProposer
 from moduseg.proposers.universal import UniversalProposer
 
 PROPOSERS: dict[str, type[Proposer]] = {
+    "contours": ContourProposer,
     "files": FileProposer,
     "ground_truth": GroundTruthProposer,
     "sam": SamProposer,

@@ -127,6 +127,11 @@ def test_proposers_of_transformers(family: str, precision: str, directories: dic
     check_proposals(directories[family], precision)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_contours(precision: str) -> None:
+    check_proposals({"name": "contours", "max_proposals": 20}, precision)
+
+
 @pytest.mark.parametrize("name", ["superpixels", "ground_truth"])
 def test_proposers_without_a_model(name: str) -> None:
     expected, results = run_everywhere(lambda device: propose({"name": name}, device), "float32")
@@ -223,7 +228,7 @@ def test_no_class_is_left_out(words: tuple[Path, int, int]) -> None:
     assert set(generators) == set(GENERATOR_NAMES)
     assert {c["name"] for c in generators.values()} | {"files"} == set(GENERATORS)
     assert {c["name"] for c in BACKBONE_CONFIGURATIONS.values()} == set(BACKBONES)
-    tested = {"sam", "sam_transformers", "universal", "superpixels", "ground_truth"}
+    tested = {"contours", "sam", "sam_transformers", "universal", "superpixels", "ground_truth"}
     assert tested | {"files"} == set(PROPOSERS)
     # The others run no model.
     assert {"clip", "tagclip"} == {name for name, tagger in TAGGERS.items() if tagger.runs_model}

