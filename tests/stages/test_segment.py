@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from moduseg.pipeline.workspace import Workspace
 from moduseg.pseudo_masks.labels import make_label_map, region_vote
 from moduseg.report.finished_run import open_run, read_run_config
 from moduseg.stages.segment import Segment
+from tests.backbones.test_clip import tiny_config
+from tests.conftest import external_folder
 from tests.stages.test_shards import shard
 from tests.support.runs import overrides, result_bytes
 
@@ -114,8 +118,6 @@ def test_shards_give_the_same_bytes(segmented: Path, world: Path, tmp_path: Path
 
 
 def test_a_broken_image_costs_itself_and_is_tried_again(world: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(world / "world-6-4", tmp_path / "world-6-4")
     arguments = overrides(tmp_path, *CLIP, "pseudo_masks.refine=none")
     image = tmp_path / "world-6-4" / "JPEGImages" / "val_00001.png"
@@ -136,8 +138,6 @@ def test_a_fitted_generator_uses_training_images(world: Path) -> None:
 
 def test_no_training_images_are_needed(world: Path, tmp_path: Path) -> None:
     """A folder with images and nothing else."""
-    import shutil
-
     (tmp_path / "mine" / "images").mkdir(parents=True)
     shutil.copy(world / "world-6-4" / "JPEGImages" / "val_00000.png", tmp_path / "mine" / "images" / "a.png")
     arguments = ["dataset=folder", f"dataset.root={tmp_path / 'mine'}", f"runtime.outputs={tmp_path / 'out'}"]
@@ -156,3 +156,27 @@ def test_images_without_tags_fail_by_name(world: Path, tmp_path: Path) -> None:
 
 def test_results_name_the_refinement(segmented: Path) -> None:
     assert json.loads((segmented / "results.json").read_text())["refinement"].startswith("region_vote (no CRF")
+
+
+def test_photographs_by_a_random_model(words: tuple[Path, int, int], tmp_path: Path) -> None:
+    """Twelve photographs from words, end to end; the quality of random weights means nothing."""
+    photographs = sorted((external_folder("MODUSEG_COCO150") / "images" / "val2017").glob("*.jpg"))[:12]
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    for photograph in photographs:
+        shutil.copy(photograph, tmp_path / "mine" / "images")
+    config = {**tiny_config(words[1], words[2])}
+    config["vision_config"] |= {"image_size": 224, "patch_size": 16}
+    generator = "pseudo_masks.generator"
+    arguments = [
+        *("dataset=folder", f"dataset.root={tmp_path / 'mine'}", f"runtime.outputs={tmp_path / 'out'}"),
+        *("runtime.device=cpu", "pseudo_masks=sclip", f"{generator}.weights=random", f"{generator}.activation=null"),
+        *(f"{generator}.templates=single", "evaluation.report=false"),
+        *("vocabulary=a dog;grass;background: sky, wall", "pseudo_masks.background.value=0.4"),
+    ]
+    cfg = compose(arguments)
+    model = {**cfg.pseudo_masks.generator, "config": config, "tokenizer": str(words[0])}
+    settings = dataclasses.replace(cfg.pseudo_masks, generator=model)
+    folder = Segment.run(dataclasses.replace(cfg, pseudo_masks=settings))
+    labels = read_labels(folder)
+    assert list(labels) == [photograph.stem for photograph in photographs]
+    assert all(set(np.unique(array)) <= {0, 1, 2} for array in labels.values())
