@@ -147,6 +147,8 @@ def _describe_file(
         comments = [m for text in texts for m in re.findall(rf"^ *{name}: *([^#\n]*?) +# (.+)$", text, re.MULTILINE)]
         same = [comment for written, comment in comments if written == shown]
         meaning = next(iter([*same, *(comment for _, comment in comments)]), "")
+        if name == "name" and not meaning:
+            meaning = f"the implementation that these keys are of; {group}=<file> sets it"
         yield f"{prefix}{'.' if prefix else ''}{name}=<{kind}> [{shown}]", meaning
 
 

@@ -127,7 +127,7 @@ class Report:
         table: Markdown, a row for each check that applies, problems first.
         is_broken: whether anything is broken.
         path: the folder with the table and all problems.
-        first_problems: the first five that break it.
+        first_problems: the first five that break it; what both splits have is one.
     """
 
     table: str
@@ -141,7 +141,9 @@ def main(cfg: Config) -> int:
     report = run(cfg)
     print(report.table, end="")
     for problem in report.first_problems:
-        log.warning("%s: %s", problem.check, problem.message)
+        # Most messages begin with a file's path; those that do not are told apart by the image.
+        where = "" if problem.id in problem.message else f"{problem.id}: "
+        log.warning("%s: %s%s", problem.check, where, problem.message)
     log.info("problems: %s", report.path / "problems.jsonl")
     return 1 if report.is_broken else 0
 
@@ -179,7 +181,7 @@ def run(cfg: Config) -> Report:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_atomic(path / "problems.jsonl", "".join(lines).encode())
     broken = [problem for r in reports for problem in r.problems if r.verdict(problem.check) == "broken"]
-    return Report(table, bool(broken), path, broken[:_MAX_PRINTED])
+    return Report(table, bool(broken), path, list(dict.fromkeys(broken))[:_MAX_PRINTED])
 
 
 def _find_checks(dataset: Dataset, is_train: bool) -> frozenset[str]:

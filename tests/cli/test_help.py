@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -76,3 +78,14 @@ def test_page_lists_the_keys_of_the_chosen_file() -> None:
     assert "retrieval.top_k=<whole number> [5]         neighbours that vote." in page
     with pytest.raises(ConfigError, match="did you mean superpixels"):
         describe_command(COMMANDS["infer"], ["proposer=superpixel"])
+
+
+@pytest.mark.parametrize("name", ["infer", "propose", "pseudo_masks", "build_bank", "evaluate"])
+def test_every_key_of_the_default_has_a_line(name: str) -> None:
+    lines = describe_command(COMMANDS[name]).splitlines()
+    bare = [
+        line
+        for line, following in pairwise(lines)
+        if re.match(r"  [\w.]+=<.*\]$", line) and not following.startswith(" " * 20)
+    ]
+    assert bare == []

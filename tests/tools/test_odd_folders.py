@@ -21,6 +21,7 @@ from moduseg.evaluation.predictions import PredictionFolder
 from moduseg.stages.evaluate_folder import run as evaluate_folder
 from moduseg.stages.infer import Infer
 from moduseg.tools import check_data
+from tests.support.odd_folders import write_picture
 
 SIZE = (40, 48)
 CHEAP = (
@@ -172,3 +173,15 @@ def test_names_are_the_same_in_both_forms_of_unicode(root: Path) -> None:
         data = datasets.build({"name": "folder", "root": str(root)}, split)
         assert (data.ids, data.labels_of(composed)) == ((composed,), (1,))
     assert PredictionFolder(root / "masks", [composed], 3).read(composed, SIZE).max() == 1
+
+
+def test_the_first_problems_are_printed_with_their_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("p0", "p1"):
+        write_picture(tmp_path / "images" / f"{name}.png", np.zeros((4, 6, 3), np.uint8))
+        write_picture(tmp_path / "masks" / f"{name}.png", np.full((4, 6), 255, np.uint8))
+    (tmp_path / "classes.txt").write_text("background\ndisc")
+    cfg = compose(["dataset=folder", f"dataset.root={tmp_path}", f"runtime.outputs={tmp_path}/outputs"])
+    assert check_data.main(cfg) == 1
+    assert [message.partition(": its")[0] for message in caplog.messages if ": its" in message] == [
+        "masks without a class: p0", "masks without a class: p1",
+    ]  # fmt: skip
