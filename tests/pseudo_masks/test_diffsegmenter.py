@@ -25,7 +25,7 @@ from tests.pseudo_masks.contract import CLASSES, GeneratorContract, sample
 from tests.pseudo_masks.test_given_masks import no_backbone
 from tests.support.devices import CPU
 from tests.support.scripted_attention import follow_truth
-from tests.support.tiny_diffusion import tiny_diffusion
+from tests.support.tiny_diffusion import share_model, tiny_diffusion
 
 Make = Callable[..., DiffSegmenterGenerator]
 SETTINGS: dict[str, Any] = {
@@ -41,6 +41,7 @@ def make(words: tuple[Path, int, int]) -> Make:
         cfg = {**tiny_diffusion(words), **SETTINGS, **options}
         generator = build(cfg, Device(device), no_backbone, CLASSES)
         assert isinstance(generator, DiffSegmenterGenerator)
+        share_model(generator._source)
         return generator
 
     return inner

@@ -63,6 +63,18 @@ def tiny_source(words: tuple[Path, int, int], device: Device = CPU, **options: A
     return AttentionSource(DiffusionModelOptions(**tiny_diffusion(words, **options)), device)
 
 
+_MODELS: dict[tuple[str, str], DiffusionModel] = {}
+
+
+def share_model(source: AttentionSource) -> None:
+    """Give a source on the tiny model the parts that another one on this device has made, which takes most of a test.
+
+    The model reads neither `image_side` nor `latent`, in which the sources may differ.
+    """
+    key = (str(source.model.device.torch_device), str(source.options.tokenizer))
+    source.model = _MODELS.setdefault(key, source.model)
+
+
 def save_tiny_diffusion(words: tuple[Path, int, int], folder: Path) -> Path:
     """Write the tiny model as diffusers lays it out, and return the directory."""
     model = DiffusionModel(DiffusionModelOptions(**tiny_diffusion(words)), CPU, "diffusion.weights")
