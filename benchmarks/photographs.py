@@ -32,12 +32,7 @@ COUNTS = (6, 24, 100, 240)
 SECONDS = 6.0
 """Of CPU time a photograph, all steps together."""
 PEAK_MB = 2000.0
-PRESET = (
-    "experiment=folder",
-    "backbone=efficientnet_lite2",
-    "proposer@train_proposer=superpixels_photo_nine",
-    "runtime.token_cache=2",
-)
+PRESET = ("experiment=photos_light",)
 SMALL = ("dataset=folder", "proposer=superpixels", "pseudo_masks=cam_photo", "backbone=miniature_random")
 COUNTS_KEY = "MODUSEG_BENCHMARK_PHOTOGRAPHS"
 """Environment variable with other counts, such as `6,24`."""
