@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg.masks.bits import PACKED
+from moduseg.masks.bits import PACKED, PackedMasks
 from moduseg.masks.forest import paint_deepest
+from moduseg.masks.rle import find_changes
 
 _BITS = 36
 """Masks between two renumberings: a cell number (below 2^27) and this many bits fit into 63."""
 
 
 def split_into_cells(
-    masks: Tensor, values: Tensor | None = None, parents: Tensor | None = None
+    masks: Tensor, values: Tensor | None = None, parents: Tensor | None = None, *, in_any_order: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the cells of an image.
 
@@ -29,6 +30,7 @@ def split_into_cells(
         values: `[H, W]` integers 0..255 that split cells further.
         parents: `[N]` int64 of masks that may be nested (`Proposals.parents`). If they are, in one tree or in several
             beside each other, the same cells are made sooner on the CPU, in another order.
+        in_any_order: the order of the cells does not matter, so that those of many masks are made sooner on the CPU.
 
     Returns:
         `cell_of [H * W]` int64, the cell of each pixel, and `cell_pixels [U]` int64, one pixel of each cell.
@@ -37,10 +39,14 @@ def split_into_cells(
     code = torch.zeros(pixels.shape[1], dtype=torch.int64, device=masks.device)
     if values is not None:
         code = values.flatten().to(masks.device).long()
-    deepest = None
+    deepest = hashed = None
     if parents is not None and masks.device.type in PACKED:
         deepest = paint_deepest(masks, parents.cpu().numpy())
-    if deepest is not None:
+    if deepest is None and in_any_order and values is None and masks.device.type in PACKED and len(masks) > _BITS:
+        hashed = _split_by_hashes(masks)
+    if hashed is not None:
+        code = hashed
+    elif deepest is not None:
         # The deepest mask of a pixel stands for all that cover it.
         code = (code * (len(masks) + 1) + torch.from_numpy(deepest).flatten() + 1).unique(return_inverse=True)[1]
     else:
@@ -52,6 +58,29 @@ def split_into_cells(
     cell_pixels = torch.zeros(int(code.max()) + 1 if len(code) else 0, dtype=torch.int64, device=masks.device)
     cell_pixels[code] = torch.arange(len(code), device=masks.device)
     return code, cell_pixels
+
+
+def _split_by_hashes(masks: Tensor) -> Tensor | None:
+    """Return the cell of each pixel, `[H * W]` int64, from where masks begin and end; `None` if two hashes coincide.
+
+    Each mask has a random number. A pixel's hash is the exclusive or of the numbers of the masks that cover it, so that
+    it changes at their outlines alone. Pixels of one cell have equal hashes; a second hash of other numbers tells if
+    pixels of two cells have as well.
+    """
+    count, height, width = masks.shape
+    mask, position = np.divmod(find_changes(PackedMasks.of(masks)), max(height * width, 1))
+    numbers = np.random.default_rng(0).integers(0, 1 << 64, size=(2, count), dtype=np.uint64)
+    hashes = np.zeros((2, height * width), np.uint64)
+    for line, number in zip(hashes, numbers, strict=True):
+        np.bitwise_xor.at(line, position, number[mask])
+        np.bitwise_xor.accumulate(line, out=line)
+    # Positions go down the columns.
+    first_hash, second_hash = (line.reshape(width, height).T.reshape(-1) for line in hashes)
+    _, pixels, cells = np.unique(first_hash, return_index=True, return_inverse=True)
+    cells = cells.reshape(-1)
+    if not np.array_equal(second_hash, second_hash[pixels][cells]):
+        return None
+    return torch.from_numpy(cells.astype(np.int64))
 
 
 @dataclass(frozen=True)

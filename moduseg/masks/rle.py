@@ -57,7 +57,7 @@ def encode_masks(packed: PackedMasks) -> list[str]:
     """Return COCO's compressed run lengths of each mask, the strings that pycocotools gives."""
     count, height, _ = packed.words.shape
     pixels = height * packed.width
-    changes = _find_changes(packed)
+    changes = find_changes(packed)
     # A run ends before each change, and the last one of a mask with its last pixel.
     mask_of_change = changes // max(pixels, 1)
     num_runs = np.bincount(mask_of_change, minlength=count) + 1
@@ -77,7 +77,7 @@ def encode_masks(packed: PackedMasks) -> list[str]:
     return [text[start:stop] for start, stop in pairwise([0, *text_ends])]
 
 
-def _find_changes(packed: PackedMasks) -> np.ndarray:
+def find_changes(packed: PackedMasks) -> np.ndarray:
     """Return where pixels differ from the one before, down the columns; the pixel before the first is no mask's.
 
     Returns:

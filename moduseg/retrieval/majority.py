@@ -40,7 +40,7 @@ def assemble_majority(masks: Tensor, labels: Tensor, scores: Tensor, parents: Te
     if masks.numel() == 0:
         return torch.zeros(masks.shape[1:], dtype=torch.uint8, device=masks.device)
     # Pixels that the same masks cover get the same label: there are a few hundred such cells, not thousands.
-    cell_of, cell_pixels = split_into_cells(masks, parents=parents)
+    cell_of, cell_pixels = split_into_cells(masks, parents=parents, in_any_order=True)
     return vote_by_majority(masks.flatten(1)[:, cell_pixels], labels, scores)[cell_of].view(masks.shape[1:])
 
 
