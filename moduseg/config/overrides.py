@@ -18,8 +18,8 @@ from moduseg.errors import ConfigError, suggest, suggest_all
 
 PATH_KEYS = frozenset((
     "annotation_dir", "annotations", "checkpoint", "classes_file", "folder", "image_dir", "images", "instance_dir",
-    "labels", "list_dir", "mask_dir", "output", "outputs", "path", "pattern", "predictions", "root", "tokenizer",
-    "train_split", "val_annotations", "val_images", "val_split", "vocabulary", "weights",
+    "labels", "list_dir", "mask_dir", "output", "outputs", "path", "pattern", "predictions", "release_dir", "root",
+    "tokenizer", "train_split", "val_annotations", "val_images", "val_split", "vocabulary", "weights",
 ))  # fmt: skip
 """Last parts of keys that name a file or a folder; their values are taken character by character, but for `null`."""
 _SWEEPS = re.compile(r",|^(choice|range|glob|interval|sort|shuffle|tag)\(")
