@@ -167,6 +167,11 @@ class ClipWordsGenerator(PseudoMaskGenerator):
         merge_classes = self._options.word_merge == "mean"
         return encode_words(self._source, self._templates, words_by_label, merge_classes=merge_classes)
 
+    @cached_property
+    def _mean_colour(self) -> list[float]:
+        """The colour that normalisation brings to about 0, in whole levels."""
+        return list((self._source.normalisation[0].flatten() * 255).round().tolist())
+
     def _compare(self, image: np.ndarray, texts: Tensor, regions: Tensor | None = None) -> Tensor:
         """Return the cosines `[Q, H, W]` of every pixel of the image, averaged over the windows that hold it."""
         options = self._options
@@ -205,9 +210,8 @@ class ClipWordsGenerator(PseudoMaskGenerator):
         if padding is None:
             maps = self._encode(crops, regions)
             return [_to_pixels(token_map, texts) for token_map in maps]
-        mean = (self._source.normalisation[0].flatten() * 255).round().tolist()
         borders = [find_borders(crop.shape[:2], padding, self._encoder.stride) for crop in crops]
-        padded = [pad_window(crop, border, mean) for crop, border in zip(crops, borders, strict=True)]
+        padded = [pad_window(crop, border, self._mean_colour) for crop, border in zip(crops, borders, strict=True)]
         if regions is not None:
             regions = [pad_regions(ids, border) for ids, border in zip(regions, borders, strict=True)]
         results = []

@@ -185,6 +185,11 @@ class ClipTagger(Tagger):
         merge_classes = self._options.word_merge == "mean"
         return encode_words(self._source, self._templates, self._words, merge_classes=merge_classes)
 
+    @cached_property
+    def _label_of_text(self) -> Tensor:
+        """The class id of each word, `[Q]` int64, copied to the device once."""
+        return torch.tensor(self._texts[1], device=self._device)
+
     def _compare(self, features: Tensor) -> Tensor:
         """Return the probabilities `[B, Q]` of all words for features `[B, D]`."""
         scale = self._options.logit_scale
@@ -193,12 +198,9 @@ class ClipTagger(Tagger):
 
     def _best_by_class(self, probability: Tensor) -> Tensor:
         """Return the probability of each class's best word, `[..., C]`, from that of all words, `[..., Q]`."""
-        labels = self._texts[1]
-        best = [
-            probability[..., [row for row, text in enumerate(labels) if text == label]].amax(-1)
-            for label in range(1, len(self._words))
-        ]
-        return torch.stack(best, -1)
+        best = probability.new_zeros(*probability.shape[:-1], len(self._words))
+        best.scatter_reduce_(-1, self._label_of_text.expand_as(probability), probability, "amax")
+        return best[..., 1:]
 
 
 class TagClipTagger(ClipTagger):
