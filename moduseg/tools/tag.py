@@ -28,7 +28,7 @@ def main(options: TagOptions, overrides: Sequence[str]) -> int | Path:
         MissingError: no image, or weights are not there.
     """
     words = [f"vocabulary={options.vocabulary}"] if options.vocabulary else []
-    has_tagger = any(override.startswith(("tagger=", "tagger.")) for override in overrides)
+    has_tagger = any(override.startswith("tagger=") for override in overrides)
     cfg = compose([*([] if has_tagger else ["tagger=tagclip"]), *overrides, *words])
     if options.images is None:
         return TagImages.run(cfg)

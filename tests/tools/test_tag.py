@@ -77,7 +77,7 @@ def test_mistakes(root: Path, tmp_path: Path) -> None:
 
 def test_tags_of_a_data_set_are_compared_with_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And `segment` takes the tags that are there."""
-    arguments = overrides(tmp_path, "pseudo_masks=clip_dense", "tagger=tagclip", "evaluation.panels=0")
+    arguments = overrides(tmp_path, "pseudo_masks=clip_dense", "tagger.keep=0.3", "evaluation.panels=0")
     with caplog.at_level(logging.INFO, "moduseg"):
         folder = tag.main(TagOptions(), arguments)
     assert isinstance(folder, Path)
@@ -85,7 +85,7 @@ def test_tags_of_a_data_set_are_compared_with_its_own(tmp_path: Path, caplog: py
     assert quality["num_images"] == 4
     assert 0 < quality["recall"] <= 100
     assert f"recall {quality['recall']:.1f}" in caplog.text
-    segmented = Segment.run(compose(arguments))
+    segmented = Segment.run(compose(["tagger=tagclip", *arguments]))
     manifest = json.loads((segmented / "manifest.json").read_text())
     assert manifest["inputs"]["tags"] == str(folder)
     assert json.loads((segmented / "results.json").read_text())["label_source"] == "tagger tagclip"
