@@ -20,7 +20,7 @@ from tests.support.shells import press_tab_in_zsh, write_program
     pytest.param(["completion", ""], ["bash", "fish", "zsh"], id="a shell"),
     pytest.param(["bank", "me"], ["merge"], id="a verb"),
     pytest.param(["bank", "merge", "pre"], ["predictions=", "prefix="], id="own keys and groups"),
-    pytest.param(["infer", "backbone=dinov3"], ["backbone=dinov3_vitb16", "backbone=dinov3_vitl16"], id="files"),
+    pytest.param(["infer", "backbone=siglip2"], ["backbone=siglip2_b16", "backbone=siglip2_so400m"], id="files"),
     pytest.param(["infer", "proposer@train_proposer=superpixels_p"],
                  ["proposer@train_proposer=superpixels_photo", "proposer@train_proposer=superpixels_photo_nine"],
                  id="files for another group"),
@@ -57,7 +57,7 @@ def test_scripts_are_read_by_their_shell(shell: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize(("line", "expected"), [
     pytest.param("moduseg inf", ["infer"], id="a command"),
-    pytest.param("moduseg infer backbone=dinov3", ["dinov3_vitb16", "dinov3_vitl16"], id="after the sign"),
+    pytest.param("moduseg infer backbone=siglip2", ["siglip2_b16", "siglip2_so400m"], id="after the sign"),
     pytest.param("moduseg infer retrieval.t", ["retrieval.top_k="], id="a key"),
 ])  # fmt: skip
 def test_bash_completes(line: str, expected: list[str]) -> None:
