@@ -150,10 +150,14 @@ class Propose(Stage[Sample | StoredProposals]):
         return files
 
     def _is_same_image(self, image_id: str, stored: StoredFile) -> bool:
-        """Return whether stored proposals were made from this split's image."""
+        """Return whether stored proposals were made from this split's image, by its content.
+
+        Each split may have a folder with another image of this name: files without compression are equally large, and
+        those of one archive equally old. Stamps that are a size alone, of earlier versions, say too little.
+        """
         paths = self.reads(image_id)
         return len(paths) == len(stored.stamps) and all(
-            is_same_file(path, stamp, verify=self.cfg.runtime.verify)
+            not isinstance(stamp, int) and is_same_file(path, stamp, verify=True)
             for path, stamp in zip(paths, stored.stamps, strict=True)
         )
 

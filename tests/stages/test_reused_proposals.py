@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from moduseg.config import compose
+from moduseg.datasets.base import Dataset
+from moduseg.datasets.folder import FolderDataset
 from moduseg.datasets.io import write_rgb_png
 from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers.superpixels import SuperpixelProposer
@@ -110,6 +115,41 @@ def test_what_is_damaged_or_changed_is_proposed_again(root: Path, tmp_path: Path
     alone = make_workspace(root, tmp_path / "a")
     assert Propose.run(alone.cfg, alone) == folder
     assert len(proposed) == 2 * NUM_IMAGES + 4
+
+
+def write_sizes_alone(folder: Path) -> None:
+    """Rewrite the records of a folder as earlier versions wrote them: of an input they held the size."""
+    for file in (folder / "batches").iterdir():
+        record = json.loads(file.read_text())
+        record["stamps"] = [[size for size, _, _ in stamps] for stamps in record["stamps"]]
+        file.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        pytest.param(lambda folder: None, id="equally old"),
+        pytest.param(write_sizes_alone, id="recorded by size"),
+    ],
+)
+def test_another_image_of_the_same_name_is_proposed(
+    between: Callable[[Path], None], tmp_path: Path, proposed: list[str]
+) -> None:
+    splits: dict[str, Dataset] = {}
+    for index, split in enumerate(("train", "val")):
+        folder = write_folder(tmp_path / split, [0], masks=False)
+        (folder / "images" / "scene000.png").unlink()
+        file = folder / "images" / "scene000.bmp"
+        Image.fromarray(scene(index).image).save(file)
+        os.utime(file, (1000, 1000))
+        for name in ("train.txt", "val.txt"):
+            (folder / name).unlink(missing_ok=True)
+        splits[split] = FolderDataset(str(folder), split)
+    cfg = make_workspace(tmp_path / "train", tmp_path / "a").cfg
+    work = Workspace(cfg, splits)
+    first, second = run_both(work, between)
+    assert proposed == ["scene000", "scene000"]
+    assert read_masks(first) != read_masks(second)
 
 
 @pytest.mark.parametrize(
