@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import load, save
 from moduseg.backbones.base import Backbone
 from moduseg.devices import Device
 from moduseg.errors import ConfigError
-from moduseg.files import digest_of, to_json_values, write_atomic
+from moduseg.files import FORMAT, digest_of, remove_leftovers, to_json_values, write_atomic
 from moduseg.structures import TokenMap
 
 SUFFIX = ".tokens"
@@ -31,7 +32,7 @@ SUFFIX = ".tokens"
 width of the image, height and width of the input), and behind it the sha256 of these bytes."""
 _DIGEST_BYTES = 32
 _SCAN_EVERY = 64
-"""Files that are written between two looks at the folder, to which other processes write as well."""
+"""Maps that ask for room between two looks at the folder, to which other processes write as well."""
 
 
 class TokenStore:
@@ -50,6 +51,7 @@ class TokenStore:
         self._start = time.time()
         self._num_bytes = self._num_unscanned = 0
         self._is_scanned = False
+        self._unused: deque[tuple[float, int, Path]] = deque()
         self._lock = threading.Lock()
 
     def read(self, name: str) -> TokenMap | None:
@@ -89,20 +91,32 @@ class TokenStore:
                 self._num_bytes += len(content)
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Return whether so many bytes fit, after removing files that this process has not used."""
-        is_full = self._num_bytes + num_bytes > self._max_bytes
-        if self._is_scanned and not is_full and self._num_unscanned < _SCAN_EVERY:
-            self._num_unscanned += 1
-            return True
-        files = self._scan()
-        self._num_bytes = sum(size for _, size, _ in files)
-        self._num_unscanned, self._is_scanned = 0, True
-        for time_of_use, size, path in files:
-            if self._num_bytes + num_bytes <= self._max_bytes or time_of_use >= self._start:
-                break
+        """Return whether so many bytes fit, after removing files that were not used since this process began."""
+        if not self._is_scanned or self._num_unscanned >= _SCAN_EVERY:
+            self._look()
+        # A full folder is not looked at for every map that finds no room: there may be a hundred thousand files.
+        self._num_unscanned += 1
+        while self._num_bytes + num_bytes > self._max_bytes and self._unused:
+            time_of_use, size, path = self._unused.popleft()
+            try:
+                if path.stat().st_mtime != time_of_use:  # another process has read it meanwhile
+                    continue
+            except OSError:  # another process has removed it
+                self._num_bytes -= size
+                continue
             path.unlink(missing_ok=True)
             self._num_bytes -= size
         return self._num_bytes + num_bytes <= self._max_bytes
+
+    def _look(self) -> None:
+        """Note how many bytes the folder holds, and which files were not used since this process began."""
+        if not self._is_scanned:
+            # Nobody else knows of what a killed process was writing, and the bound does not count it.
+            remove_leftovers(self._folder)
+        files = self._scan()
+        self._num_bytes = sum(size for _, size, _ in files)
+        self._unused = deque(file for file in files if file[0] < self._start)
+        self._num_unscanned, self._is_scanned = 0, True
 
     def _scan(self) -> list[tuple[float, int, Path]]:
         """Return time of the last use, size and path of each file, the longest unused first."""
@@ -171,7 +185,8 @@ class CachedBackbone(Backbone):
 
     @property
     def _folder_name(self) -> str:
-        parts = {"config": to_json_values(self._settings), "digest": self.digest, **self._device.key_parts()}
+        config = to_json_values(self._settings)
+        parts = {"format": FORMAT, "config": config, "digest": self.digest, **self._device.key_parts()}
         return f"{self._settings['name']}-{digest_of(parts)[:16]}"
 
 

@@ -117,8 +117,9 @@ class Workspace:
     @cached_property
     def backbone(self) -> Backbone:
         """The backbone of bank and queries."""
-        max_bytes = int(self.cfg.runtime.token_cache * 1e9)
-        store = TokenStore(self.outputs / self.dataset_name / "tokens", max_bytes) if max_bytes else None
+        gigabytes, folder = self.cfg.runtime.token_cache, self.outputs / self.dataset_name / "tokens"
+        # A store without room for a single map rounds tokens all the same, as keys say.
+        store = TokenStore(folder, int(gigabytes * 1e9)) if gigabytes else None
         return backbones.build(self.cfg.backbone, self.device, store=store)
 
     @cached_property

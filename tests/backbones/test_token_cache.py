@@ -20,6 +20,7 @@ from moduseg.backbones.token_cache import SUFFIX, CachedBackbone, TokenStore
 from moduseg.config import compose
 from moduseg.devices import Device
 from moduseg.errors import ConfigError
+from moduseg.files import _MACHINE
 from moduseg.pipeline.workspace import Workspace
 from moduseg.stages.infer import Infer
 from moduseg.structures import TokenMap
@@ -150,6 +151,58 @@ def test_two_writers_see_each_others_files(
     assert len(list_files(tmp_path / "shared")) <= 5  # one more than the bound, if both found room for the last one
 
 
+def test_a_full_folder_is_seldom_looked_at(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_looks = 0
+    scan = TokenStore._scan
+
+    def count(store: TokenStore) -> list[tuple[float, int, Path]]:
+        nonlocal num_looks
+        num_looks += 1
+        return scan(store)
+
+    monkeypatch.setattr(TokenStore, "_scan", count)
+    monkeypatch.setattr(token_cache, "_SCAN_EVERY", 10)
+    make_cached(tmp_path, max_bytes=1)[0].tokens(make_images(rng, 20))
+    assert num_looks == 2
+
+
+def test_what_another_process_reads_or_removes_meanwhile(tmp_path: Path, rng: np.random.Generator) -> None:
+    make_cached(tmp_path)[0].tokens(make_images(rng, 4))
+    files = list_files(tmp_path)
+    for age, file in enumerate(files):
+        os.utime(file, (1000 + age, 1000 + age))
+    file_bytes = files[0].stat().st_size
+    cached, _ = make_cached(tmp_path, 4 * file_bytes)
+    # The first new map takes the place of the longest unused one; then the next two are gone and read.
+    cached.tokens(make_images(rng, 1))
+    files[1].unlink()
+    os.utime(files[2])
+    cached.tokens(make_images(rng, 2))
+    assert [file.is_file() for file in files] == [False, False, True, False]
+    assert len(list_files(tmp_path)) == 4
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path, rng: np.random.Generator) -> None:
+    leftover = tmp_path / "means-0" / f".image{SUFFIX}.{_MACHINE}.00000000.999999999.tmp"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half")
+    make_cached(tmp_path)[0].tokens(make_images(rng, 1))
+    assert not leftover.exists()
+
+
+def test_files_of_another_format_are_made_again(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, plain = make_cached(tmp_path)
+    images = make_images(rng, 1)
+    cached.tokens(images)
+    monkeypatch.setattr(token_cache, "FORMAT", 0)
+    cached.tokens(images)
+    assert plain.num_passed == 2
+
+
 def test_tokens_beyond_half_precision_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     with pytest.raises(ConfigError, match=r"runtime\.token_cache: got tokens beyond 65504"):
         make_cached(tmp_path, scale=1e4)[0].tokens(make_images(rng, 1))
@@ -196,4 +249,7 @@ def test_keys_say_whether_tokens_are_rounded(tmp_path: Path) -> None:
         Workspace(compose(overrides(tmp_path, f"runtime.token_cache={size}"))).backbone_parts() for size in (0, 1, 2)
     )
     assert on == more == {**off, "tokens": "float16"}
+    hardly = Workspace(compose(overrides(tmp_path, "runtime.token_cache=1e-10")))
+    assert hardly.backbone_parts() == on
+    assert isinstance(hardly.backbone, CachedBackbone)
     assert "tokens" not in off
