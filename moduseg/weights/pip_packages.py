@@ -123,13 +123,13 @@ class _Source:
 
     def find_archive(self) -> Path | None:
         """Return the archive that somebody put into `folder`, a wheel before a source archive; `None` without one."""
-        names = [path.name for path in self.folder.glob("*") if path.name.endswith((".whl", ".tar.gz", ".zip"))]
-        mine = sorted(
-            (not name.endswith(".whl"), name)
-            for name in names
-            if _normalise(name).startswith(_normalise(f"{self.package}-{self.version}"))
+        expected = _normalise(f"{self.package}-{self.version}")
+        archives = sorted(
+            (not path.name.endswith(".whl"), path.name)
+            for path in self.folder.glob("*")
+            if _read_requirement(path.name) == expected
         )
-        return self.folder / mine[0][1] if mine else None
+        return self.folder / archives[0][1] if archives else None
 
     def make_missing(self, reason: str) -> MissingError:
         """Return the error for a reason why the package cannot be fetched."""
@@ -177,6 +177,18 @@ def _parse_address(address: str, key: str) -> _Source:
 def _normalise(name: str) -> str:
     """Return a package's or an archive's name in the form that all its spellings share."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _read_requirement(name: str) -> str | None:
+    """Return the normalised `<package>-<version>` that an archive's name begins with; `None` if it is no archive.
+
+    The whole version counts: 1.0.1 is another one than 1.0.
+    """
+    if name.endswith(".whl"):
+        # After package and version come a build number and tags; dashes inside of these are underscores.
+        return _normalise("-".join(name.split("-")[:2]))
+    suffix = next((end for end in (".tar.gz", ".zip") if name.endswith(end)), None)
+    return None if suffix is None else _normalise(name.removesuffix(suffix))
 
 
 def _make_target(source: _Source) -> None:

