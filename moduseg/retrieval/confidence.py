@@ -59,8 +59,8 @@ def paint_confidence(
             confidence += share * (mask & (label_map == label))
         confidence /= num_covering.clamp(min=1)
     else:
-        # The last to be written has the highest score.
-        for index in descending(scores).flip(0):
+        # The last to be written has the highest score. The order as numbers: an index on the device is waited for.
+        for index in descending(scores).flip(0).tolist():
             agrees = masks[index] & (label_map == labels[index])
             confidence = torch.where(agrees, shares[index], confidence)
     return (confidence.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()

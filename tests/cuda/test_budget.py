@@ -16,6 +16,7 @@ from moduseg.config import compose
 from moduseg.devices import Device
 from moduseg.proposers.sam import SamOptions, SamProposer
 from moduseg.pseudo_masks.labels import region_vote
+from moduseg.retrieval.confidence import paint_confidence
 from moduseg.retrieval.rasterize import check_labels
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
@@ -182,3 +183,19 @@ def test_votes_of_regions_wait_as_often_for_many_as_for_one(purity: float) -> No
         assert log.waits.total() <= BANK["pseudo_masks/labels.py:region_vote"].waits
     assert torch.equal(result.cpu(), expected)
     assert not torch.equal(expected, labels)
+
+
+@pytest.mark.parametrize("is_majority", [False, True])
+def test_confidence_waits_as_often_for_many_masks_as_for_one(is_majority: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(24, 6, 8, generator=generator) < 0.3
+    scores, shares = torch.rand(2, 24, generator=generator)
+    labels = torch.arange(24) % 3
+    label_map = torch.randint(0, 3, (6, 8), generator=generator).to(torch.uint8)
+    values = (masks, labels, scores, shares, label_map)
+    expected = paint_confidence(*values, is_majority=is_majority)
+    with pretend_cuda() as log:
+        confidence = paint_confidence(*map(to_pretend, values), is_majority=is_majority)
+    assert log.waits.total() <= 2
+    assert confidence.tolist() == expected.tolist()
+    assert expected.any()
