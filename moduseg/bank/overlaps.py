@@ -105,7 +105,7 @@ def find_overlaps(nearest: NearestClasses) -> list[Overlap]:
     regions have none of their own class to be nearest to.
     """
     counts, names = nearest.counts, nearest.classes
-    totals, own = counts.sum(1).tolist(), counts.diagonal().tolist()
+    totals, agreeing = counts.sum(1).tolist(), counts.diagonal().tolist()
     labels = [i for i in range(1, len(names)) if totals[i] > 1 and int(nearest.num_images[i]) > 1]
     pairs = [
         _join_pair(nearest, first, second)
@@ -113,7 +113,7 @@ def find_overlaps(nearest: NearestClasses) -> list[Overlap]:
         for second in labels[position + 1 :]
         if int(counts[first, second]) and int(counts[second, first])
     ]
-    singles = [_describe_class(nearest, label) for label in labels if totals[label] > own[label]]
+    singles = [_describe_class(nearest, label) for label in labels if totals[label] > agreeing[label]]
     overlaps: list[Overlap] = []
     # The most severe pairs first; what a pair says of a class is not said again.
     for group in (pairs, singles):

@@ -156,9 +156,11 @@ class RegionRanker:
             ArtefactError: the file is damaged, or made for other features.
         """
         tensors = {name: tensor.double().numpy() for name, tensor in load_state(self._path).items()}
-        if "mean" not in tensors or tensors["mean"].shape != (len(NAMES),):
+        num_features = tensors.get("mean", np.zeros(0)).size
+        if num_features != len(NAMES):
             raise ArtefactError(
-                f"{self._path}: got no ranking of {len(NAMES)} features; install the package again, or fit it again"
+                f"{self._path}: got a ranking by {num_features} features, expected {len(NAMES)}; install the package "
+                "again, or fit it again"
             )
         return tensors
 

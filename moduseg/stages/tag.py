@@ -107,18 +107,18 @@ def encode_label_csv(tags: dict[str, Tags], classes: tuple[str, ...]) -> bytes:
 def _score(dataset: Dataset, tags: dict[str, Tags]) -> TagQuality | None:
     """Compare tags with those of the data set, over the images that have some; `None` if none has."""
     rows: list[tuple[Tags, tuple[int, ...]]] = []
-    for image_id, found in tags.items():
+    for image_id, image_tags in tags.items():
         try:
             labels = dataset.labels_of(image_id)
         except DataError:  # the image counts for no quality; check_data says what is wrong with its labels
             continue
         if labels is not None:
-            rows.append((found, labels))
+            rows.append((image_tags, labels))
     if not rows:
         return None
     true, predicted = (torch.zeros(len(rows), dataset.num_classes, dtype=torch.bool) for _ in range(2))
-    for row, (found, labels) in enumerate(rows):
-        predicted[row, [label - 1 for label in found.class_ids]] = True
+    for row, (image_tags, labels) in enumerate(rows):
+        predicted[row, [label - 1 for label in image_tags.class_ids]] = True
         true[row, [label - 1 for label in labels]] = True
-    ranked = [found.scores for found, _ in rows if found.scores is not None]
+    ranked = [image_tags.scores for image_tags, _ in rows if image_tags.scores is not None]
     return score_tags(true, predicted, torch.stack(ranked) if len(ranked) == len(rows) else None)

@@ -101,7 +101,9 @@ def test_score_is_that_of_the_network(tmp_path: Path) -> None:
 
 def test_a_ranking_of_other_features_is_refused(tmp_path: Path) -> None:
     save_file({"mean": torch.zeros(3), "scale": torch.ones(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(ArtefactError, match=f"got no ranking of {len(NAMES)} features; install the package again"):
+    with pytest.raises(
+        ArtefactError, match=f"got a ranking by 3 features, expected {len(NAMES)}; install the package again"
+    ):
         RegionRanker(tmp_path / "a.safetensors").score(np.zeros((1, len(NAMES))))
 
 
