@@ -1,9 +1,10 @@
-"""What the three trainings share: settings, schedule, optimiser steps, measurements, log."""
+"""What the trainings share: settings, schedule, optimiser steps, measurements, log."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -78,8 +79,11 @@ class Schedule:
 
     def __iter__(self) -> Iterator[tuple[int, float, float]]:
         """Yield `(step, progress in [0, 1), learning-rate factor in (0, 1])`."""
-        self.started = time.perf_counter()
-        step = 0
+        return self.resume(0, 0.0)
+
+    def resume(self, step: int, seconds: float) -> Iterator[tuple[int, float, float]]:
+        """Yield what `__iter__` yields, from `step` on, as if the steps before it had taken `seconds`."""
+        self.started = time.perf_counter() - seconds
         while True:
             progress = step / self.steps if self.minutes is None else self.seconds / (60.0 * self.minutes)
             if progress >= 1.0:
@@ -120,18 +124,32 @@ class TrainingLoop:
         self._averages: dict[str, float] = {}
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_path = log_path
+        self._state_path: Path | None = None
+
+    def keep_state(self, path: Path) -> TrainingLoop:
+        """Keep the state of the training in a file, which is written before every measurement, and return the loop.
+
+        A training that finds the file goes on from there. If its batches depend on the step alone, it ends with the
+        weights of a training that nothing interrupted.
+        """
+        self._state_path = path
+        return self
 
     def __iter__(self) -> Iterator[tuple[int, float]]:
         """Yield `(step, progress in [0, 1))`; the caller ends each step with `update`."""
-        self._log_path.write_text("", encoding="utf-8")
+        first, seconds = self._load_state()
+        step = first - 1
+        self._keep_log(first)
         self.model.train()
-        for step, progress, factor in self._schedule:
+        for step, progress, factor in self._schedule.resume(first, seconds):
             if step % self.settings.check_every == 0:
+                self._save_state(step)
                 self._check(step)
             for group in self._optimiser.param_groups:
                 group["lr"] = self.settings.learning_rate * factor
             self._optimiser.param_groups[-1]["lr"] *= self._last_group_rate
             yield step, progress
+        self._save_state(step + 1)
         self._check(step + 1)
 
     def update(self, loss: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
@@ -148,6 +166,37 @@ class TrainingLoop:
         for name, part in parts.items():
             value = float(part.detach())
             self._averages[name] = 0.98 * self._averages.get(name, value) + 0.02 * value
+
+    def _load_state(self) -> tuple[int, float]:
+        """Return the first step to make and the seconds that the steps before it took, 0 and 0 at the start."""
+        if self._state_path is None or not self._state_path.is_file():
+            return 0, 0.0
+        state = torch.load(self._state_path, map_location=self.settings.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._averages = state["averages"]
+        return state["step"], state["seconds"]
+
+    def _save_state(self, step: int) -> None:
+        """Write the state before `step`, to a temporary name that is then renamed."""
+        if self._state_path is None:
+            return
+        state = {
+            "step": step,
+            "seconds": self._schedule.seconds,
+            "model": self.model.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "averages": self._averages,
+        }
+        temporary = self._state_path.with_name(f".{self._state_path.name}.{os.getpid()}.tmp")
+        torch.save(state, temporary)
+        temporary.replace(self._state_path)
+
+    def _keep_log(self, first: int) -> None:
+        """Drop the lines of the log from step `first` on; the training writes them again."""
+        lines = self._log_path.read_text(encoding="utf-8").splitlines() if first else []
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] < first]
+        self._log_path.write_text("".join(kept), encoding="utf-8")
 
     def _check(self, step: int) -> None:
         self.model.eval()
