@@ -1,6 +1,6 @@
 """Train a miniature model, or print the quality of the shipped ones; see `configs/train_miniature.yaml` for the keys.
 
-python scripts/train_miniature.py model=vit|sam|clip [key=value ...]
+python scripts/train_miniature.py model=vit|sam|clip|diffusion [key=value ...]
 python scripts/train_miniature.py model=all quality_only=true
 """
 

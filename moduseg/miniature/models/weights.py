@@ -12,15 +12,17 @@ from safetensors.torch import load_file, save_file
 from moduseg.errors import ArtefactError, MissingError
 
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
-WEIGHTS: dict[str, str] = {"vit": "vit.safetensors", "sam": "sam.safetensors", "clip": "clip"}
-"""Name of each miniature model and its file (`clip`: a directory) inside `WEIGHTS_DIR`."""
+WEIGHTS: dict[str, str] = {"vit": "vit.safetensors", "sam": "sam.safetensors", "clip": "clip", "diffusion": "diffusion"}
+"""Name of each miniature model and its file (`clip`, `diffusion`: a directory) inside `WEIGHTS_DIR`."""
+_COMPLETE = {"clip": "model.safetensors", "diffusion": "unet/diffusion_pytorch_model.safetensors"}
+"""The file that a directory of weights holds if it is complete."""
 
 
 def weights_path(name: str) -> Path:
     """Return the path of the shipped weights of a miniature model.
 
     Args:
-        name: `"vit"`, `"sam"` (safetensors files) or `"clip"` (a directory that `from_pretrained` reads).
+        name: `"vit"` or `"sam"` (safetensors files), `"clip"` or `"diffusion"` (directories for `from_pretrained`).
 
     Raises:
         MissingError: an unknown name, or the file is not there.
@@ -28,7 +30,7 @@ def weights_path(name: str) -> Path:
     if name not in WEIGHTS:
         raise MissingError(f"miniature weights: got {name!r}, expected one of {sorted(WEIGHTS)}; try 'vit'")
     path = WEIGHTS_DIR / WEIGHTS[name]
-    complete = path / "model.safetensors" if name == "clip" else path
+    complete = path / _COMPLETE[name] if name in _COMPLETE else path
     if not complete.is_file():
         raise MissingError(
             f"miniature weights: got no file at {complete}, expected the shipped weights; "

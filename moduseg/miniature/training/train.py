@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from moduseg.errors import ConfigError
+from moduseg.miniature.models.diffusion import DiffusionParts, build_unet, load_diffusion
 from moduseg.miniature.models.sam import build_miniature_sam
 from moduseg.miniature.models.vit import build_miniature_vit
 from moduseg.miniature.models.weights import WEIGHTS, weights_path
+from moduseg.miniature.training.generation import caption_retrieval, generate_pictures
+from moduseg.miniature.training.pointing import PointingCheck
 from moduseg.miniature.training.quality import (
     dense_text_accuracy,
     quality_scenes,
@@ -20,15 +24,23 @@ from moduseg.miniature.training.quality import (
     sam_recall,
     vit_tokens,
 )
+from moduseg.miniature.training.train_autoencoder import crop_scenes, measure_reconstruction
 from moduseg.miniature.training.train_clip import ClipTraining, train_clip
+from moduseg.miniature.training.train_diffusion import DiffusionTraining, train_diffusion
 from moduseg.miniature.training.train_sam import SamTraining, train_sam
 from moduseg.miniature.training.train_vit import VitTraining, train_vit
+from moduseg.miniature.world.scenes import Scene
 
 TRAININGS: dict[str, tuple[type, Any]] = {
     "vit": (VitTraining, train_vit),
     "sam": (SamTraining, train_sam),
     "clip": (ClipTraining, train_clip),
+    "diffusion": (DiffusionTraining, train_diffusion),
 }
+
+
+NUM_CAPTIONS = 50
+"""Captions among which a generated picture has to find its own."""
 
 
 def main(cfg: DictConfig) -> int:
@@ -80,7 +92,7 @@ def measure(name: str, path: Path, scenes: int, device: str = "cpu") -> dict[str
     """Measure the quality of weights on scenes of `QUALITY_SEED`.
 
     Args:
-        name: `"vit"`, `"sam"` or `"clip"`.
+        name: `"vit"`, `"sam"`, `"clip"` or `"diffusion"`.
         path: the weights as shipped.
         scenes: number of scenes (of each split, if two are used).
         device: device of the model.
@@ -88,6 +100,9 @@ def measure(name: str, path: Path, scenes: int, device: str = "cpu") -> dict[str
     Returns:
         `vit`: `region_knn` and `region_knn_random` (the same architecture with random weights, mean of three), percent.
         `sam`: the values of `sam_recall`. `clip`: percent for each way to run the last block.
+        `diffusion`: percent of the (scene, class) pairs whose words point at an object of the class (`pointing`;
+        `pointing_random` with random weights of the denoiser), percent of 50 generated pictures that the miniature CLIP
+        gives their caption (`retrieval`), and decibels of the autoencoder (`peak_signal_to_noise`).
     """
     queries = quality_scenes("val", scenes)
     if name == "sam":
@@ -97,6 +112,8 @@ def measure(name: str, path: Path, scenes: int, device: str = "cpu") -> dict[str
 
         model = CLIPModel.from_pretrained(path).float().eval().to(device)
         return dense_text_accuracy(model, CLIPTokenizer.from_pretrained(path), queries)
+    if name == "diffusion":
+        return _measure_diffusion(path, queries, device)
     bank = quality_scenes("train", scenes)
     random = []
     for seed in range(3):
@@ -105,3 +122,24 @@ def measure(name: str, path: Path, scenes: int, device: str = "cpu") -> dict[str
         random.append(region_knn_accuracy(tokens, bank, queries))
     trained = region_knn_accuracy(vit_tokens(build_miniature_vit(path).to(device), device), bank, queries)
     return {"region_knn": trained, "region_knn_random": sum(random) / len(random)}
+
+
+def _measure_diffusion(path: Path, queries: list[Scene], device: str) -> dict[str, float]:
+    """Return how well the words of a latent diffusion model point, and how well its pictures show their captions."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    pipeline = load_diffusion(path).to(device)
+    parts = DiffusionParts(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.scheduler)
+    check = PointingCheck(queries, parts)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    captions = [scene.caption(rng) for scene in quality_scenes("test", NUM_CAPTIONS)]
+    clip = CLIPModel.from_pretrained(weights_path("clip")).float().eval()
+    tokenizer = CLIPTokenizer.from_pretrained(weights_path("clip"))
+    pictures = generate_pictures(pipeline, captions)
+    return {
+        "pointing": check(pipeline.unet),
+        "pointing_random": check(build_unet().eval().to(device)),
+        "retrieval": caption_retrieval(clip, tokenizer, pictures, captions),
+        "peak_signal_to_noise": measure_reconstruction(parts.autoencoder, crop_scenes(queries).to(device)),
+    }
