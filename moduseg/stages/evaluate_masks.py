@@ -160,9 +160,13 @@ def score_label_maps(
 
 
 def _describe_refinement(work: Workspace, artefact: Artefact) -> str:
-    """Return what changed the label maps after the scores; a bank's predictions have no such step."""
-    refine = work.cfg.pseudo_masks.refine if artefact.stage == "segment" else "none"
-    return NO_REFINEMENT if refine == "none" else f"{refine} (no CRF, no test-time augmentation)"
+    """Return what changed the label maps after the scores, or after the retrieval from a bank."""
+    steps: list[str] = []
+    if artefact.stage == "segment" and work.cfg.pseudo_masks.refine != "none":
+        steps = [work.cfg.pseudo_masks.refine]
+    elif artefact.stage == "infer":
+        steps = [f"{name}={value}" for name, value in work.cfg.retrieval.tidying.items() if value]
+    return f"{', '.join(steps)} (no CRF, no test-time augmentation)" if steps else NO_REFINEMENT
 
 
 def timing(steps: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -154,6 +154,22 @@ def test_confidence_is_written_beside_the_label_maps(finished: Path) -> None:
         assert set(np.unique(confidence)) <= {0, 255}
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param((), "none (no CRF", id="none"),
+        pytest.param(
+            ("retrieval.max_hole_area=9", "retrieval.smoothing_radius=1"),
+            "max_hole_area=9, smoothing_radius=1 (no CRF",
+            id="label maps are tidied",
+        ),
+    ],
+)
+def test_results_say_what_changed_label_maps_last(options: tuple[str, ...], expected: str, finished: Path) -> None:
+    path = Infer.run(compose(overrides(finished, *options)))
+    assert json.loads((path / "results.json").read_text())["refinement"].startswith(expected)
+
+
 def test_infer_ends_with_the_classes_that_cannot_be_told_apart(
     finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
