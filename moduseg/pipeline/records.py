@@ -165,11 +165,12 @@ def list_stored_files(folder: Path, locate: Callable[[str], str]) -> dict[str, S
     for path in sorted((folder / "batches").glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            for image_id, stamps in zip(record["ids"], record["stamps"], strict=True):
+            companions = tuple(record["ids"])
+            for image_id, stamps in zip(companions, record["stamps"], strict=True):
                 relative = locate(image_id)
                 if relative in record["files"]:
                     sha256 = str(record["files"][relative][1])
-                    files[image_id] = StoredFile(folder / relative, sha256, stamps, tuple(record["ids"]))
+                    files[image_id] = StoredFile(folder / relative, sha256, stamps, companions)
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             # Whatever is wrong with the record, its batch is done again.
             continue

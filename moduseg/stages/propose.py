@@ -131,20 +131,23 @@ class Propose(Stage[Sample | StoredProposals]):
         if not self.proposer.sees_image_alone:
             return {}
         files: dict[str, StoredFile] = {}
+        ids = tuple(self.image_ids())
         for other in (Propose(self.work), Propose(self.work, self.work.train_split)):
             folder = self.work.finished_stages.get((other.cache_name, other.split))
             is_alike = to_json_values(other.settings) == to_json_values(self.settings)
             if folder is None or other.split == self.split or not is_alike:
                 continue
+            # Most splits share no image: the records of a large one are not read for nothing.
+            if set(ids).isdisjoint(other.image_ids()):
+                continue
             if other.dataset.image_range == self.dataset.image_range:
                 files |= list_stored_files(folder, partial(stored_name, "proposals"))
         if self.proposer.shares_passes:
             # The last bits depend on the images that share a pass, so that a batch must be one there too.
-            ids = tuple(self.image_ids())
             size = read_batch_size(self.artefact, ids) or self.cfg.runtime.record_size
             batches = {ids[start : start + size] for start in range(0, len(ids), size)}
             files = {image_id: file for image_id, file in files.items() if file.companions in batches}
-        count = sum(image_id in files for image_id in self.image_ids())
+        count = sum(image_id in files for image_id in ids)
         if count:
             log.info("%s: %d images are as in the other split, whose proposals serve here too", self.title, count)
         return files

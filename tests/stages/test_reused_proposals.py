@@ -82,6 +82,22 @@ def test_an_image_of_both_splits_is_proposed_once(root: Path, tmp_path: Path, pr
     assert len(proposed) == 2 * NUM_IMAGES
 
 
+def test_records_are_not_read_for_splits_without_a_common_image(
+    root: Path, tmp_path: Path, proposed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr("moduseg.stages.propose.list_stored_files", lambda folder, locate: read.append(folder) or {})
+    (root / "train.txt").write_text("scene003\n")
+    (root / "val.txt").write_text("scene001\n")
+    run_both(make_workspace(root, tmp_path / "a"))
+    assert proposed == ["scene003", "scene001"]
+    assert not read
+    (root / "val.txt").write_text("scene001\nscene003\n")
+    _, folder = run_both(make_workspace(root, tmp_path / "b"))
+    assert len(read) == 1
+    assert sorted(read_masks(folder)) == ["scene001.json", "scene003.json"]
+
+
 @pytest.mark.parametrize(
     ("more", "times"),
     [
