@@ -185,7 +185,7 @@ class BackgroundConfig:
         low: second, lower threshold of rules that have one.
     """
 
-    rule: Literal["constant", "power", "threshold", "given", "words", "probability"] = "constant"
+    rule: Literal["constant", "power", "threshold", "given", "words", "probability", "margin"] = "constant"
     value: float = 0.5
     low: float | None = None
 

@@ -20,6 +20,7 @@ from moduseg.pseudo_masks.files import FilePseudoMasks
 from moduseg.pseudo_masks.fusion import PARTS, FusionGenerator
 from moduseg.pseudo_masks.ground_truth import GroundTruthPseudoMasks
 from moduseg.pseudo_masks.iseg import ISegGenerator
+from moduseg.pseudo_masks.sam3_concepts import Sam3ConceptsGenerator
 
 GENERATORS: dict[str, type[PseudoMaskGenerator]] = {
     "cam": CamGenerator,
@@ -31,6 +32,7 @@ GENERATORS: dict[str, type[PseudoMaskGenerator]] = {
     "fusion": FusionGenerator,
     "ground_truth": GroundTruthPseudoMasks,
     "iseg": ISegGenerator,
+    "sam3_concepts": Sam3ConceptsGenerator,
 }
 
 __all__ = ["GENERATORS", "PseudoMaskGenerator", "build", "set_words"]

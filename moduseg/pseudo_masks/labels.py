@@ -12,7 +12,7 @@ from moduseg.errors import ConfigError
 from moduseg.masks.bits import PACKED, PackedMasks
 from moduseg.structures import IGNORE_INDEX, Proposals, ScoreMaps
 
-BackgroundRule = Literal["constant", "power", "threshold", "given", "words", "probability"]
+BackgroundRule = Literal["constant", "power", "threshold", "given", "words", "probability", "margin"]
 RULES = get_args(BackgroundRule)
 _BLOCK = 1 << 25
 """Mask pixels turned into floats at once, which bounds the memory of the vote."""
@@ -35,7 +35,8 @@ def make_label_map(
             classes win where they beat a background of `value`, the background wins where it beats them with `low`,
             pixels between the two are ignored (255), as AFA (Ru et al., 2022) makes its pseudo labels. `probability`:
             as `given`, if the generator supplies a background; besides, a pixel whose best score is below `value`
-            is background (CorrCLIP's threshold).
+            is background (CorrCLIP's threshold). `margin`: as `probability`, but what is compared is the best score
+            times the root of its lead over the second best, with `value ** 1.25` (ActiveSAM's rule).
         value: in [0, 1], but above 0 for `power`; unused for `given` and `words`.
         low: of `threshold`, at most `value`; `value` if omitted, which makes it `constant`.
         refine: changes the scores `[1 + R, H, W]`, background first, before they are compared.
@@ -72,9 +73,19 @@ def make_label_map(
     labels = torch.where(stacked == best, ids[:, None, None], IGNORE_INDEX).amin(0)
     if rule == "probability":
         labels = labels.masked_fill(best < value, 0)
+    elif rule == "margin":
+        labels = labels.masked_fill(best * _find_lead(stacked).sqrt() < value**1.25, 0)
     if score_maps.ignore is not None:
         labels = labels.masked_fill(score_maps.ignore, IGNORE_INDEX)
     return labels
+
+
+def _find_lead(scores: Tensor) -> Tensor:
+    """Return how much the best of the scores `[N, H, W]` is above the second best, `[H, W]`; of one score, itself."""
+    if len(scores) == 1:
+        return scores[0]
+    best, second = scores.topk(2, 0).values
+    return best - second
 
 
 def drop_small_classes(scores: Tensor, min_class_share: float) -> Tensor:
@@ -97,7 +108,8 @@ def add_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: flo
         score_maps: scores of the present classes, in [0, 1].
         rule: the background's score. `constant`: `value` everywhere. `power`: `(1 - m) ** value`, `m` the pixel's
             largest class score (IRN's and AFA's family of rules). `given`: what the generator supplies; `words`:
-            what a generator supplies that has words for the background. `probability`: what it supplies, else 0.
+            what a generator supplies that has words for the background. `probability`, `margin`: what it supplies,
+            else 0.
         value: in [0, 1], but above 0 for `power`; unused for `given` and `words`.
 
     Raises:
@@ -116,10 +128,10 @@ def add_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: flo
                 "try pseudo_masks.background.rule=constant"
             )
         background = score_maps.background.to(scores.dtype)
-    elif rule == "probability" and 0 <= value <= 1:
+    elif rule in ("probability", "margin") and 0 <= value <= 1:
         supplied = score_maps.background
         background = scores.new_zeros(scores.shape[1:]) if supplied is None else supplied.to(scores.dtype)
-    elif rule in ("constant", "power", "probability"):
+    elif rule in ("constant", "power", "probability", "margin"):
         allowed = "a number above 0" if rule == "power" else "a number in [0, 1]"
         raise ConfigError(f"pseudo_masks.background.value: got {value}, expected {allowed} for {rule!r}; try 0.5")
     else:

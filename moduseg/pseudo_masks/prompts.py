@@ -64,6 +64,7 @@ _PERSON = (
 CLASS_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "names": {},
     "voc": {"boat": ("ship",), "diningtable": ("table",), "person": ("people",)},
+    "voc_spaced": {"diningtable": ("dining table",), "pottedplant": ("potted plant",), "tvmonitor": ("tv monitor",)},
     "coco": {"person": ("people",)},
     "voc_open": {"boat": ("ship",), "diningtable": ("table",)},
     "voc_phrases": {
@@ -84,7 +85,8 @@ CLASS_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Words that stand for a class in place of its official name, by data set; `names` has none. VOC's and COCO's are the
 paper's, `*_phrases` those of SCLIP and NACLIP, `voc_open` those of ClearCLIP and ProxyCLIP; those of ADE20K (plainer
-names of the same thing) and Cityscapes (what its definitions name) are our own."""
+names of the same thing) and Cityscapes (what its definitions name) are our own, and so is `voc_spaced`, the official
+names as they are spoken."""
 
 
 def resolve_templates(value: str | Sequence[str]) -> tuple[str, ...]:

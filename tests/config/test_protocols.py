@@ -108,8 +108,25 @@ def test_presets_of_diffusion_attention(name: str, generator: dict[str, Any], va
     assert cfg.tagger["name"] == "tagclip"
 
 
+SAM3 = {
+    "voc21": (0.5, 0.4), "voc20": (0.5, 0.0), "context60": (0.3, 0.1), "context59": (0.3, 0.0),
+    "coco_object": (0.5, 0.4), "coco_stuff": (0.2, 0.0), "cityscapes": (0.3, 0.0), "ade20k": (0.3, 0.0),
+}  # fmt: skip
+"""Score above which objects count, and threshold of the background."""
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_presets_of_sam3(name: str) -> None:
+    cfg = compose_preset(f"{name}_sam3")
+    settings, generator = cfg.pseudo_masks, cfg.pseudo_masks.generator
+    assert (build(cfg.dataset, "val").name, generator["name"]) == (SETS[name][0], "sam3_concepts")
+    assert (generator["min_object_score"], settings.background.value) == SAM3[name]
+    assert (settings.background.rule, settings.refine, generator["heads"]) == ("probability", "none", "both")
+    assert (generator["max_classes"], generator["preview_side"]) == (40, 672)
+
+
 def test_every_file_is_a_set_or_a_method_on_one() -> None:
     names = {path.stem for path in (config_dir() / "protocol").glob("*.yaml")}
     methods = {f"{name}_{method}" for name in SETS for method in METHODS}
     diffusion = {f"{name}_{m}" for name in ("voc21", "context60", "coco_object") for m in ("iseg", "diffsegmenter")}
-    assert names == {*SETS, *methods, *diffusion}
+    assert names == {*SETS, *methods, *diffusion, *(f"{name}_sam3" for name in SETS)}

@@ -152,7 +152,8 @@ def test_backbones(name: str, precision: str) -> None:
     check_close(results, expected, precision)
 
 
-def make_generators(words: tuple[Path, int, int]) -> dict[str, Configuration]:
+def make_generators(words: tuple[Path, int, int], concepts: str = "") -> dict[str, Configuration]:
+    """Return a configuration of every generator; `concepts` is the folder of a tiny SAM 3."""
     clip = {
         "weights": "random",
         "config": tiny_config(words[1], words[2]),
@@ -172,13 +173,21 @@ def make_generators(words: tuple[Path, int, int]) -> dict[str, Configuration]:
         "ground_truth": {"name": "ground_truth"},
         "iseg": {**ISEG, **tiny_diffusion(words)},
         "diffsegmenter": {**DIFFSEGMENTER, **tiny_diffusion(words)},
+        "sam3_concepts": {"name": "sam3_concepts", "weights": concepts, "min_object_score": 0.1, "batch_size": 1},
+        "sam3_concepts, preview": {
+            "name": "sam3_concepts",
+            "weights": concepts,
+            "min_object_score": 0.1,
+            "max_classes": 1,
+            "preview_side": 56,
+        },
         "fusion": {"name": "fusion", "first": {"name": "ground_truth"}, "second": {"name": "cam", "ridge": 0.1}},
     }
 
 
 GENERATOR_NAMES = (
     "clip_dense", "clip_dense, proxy", "corrclip", "cam", "cam, refined", "cam_neighbours", "ground_truth", "iseg",
-    "diffsegmenter", "fusion",
+    "diffsegmenter", "sam3_concepts", "sam3_concepts, preview", "fusion",
 )  # fmt: skip
 
 
@@ -199,10 +208,15 @@ def generate(configuration: Configuration, device: Device) -> list[Tensor]:
     return [maps.scores, *([] if maps.background is None else [maps.background])]
 
 
+@pytest.fixture(scope="module")
+def concepts(words: tuple[Path, int, int], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_models.save_concepts(words, tmp_path_factory.mktemp("concepts"))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", GENERATOR_NAMES)
-def test_generators(name: str, precision: str, words: tuple[Path, int, int]) -> None:
-    configuration = make_generators(words)[name]
+def test_generators(name: str, precision: str, words: tuple[Path, int, int], concepts: str) -> None:
+    configuration = make_generators(words, concepts)[name]
     expected, results = run_everywhere(lambda device: generate(configuration, device), precision)
     check_close(results, expected, precision)
 

@@ -54,6 +54,7 @@ def test_no_class_is_all_background(rule: str, value: float, device: torch.devic
         ("given", 0.5, "scores no background"),
         ("words", 0.5, "scores no background"),
         ("probability", -0.5, "background.value: got -0.5, expected a number in"),
+        ("margin", 1.5, "background.value: got 1.5, expected a number in"),
         ("threshold", 1.5, "background.low: got 1.5 with value 1.5, expected 0 <= low <= value <= 1"),
         ("median", 0.5, "background.rule: got 'median', expected one of constant, power, threshold, given"),
     ],
@@ -79,6 +80,23 @@ def test_two_thresholds(value: float, low: float | None, expected: list[int], de
     assert make_label_map(maps, "threshold", value, low).tolist() == [[255, *expected[1:]]]
     with pytest.raises(ConfigError, match=r"low: got 0\.9 with value"):
         make_label_map(maps, "threshold", value, 0.9)
+
+
+@pytest.mark.parametrize(("scores", "value", "expected"), [
+    pytest.param([[0.9], [0.1]], 0.8, 3, id="far ahead: .9 x .894 is more than .757"),
+    pytest.param([[0.9], [0.4]], 0.8, 0, id="not far enough: .9 x .707 is less"),
+    pytest.param([[0.4], [0.9]], 0.6, 7, id="a lower threshold: .528"),
+    pytest.param([[0.5], [0.5]], 0.0, 3, id="no lead passes no threshold but 0"),
+    pytest.param([[0.5], [0.5]], 0.01, 0, id="two alike are background"),
+    pytest.param([[0.7]], 0.6, 3, id="a class alone leads the background: .7 x .837 is more than .528"),
+    pytest.param([[0.7]], 0.7, 0, id="and has to lead it far enough: .640"),
+])  # fmt: skip
+def test_background_by_the_lead_of_the_best(
+    scores: list[list[float]], value: float, expected: int, device: torch.device
+) -> None:
+    maps = ScoreMaps((3, 7)[: len(scores)], torch.tensor(scores, device=device)[:, None])
+    assert make_label_map(maps, "margin", value).tolist() == [[expected]]
+    assert make_label_map(ScoreMaps((), torch.zeros(0, 1, 1, device=device)), "margin", value).tolist() == [[0]]
 
 
 def test_words_and_their_probability(device: torch.device) -> None:

@@ -119,6 +119,50 @@ def build_sam(family: str) -> Any:
     return randomise(model)
 
 
+def concept_config(num_tokens: int, last_token: int, side: int = 112) -> Any:
+    """Return the configuration of a tiny SAM 3 with detector and text encoder, for squares of `side` pixels."""
+    import transformers
+
+    width = {"hidden_size": 32, "num_attention_heads": 2}
+    layers = {**width, "num_layers": 2, "intermediate_size": 64}
+    vision = _sam3_parts()["vision_config"]
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+        "max_position_embeddings": 32,
+        "vocab_size": num_tokens,
+        "eos_token_id": last_token,
+        "hidden_act": "gelu",
+    }
+    return transformers.Sam3Config(
+        vision_config={**vision, "backbone_config": {**vision["backbone_config"], "image_size": side}},
+        text_config=text,
+        geometry_encoder_config=layers,
+        detr_encoder_config=layers,
+        detr_decoder_config={**layers, "num_queries": 8},
+        mask_decoder_config=width,
+    )
+
+
+def build_concepts(num_tokens: int, last_token: int, side: int = 112) -> Any:
+    """Build a tiny SAM 3 that finds what words say, whose every parameter is random."""
+    import transformers
+
+    return randomise(transformers.Sam3Model(concept_config(num_tokens, last_token, side)).eval())
+
+
+def save_concepts(words: tuple[Path, int, int], folder: Path) -> str:
+    """Write a tiny SAM 3 with the tokenizer in `words` (folder, number of tokens, id of the last); return its path."""
+    save(build_concepts(*words[1:]), folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        if (words[0] / name).is_file():
+            shutil.copy(words[0] / name, folder)
+    return str(folder)
+
+
 def randomise(model: Any, seed: int = 0) -> Any:
     """Draw all parameters of a model again, also those that start as zeros or tiny numbers, and return the model."""
     generator = torch.Generator().manual_seed(seed)
