@@ -232,3 +232,23 @@ def test_bad_inputs(make: Make, weights: str, tmp_path: Path) -> None:
     tracker = tiny_models.save(tiny_models.build_sam("sam3_tracker"), tmp_path / "tracker")
     with pytest.raises(ArtefactError, match=r"model_type 'sam3_tracker', expected one of sam3, sam3_video"):
         make(weights=tracker).generate(sample(), (2,))
+
+
+@pytest.mark.slow
+def test_the_encoder_at_full_size_without_weights(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the `meta` device: an image goes through at the model's own side and at that of the preview."""
+    import transformers
+
+    device = torch.device("meta")
+    with device:
+        model = transformers.Sam3Model(transformers.Sam3Config()).eval()
+    generator = make(device)
+    generator._model.__dict__["_model"] = model
+    assert (generator._model.side, generator._model.stride) == (1008, 14)
+    for side, cells in ((1008, 72), (Sam3ConceptsOptions().preview_side, 48)):
+        levels = generator._model.encode_image(sample((375, 500)).image, side).fpn_hidden_states
+        assert [level.shape[-1] for level in levels] == [4 * cells, 2 * cells, cells, cells // 2]
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert count == pytest.approx(840.4, abs=0.1)
+    with capsys.disabled():
+        print(f"\nSAM 3 with detector and text encoder: {count:.1f} M parameters")
