@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moduseg import backbones, proposers
+from moduseg import backbones, proposers, pseudo_masks
 from moduseg.backbones.base import Backbone
 from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
 from moduseg.bank.store import Bank
@@ -26,6 +26,7 @@ from moduseg.datasets.io import check_image_range, read_image
 from moduseg.devices import Device, resolve_device
 from moduseg.errors import ArtefactError
 from moduseg.proposers.base import Proposer
+from moduseg.pseudo_masks.clip_words import ClipWordsGenerator, as_region_encoder
 from moduseg.retrieval.retriever import Retriever
 from moduseg.structures import Prediction, Proposals, Sample, TokenMap
 
@@ -38,11 +39,13 @@ class Observation:
         proposals: those that `retrieval.min_area` and `min_predicted_iou` let through, `N` of them.
         tokens: the image's patch tokens.
         pooled: `[N, C]` float32, the vector of each proposal before centring and normalisation.
+        word_values: `[N, D]` float32, their CLIP features; `None` unless `retrieval.answer` is `words`.
     """
 
     proposals: Proposals
     tokens: TokenMap
     pooled: Tensor
+    word_values: Tensor | None = None
 
 
 class Segmenter:
@@ -57,16 +60,37 @@ class Segmenter:
         backbone: says what they look like; the one that the bank was made with.
         cfg: centring, outlier filter and retrieval settings.
         device: where the models and the search run.
+        region_encoder: with `retrieval.answer=words`, gives regions their CLIP features, with the words of the bank's
+            classes; built from `cfg` if omitted.
 
     Raises:
-        ArtefactError: the bank was made with other backbone weights.
+        ArtefactError: the bank was made with other weights of the backbone or, for words, of the CLIP.
+        ConfigError: words are asked for, and `pseudo_masks.generator` compares none.
     """
 
-    def __init__(self, bank: Bank, proposer: Proposer, backbone: Backbone, cfg: Config, device: Device) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        proposer: Proposer,
+        backbone: Backbone,
+        cfg: Config,
+        device: Device,
+        *,
+        region_encoder: ClipWordsGenerator | None = None,
+    ) -> None:
         bank.check_fits(backbone.digest, backbone.dim, bank.classes)
+        words = None
+        self._region_encoder = region_encoder if cfg.uses_words else None
+        if cfg.uses_words:
+            generator = region_encoder or pseudo_masks.build(
+                cfg.pseudo_masks.generator, device=device, backbone=lambda: backbone, classes=bank.classes
+            )
+            self._region_encoder = as_region_encoder(generator)
+            bank.check_words_fit(self._region_encoder.digest)
+            words = self._region_encoder.words
         self.bank, self.proposer, self.backbone, self.cfg, self.device = bank, proposer, backbone, cfg, device
         self._model_lock = threading.RLock()
-        self._retriever = Retriever(bank.configured(cfg.bank).to(device.torch_device), cfg.retrieval)
+        self._retriever = Retriever(bank.configured(cfg.searched_bank).to(device.torch_device), cfg.retrieval, words)
 
     @classmethod
     def from_bank(
@@ -137,7 +161,11 @@ class Segmenter:
         weights = proposal_coverage(proposals, tokens)
         if self.cfg.bank.aggregation == "hard":
             weights = harden(weights)
-        return Observation(proposals, tokens, aggregate(tokens.tokens, weights, normalize=False))
+        word_values = None
+        if self._region_encoder is not None:
+            with self._model_lock:
+                word_values = self._region_encoder.pool_regions(pixels, proposals.masks)
+        return Observation(proposals, tokens, aggregate(tokens.tokens, weights, normalize=False), word_values)
 
     def read_image(self, path: Path) -> np.ndarray:
         """Read a photograph as the images of the bank were read, `[H, W, 3]` uint8.
@@ -149,7 +177,7 @@ class Segmenter:
 
     def label(self, observation: Observation) -> Prediction:
         """Label an image that the models have seen; `predict` is `observe`, then this."""
-        return self._retriever.predict(observation.proposals, observation.pooled)
+        return self._retriever.predict(observation.proposals, observation.pooled, observation.word_values)
 
     @torch.inference_mode()
     def nearest(self, pooled: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +199,9 @@ class Segmenter:
         Raises:
             ArtefactError: the bank was made with other backbone weights.
         """
-        segmenter = Segmenter(bank, self.proposer, self.backbone, cfg or self.cfg, self.device)
+        # The words of other classes are other features.
+        encoder = self._region_encoder if bank.classes == self.bank.classes else None
+        segmenter = Segmenter(bank, self.proposer, self.backbone, cfg or self.cfg, self.device, region_encoder=encoder)
         segmenter._model_lock = self._model_lock
         return segmenter
 

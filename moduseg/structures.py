@@ -351,12 +351,14 @@ class SearchBank:
         labels: `[M]` int64, 0 background.
         rows: `[M]` int64, the row of the stored bank that each vector came from.
         centre: `[C]` float32, subtracted before the normalisation, from queries too; `None` if the bank is not centred.
+        word_values: `[M, D]` float32, the CLIP feature of each region, of length 1 or all zero; `None` if unknown.
     """
 
     vectors: Tensor
     labels: Tensor
     rows: Tensor
     centre: Tensor | None = None
+    word_values: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.vectors)
@@ -368,11 +370,40 @@ class SearchBank:
             raise ValueError(
                 f"bank: got a centre {tuple(self.centre.shape)}, expected {tuple(self.vectors.shape[1:])} like a vector"
             )
+        if self.word_values is not None and (self.word_values.ndim != 2 or len(self.word_values) != count):
+            raise ValueError(f"bank: got word values {tuple(self.word_values.shape)}, expected ({count}, D)")
 
     def to(self, device: torch.device) -> SearchBank:
         """Return the bank on another device."""
         centre = None if self.centre is None else self.centre.to(device)
-        return SearchBank(self.vectors.to(device), self.labels.to(device), self.rows.to(device), centre)
+        values = None if self.word_values is None else self.word_values.to(device)
+        return SearchBank(self.vectors.to(device), self.labels.to(device), self.rows.to(device), centre, values)
+
+
+@dataclass(frozen=True)
+class WordFeatures:
+    """The words that regions are compared with.
+
+    Attributes:
+        features: `[Q, D]` float32, L2-normalised, one for each word.
+        labels: `Q` class ids, ascending; 0 is the background, whose words are labels like any other.
+        logit_scale: factor of the cosines before the softmax over words.
+    """
+
+    features: Tensor
+    labels: tuple[int, ...]
+    logit_scale: float
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 2 or len(self.features) != len(self.labels) or not self.labels:
+            raise ValueError(
+                f"words: got features {tuple(self.features.shape)} for {len(self.labels)} labels, expected [Q, D] and "
+                "one label a word, of 1 word or more"
+            )
+
+    def to(self, device: torch.device) -> WordFeatures:
+        """Return the words on another device."""
+        return WordFeatures(self.features.to(device), self.labels, self.logit_scale)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Tests compare results with it, the benchmark times.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import cv2
@@ -110,6 +111,30 @@ def vote(labels: list[int], similarities: list[float]) -> tuple[int, float]:
     winner = max(set(labels), key=rank)
     count, total, _ = rank(winner)
     return winner, total / count
+
+
+def answer_by_words(
+    value: np.ndarray,
+    neighbours: list[np.ndarray],
+    texts: np.ndarray,
+    labels: tuple[int, ...],
+    *,
+    scale: float,
+    share: float,
+) -> tuple[int, float]:
+    """The label of the most similar word and its probability (docs/words.md)."""
+    mean = np.mean([neighbour.astype(np.float64) for neighbour in neighbours], axis=0)
+    if not value.any():
+        share = 1.0
+    elif not mean.any():
+        share = 0.0
+    else:
+        mean = mean / np.linalg.norm(mean)
+    if share == 1.0 and mean.any():
+        mean = mean / np.linalg.norm(mean)
+    powers = [math.exp(scale * ((1 - share) * float(value @ text) + share * float(mean @ text))) for text in texts]
+    best = max(range(len(labels)), key=lambda word: (powers[word], -word))
+    return labels[best], powers[best] / sum(powers)
 
 
 def suppress(masks: np.ndarray, labels: np.ndarray, scores: np.ndarray, iou_threshold: float) -> list[int]:

@@ -32,6 +32,8 @@ def digest_bank(bank: Bank) -> str:
     total = hashlib.sha256()
     for tensor in (bank.pooled, bank.labels, bank.image_index, bank.areas):
         total.update(tensor.contiguous().cpu().numpy().tobytes())
+    if bank.word_values is not None:
+        total.update(bank.word_values.contiguous().cpu().numpy().tobytes())
     total.update(digest_of([list(bank.image_ids), list(bank.classes)]).encode())
     return total.hexdigest()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moduseg.bank.aggregation import aggregate, coverage, harden
 from moduseg.bank.purification import purify
@@ -26,7 +27,7 @@ log = logging.getLogger("moduseg")
 
 MAX_CLASSES = 255
 """Largest number of class names for an 8-bit label map, background included; 255 is the ignored pixel."""
-_STORED_SETTINGS = ("purify", "min_area", "aggregation")
+_STORED_SETTINGS = ("purify", "min_area", "aggregation", "regions")
 """Keys of the group `bank` that decide what is stored."""
 
 
@@ -70,6 +71,7 @@ def remove(bank: Bank, classes: Sequence[str] = (), images: Sequence[str] = (), 
         image_ids=kept_images,
         classes=kept_classes,
         info=_replace_files(bank.info, files),
+        word_values=None if bank.word_values is None else bank.word_values[keep],
     )
 
 
@@ -116,16 +118,18 @@ def merge(banks: Sequence[Bank]) -> Bank:
         image_ids=tuple(image_ids),
         classes=tuple(classes),
         info=_replace_files({**first.info, "label_source": "+".join(s for s in sources if s)}, files),
+        word_values=_join_word_values(banks),
     )
 
 
-def align_classes(bank: Bank, aggregation: str, classes: Sequence[str]) -> Bank:
+def align_classes(bank: Bank, aggregation: str, classes: Sequence[str], *, needs_vectors: bool = True) -> Bank:
     """Return a bank that `bank.path` names with the ids of the data set's classes.
 
     Args:
         bank: the stored bank.
         aggregation: how the vectors of the queries are pooled (`bank.aggregation`).
         classes: names of the data set's classes, background first.
+        needs_vectors: whether a class without a vector cannot be found, which is warned of; words find it.
 
     Raises:
         ArtefactError: the bank has a class that the data set lacks, or its vectors are pooled in another way.
@@ -137,7 +141,7 @@ def align_classes(bank: Bank, aggregation: str, classes: Sequence[str]) -> Bank:
             f"bank.aggregation={bank_aggregation}"
         )
     missing = [name for name in classes if bank.counts.get(name, 0) == 0]
-    if missing:
+    if missing and needs_vectors:
         log.warning("infer: the bank has no vector for %s; no pixel can get these labels", ", ".join(missing))
     return remap_classes(bank, classes)
 
@@ -186,8 +190,32 @@ def append_classes(classes: Sequence[str], new: Sequence[str]) -> tuple[str, ...
     return joined
 
 
+def append_words(bank: Bank, names: Sequence[str]) -> Bank:
+    """Return a bank that knows more classes by their names alone; it gets no region.
+
+    Args:
+        bank: a bank with word values.
+        names: classes that the bank does not have, appended in this order.
+
+    Raises:
+        ArtefactError: the bank has no word values, so that no pixel could get these classes.
+        ConfigError: a name that the bank has, an empty one, or too many classes.
+    """
+    if bank.word_values is None:
+        raise ArtefactError(
+            "words: the bank has no word values, so a class needs images; set images=<folder> new=<name>, or build the "
+            "bank with retrieval.answer=words"
+        )
+    for name in names:
+        if name in bank.classes:
+            raise ConfigError(f"words: got {name!r}, which is a class of the bank already; leave it out")
+    return dataclasses.replace(
+        bank, classes=append_classes(bank.classes, names), info=_replace_files(bank.info, files_of(bank))
+    )
+
+
 def add_region(bank: Bank, image_id: str, class_name: str, pooled: Tensor, area: int) -> Bank:
-    """Return a copy of the bank with one region appended.
+    """Return a copy of the bank with one region appended; in a bank with word values it has none.
 
     Args:
         bank: the bank.
@@ -211,6 +239,7 @@ def add_region(bank: Bank, image_id: str, class_name: str, pooled: Tensor, area:
         areas=torch.cat([bank.areas, torch.tensor([int(area)])]),
         image_ids=ids,
         classes=classes,
+        word_values=None if bank.word_values is None else functional.pad(bank.word_values, (0, 0, 0, 1)),
     )
 
 
@@ -267,6 +296,12 @@ def _new_positions(before: Sequence[str], after: Sequence[str]) -> Tensor:
     return torch.tensor([position.get(name, -1) for name in before], dtype=torch.int64)
 
 
+def _join_word_values(banks: Sequence[Bank]) -> Tensor | None:
+    """Return the word values of all banks, which all have them or all have none: then `None`."""
+    values = [bank.word_values for bank in banks if bank.word_values is not None]
+    return torch.cat(values) if values else None
+
+
 def _check_compatible(first: Bank, other: Bank) -> None:
     if first.info.get("backbone_digest") != other.info.get("backbone_digest"):
         digests = " and ".join(str(bank.info.get("backbone_digest"))[:12] for bank in (first, other))
@@ -278,6 +313,12 @@ def _check_compatible(first: Bank, other: Bank) -> None:
         raise ArtefactError(
             f"merge: the banks have {first.pooled.shape[1]} and {other.pooled.shape[1]} channels, expected the same; "
             "build one of them again with the other's backbone"
+        )
+    clips = [str(bank.info.get("word_values_digest"))[:12] for bank in (first, other)]
+    if clips[0] != clips[1]:
+        raise ArtefactError(
+            f"merge: the banks have word values of the CLIPs {' and '.join(clips)}, expected the same; "
+            "build one of them again with the other's pseudo_masks.generator and retrieval.answer"
         )
     settings, others = (_stored_settings(bank) for bank in (first, other))
     for key in sorted(settings.keys() | others.keys()):

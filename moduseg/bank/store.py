@@ -27,6 +27,9 @@ from moduseg.files import read_json, write_atomic, write_json
 from moduseg.structures import SearchBank
 
 _TENSORS = ("pooled", "labels", "image_index", "areas")
+_WORD_VALUES = "word_values"
+_FLOATS = ("pooled", _WORD_VALUES)
+"""Tensors of one row a region, `[B, C]` or `[B, D]` float32; the others are `[B]` int64."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Bank:
         image_ids: the training images, in the order of the data set.
         classes: class names, background first.
         info: what the vectors were made with (`backbone`, `backbone_digest`, `config`, ...), JSON values.
+        word_values: `[B, D]` float32, the CLIP feature of each region, of length 1; all zero for a region without.
+            `None` in a bank that was not built for `retrieval.answer=words`.
     """
 
     pooled: Tensor
@@ -50,9 +55,14 @@ class Bank:
     image_ids: tuple[str, ...]
     classes: tuple[str, ...]
     info: Mapping[str, Any]
+    word_values: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.pooled)
+        if self.word_values is not None and (self.word_values.ndim != 2 or len(self.word_values) != rows):
+            raise ArtefactError(
+                f"bank: got word values {tuple(self.word_values.shape)}, expected ({rows}, D); build the bank again"
+            )
         if self.pooled.ndim != 2 or any(getattr(self, n).shape != (rows,) for n in _TENSORS[1:]):
             shapes = {name: tuple(getattr(self, name).shape) for name in _TENSORS}
             raise ArtefactError(f"bank: got {shapes}, expected [B, C] and three times [B]; build the bank again")
@@ -75,7 +85,8 @@ class Bank:
 
     def save(self, folder: Path) -> None:
         """Write `bank.safetensors` and `bank.json`; equal banks give equal bytes."""
-        write_atomic(folder / "bank.safetensors", save({n: getattr(self, n).contiguous().cpu() for n in _TENSORS}))
+        names = _TENSORS if self.word_values is None else (*_TENSORS, _WORD_VALUES)
+        write_atomic(folder / "bank.safetensors", save({n: getattr(self, n).contiguous().cpu() for n in names}))
         write_json(
             folder / "bank.json",
             {
@@ -100,7 +111,7 @@ class Bank:
             tensors = load(path.read_bytes())
             info = dict(read_json(folder / "bank.json"))
             image_ids, classes = tuple(info.pop("image_ids")), tuple(info.pop("classes"))
-            values = {name: tensors[name] for name in _TENSORS}
+            values = {name: tensors[name] for name in (*_TENSORS, *(n for n in tensors if n == _WORD_VALUES))}
             _check_values(values, [*image_ids, *classes])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, json.JSONDecodeError) as error:
             raise ArtefactError(
@@ -124,6 +135,24 @@ class Bank:
             raise ArtefactError(
                 f"bank: made for {len(self.classes)} classes {_shorten(self.classes)}, expected {len(classes)} "
                 f"{_shorten(tuple(classes))}; use the bank's data set or build a bank for this one"
+            )
+
+    def check_words_fit(self, digest: str) -> None:
+        """Check that the bank has word values, made with this CLIP.
+
+        Raises:
+            ArtefactError: it has none, or those of another one.
+        """
+        if self.word_values is None:
+            raise ArtefactError(
+                "bank: has no word values, expected them with retrieval.answer=words; build it with "
+                "retrieval.answer=words, or set retrieval.answer=labels"
+            )
+        bank_digest = self.info.get("word_values_digest")
+        if bank_digest != digest:
+            raise ArtefactError(
+                f"bank: has word values of the CLIP {str(bank_digest)[:12]}, expected {digest[:12]}; use the "
+                "pseudo_masks.generator that the bank was built with, or build it again"
             )
 
     def configured(self, settings: BankConfig) -> SearchBank:
@@ -150,7 +179,8 @@ class Bank:
                 )
             wanted = torch.tensor([0, *(self.classes.index(name) for name in settings.classes)])
             keep = torch.isin(search.labels, wanted.to(search.labels.device))
-            search = SearchBank(search.vectors[keep], search.labels[keep], search.rows[keep], search.centre)
+            values = None if search.word_values is None else search.word_values[keep]
+            search = SearchBank(search.vectors[keep], search.labels[keep], search.rows[keep], search.centre, values)
         if settings.prototypes is not None:
             centres = find_prototypes(search.vectors, search.labels, settings.prototypes)
             search = SearchBank(centres.vectors, centres.labels, search.rows[centres.members], search.centre)
@@ -190,7 +220,9 @@ class Bank:
                 rows = rows[nearest_to_centre(vectors[rows], ratio)]
             kept_rows.append(rows)
         rows = torch.cat(kept_rows).sort().values if kept_rows else torch.empty(0, dtype=torch.int64)
-        return SearchBank(vectors[rows], labels[rows], chosen_rows[rows], mean)
+        stored_rows = chosen_rows[rows]
+        values = None if self.word_values is None else self.word_values[stored_rows]
+        return SearchBank(vectors[rows], labels[rows], stored_rows, mean, values)
 
 
 def encode_vectors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -203,7 +235,8 @@ def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
     Args:
         path: a file below `vectors/` of an artefact.
-        names: `pooled` (`[N, C]` float32) and, of training images, `labels` and `areas` (`[N]` int64).
+        names: `pooled` (`[N, C]` float32), of training images `labels` and `areas` (`[N]` int64), and where proposals
+            are labelled by words `word_values` (`[N, D]` float32).
 
     Raises:
         DataError: the file is missing or damaged.
@@ -212,11 +245,7 @@ def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         stored = load(path.read_bytes())
         tensors = {name: stored[name] for name in names}
         lengths = {len(tensor) for tensor in tensors.values()}
-        if (
-            len(lengths) != 1
-            or tensors["pooled"].ndim != 2
-            or any(t.ndim != 1 for n, t in tensors.items() if n != "pooled")
-        ):
+        if len(lengths) != 1 or any(tensor.ndim != (2 if n in _FLOATS else 1) for n, tensor in tensors.items()):
             raise ValueError(f"shapes {[tuple(tensor.shape) for tensor in tensors.values()]}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())
@@ -229,9 +258,11 @@ def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 def _check_values(tensors: Mapping[str, Tensor], names: Sequence[Any]) -> None:
     """Raise `ValueError` for tensors and names that no bank holds, whoever wrote the files."""
     for name, tensor in tensors.items():
-        expected = torch.float32 if name == "pooled" else torch.int64
+        expected = torch.float32 if name in _FLOATS else torch.int64
         if tensor.dtype != expected:
             raise ValueError(f"{name} is {tensor.dtype}, expected {expected}")
+    if _WORD_VALUES in tensors and not bool(torch.isfinite(tensors[_WORD_VALUES]).all()):
+        raise ValueError("word_values hold NaN or infinity")
     # A NaN would be every query's nearest neighbour, or none's, as the search happens to compare.
     if not bool(torch.isfinite(tensors["pooled"]).all()):
         rows = (~torch.isfinite(tensors["pooled"]).all(1)).nonzero()[:, 0].tolist()

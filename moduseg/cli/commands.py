@@ -298,11 +298,14 @@ _TABLE = (
     Command(
         "bank add",
         "tools",
-        "Add tagged images to a bank.",
+        "Add tagged images to a bank, or classes by name.",
         "moduseg.tools.bank:add",
         reads="a bank, images and their tags",
         writes="a new bank: <out>, or outputs/<dataset>/build_bank/<name>-<key>/",
-        examples=("bank add bank=latest images=more tags=dog", "bank add bank=latest images=stars new='yellow star'"),
+        examples=(
+            "bank add bank=latest images=stars new='yellow star'",
+            "bank add bank=latest words='yellow star'",
+        ),
         options=AddOptions,
     ),
     Command(

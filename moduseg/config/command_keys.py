@@ -190,15 +190,23 @@ class AddOptions:
         masks: folder of label maps `<id>.png` with the ids of the longer class list, used in place of pseudo masks.
         prefix: put before the ids of the images, as `<prefix>/<id>`.
         out: folder of the new bank; chosen below `runtime.outputs` if omitted.
+        words: classes that a bank with word values gets by their names alone, without an image.
     """
 
     bank: str
-    images: tuple[str, ...]
+    images: tuple[str, ...] = ()
     tags: str | None = None
     new: tuple[str, ...] = ()
     masks: str | None = None
     prefix: str | None = None
     out: str | None = None
+    words: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.words and (self.images or self.new or self.tags or self.masks):
+            raise ValueError(
+                f"words: got {'; '.join(self.words)} beside images, expected one of the two; add images on their own"
+            )
 
 
 @dataclass(frozen=True)

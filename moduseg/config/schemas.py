@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from moduseg.errors import ConfigError
+
 
 def _check_range(name: str, value: float, low: float, high: float, remedy: str) -> None:
     """Raise ValueError if a value is outside `[low, high]`."""
@@ -80,6 +82,8 @@ class BankConfig:
         prototypes: replace the vectors of each class by so many k-means centres; see `moduseg.bank.prototypes`.
         flips: store every training image's mirror image too.
         path: folder of a finished bank (of `scripts/bank.py`, say), used in place of one built from the training split.
+        regions: of the training images: `pseudo_masks` gives one for each class of an image, `proposals` those of the
+            proposer, which have no labels and need no tags; part of keys unless it is the default.
     """
 
     purify: PurifyConfig = field(default_factory=PurifyConfig)
@@ -94,6 +98,7 @@ class BankConfig:
     prototypes: int | None = None
     flips: bool = False
     path: str | None = None
+    regions: Literal["pseudo_masks", "proposals"] = "pseudo_masks"
 
     def __post_init__(self) -> None:
         if self.prototypes is not None:
@@ -126,6 +131,10 @@ class RetrievalConfig:
             These three come last, see `moduseg.masks.tidy`; they are part of keys unless they are 0.
         confidence: whether a picture says how sure each pixel is, see `moduseg.retrieval.confidence`; part of keys
             where it is true.
+        answer: `labels` lets the neighbours vote; `words` compares the words of all classes with the CLIP features of
+            the neighbours and of the proposal itself, see `moduseg.retrieval.word_answer`. Part of keys, with
+            `neighbour_share`, where it is `words`.
+        neighbour_share: share of the neighbours where `answer` is `words`; 0 is CLIP alone.
     """
 
     top_k: int = 25
@@ -142,6 +151,8 @@ class RetrievalConfig:
     max_hole_area: int = 0
     smoothing_radius: int = 0
     confidence: bool = False
+    answer: Literal["labels", "words"] = "labels"
+    neighbour_share: float = 0.5
 
     def __post_init__(self) -> None:
         _check_range("top_k", self.top_k, 1, 10**6, "the paper uses 25")
@@ -155,6 +166,30 @@ class RetrievalConfig:
         _check_range("min_object_area", self.min_object_area, 0, 10**9, "0 keeps every object")
         _check_range("max_hole_area", self.max_hole_area, 0, 10**9, "0 leaves holes open")
         _check_range("smoothing_radius", self.smoothing_radius, 0, 100, "0 leaves outlines as they are, 3 is a little")
+        _check_range("neighbour_share", self.neighbour_share, 0, 1, "0.5 is half and half")
+        if self.answer == "words":
+            self._check_no_votes()
+
+    def _check_no_votes(self) -> None:
+        """Refuse settings that count the labels of neighbours, which words do not look at.
+
+        Raises:
+            ValueError: one of them is set.
+        """
+        without_votes = {
+            "vote_temperature": (None,),
+            "vote_balance": ("none",),
+            "cap_top_k": (False,),
+            "selection": ("nms", "nms_quality", "similarity", "majority"),
+            "confidence": (False,),
+        }
+        for name, allowed in without_votes.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"{name}: got {value}, expected {' or '.join(map(str, allowed))} with answer=words, which does not "
+                    "look at the labels of neighbours; leave it out"
+                )
 
     @property
     def tidying(self) -> dict[str, int]:
@@ -171,6 +206,8 @@ class RetrievalConfig:
             "storage": "float32",
             **dict.fromkeys(self.tidying, 0),
             "confidence": False,
+            "answer": "labels",
+            **({} if self.answer == "words" else {"neighbour_share": self.neighbour_share}),
         }
         return {name: value for name, value in _to_plain(self).items() if unchanged.get(name, ...) != value}
 
@@ -400,6 +437,30 @@ class Config:
     tagger: Mapping[str, Any] | None = None
     vocabulary: str | tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.bank.regions == "proposals" and self.retrieval.answer == "labels":
+            raise ConfigError(
+                "retrieval.answer: got labels, expected words with bank.regions=proposals, whose regions have no "
+                "labels; set retrieval.answer=words"
+            )
+        if self.bank.prototypes is not None and self.uses_words:
+            raise ConfigError(
+                f"bank.prototypes: got {self.bank.prototypes}, expected null with retrieval.answer=words, as they "
+                "have no word values; set bank.prototypes=null"
+            )
+
+    @property
+    def uses_words(self) -> bool:
+        """Whether proposals are labelled by words, so that bank and queries hold CLIP features beside their vectors."""
+        return self.retrieval.answer == "words"
+
+    @property
+    def searched_bank(self) -> BankConfig:
+        """How the stored bank is read; with `retrieval.answer=words` without the filter by label."""
+        if not self.uses_words:
+            return self.bank
+        return dataclasses.replace(self.bank, outliers=dataclasses.replace(self.bank.outliers, enabled=False))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings that a result may depend on as JSON values, without those that distribute the work."""
         values: dict[str, Any] = _to_plain(self)
@@ -410,6 +471,8 @@ class Config:
         for name in ("tagger", "vocabulary"):
             if not values[name]:
                 del values[name]
+        if not self.uses_words:
+            del values["bank"]["regions"], values["retrieval"]["answer"], values["retrieval"]["neighbour_share"]
         return values
 
 

@@ -24,6 +24,7 @@ from moduseg.pipeline.estimate import RunEstimate, StageName
 from moduseg.pipeline.peers import Peers
 from moduseg.proposers.base import Proposer
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
+from moduseg.pseudo_masks.clip_words import ClipWordsGenerator, as_region_encoder
 from moduseg.taggers.base import Tagger
 
 log = logging.getLogger("moduseg")
@@ -129,6 +130,23 @@ class Workspace:
         return pseudo_masks.build(
             self.cfg.pseudo_masks.generator, device=self.device, backbone=lambda: self.backbone, classes=classes
         )
+
+    @property
+    def region_encoder(self) -> ClipWordsGenerator:
+        """The generator as what gives regions their CLIP features, with `retrieval.answer=words`.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        return as_region_encoder(self.generator)
+
+    @property
+    def word_parts(self) -> dict[str, Any]:
+        """The part of a key that stands for the CLIP features of regions; none if there are none."""
+        if not self.cfg.uses_words:
+            return {}
+        generator = to_json_values(self.cfg.pseudo_masks.generator)
+        return {"word_values": {"generator": generator, "digest": self.region_encoder.digest}}
 
     @cached_property
     def vocabulary(self) -> WordList | None:

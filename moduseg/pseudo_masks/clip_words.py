@@ -21,11 +21,12 @@ from moduseg.backbones.inputs import fit_input
 from moduseg.backbones.regions import sample_regions
 from moduseg.backbones.upsample import upsample
 from moduseg.backbones.windows import list_window_starts
+from moduseg.bank.aggregation import coverage
 from moduseg.errors import ConfigError, DataError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.prompts import resolve_background_words, resolve_class_words, resolve_templates
 from moduseg.pseudo_masks.word_features import encode_words
-from moduseg.structures import Proposals, Sample, ScoreMaps, TokenMap
+from moduseg.structures import Proposals, Sample, ScoreMaps, TokenMap, WordFeatures
 
 Resampling = Literal["area", "linear"]
 KEY = "pseudo_masks.generator.weights"
@@ -160,6 +161,53 @@ class ClipWordsGenerator(PseudoMaskGenerator):
         )
         return ScoreMaps(ids, scores, background)
 
+    @property
+    def words(self) -> WordFeatures:
+        """The words of the background and of all classes."""
+        features, labels = self._texts
+        return WordFeatures(features, tuple(labels), self._options.logit_scale)
+
+    @torch.inference_mode()
+    def pool_regions(self, image: np.ndarray, masks: Tensor) -> Tensor:
+        """Return the CLIP feature of each region: the mean of its patches' unit features, over all windows.
+
+        Args:
+            image: `[H, W, 3]` uint8.
+            masks: `[N, H, W]` bool on any device; they may overlap.
+
+        Returns:
+            `[N, D]` float32 on the model's device, L2-normalised; all zero for a mask without a pixel.
+        """
+        options = self._options
+        resized = resize_sides(image, options.short_side, options.long_side, options.resampling)
+        height, width = resized.shape[:2]
+        masks = masks.to(self._source.device.torch_device)
+        if masks.shape[1:] != (height, width) and len(masks):
+            masks = F.interpolate(masks[None].float(), size=(height, width), mode="nearest")[0] > 0
+        boxes = list_windows(height, width, options.window, options.stride)
+        total = torch.zeros(len(masks), self._texts[0].shape[1], device=masks.device)
+        for start in range(0, len(boxes), options.batch_size):
+            batch = boxes[start : start + options.batch_size]
+            crops = [resized[top:bottom, left:right] for top, bottom, left, right in batch]
+            seen = [masks[:, top:bottom, left:right] for top, bottom, left, right in batch]
+            borders = [self._find_border(crop) for crop in crops]
+            crops = [pad_window(crop, border, self._mean_colour) for crop, border in zip(crops, borders, strict=True)]
+            for part, border, token_map in zip(seen, borders, self._encode(crops, None), strict=True):
+                # A window that was cut to whole patches: its map is stretched over all that the window holds.
+                is_cut = min(border) < 0
+                grid = (
+                    dataclasses.replace(token_map, image_size=(part.shape[1], part.shape[2])) if is_cut else token_map
+                )
+                weights = coverage(part if is_cut else pad_masks(part, border), grid)
+                features = F.normalize(token_map.tokens.float(), dim=-1).flatten(0, 1)
+                total += weights.flatten(1) @ features
+        return F.normalize(total, dim=1)
+
+    def _find_border(self, window: np.ndarray) -> tuple[int, int, int, int]:
+        """Return the border that `padding` gives a window `[H, W, 3]`, as `find_borders` does; none if it is `None`."""
+        padding = self._options.padding
+        return (0, 0, 0, 0) if padding is None else find_borders(window.shape[:2], padding, self._encoder.stride)
+
     @cached_property
     def _texts(self) -> tuple[Tensor, list[int]]:
         """Normalised features `[Q, D]` of all words, and the class id of each word (0: the background's)."""
@@ -229,6 +277,20 @@ class ClipWordsGenerator(PseudoMaskGenerator):
         return results
 
 
+def as_region_encoder(generator: PseudoMaskGenerator) -> ClipWordsGenerator:
+    """Return the generator whose CLIP gives regions the features that words are compared with.
+
+    Raises:
+        ConfigError: it compares no words, or its features depend on the image's proposals.
+    """
+    if not isinstance(generator, ClipWordsGenerator) or generator.needs_proposals:
+        raise ConfigError(
+            f"pseudo_masks.generator: got {type(generator).__name__}, expected clip_dense with retrieval.answer=words, "
+            "whose CLIP sees regions; try pseudo_masks=clip_dense"
+        )
+    return generator
+
+
 def _to_pixels(token_map: TokenMap, texts: Tensor) -> Tensor:
     """Return the cosines `[Q, H, W]` of a token map and texts at the pixels of its image."""
     cosines = F.normalize(token_map.tokens, dim=-1) @ texts.T
@@ -262,6 +324,12 @@ def pad_regions(ids: Tensor, border: tuple[int, int, int, int]) -> Tensor:
     """Return the ids `[H, W]` of a window's regions as `pad_window` returns its pixels; the border is no region."""
     top, bottom, left, right = border
     return F.pad(ids, (left, right, top, bottom), value=-1)
+
+
+def pad_masks(masks: Tensor, border: tuple[int, int, int, int]) -> Tensor:
+    """Return masks `[N, H, W]` bool as `pad_window` returns the pixels of their window; the border is in none."""
+    top, bottom, left, right = border
+    return F.pad(masks.to(torch.uint8), (left, right, top, bottom)).bool()
 
 
 def resize_sides(

@@ -106,7 +106,8 @@ def write_report(work: Workspace, run: FinishedRun, folder: Path, comparison: Co
         bank = Bank.load(run.inputs["build_bank"].path)
         if work.cfg.bank.path is not None:
             bank = remap_classes(bank, run.dataset.classes)
-        replay = RetrievalReplay(work.cfg, bank, run.inputs["queries"], work.device.torch_device)
+        words = work.region_encoder.words if work.cfg.uses_words else None
+        replay = RetrievalReplay(work.cfg, bank, run.inputs["queries"], work.device.torch_device, words=words)
     images = write_images(work, run, page, ids, replay=replay, second=second)
     if bank is not None and replay is not None:
         write_bank(work, run, page, bank=bank, replay=replay, images=images)

@@ -29,7 +29,7 @@ from moduseg.report.pictures import (
 )
 from moduseg.report.threads import map_in_threads
 from moduseg.retrieval.retriever import Retriever
-from moduseg.structures import IGNORE_INDEX, Proposals
+from moduseg.structures import IGNORE_INDEX, Proposals, WordFeatures
 
 SHOWN_NEIGHBOURS = 25
 """At most this many neighbours of a proposal are listed; all of them have voted."""
@@ -44,12 +44,22 @@ class RetrievalReplay:
         bank: the stored bank.
         queries: folder of stage `queries`.
         device: where the search runs.
+        words: what regions are compared with, with `retrieval.answer=words`.
     """
 
-    def __init__(self, cfg: Config, bank: Bank, queries: StageFolder, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        bank: Bank,
+        queries: StageFolder,
+        device: torch.device,
+        *,
+        words: WordFeatures | None = None,
+    ) -> None:
         self._queries = queries
-        self.bank = bank.configured(cfg.bank).to(device)
-        self._retriever = Retriever(self.bank, cfg.retrieval)
+        self._names = ("pooled",) if words is None else ("pooled", "word_values")
+        self.bank = bank.configured(cfg.searched_bank).to(device)
+        self._retriever = Retriever(self.bank, cfg.retrieval, words)
 
     def neighbours_of(self, image_id: str, proposals: Proposals) -> tuple[Proposals, RetrievalResult]:
         """Return the proposals of an image that were searched, and what the search said of them.
@@ -57,13 +67,14 @@ class RetrievalReplay:
         Raises:
             DataError: the stored vectors are gone or do not fit the proposals.
         """
-        pooled = self._queries.vectors(image_id)["pooled"]
+        vectors = self._queries.vectors(image_id, self._names)
+        pooled = vectors["pooled"]
         if len(pooled) != len(proposals):
             raise DataError(
                 f"{self._queries.file('vectors', image_id)}: got {len(pooled)} vectors for {len(proposals)} proposals, "
                 "expected one each; run scripts/infer.py again"
             )
-        prediction = self._retriever.predict(proposals, pooled)
+        prediction = self._retriever.predict(proposals, pooled, vectors.get("word_values"))
         return prediction.proposals, RetrievalResult.of(prediction)
 
 

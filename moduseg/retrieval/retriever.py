@@ -20,7 +20,8 @@ from moduseg.retrieval.search import search
 from moduseg.retrieval.selection import NEAREST, assemble_selected, compute_certainty, compute_margins, compute_worths
 from moduseg.retrieval.suppress import descending
 from moduseg.retrieval.vote import vote
-from moduseg.structures import Prediction, Proposals, SearchBank
+from moduseg.retrieval.word_answer import answer_by_words
+from moduseg.structures import Prediction, Proposals, SearchBank, WordFeatures
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class VoteResult:
     Attributes:
         labels: `[N]` int64, 0 background.
         scores: `[N]` float64 (float32 on MPS), mean cosine similarity of the winning label's neighbours; masks are
-            ordered by it, and predictions hold it in float32.
+            ordered by it, and predictions hold it in float32. With `answer=words` the probability of the best word.
         neighbours: `[N, k]` int64, positions in the searched bank, nearest first.
         similarities: `[N, k]` float32.
     """
@@ -48,10 +49,19 @@ class Retriever:
         bank: what queries are compared with; the search runs on its device.
         settings: the options. `engine` and `storage` hold for the search of the whole bank; neighbours that are
             searched class by class are exact.
+        words: what regions are compared with, if `answer` is `words`.
+
+    Raises:
+        ValueError: `answer` is `words`, and there are none, or the bank has no word values (`Bank.check_words_fit`).
     """
 
-    def __init__(self, bank: SearchBank, settings: RetrievalConfig) -> None:
+    def __init__(self, bank: SearchBank, settings: RetrievalConfig, words: WordFeatures | None = None) -> None:
         self.bank, self.settings = bank, settings
+        self._words = None
+        if settings.answer == "words":
+            if words is None or bank.word_values is None:
+                raise ValueError("retrieval: got no words or no word values, expected both with answer=words")
+            self._words = words.to(bank.vectors.device)
         self._index = indices.build(bank.vectors, settings.engine, settings.storage)
 
     @cached_property
@@ -66,24 +76,26 @@ class Retriever:
         return (proposals.areas >= settings.min_area) & (proposals.predicted_iou >= settings.min_predicted_iou)
 
     @torch.inference_mode()
-    def predict(self, proposals: Proposals, pooled: Tensor) -> Prediction:
+    def predict(self, proposals: Proposals, pooled: Tensor, word_values: Tensor | None = None) -> Prediction:
         """Label one image: filter its proposals, search, vote, choose among masks, paint, tidy the label map.
 
         Args:
             proposals: `N` of them, on any device.
             pooled: `[N, C]` float on any device, their vectors before centring and normalisation; an all-zero row is a
                 proposal without a vector, which gets label 0, score 0 and no neighbours.
+            word_values: `[N, D]` float on any device, the CLIP features of the proposals, if `answer` is `words`.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or no CLIP features though `answer` is `words`.
         """
         if len(pooled) != len(proposals):
             raise ValueError(f"retrieval: got {len(pooled)} vectors for {len(proposals)} proposals, expected one each")
         keep = self.is_searched(proposals)
         if not bool(keep.all()):
             proposals, pooled = proposals.select(keep), pooled[keep.to(pooled.device)]
+            word_values = None if word_values is None else word_values[keep.to(word_values.device)]
         pooled = pooled.to(self.bank.vectors.device)
-        votes = self.vote(pooled)
+        votes = self.vote(pooled, None if word_values is None else word_values.to(pooled.device))
         painted, kept = self._assemble(proposals, pooled, votes)
         label_map = tidy_label_map(painted.cpu().numpy(), **self.settings.tidying)
         rows, row_labels = self._rows_of(votes.neighbours)
@@ -92,11 +104,12 @@ class Retriever:
         labels, scores, kept, rows, row_labels, similarities = (tensor.cpu() for tensor in answers)
         return Prediction(label_map, proposals, labels, scores, kept, rows, row_labels, similarities, confidence)
 
-    def vote(self, pooled: Tensor) -> VoteResult:
-        """Search the bank for each query and let its neighbours vote.
+    def vote(self, pooled: Tensor, word_values: Tensor | None = None) -> VoteResult:
+        """Search the bank for each query and let its neighbours vote, or compare words with them (`answer`).
 
         Args:
             pooled: `[N, C]` float on the bank's device, see `predict`.
+            word_values: `[N, D]` float on the bank's device, see `predict`.
 
         Returns:
             Labels and neighbours. With `vote_balance=distance` neighbours are in the order of that distance. For a
@@ -113,7 +126,9 @@ class Retriever:
         # Decided before centring, which would turn "no vector" into the opposite of the mean.
         with_vector = (pooled != 0).any(1).nonzero()[:, 0]
         similarities, neighbours = self._search(self._queries(pooled[with_vector]))
-        labels, scores = vote(self.bank.labels[neighbours], similarities, self.settings.vote_temperature)
+        labels, scores = self._answer(
+            None if word_values is None else word_values[with_vector], neighbours, similarities
+        )
         shape = (len(pooled), neighbours.shape[1])
         return VoteResult(
             labels.new_zeros(len(pooled)).index_copy(0, with_vector, labels),
@@ -135,6 +150,17 @@ class Retriever:
         """
         similarities, neighbours = search(self._queries(pooled), self.bank.vectors, count)
         return self.bank.rows[neighbours], similarities
+
+    def _answer(self, word_values: Tensor | None, neighbours: Tensor, similarities: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `labels [F]` and `scores [F]` of queries from their neighbours `[F, k]`."""
+        if self._words is None:
+            return vote(self.bank.labels[neighbours], similarities, self.settings.vote_temperature)
+        if word_values is None or self.bank.word_values is None:
+            raise ValueError(
+                "retrieval: got no word values of the queries, expected [N, D] with retrieval.answer=words"
+            )
+        neighbour_values = self.bank.word_values[neighbours]
+        return answer_by_words(word_values, neighbour_values, self._words, self.settings.neighbour_share)
 
     def _search(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return `similarities [F, k]` and `neighbours [F, k]` of those that vote."""

@@ -17,20 +17,27 @@ from moduseg.config import BankConfig
 from moduseg.devices import copy_arrays
 from moduseg.errors import ArtefactError, DataError
 from moduseg.files import file_digest, to_json_values
+from moduseg.masks.encoded import WaitingProposals, decode
 from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.pipeline.workspace import log
+from moduseg.stages.propose import Propose
 from moduseg.stages.pseudo_masks import PseudoMasks
-from moduseg.structures import TokenMap
+from moduseg.structures import Proposals, TokenMap
+
+Regions = np.ndarray | WaitingProposals
+"""Where an image's regions are: a pseudo mask, or proposals that have no labels."""
 
 
-class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
-    """Builds the bank of the training split. An item is an image's id, the image and its pseudo mask.
+class BuildBank(Stage[tuple[str, np.ndarray, Regions]]):
+    """Builds the bank of the training split. An item is an image's id, the image and its pseudo mask, or its proposals.
 
     The folder holds `bank.safetensors`, `bank.json`, `vectors/<id>.safetensors` (what each image adds),
-    `failures.jsonl` and `manifest.json`. If `bank.path` names a folder, that is returned and nothing is built.
+    `failures.jsonl` and `manifest.json`. If `bank.path` names a folder, that is returned and nothing is built. With
+    `retrieval.answer=words` each region has its CLIP feature too; with `bank.regions=proposals` regions have no labels
+    (0, the background's id), and no tag is read.
     """
 
     name = "build_bank"
@@ -45,12 +52,15 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
         return None if self.cfg.bank.path is None else existing_bank_folder(self.cfg.bank.path)
 
     def inputs(self) -> dict[str, Stage[Any]]:
-        """Return `pseudo_masks`."""
+        """Return `pseudo_masks`, or `propose` on the training split if its proposals are the regions."""
+        if self.cfg.bank.regions == "proposals":
+            return {"propose": Propose(self.work, self.split)}
         return {"pseudo_masks": PseudoMasks(self.work)}
 
     def models(self) -> dict[str, HasDigest]:
-        """Return the backbone."""
-        return {"backbone": self.work.backbone}
+        """Return the backbone, and the CLIP if words are asked."""
+        words = {"pseudo_masks.generator": self.work.region_encoder} if self.cfg.uses_words else {}
+        return {"backbone": self.work.backbone, **words}
 
     def cost(self) -> Hashable:
         """Return what is equal for stages of the same cost: the backbone, twice where mirrored images pass it too."""
@@ -72,14 +82,23 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
             bank_parts["flips"] = True
         return {
             "dataset": self.work.dataset_parts(self.split),
-            "pseudo_masks": self.input_folders["pseudo_masks"].name,
+            self._source: self.input_folders[self._source].name,
             "backbone": self.work.backbone_parts(),
             "bank": bank_parts,
+            **self.work.word_parts,
         }
 
-    def load(self, image_id: str) -> tuple[str, np.ndarray, np.ndarray]:
-        """Return an image and its pseudo mask."""
+    @property
+    def _source(self) -> str:
+        """The stage that says where regions are."""
+        return "propose" if self.cfg.bank.regions == "proposals" else "pseudo_masks"
+
+    def load(self, image_id: str) -> tuple[str, np.ndarray, Regions]:
+        """Return an image and its pseudo mask, or its proposals."""
         image = self.dataset.load(image_id).image
+        if self._source == "propose":
+            proposals = self.input_folders["propose"].waiting_proposals(image_id, (image.shape[0], image.shape[1]))
+            return image_id, image, proposals
         label_map = self.input_folders["pseudo_masks"].label_map(image_id)
         if label_map.shape != image.shape[:2]:
             raise DataError(
@@ -87,15 +106,14 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
             )
         return image_id, image, label_map
 
-    def process(self, items: list[tuple[str, np.ndarray, np.ndarray]]) -> list[Files]:
+    def process(self, items: list[tuple[str, np.ndarray, Regions]]) -> list[Files]:
         """Return the vectors of several images, followed by those of their mirror images if `bank.flips` is set."""
         ids = [image_id for image_id, _, _ in items]
-        entries = self._vectors([image for _, image, _ in items], [label_map for _, _, label_map in items])
+        images, sources = [image for _, image, _ in items], [source for _, _, source in items]
+        entries = self._vectors(images, sources)
         if self.cfg.bank.flips:
-            mirrored = self._vectors(
-                [np.ascontiguousarray(image[:, ::-1]) for _, image, _ in items],
-                [label_map[:, ::-1].copy() for _, _, label_map in items],
-            )
+            images = [np.ascontiguousarray(image[:, ::-1]) for image in images]
+            mirrored = self._vectors(images, sources, is_mirrored=True)
             entries = [
                 {name: torch.cat((entry[name], mirror[name])) for name in entry}
                 for entry, mirror in zip(entries, mirrored, strict=True)
@@ -104,7 +122,9 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
 
     def reads(self, image_id: str) -> list[Path]:
         """Return the files of the image and its pseudo mask."""
-        return [self.image_file(image_id), self.input_folders["pseudo_masks"].file("label_map", image_id)]
+        source = self.input_folders[self._source]
+        file = source.file("proposals" if self._source == "propose" else "label_map", image_id)
+        return [self.image_file(image_id), file]
 
     def merge(self, outcome: Outcome) -> dict[str, Any]:
         """Put the vectors of all images together as the bank, unless that is done."""
@@ -116,29 +136,49 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
             artefact.write_manifest(status="running")
         bank = Bank.load(path)
         missing = [name for name, count in bank.counts.items() if count == 0]
-        if missing:
+        if missing and not self.cfg.uses_words:
             log.warning("build_bank: no vector for %s; no pixel can get these labels", ", ".join(missing))
         return {"vectors": len(bank), "bank_sha256": file_digest(bank_file), "config": self.cfg.as_dict()}
 
-    def _vectors(self, images: list[np.ndarray], label_maps: list[np.ndarray]) -> list[dict[str, torch.Tensor]]:
+    def _vectors(
+        self, images: list[np.ndarray], sources: list[Regions], *, is_mirrored: bool = False
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return what images add to the bank; `is_mirrored` if `sources` are of their mirror images."""
         token_maps = self.work.backbone.tokens(images)
-        return [
-            image_vectors(label_map, tokens, self.cfg.bank)
-            for label_map, tokens in zip(copy_arrays(label_maps, token_maps[0].tokens.device), token_maps, strict=True)
-        ]
+        device = token_maps[0].tokens.device
+        label_maps = [source for source in sources if isinstance(source, np.ndarray)]
+        if is_mirrored:
+            label_maps = [label_map[:, ::-1].copy() for label_map in label_maps]
+        maps_on_device = iter(copy_arrays(label_maps, device))
+        entries = []
+        for image, source, tokens in zip(images, sources, token_maps, strict=True):
+            # Masks of one image are in memory at a time.
+            if isinstance(source, np.ndarray):
+                labels, masks = labelled_regions(next(maps_on_device), self.cfg.bank)
+            else:
+                labels, masks = unlabelled_regions(decode(source), self.cfg.bank, is_mirrored=is_mirrored)
+                labels, masks = labels.to(device), masks.to(device)
+            entry = region_vectors(labels, masks, tokens, self.cfg.bank)
+            if self.cfg.uses_words:
+                entry["word_values"] = self.work.region_encoder.pool_regions(image, masks)
+            entries.append(entry)
+        return entries
 
     def _bank(self, failed: dict[str, str]) -> Bank:
         """Return the vectors of all images in the order of the data set, whichever run made them."""
         ids, dataset, folder = self.image_ids(), self.dataset, StageFolder(self.artefact.path)
+        names = ("pooled", "labels", "areas", *(("word_values",) if self.cfg.uses_words else ()))
         pooled = [torch.empty(0, self.work.backbone.dim)]
         labels, areas, index = ([torch.empty(0, dtype=torch.int64)] for _ in range(3))
+        values: list[torch.Tensor] = []
         for position, image_id in enumerate(ids):
             if image_id in failed:
                 continue
-            entry = folder.vectors(image_id, ("pooled", "labels", "areas"))
+            entry = folder.vectors(image_id, names)
             pooled.append(entry["pooled"])
             labels.append(entry["labels"])
             areas.append(entry["areas"])
+            values += [entry["word_values"]] if self.cfg.uses_words else []
             index.append(torch.full((len(entry["labels"]),), position, dtype=torch.int64))
         info = {
             "dataset": dataset.name,
@@ -147,6 +187,9 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
             "backbone_digest": self.work.backbone.digest,
             "config": self.cfg.as_dict(),
         }
+        if self.cfg.uses_words:
+            info["word_values_digest"] = self.work.region_encoder.digest
+            values = values or [torch.empty(0, self.work.region_encoder.words.features.shape[1])]
         return Bank(
             pooled=torch.cat(pooled),
             labels=torch.cat(labels),
@@ -155,6 +198,7 @@ class BuildBank(Stage[tuple[str, np.ndarray, np.ndarray]]):
             image_ids=tuple(ids),
             classes=tuple(dataset.classes),
             info=info,
+            word_values=torch.cat(values) if self.cfg.uses_words else None,
         )
 
 
@@ -184,11 +228,58 @@ def image_vectors(label_map: torch.Tensor, tokens: TokenMap, bank: BankConfig) -
     Returns:
         `pooled` `[R, C]` float32, `labels` `[R]` int64, `areas` `[R]` int64, ascending label.
     """
+    return region_vectors(*labelled_regions(label_map, bank), tokens, bank)
+
+
+def labelled_regions(label_map: torch.Tensor, bank: BankConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the purified region of each class of a pseudo mask (docs/method.md, step 2).
+
+    Args:
+        label_map: `[H, W]` uint8, 255 ignore.
+        bank: purification and minimum area.
+
+    Returns:
+        `labels` `[R]` int64, ascending, and `masks` `[R, H, W]` bool.
+    """
     if bank.purify.enabled:
         label_map = purify(label_map, bank.purify.kernel_size, bank.purify.iterations)
-    class_ids, masks = class_regions(label_map, bank.min_area)
+    return class_regions(label_map, bank.min_area)
+
+
+def unlabelled_regions(
+    proposals: Proposals, bank: BankConfig, *, is_mirrored: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the proposals of at least `bank.min_area` pixels as regions, in their order.
+
+    Args:
+        proposals: of one image.
+        bank: minimum area; proposals are not purified.
+        is_mirrored: whether the regions of the mirror image are wanted.
+
+    Returns:
+        `labels` `[R]` int64, all 0, and `masks` `[R, H, W]` bool.
+    """
+    masks = proposals.select(proposals.areas >= bank.min_area).masks
+    masks = masks.flip(-1) if is_mirrored else masks
+    return torch.zeros(len(masks), dtype=torch.int64, device=masks.device), masks
+
+
+def region_vectors(
+    labels: torch.Tensor, masks: torch.Tensor, tokens: TokenMap, bank: BankConfig
+) -> dict[str, torch.Tensor]:
+    """Pool the patch tokens of regions (docs/method.md, step 3).
+
+    Args:
+        labels: `[R]` int64.
+        masks: `[R, H, W]` bool on the device of the tokens.
+        tokens: the image's patch tokens.
+        bank: aggregation.
+
+    Returns:
+        `pooled` `[R, C]` float32, `labels` `[R]` int64, `areas` `[R]` int64.
+    """
     weights = coverage(masks, tokens)
     if bank.aggregation == "hard":
         weights = harden(weights)
     pooled = aggregate(tokens.tokens, weights, normalize=False)
-    return {"pooled": pooled, "labels": class_ids, "areas": masks.flatten(1).sum(1)}
+    return {"pooled": pooled, "labels": labels, "areas": masks.flatten(1).sum(1)}

@@ -77,6 +77,8 @@ def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
     folder = None if options.out is None else Path(options.out).expanduser()
     if folder is not None:
         check_target(folder, "add", [source])
+    if options.words:
+        return _add_words(bank, source, options.words, folder=folder, outputs=Path(cfg.runtime.outputs))
     for name in options.new:
         if name in bank.classes:
             log.warning("add: new=%s is a class of the bank already; its regions are added to that class", name)
@@ -92,6 +94,21 @@ def run(options: AddOptions, overrides: Sequence[str] = ()) -> Path:
         seconds,
         path,
     )
+    return path
+
+
+def _add_words(bank: Bank, source: Path, words: Sequence[str], *, folder: Path | None, outputs: Path) -> Path:
+    """Write a bank that knows more classes by their names alone; its regions stay as they are."""
+    path = write_derived(
+        edit.append_words(bank, words),
+        "add",
+        sources=[source],
+        details={"words": list(words)},
+        folder=folder,
+        outputs=outputs,
+        config=bank.info["config"],
+    )
+    log.info("add: %d vectors, classes by name: %s -> %s", len(bank), ", ".join(words), path)
     return path
 
 

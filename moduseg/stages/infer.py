@@ -28,7 +28,7 @@ from moduseg.stages.queries import Queries
 from moduseg.structures import Proposals
 
 
-class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
+class Infer(Stage[tuple[str, WaitingProposals, dict[str, Tensor]]]):
     """Labels the evaluated split by retrieval from the bank. An item is an image's id, its proposals and their vectors.
 
     The folder holds `labels/<id>.png`, with `retrieval.confidence` also `scores/<id>.png`, `failures.jsonl` and
@@ -63,9 +63,11 @@ class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
         classes, top_k = self.dataset.classes, self.cfg.retrieval.top_k
         bank = Bank.load(self.input_folders["build_bank"].path)
         if self.cfg.bank.path is not None:
-            bank = align_classes(bank, self.cfg.bank.aggregation, classes)
+            bank = align_classes(bank, self.cfg.bank.aggregation, classes, needs_vectors=not self.cfg.uses_words)
         bank.check_fits(self.work.backbone.digest, self.work.backbone.dim, classes)
-        if 0 < len(bank) < top_k:
+        if self.cfg.uses_words:
+            bank.check_words_fit(self.work.region_encoder.digest)
+        elif 0 < len(bank) < top_k:
             log.warning(
                 "infer: the bank holds %d vectors, fewer than retrieval.top_k=%d; all of them vote, so that the label "
                 "with the most vectors wins everywhere; set retrieval.top_k to at most the images of the rarest class "
@@ -79,8 +81,8 @@ class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
     @cached_property
     def retriever(self) -> Retriever:
         """What labels proposals by their neighbours in the bank, which is filtered as the configuration says."""
-        bank = self.stored_bank.configured(self.cfg.bank).to(self.work.device.torch_device)
-        return Retriever(bank, self.cfg.retrieval)
+        bank = self.stored_bank.configured(self.cfg.searched_bank).to(self.work.device.torch_device)
+        return Retriever(bank, self.cfg.retrieval, self.work.region_encoder.words if self.cfg.uses_words else None)
 
     def folder_name(self) -> str:
         """Return the readable part of the folder's name."""
@@ -88,7 +90,7 @@ class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
 
     def key(self) -> dict[str, Any]:
         """Return everything that decides the label maps; settings that came later only where they change something."""
-        bank, bank_settings = self.cfg.bank, self.cfg.as_dict()["bank"]
+        bank, bank_settings = self.cfg.searched_bank, self.cfg.as_dict()["bank"]
         bank_path = self.input_folders["build_bank"].path
         parts = {
             "dataset": self.work.dataset_parts(self.split),
@@ -108,7 +110,7 @@ class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
             parts["bank_labels"] = digest_of(self.stored_bank.labels.tolist())
         return parts
 
-    def runner(self) -> BatchRunner[tuple[str, WaitingProposals, Tensor]]:
+    def runner(self) -> BatchRunner[tuple[str, WaitingProposals, dict[str, Tensor]]]:
         """Return what processes the images; a bank that does not fit is an error before the first of them."""
         _ = self.stored_bank
         return super().runner()
@@ -117,26 +119,26 @@ class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
         """Return the images without proposals or queries; those that the bank lacks are of another split."""
         return skipped_images({"propose": self.proposals, "queries": self.input_folders["queries"]})
 
-    def load(self, image_id: str) -> tuple[str, WaitingProposals, Tensor]:
+    def load(self, image_id: str) -> tuple[str, WaitingProposals, dict[str, Tensor]]:
         """Return an image's proposals and their vectors."""
         queries = self.input_folders["queries"]
         proposals = self.proposals.waiting_proposals(image_id, self.dataset.image_size(image_id))
-        pooled = queries.vectors(image_id)["pooled"]
-        if len(pooled) != len(proposals):
+        vectors = queries.vectors(image_id, ("pooled", "word_values") if self.cfg.uses_words else ("pooled",))
+        if len(vectors["pooled"]) != len(proposals):
             raise DataError(
-                f"{image_id}: {len(pooled)} query vectors for {len(proposals)} proposals; remove {queries.path} and "
-                "run again"
+                f"{image_id}: {len(vectors['pooled'])} query vectors for {len(proposals)} proposals; remove "
+                f"{queries.path} and run again"
             )
-        return image_id, proposals, pooled
+        return image_id, proposals, vectors
 
-    def process(self, items: list[tuple[str, WaitingProposals, Tensor]]) -> list[Files]:
+    def process(self, items: list[tuple[str, WaitingProposals, dict[str, Tensor]]]) -> list[Files]:
         """Return the label maps of several images, and how sure they are if that is asked for."""
         # One image's masks are in memory at a time.
-        return [self._label(image_id, decode(proposals), pooled) for image_id, proposals, pooled in items]
+        return [self._label(image_id, decode(proposals), vectors) for image_id, proposals, vectors in items]
 
-    def _label(self, image_id: str, proposals: Proposals, pooled: Tensor) -> Files:
+    def _label(self, image_id: str, proposals: Proposals, vectors: dict[str, Tensor]) -> Files:
         """Return the files of one image."""
-        prediction = self.retriever.predict(proposals, pooled)
+        prediction = self.retriever.predict(proposals, vectors["pooled"], vectors.get("word_values"))
         label_map = {stored_name("label_map", image_id): partial(write_label_png, prediction.label_map)}
         if prediction.confidence is None:
             return label_map
@@ -155,7 +157,7 @@ class Infer(Stage[tuple[str, WaitingProposals, Tensor]]):
     def report(self, outcome: Outcome) -> None:
         """Write the report, and say which classes of the bank cannot be told apart."""
         build.write_report_of_run(self.work, self.artefact.path, outcome.changed)
-        if self.cfg.bank.shuffle_labels is None:
+        if self.cfg.bank.shuffle_labels is None and not self.cfg.uses_words:
             self._warn_of_overlaps()
 
     def _warn_of_overlaps(self) -> None:

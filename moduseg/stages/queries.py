@@ -23,7 +23,8 @@ from moduseg.structures import Sample
 class Queries(Stage[tuple[Sample, WaitingProposals]]):
     """Pools the patch tokens of the evaluated split under its proposals.
 
-    The folder holds `vectors/<id>.safetensors` with `pooled` `[N, C]` float32, in the order of the proposals.
+    The folder holds `vectors/<id>.safetensors` with `pooled` `[N, C]` float32, in the order of the proposals, and with
+    `retrieval.answer=words` `word_values` `[N, D]` float32, their CLIP features.
     """
 
     name = "queries"
@@ -34,8 +35,9 @@ class Queries(Stage[tuple[Sample, WaitingProposals]]):
         return {"propose": Propose(self.work)}
 
     def models(self) -> dict[str, HasDigest]:
-        """Return the backbone."""
-        return {"backbone": self.work.backbone}
+        """Return the backbone, and the CLIP if words are asked."""
+        words = {"pseudo_masks.generator": self.work.region_encoder} if self.cfg.uses_words else {}
+        return {"backbone": self.work.backbone, **words}
 
     def estimate_bytes(self, image_id: str) -> int:
         """Return the bytes of a hundred vectors of a large model."""
@@ -52,6 +54,7 @@ class Queries(Stage[tuple[Sample, WaitingProposals]]):
             "proposals": self.input_folders["propose"].name,
             "backbone": self.work.backbone_parts(),
             "aggregation": self.cfg.bank.aggregation,
+            **self.work.word_parts,
         }
 
     def load(self, image_id: str) -> tuple[Sample, WaitingProposals]:
@@ -63,12 +66,16 @@ class Queries(Stage[tuple[Sample, WaitingProposals]]):
         """Return the vectors of several images' proposals."""
         token_maps = self.work.backbone.tokens([sample.image for sample, _ in items])
         files: list[Files] = []
-        for (sample, proposals), tokens in zip(items, token_maps, strict=True):
-            weights = proposal_coverage(decode(proposals), tokens)
+        for (sample, waiting), tokens in zip(items, token_maps, strict=True):
+            proposals = decode(waiting)
+            weights = proposal_coverage(proposals, tokens)
             if self.cfg.bank.aggregation == "hard":
                 weights = harden(weights)
             pooled = aggregate(tokens.tokens, weights, normalize=False)
-            files.append({stored_name("vectors", sample.id): partial(encode_vectors, {"pooled": pooled})})
+            tensors = {"pooled": pooled}
+            if self.cfg.uses_words:
+                tensors["word_values"] = self.work.region_encoder.pool_regions(sample.image, proposals.masks)
+            files.append({stored_name("vectors", sample.id): partial(encode_vectors, tensors)})
         return files
 
     def reads(self, image_id: str) -> list[Path]:

@@ -116,7 +116,7 @@ class CachedSplit:
             images the bank is made of. The mean and the outlier filter of the bank are still made with the image.
 
     Raises:
-        ConfigError: a setting that tidies label maps: their pixels are not kept here.
+        ConfigError: a setting that tidies label maps: their pixels are not kept here; or `answer=words`.
         DataError: no ground truth, or artefacts that do not fit each other.
     """
 
@@ -127,6 +127,11 @@ class CachedSplit:
                     f"retrieval.{name}: got {value}, expected 0, as a sweep scores regions and not single pixels; "
                     "leave it out here, and set it for scripts/infer.py"
                 )
+        if cfg.uses_words or any(setting.answer == "words" for setting in settings):
+            raise ConfigError(
+                "retrieval.answer: got words, expected labels, as a sweep keeps no CLIP features of regions; leave it "
+                "out here, and set it for scripts/infer.py"
+            )
         work = Workspace(cfg)
         self.dataset = work.dataset(work.eval_split)
         if not self.dataset.has_truth:
