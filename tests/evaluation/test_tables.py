@@ -11,6 +11,8 @@ from moduseg.evaluation.bootstrap import Interval
 from moduseg.evaluation.measures import LabelMapCounts
 from moduseg.evaluation.published import (
     BENCHMARKS,
+    DIFFSEGMENTER,
+    ISEG,
     LATER,
     OPEN,
     PAPER,
@@ -198,7 +200,7 @@ def test_every_published_table_is_there(table: str, benchmark: str, values: list
 
 
 def test_every_published_figure_names_its_source() -> None:
-    assert {row.source for row in PUBLISHED} == {PAPER, LATER, OPEN}
+    assert {row.source for row in PUBLISHED} == {PAPER, LATER, OPEN, ISEG, DIFFSEGMENTER}
     assert {row.benchmark for row in PUBLISHED if row.source == LATER} == {"ade20k/val", "cityscapes/val"}
     assert {row.benchmark: row.note for row in PUBLISHED if row.note} == {
         "ade20k/val": "uncovered pixels counted as class 1",
