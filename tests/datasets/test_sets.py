@@ -309,7 +309,7 @@ def test_shipped_configurations_build(name: str) -> None:
     cfg = compose([f"dataset={name}"]).dataset
     for split in (cfg["train_split"], cfg["val_split"]):
         data = build(cfg, split)
-        assert (data.name, data.split) == ({"voc_aug": "voc"}.get(name, name), split)
+        assert (data.name, data.split) == ({"voc_aug": "voc", "context": "context60"}.get(name, name), split)
 
 
 def test_every_data_set_has_a_configuration() -> None:

@@ -113,7 +113,7 @@ def test_infer_paints_each_proposal_with_its_neighbours_label(work: Workspace) -
     stage = Infer(work)
     bank = SearchBank(torch.eye(2), torch.tensor([0, 3]), torch.arange(2))
     stage.retriever = Retriever(bank, work.cfg.retrieval)
-    vectors = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    vectors = {"pooled": torch.tensor([[0.9, 0.1], [0.2, 0.8]])}
     assert np.array_equal(decode(only_file(stage.process([("trip/a", HALVES, vectors)]), "labels/trip/a.png")), LABELS)
 
 

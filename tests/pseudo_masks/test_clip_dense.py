@@ -257,7 +257,7 @@ def test_published_lists() -> None:
         ({"templates": "voc"}, r"templates: got 'voc', expected one of imagenet"),
         ({"templates": ["a photo"]}, r"expected sentences with one \{\}"),
         ({"templates": []}, r"templates: got \[\]"),
-        ({"class_words": "ade"}, r"class_words: got 'ade', expected one of names, voc, coco"),
+        ({"class_words": "ade"}, r"class_words: got 'ade', expected one of names, voc, .*coco"),
         ({"class_words": {"zebra": "horse"}}, r"class_words: got 'zebra', which is no class"),
         ({"class_words": {"red disc": []}}, r"expected one word or more"),
         ({"background_words": "ade"}, r"background_words: got 'ade'"),

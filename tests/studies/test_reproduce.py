@@ -209,7 +209,7 @@ def test_a_bug_in_one_row_does_not_end_the_night(
             raise RuntimeError("out of\nmemory")
         return run_evaluate(cfg, work)
 
-    monkeypatch.setattr(evaluate, "run", sometimes)
+    monkeypatch.setitem(reproduce.RUNS, "evaluate", sometimes)
     made = reproduce.run(ReproduceOptions("small", "miniature"), small)
     rows = {row["row"]: row for row in record_of(made.paths[0])["rows"]}
     assert rows["baseline"]["errors"] == ["RuntimeError: out of memory"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moduseg.config import compose
+from moduseg.masks import encoded
 from moduseg.proposers import sa1b
 from moduseg.stages.infer import Infer
 from tests.support.runs import overrides
@@ -45,7 +46,7 @@ def test_disjoint_proposals_give_what_their_masks_give(
     outputs, folder = world
     with_maps = [sa1b.read_proposals(path) for path in sorted(outputs.rglob("masks/*.json"))]
     assert all(proposals.id_map is not None for proposals in with_maps)
-    monkeypatch.setattr(sa1b, "merge_disjoint_runs", lambda runs, size: None)
+    monkeypatch.setattr(encoded, "merge_disjoint_runs", lambda runs, size: None)
     without = [sa1b.read_proposals(path) for path in sorted(outputs.rglob("masks/*.json"))]
     assert all(proposals.id_map is None for proposals in without)
     for a, b in zip(with_maps, without, strict=True):
