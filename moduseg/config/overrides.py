@@ -212,6 +212,9 @@ def _read_value(override: Override, replaces_list: bool) -> Any:
 def _may_hold(parent: DictConfig, override: Override, parents: Sequence[str], last: str) -> bool:
     if last in parent or override.sign:
         return True
+    if not parents:
+        # Groups without a chosen file are absent: `train_proposer=null` says what is so already.
+        return last in {field.name for field in fields(Config)}
     # A file may leave out keys that have a default.
     return len(parents) == 1 and last in keys_of_group(parents[0])
 

@@ -134,3 +134,4 @@ def test_mistakes_name_the_closest(overrides: list[str], message: str) -> None:
 
 def test_null_leaves_an_optional_group_out() -> None:
     assert compose(["experiment=null", "proposer@train_proposer=null"]) == compose()
+    assert compose(["train_proposer=null", "tagger=null"]) == compose()
