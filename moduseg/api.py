@@ -1,55 +1,56 @@
 """The method in three lines of Python.
 
 from moduseg import Segmenter
-segmenter = Segmenter.from_bank("outputs/miniature/build_bank/timm-train-1a2b3c4d")
+segmenter = Segmenter.from_bank("latest")
 prediction = segmenter.predict("photo.jpg")
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from moduseg import backbones, proposers, pseudo_masks
 from moduseg.backbones.base import Backbone
-from moduseg.bank.aggregation import aggregate, harden, proposal_coverage
+from moduseg.bank import edit
 from moduseg.bank.store import Bank
-from moduseg.config import Config, from_hydra
-from moduseg.datasets.io import check_image_range, read_image
+from moduseg.config import Config, compose, from_hydra
+from moduseg.datasets.colours import find_class_colours
+from moduseg.datasets.io import check_image_range
+from moduseg.datasets.photographs import NamedPicture, Picture, is_one_picture, read_picture
 from moduseg.devices import Device, resolve_device
-from moduseg.errors import ArtefactError
+from moduseg.errors import ConfigError
+from moduseg.explanation import BANK_PICTURE_SIDE, BankPictures
+from moduseg.learning import (
+    LearnedImages,
+    NamedRegion,
+    TaggedImageLabeller,
+    append_named,
+    find_bank_folder,
+    learn_images,
+    map_class_ids,
+    pair_with_tags,
+    save_bank,
+)
+from moduseg.observation import Observation, Observer
 from moduseg.proposers.base import Proposer
 from moduseg.pseudo_masks.clip_words import ClipWordsGenerator, as_region_encoder
+from moduseg.report.bank_regions import PictureLimits, RegionPictures
+from moduseg.result import BankView, ImagePrediction, list_changes
+from moduseg.retrieval.ranking import find_ranking
 from moduseg.retrieval.retriever import Retriever
-from moduseg.structures import Prediction, Proposals, Sample, TokenMap
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the models say of one image, before any bank is searched. All tensors are on the segmenter's device.
-
-    Attributes:
-        proposals: those that `retrieval.min_area` and `min_predicted_iou` let through, `N` of them.
-        tokens: the image's patch tokens.
-        pooled: `[N, C]` float32, the vector of each proposal before centring and normalisation.
-        word_values: `[N, D]` float32, their CLIP features; `None` unless `retrieval.answer` is `words`.
-    """
-
-    proposals: Proposals
-    tokens: TokenMap
-    pooled: Tensor
-    word_values: Tensor | None = None
+from moduseg.structures import Prediction, Sample
 
 
 class Segmenter:
-    """Predicts label maps with a finished bank; threads may share it.
+    """Predicts label maps with a finished bank, and learns from tagged images and corrections; threads may share it.
 
     The models keep state during a pass (SAM's predictor its image, a ViT its resampled positions), so that one image at
     a time goes through them, in this segmenter and in all that `with_bank` makes of it.
@@ -62,9 +63,15 @@ class Segmenter:
         device: where the models and the search run.
         region_encoder: with `retrieval.answer=words`, gives regions their CLIP features, with the words of the bank's
             classes; built from `cfg` if omitted.
+        folder: of the bank, through which pictures of its regions are found; `None` for a bank in memory.
+
+    Attributes:
+        observer: the models.
+        picture_limits: which training images explanations may show.
 
     Raises:
-        ArtefactError: the bank was made with other weights of the backbone or, for words, of the CLIP.
+        ArtefactError: the bank was made with other weights of the backbone or, for words, of the CLIP; or its folder
+            has no ranking that fits, with `retrieval.selection=learnt`.
         ConfigError: words are asked for, and `pseudo_masks.generator` compares none.
     """
 
@@ -77,29 +84,43 @@ class Segmenter:
         device: Device,
         *,
         region_encoder: ClipWordsGenerator | None = None,
+        folder: Path | None = None,
     ) -> None:
         bank.check_fits(backbone.digest, backbone.dim, bank.classes)
+        self.proposer, self.backbone, self.cfg, self.device, self.folder = proposer, backbone, cfg, device, folder
+        self.observer = Observer(proposer, backbone, device, is_hard=cfg.bank.aggregation == "hard")
+        self._bank_lock = threading.RLock()
+        self._learned, self.picture_limits = LearnedImages(), PictureLimits()
+        self._set_bank(bank, region_encoder if cfg.uses_words else None)
+
+    def _set_bank(self, bank: Bank, region_encoder: ClipWordsGenerator | None) -> None:
+        """Search another bank from now on; its classes' words are those of the encoder, which is built if omitted."""
         words = None
-        self._region_encoder = region_encoder if cfg.uses_words else None
-        if cfg.uses_words:
-            generator = region_encoder or pseudo_masks.build(
-                cfg.pseudo_masks.generator, device=device, backbone=lambda: backbone, classes=bank.classes
-            )
-            self._region_encoder = as_region_encoder(generator)
-            bank.check_words_fit(self._region_encoder.digest)
-            words = self._region_encoder.words
-        self.bank, self.proposer, self.backbone, self.cfg, self.device = bank, proposer, backbone, cfg, device
-        self._model_lock = threading.RLock()
-        self._retriever = Retriever(bank.configured(cfg.searched_bank).to(device.torch_device), cfg.retrieval, words)
+        if self.cfg.uses_words:
+            region_encoder = region_encoder or as_region_encoder(self._build_generator(bank.classes))
+            bank.check_words_fit(region_encoder.digest)
+            words = region_encoder.words
+        searched = bank.configured(self.cfg.searched_bank).to(self.device.torch_device)
+        ranking = None
+        if self.cfg.retrieval.selection == "learnt":
+            ranking = find_ranking(self.folder).align(bank.classes)
+        retriever = Retriever(searched, self.cfg.retrieval, words, ranking)
+        # Other threads predict with what was before until all of it is there.
+        self.bank, self._retriever, self._region_encoder = bank, retriever, region_encoder
+
+    def _build_generator(self, classes: Sequence[str]) -> pseudo_masks.PseudoMaskGenerator:
+        settings = self.cfg.pseudo_masks.generator
+        return pseudo_masks.build(settings, device=self.device, backbone=lambda: self.backbone, classes=classes)
 
     @classmethod
     def from_bank(
         cls, path: str | Path, device: str = "auto", overrides: Mapping[str, Mapping[str, Any]] | None = None
     ) -> Segmenter:
-        """Open the folder that `scripts/build_bank.py` names at its end.
+        """Open a bank.
 
         Args:
-            path: the bank's folder.
+            path: the folder that `scripts/build_bank.py` names at its end; that of a finished run of `infer`, whose
+                bank is meant; or `latest`, the bank below `outputs/` of the current folder that was finished last.
             device: `auto`, `cpu`, `cuda`, ...
             overrides: groups to replace, e.g. `{"retrieval": {...}}` or `{"proposer": {...}}`; by default everything
                 is as it was when the bank was built.
@@ -108,64 +129,103 @@ class Segmenter:
             ArtefactError: no bank is there, or it is damaged.
             ConfigError: an override is not allowed.
         """
-        folder = Path(path)
-        if not (folder / "bank.json").is_file():
-            raise ArtefactError(
-                f"{folder}: got no bank.json, expected a bank's folder; run scripts/build_bank.py first"
-            )
+        folder = find_bank_folder(path)
         bank = Bank.load(folder)
         cfg = from_hydra({**bank.info["config"], **(overrides or {})})
-        resolved = resolve_device(device, cfg.runtime.precision)
-        return cls(
-            bank, proposers.build(cfg.proposer, resolved), backbones.build(cfg.backbone, resolved), cfg, resolved
-        )
+        resolved, proposer, backbone = _build_models(cfg, device)
+        return cls(bank, proposer, backbone, cfg, resolved, folder=folder)
+
+    @classmethod
+    def begin(cls, overrides: Sequence[str] = ("experiment=photos_light",), device: str = "auto") -> Segmenter:
+        """Begin without a bank: the first regions are those that `correct` names or `add` brings.
+
+        Args:
+            overrides: of the configuration, as on a command line; the default is the preset for photographs on a CPU,
+                whose weights pip fetches on first use (78 MB).
+            device: `auto`, `cpu`, `cuda`, ...
+
+        Raises:
+            ConfigError: an override is not allowed.
+        """
+        cfg = compose(overrides)
+        resolved, proposer, backbone = _build_models(cfg, device)
+        none = torch.empty(0, dtype=torch.int64)
+        info = {"backbone_digest": backbone.digest, "config": cfg.as_dict()}
+        bank = Bank(torch.empty(0, backbone.dim), none, none, none, (), ("background",), info)
+        return cls(bank, proposer, backbone, cfg, resolved)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names, background first; the ids of a label map index it."""
         return self.bank.classes
 
-    def predict(self, image: str | Path | np.ndarray) -> Prediction:
-        """Label one image.
+    @property
+    def colours(self) -> np.ndarray:
+        """In which colours classes are shown, `[256, 3]` uint8, row = label id (`evaluation.report_colours`)."""
+        return find_class_colours(self.classes, self.bank.colours, self.cfg.evaluation.report_colours)
+
+    def __repr__(self) -> str:
+        regions = f"{len(self.bank)} regions of {len(self.classes) - 1} classes"
+        return f"<Segmenter with {regions}, {type(self.proposer).__name__}, {type(self.backbone).__name__}>"
+
+    # Label -----------------------------------------------------------------------------------------------------------
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # text is a sequence too
+        self, image: Picture, *, batch_size: int | None = None
+    ) -> ImagePrediction: ...
+
+    @overload
+    def predict(self, image: Iterator[Picture], *, batch_size: int | None = None) -> Iterator[ImagePrediction]: ...
+
+    @overload
+    def predict(self, image: Sequence[Picture], *, batch_size: int | None = None) -> list[ImagePrediction]: ...
+
+    def predict(self, image: Any, *, batch_size: int | None = None) -> Any:
+        """Label one photograph or many.
 
         Args:
-            image: a file, or `[H, W, 3]` uint8 RGB.
+            image: a photograph: a path, a file opened for reading bytes, a Pillow image, an array or a tensor
+                (`moduseg.datasets.photographs.read_picture` says which shapes). Or many of them: a list, a tuple, an
+                array or tensor `[N, ...]`, or an iterator, of which no more is read than is asked for.
+            batch_size: photographs that pass through the models together; `runtime.batch_size` of the bank's
+                configuration if omitted. The last bits of a convolutional network's tokens depend on it.
 
         Returns:
-            The label map `[H, W]` uint8, and the label, score and nearest bank entries (see `describe`) of each
-            proposal of at least `retrieval.min_area` pixels.
+            The prediction of one photograph; of a sequence a list, of an iterator an iterator, in their order.
 
         Raises:
-            DataError: the image cannot be read.
-            ValueError: the array is not `[H, W, 3]` uint8.
+            DataError: a file cannot be read.
+            ValueError: an array of another shape, dtype or range; the message names both.
+            TypeError: something that holds no photograph.
         """
-        return self.label(self.observe(image))
+        if is_one_picture(image):
+            return next(self._predict_many([image], 1))
+        predictions = self._predict_many(image, batch_size or self.cfg.runtime.batch_size)
+        return predictions if isinstance(image, Iterator) else list(predictions)
 
-    @torch.inference_mode()
-    def observe(self, image: str | Path | np.ndarray) -> Observation:
-        """Run the models on one image; `label` then costs little, whichever the bank.
+    def _predict_many(self, images: Iterable[Any], batch_size: int) -> Iterator[ImagePrediction]:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: got {batch_size}, expected 1 or more; leave it out")
+        rest = iter(images)
+        while batch := [self._read(image) for image in islice(rest, batch_size)]:
+            view = self._make_view()
+            for picture, observation in zip(batch, self._observe(batch), strict=True):
+                yield ImagePrediction(picture, _label(view.retriever, observation), observation.pooled.cpu(), view)
 
-        Args:
-            image: a file, or `[H, W, 3]` uint8 RGB.
+    def observe(self, image: Picture) -> Observation:
+        """Run the models on one photograph; `label` then costs little, whichever the bank.
 
-        Raises:
-            DataError: the image cannot be read.
-            ValueError: the array is not `[H, W, 3]` uint8.
+        A photograph, and what is wrong with one, is as for `predict`.
         """
-        pixels = image if isinstance(image, np.ndarray) else self.read_image(Path(image))
-        sample = Sample("image" if isinstance(image, np.ndarray) else Path(image).stem, pixels)
-        with self._model_lock:
-            proposals, tokens = self.proposer.propose(sample), self.backbone.tokens([pixels])[0]
-        # Proposals that retrieval would drop need no vector.
-        proposals = proposals.select(self._retriever.is_searched(proposals)).to(self.device.torch_device)
-        weights = proposal_coverage(proposals, tokens)
-        if self.cfg.bank.aggregation == "hard":
-            weights = harden(weights)
-        word_values = None
-        if self._region_encoder is not None:
-            with self._model_lock:
-                word_values = self._region_encoder.pool_regions(pixels, proposals.masks)
-        return Observation(proposals, tokens, aggregate(tokens.tokens, weights, normalize=False), word_values)
+        return self._observe([self._read(image)])[0]
+
+    def _observe(self, pictures: Sequence[NamedPicture]) -> list[Observation]:
+        samples = [Sample(picture.name, picture.pixels) for picture in pictures]
+        return self.observer.observe(samples, self._retriever.is_searched, self._region_encoder)
+
+    def _read(self, image: Any) -> NamedPicture:
+        return read_picture(image, check_image_range(self.cfg.dataset.get("image_range")))
 
     def read_image(self, path: Path) -> np.ndarray:
         """Read a photograph as the images of the bank were read, `[H, W, 3]` uint8.
@@ -173,42 +233,26 @@ class Segmenter:
         Raises:
             DataError: the file cannot be used.
         """
-        return read_image(path, check_image_range(self.cfg.dataset.get("image_range")))
+        return self._read(path).pixels
 
     def label(self, observation: Observation) -> Prediction:
-        """Label an image that the models have seen; `predict` is `observe`, then this."""
-        return self._retriever.predict(observation.proposals, observation.pooled, observation.word_values)
+        """Label an image that the models have seen, as the plain structure that `ImagePrediction` wraps."""
+        return _label(self._retriever, observation)
 
-    @torch.inference_mode()
-    def nearest(self, pooled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the regions of the bank that are most similar to pooled vectors, whether they vote or not.
+    def present(self, picture: NamedPicture, observation: Observation) -> ImagePrediction:
+        """Label a photograph that the models have seen, as `predict` does."""
+        return ImagePrediction(picture, self.label(observation), observation.pooled.cpu(), self._make_view())
 
-        Args:
-            pooled: `[N, C]` float, rows of `Observation.pooled` that are not all zero.
-            count: regions wanted, 1 or more.
-
-        Returns:
-            Rows of the stored bank `[N, k]` int64 and cosine similarities `[N, k]` float32, nearest first; `k` is
-            `count`, or fewer if the bank has fewer.
-        """
-        return self._retriever.nearest(pooled, count)
-
-    def with_bank(self, bank: Bank, cfg: Config | None = None) -> Segmenter:
-        """Return a segmenter of the same models with another bank, or with other settings of retrieval.
+    def append_regions(self, image: Picture, observation: Observation, masks: Sequence[np.ndarray]) -> Observation:
+        """Return what the models say of a photograph with more proposals, `[H, W]` bool masks that a person drew.
 
         Raises:
-            ArtefactError: the bank was made with other backbone weights.
+            ConfigError: one is smaller than `retrieval.min_area`.
         """
-        # The words of other classes are other features.
-        encoder = self._region_encoder if bank.classes == self.bank.classes else None
-        segmenter = Segmenter(bank, self.proposer, self.backbone, cfg or self.cfg, self.device, region_encoder=encoder)
-        segmenter._model_lock = self._model_lock
-        return segmenter
+        pixels, min_area = self._read(image).pixels, self.cfg.retrieval.min_area
+        return self.observer.append(pixels, observation, masks, self._region_encoder, min_area=min_area)
 
-    @property
-    def searched_rows(self) -> tuple[int, ...]:
-        """Rows of the stored bank that are searched: those that the outlier filter keeps."""
-        return tuple(self._retriever.bank.rows.tolist())
+    # Ask -------------------------------------------------------------------------------------------------------------
 
     def describe(self, row: int) -> dict[str, Any]:
         """Return what a row of the bank is: `label` (name), `image` (training image id) and `area` (pixels)."""
@@ -217,3 +261,156 @@ class Segmenter:
             "image": self.bank.image_ids[int(self.bank.image_index[row])],
             "area": int(self.bank.areas[row]),
         }
+
+    def _make_view(self) -> BankView:
+        """Return the present bank for predictions, which explain themselves by it also when it has changed since."""
+        stored = None
+        if self.folder is not None:
+            stored = RegionPictures(self.folder, self.bank, BANK_PICTURE_SIDE, **vars(self.picture_limits))
+        draw = BankPictures(self.bank.classes, self._learned.find_region, stored).draw
+        return BankView(self._retriever, self.bank, draw, self.colours)
+
+    # Learn -----------------------------------------------------------------------------------------------------------
+
+    def with_bank(self, bank: Bank, cfg: Config | None = None, folder: Path | None = None) -> Segmenter:
+        """Return a segmenter of the same models with another bank, of another folder, or other settings of retrieval.
+
+        Raises:
+            ArtefactError: the bank was made with other backbone weights.
+        """
+        # The words of other classes are other features.
+        encoder = self._region_encoder if bank.classes == self.bank.classes else None
+        models = (self.proposer, self.backbone, cfg or self.cfg, self.device)
+        segmenter = Segmenter(bank, *models, region_encoder=encoder, folder=folder or self.folder)
+        segmenter.observer = replace(segmenter.observer, lock=self.observer.lock)
+        segmenter.picture_limits = self.picture_limits
+        segmenter._learned = self._learned.keep_for(bank, self.bank)
+        return segmenter
+
+    def add(
+        self,
+        images: Picture | Sequence[Picture],
+        tags: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        masks: np.ndarray | Sequence[np.ndarray] | None = None,
+    ) -> dict[str, int]:
+        """Add tagged photographs to the bank in memory; predictions from now on know them.
+
+        They are labelled as the bank's training images were, and their regions are filtered and vote like these.
+
+        Args:
+            images: one or many, as for `predict`.
+            tags: the classes that one photograph shows, `"dog;sofa"` or `["dog", "sofa"]`; of several photographs one
+                such entry each. Names that the bank does not have become new classes.
+            masks: label maps `[H, W]` uint8 in place of the pseudo masks, ids of `classes` with new names appended in
+                their order, 255 where nothing is known.
+
+        Returns:
+            Regions that were added, by class name.
+
+        Raises:
+            ConfigError: numbers that differ, or tags alone do not suffice for the bank's pseudo masks (a generator that
+                is fitted on all training images, or reads ground truth).
+            ValueError: a label map of another size than its photograph.
+        """
+        is_one = is_one_picture(images)
+        pictures = [self._read(image) for image in ([images] if is_one else images)]  # type: ignore[union-attr]
+        given_masks: Any = [masks] if is_one and masks is not None else masks
+        tagged = pair_with_tags(pictures, [tags] if is_one else tags, given_masks)  # type: ignore[list-item]
+        with self._bank_lock:
+            before = self.bank.counts
+            classes = edit.append_classes(self.classes, [name for image in tagged for name in image.tags])
+            labeller = self._make_labeller(classes)
+            with self.observer.lock:
+                bank, learned = learn_images(labeller, self.bank, tagged, classes)
+            self._replace_bank(bank)
+            for entry in learned:
+                self._learned.add(*entry)
+            counts = self.bank.counts
+        return {name: counts[name] - before.get(name, 0) for name in counts if counts[name] > before.get(name, 0)}
+
+    def correct(self, prediction: ImagePrediction, point: tuple[float, float] | int, label: str) -> ImagePrediction:
+        """Say what a region of a photograph is; predictions from now on know it.
+
+        The region gets the name whatever `retrieval.top_k` and the outlier filter say, and so does every region that
+        resembles it more than anything that the bank holds of other classes; nothing else changes
+        (`moduseg.retrieval.trust`).
+
+        Args:
+            prediction: of the photograph, by this segmenter.
+            point: `(x, y)` in pixels inside the region, or the number of a proposal.
+            label: a class of the bank, `background`, or a new name.
+
+        Returns:
+            The photograph labelled again; its `changes` name the proposals whose label changed.
+
+        Raises:
+            ConfigError: no proposal is there, it has no vector, or an empty name.
+        """
+        proposal = point if isinstance(point, int) else prediction.find_proposal(*point)
+        if not 0 <= proposal < len(prediction.labels):
+            raise ConfigError(f"correct: got proposal {proposal}, expected 0..{len(prediction.labels) - 1}")
+        mask = prediction.get_mask(proposal)
+        self.name_regions([NamedRegion(prediction.picture, mask, prediction.pooled[proposal], label)])
+        return self._label_again(prediction)
+
+    def name_regions(self, regions: Sequence[NamedRegion]) -> None:
+        """Say what regions are, one after the other, as `correct` does; nothing is labelled again.
+
+        Raises:
+            ConfigError: a region without a vector, or an empty name.
+        """
+        with self._bank_lock:
+            self._replace_bank(append_named(self.bank, regions))
+            for region in regions:
+                label, stored = self.classes.index(region.label.strip()), self._find_stored_labels(region)
+                self._learned.name_region(region.image_id, region.picture.pixels, region.mask, label, stored)
+
+    def _find_stored_labels(self, region: NamedRegion) -> np.ndarray | None:
+        """Return what the bank's folder says of a region's photograph, in the ids of the present classes."""
+        if self.folder is None or region.image_id in self._learned.images:
+            return None
+        stored = RegionPictures(self.folder, self.bank).find_label_map(region.image_id)
+        if stored is None or stored[0].shape != region.mask.shape:
+            return None
+        label_map, classes = stored
+        return map_class_ids(classes, self.classes)[label_map]
+
+    def _label_again(self, prediction: ImagePrediction) -> ImagePrediction:
+        """Return a prediction with the present bank, and which labels differ."""
+        device = self.device.torch_device
+        proposals, pooled = prediction.proposals.to(device), prediction.pooled.to(device)
+        values = self.observer.encode_regions(prediction.image, proposals, self._region_encoder)
+        labelled = self._retriever.predict(proposals, pooled, values)
+        changes = list_changes(prediction, [self.classes[int(label)] for label in labelled.labels])
+        return ImagePrediction(prediction.picture, labelled, prediction.pooled, self._make_view(), changes)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the bank with what it has learned into a new folder, which `from_bank` opens, and return the folder.
+
+        Raises:
+            ArtefactError: the folder holds something else, or is that of the bank.
+        """
+        with self._bank_lock:
+            target = Path(path).expanduser()
+            return save_bank(self.bank, target, self.cfg, source=self.folder, learned=self._learned)
+
+    def _make_labeller(self, classes: Sequence[str]) -> TaggedImageLabeller:
+        settings = self.cfg.train_proposer
+        proposer = self.proposer if settings is None else proposers.build(settings, self.device)
+        generator, words = self._build_generator(classes), self._region_encoder
+        return TaggedImageLabeller(self.cfg, self.device, proposer, self.backbone, generator, words)
+
+    def _replace_bank(self, bank: Bank) -> None:
+        # The words of other classes are other features.
+        self._set_bank(bank, self._region_encoder if bank.classes == self.classes else None)
+
+
+@torch.inference_mode()
+def _label(retriever: Retriever, observation: Observation) -> Prediction:
+    return retriever.predict(observation.proposals, observation.pooled, observation.word_values)
+
+
+def _build_models(cfg: Config, device: str) -> tuple[Device, Proposer, Backbone]:
+    resolved = resolve_device(device, cfg.runtime.precision)
+    return resolved, proposers.build(cfg.proposer, resolved), backbones.build(cfg.backbone, resolved)

@@ -67,8 +67,9 @@ def _end(device: torch.device) -> None:
     _spent.depth -= 1
     if _spent.depth == 0:
         _wait_for(device)
-        _spent.seconds += time.perf_counter() - _spent.begun
+        # The clock of the wall is read first in _begin and last here, so that it covers what the CPU's clock counts.
         _spent.cpu_seconds += time.thread_time() - _spent.cpu_begun
+        _spent.seconds += time.perf_counter() - _spent.begun
 
 
 @contextmanager

@@ -48,7 +48,8 @@ class MissingWeightsError(MissingError):
     Attributes:
         what: name of the file or model.
         source: its address, or a sentence that names it.
-        find_size: asks the hub for the bytes to fetch, `None` if it does not say; `None` for what is not of the hub.
+        find_size: gives the bytes to fetch, `None` if they are not known: asks the hub, or knows a package; `None` for
+            an address, whose server is asked.
     """
 
     def __init__(
@@ -72,6 +73,10 @@ class StorageError(ModusegError):
 
 class DeviceError(ModusegError):
     """The device is lost, or image after image fails through no fault of its own. Finished images are kept."""
+
+
+class TrainingError(ModusegError):
+    """A training cannot go on: its loss or its gradient is not a number."""
 
 
 class IncompleteError(ModusegError):

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -74,12 +74,26 @@ def write_atomic(path: Path, data: bytes, *, is_durable: bool = False) -> None:
     Raises:
         StorageError: disk full, no permission, read-only file system.
     """
+    replace_atomic(path, lambda temporary: temporary.write_bytes(data), is_durable=is_durable)
+
+
+def replace_atomic(path: Path, write: Callable[[Path], object], *, is_durable: bool = False) -> None:
+    """Do what `write_atomic` does, with a function that writes a file: its content need not be in memory at once.
+
+    Args:
+        path: the file; its folder is made if need be.
+        write: writes the new content to the file that it is given; it is called again if the folder vanishes.
+        is_durable: as for `write_atomic`.
+
+    Raises:
+        StorageError: disk full, no permission, read-only file system.
+    """
     temporary = path.with_name(f".{path.name}.{_MACHINE}.{_TOKEN}.{os.getpid()}.tmp")
     try:
         for attempt in range(_ATTEMPTS):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.write_bytes(data)
+                write(temporary)
                 if is_durable:
                     with temporary.open("rb+") as file:
                         os.fsync(file.fileno())
@@ -120,7 +134,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # damage may open a thousand brackets
         raise ArtefactError(f"{path}: not readable as JSON ({error}); remove the folder and run again") from error
 
 
@@ -136,6 +150,11 @@ def get_digested_bytes() -> int:
 @lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
     _digested[path] = size
+    return compute_digest(path)
+
+
+def compute_digest(path: Path) -> str:
+    """Return the sha256 of a file as it is now, hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -55,6 +55,12 @@ class Progress:
             self._last_line = time.monotonic()
             print(self.describe(), file=sys.stderr, flush=True)
 
+    def rename(self, title: str) -> None:
+        """Change the title, which may say more than the name of the step: its latest loss."""
+        self.title = title
+        if self._bar is not None:
+            self._bar.set_description(title, refresh=False)
+
     def describe(self) -> str:
         """Return how far the step is, how fast, and how long the rest of it takes."""
         speed = (self.num_done - self._first_done) / max(time.monotonic() - self._start, 1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -50,11 +51,31 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class _LateMasks:
+    """Masks that are made when they are first looked at, which for many of them takes longer than a search does.
+
+    Attributes:
+        source: `[H, W]` int32 ids, or `[M, H, W]` bool masks.
+        rows: `[N]` int64, the ids or the rows of the masks that are wanted.
+    """
+
+    source: Tensor
+    rows: Tensor
+
+    def make(self) -> Tensor:
+        """Return the masks, `[N, H, W]` bool."""
+        if self.source.ndim == 2:
+            return self.source == self.rows.to(torch.int32)[:, None, None]
+        return self.source[self.rows]
+
+
+@dataclass(frozen=True)
 class Proposals:
     """Class-agnostic masks of one image.
 
     Attributes:
-        masks: `[N, H, W]` bool; they may overlap.
+        masks: `[N, H, W]` bool; they may overlap. Those of an id map, and those that `select(copy=False)` names, are
+            made on first use.
         predicted_iou: `[N]` float32, the proposer's own estimate of a mask's quality; 1 if it gives none.
         stability_score: `[N]` float32, how little a mask changes with its threshold, as SAM measures it; 1 if the
             proposer does not.
@@ -72,25 +93,40 @@ class Proposals:
     parents: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.masks.ndim != 3 or self.masks.dtype != torch.bool:
+        if isinstance(self.masks, _LateMasks):
+            late: _LateMasks = self.masks
+            object.__setattr__(self, "_late", late)
+            object.__delattr__(self, "masks")
+            num_masks, size, device = len(late.rows), late.source.shape[-2:], late.source.device
+        elif self.masks.ndim != 3 or self.masks.dtype != torch.bool:
             raise ValueError(
                 f"proposals: got masks {tuple(self.masks.shape)} {self.masks.dtype}, expected [N, H, W] bool"
             )
-        num_masks = len(self.masks)
+        else:
+            num_masks, size, device = len(self.masks), self.masks.shape[1:], self.masks.device
         for name in ("predicted_iou", "stability_score"):
             values = getattr(self, name)
             if values.numel() == 0 and num_masks:
-                object.__setattr__(self, name, torch.ones(num_masks, device=self.masks.device))
+                object.__setattr__(self, name, torch.ones(num_masks, device=device))
             elif values.shape != (num_masks,):
                 raise ValueError(
                     f"proposals: {name} is {tuple(values.shape)}, expected ({num_masks},) as there are masks"
                 )
-        if self.id_map is not None and self.id_map.shape != self.masks.shape[1:]:
-            raise ValueError(
-                f"proposals: id_map is {tuple(self.id_map.shape)}, expected the masks' {tuple(self.masks.shape[1:])}"
-            )
+        if self.id_map is not None and self.id_map.shape != size:
+            raise ValueError(f"proposals: id_map is {tuple(self.id_map.shape)}, expected the masks' {tuple(size)}")
         if self.parents is not None:
             check_parents(self.parents, num_masks)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Make the masks on their first use; nothing else is missing from a dataclass."""
+            late = self.__dict__.get("_late")
+            if name != "masks" or late is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            masks = late.make()
+            object.__setattr__(self, "masks", masks)
+            return masks
 
     @classmethod
     def of_id_map(
@@ -99,22 +135,25 @@ class Proposals:
         count: int,
         predicted_iou: Tensor | None = None,
         stability_score: Tensor | None = None,
+        parents: Tensor | None = None,
     ) -> Proposals:
         """Return disjoint proposals.
 
         Args:
             id_map: `[H, W]` integers below `count`, the proposal of each pixel; negative for none.
             count: proposals, among them those without a pixel.
-            predicted_iou, stability_score: `[N]` float32, see the class; 1 if omitted.
+            predicted_iou: `[N]` float32, the proposer's own estimate of the IoU; 1 if omitted.
+            stability_score: `[N]` float32, how little the mask changes with the threshold; 1 if omitted.
+            parents: `[N]` int64, see the attribute.
         """
         ids = id_map.to(torch.int32)
-        masks = ids == torch.arange(count, dtype=torch.int32, device=ids.device)[:, None, None]
         missing = torch.empty(0, device=ids.device)
         return cls(
-            masks,
+            cast(Tensor, _LateMasks(ids, torch.arange(count, device=ids.device))),
             missing if predicted_iou is None else predicted_iou,
             missing if stability_score is None else stability_score,
             ids,
+            parents,
         )
 
     @classmethod
@@ -151,7 +190,7 @@ class Proposals:
         )
 
     def __len__(self) -> int:
-        return len(self.masks)
+        return len(self.predicted_iou)
 
     @property
     def areas(self) -> Tensor:
@@ -175,33 +214,40 @@ class Proposals:
         """`[N]` float32, the proposer's opinion of each outline: `predicted_iou * stability_score`."""
         return self.predicted_iou * self.stability_score
 
-    def select(self, keep: Tensor) -> Proposals:
+    def select(self, keep: Tensor, *, copy: bool = True) -> Proposals:
         """Return the proposals that `keep` (`[N]` bool, or indices) names, in its order.
 
         The parent of a proposal becomes its nearest ancestor that is kept. If a proposal is named twice, the result has
-        neither an id map nor parents: it would overlap itself, and its children would have two parents.
+        neither an id map nor parents: it would overlap itself, and its children would have two parents. With
+        `copy=False` masks are copied when they are first used; until then the result keeps all of these in memory.
         """
+        if keep.dtype == torch.bool and keep.device.type == "cpu" and len(keep) == len(self) and bool(keep.all()):
+            return self  # hundreds of masks are a hundred megabytes, which need no copy
+        device = self.predicted_iou.device
+        rows = torch.arange(len(self), device=device)[keep]
         ids = parents = None
-        if self.id_map is not None or self.parents is not None:
-            rows = torch.arange(len(self), device=self.masks.device)[keep]
-            if len(rows.unique()) == len(rows):
-                # The last entry stays -1: it is that of pixels without a proposal, and of the parent of a root.
-                new_ids = torch.full((len(self) + 1,), -1, dtype=torch.int64, device=rows.device)
-                new_ids[rows] = torch.arange(len(rows), device=rows.device)
-                if self.id_map is not None:
-                    pixels = self.id_map.flatten() % (len(self) + 1)
-                    ids = new_ids.to(torch.int32).index_select(0, pixels).view_as(self.id_map)
-                if self.parents is not None:
-                    parents = select_parents(self.parents, rows)
-        return Proposals(self.masks[keep], self.predicted_iou[keep], self.stability_score[keep], ids, parents)
+        if (self.id_map is not None or self.parents is not None) and len(rows.unique()) == len(rows):
+            # The last entry stays -1: it is that of pixels without a proposal, and of the parent of a root.
+            new_ids = torch.full((len(self) + 1,), -1, dtype=torch.int64, device=device)
+            new_ids[rows] = torch.arange(len(rows), device=device)
+            if self.id_map is not None:
+                pixels = self.id_map.flatten() % (len(self) + 1)
+                ids = new_ids.to(torch.int32).index_select(0, pixels).view_as(self.id_map)
+            if self.parents is not None:
+                parents = select_parents(self.parents, rows)
+        quality = self.predicted_iou[rows], self.stability_score[rows]
+        if ids is not None:
+            return Proposals.of_id_map(ids, len(rows), *quality, parents=parents)
+        masks = self.masks[rows] if copy else cast(Tensor, _LateMasks(self.masks, rows))
+        return Proposals(masks, *quality, parents=parents)
 
     def to(self, device: torch.device) -> Proposals:
         """Return the proposals on another device."""
-        ids = None if self.id_map is None else self.id_map.to(device)
+        quality = self.predicted_iou.to(device), self.stability_score.to(device)
         parents = None if self.parents is None else self.parents.to(device)
-        return Proposals(
-            self.masks.to(device), self.predicted_iou.to(device), self.stability_score.to(device), ids, parents
-        )
+        if self.id_map is not None:
+            return Proposals.of_id_map(self.id_map.to(device), len(self), *quality, parents=parents)
+        return Proposals(self.masks.to(device), *quality, parents=parents)
 
 
 def check_parents(parents: Tensor, num_masks: int) -> None:
@@ -352,6 +398,7 @@ class SearchBank:
         rows: `[M]` int64, the row of the stored bank that each vector came from.
         centre: `[C]` float32, subtracted before the normalisation, from queries too; `None` if the bank is not centred.
         word_values: `[M, D]` float32, the CLIP feature of each region, of length 1 or all zero; `None` if unknown.
+        is_trusted: `[M]` bool, vectors of regions that a person named (`moduseg.retrieval.trust`); `None` for none.
     """
 
     vectors: Tensor
@@ -359,6 +406,7 @@ class SearchBank:
     rows: Tensor
     centre: Tensor | None = None
     word_values: Tensor | None = None
+    is_trusted: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.vectors)
@@ -372,12 +420,23 @@ class SearchBank:
             )
         if self.word_values is not None and (self.word_values.ndim != 2 or len(self.word_values) != count):
             raise ValueError(f"bank: got word values {tuple(self.word_values.shape)}, expected ({count}, D)")
+        if self.is_trusted is not None and (self.is_trusted.shape != (count,) or self.is_trusted.dtype != torch.bool):
+            raise ValueError(f"bank: got is_trusted {tuple(self.is_trusted.shape)}, expected ({count},) bool")
 
     def to(self, device: torch.device) -> SearchBank:
         """Return the bank on another device."""
         centre = None if self.centre is None else self.centre.to(device)
         values = None if self.word_values is None else self.word_values.to(device)
-        return SearchBank(self.vectors.to(device), self.labels.to(device), self.rows.to(device), centre, values)
+        trusted = None if self.is_trusted is None else self.is_trusted.to(device)
+        return SearchBank(
+            self.vectors.to(device), self.labels.to(device), self.rows.to(device), centre, values, trusted
+        )
+
+    def select(self, keep: Tensor) -> SearchBank:
+        """Return the vectors that `keep` (`[M]` bool, or indices) names, in its order."""
+        values = None if self.word_values is None else self.word_values[keep]
+        trusted = None if self.is_trusted is None else self.is_trusted[keep]
+        return SearchBank(self.vectors[keep], self.labels[keep], self.rows[keep], self.centre, values, trusted)
 
 
 @dataclass(frozen=True)
@@ -423,6 +482,8 @@ class Prediction:
         similarities: `[N, k]` float32, cosine similarity of each neighbour; 0 likewise.
         confidence: `[H, W]` uint8, how sure each pixel's label is, see `moduseg.retrieval.confidence`; `None` without
             `retrieval.confidence`.
+        is_named: `[N]` bool, proposals that are regions which a person named; they are painted over all others. `None`
+            if the bank has none.
     """
 
     label_map: np.ndarray
@@ -434,3 +495,4 @@ class Prediction:
     neighbour_labels: Tensor
     similarities: Tensor
     confidence: np.ndarray | None = None
+    is_named: Tensor | None = None

@@ -57,7 +57,8 @@ def patch_coverage(mask: np.ndarray, patch_size: int) -> np.ndarray:
     padded = np.zeros((rows * patch_size, columns * patch_size), np.float32)
     padded[: mask.shape[0], : mask.shape[1]] = mask
     means = cv2.resize(padded, (columns, rows), interpolation=cv2.INTER_AREA)
-    return np.rint(means * patch_size**2) / np.float32(patch_size**2)  # whole pixels, whatever the resizing rounded
+    area = np.float32(patch_size**2)
+    return np.rint(means * area) / area  # whole pixels, whatever the resizing rounded
 
 
 def resized_coverage(mask: np.ndarray, input_size: tuple[int, int], stride: int) -> np.ndarray:

@@ -23,12 +23,13 @@ from tests.support.serving import go_online
 
 STAGES = {
     "dataset": "propose", "proposer": "propose", "backbone": "build_bank", "pseudo_masks": "pseudo_masks",
-    "tagger": "segment",
+    "tagger": "segment", "discoverer": "discover", "student": "train_student",
 }  # fmt: skip
 """The first stage that uses what a group configures."""
 PRESETS = [(group, path.stem) for group in STAGES for path in sorted((config_dir() / group).glob("*.yaml"))]
 NEEDS_NOTHING = {
     ("dataset", "miniature"),
+    ("dataset", "miniature_large"),
     ("proposer", "ground_truth"),
     ("proposer", "sam_miniature"),
     ("proposer", "superpixels"),
@@ -44,8 +45,18 @@ NEEDS_NOTHING = {
     ("pseudo_masks", "corrclip_miniature"),
     ("pseudo_masks", "diffsegmenter_miniature"),
     ("pseudo_masks", "fusion"),
+    ("pseudo_masks", "fusion_miniature"),
     ("pseudo_masks", "ground_truth"),
     ("pseudo_masks", "iseg_miniature"),
+    ("pseudo_masks", "mctformer_miniature"),
+    ("pseudo_masks", "token_masking_miniature"),
+    ("discoverer", "diffseg_miniature"),
+    ("discoverer", "iseg_propagation_miniature"),
+    ("discoverer", "kmeans"),
+    ("discoverer", "spectral"),
+    ("student", "linear"),
+    ("student", "lraspp_miniature"),
+    ("student", "mlp"),
     ("tagger", "all"),
     ("tagger", "clip"),
     ("tagger", "given"),
@@ -82,8 +93,12 @@ def run(
     group: str, name: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[object, list[str]]:
     """Exit code of the command, and its lines on stderr without progress bars."""
-    if (group, name) == ("dataset", "miniature") or group != "dataset":
-        arguments = overrides(Path("outputs"), f"{group}={name}", train=2, val=1, world=world)
+    if name.startswith("miniature") or group != "dataset":
+        short = ["student.training.steps=1", "student.training.batch=2"] if group == "student" else []
+        if name in ("mctformer_miniature", "token_masking_miniature"):
+            short = ["pseudo_masks.generator.training.steps=2", "pseudo_masks.generator.training.warmup=1"]
+        scenes = world / name if group == "dataset" else world
+        arguments = overrides(Path("outputs"), f"{group}={name}", *short, train=2, val=1, world=scenes)
     else:
         arguments = [f"dataset={name}", "proposer=superpixels", "runtime.device=cpu"]
     monkeypatch.setattr("sys.argv", [STAGES[group], *arguments])
@@ -98,10 +113,11 @@ def check(group: str, name: str, code: object, lines: list[str], home: Path) -> 
     assert code == 2, lines
     assert len(lines) == 1, lines
     (line,) = lines
-    key = r"pseudo_masks\.generator" if group == "pseudo_masks" else group
+    key = {"pseudo_masks": r"pseudo_masks\.generator", "student": r"student\.model"}.get(group, group)
     assert re.match(rf"moduseg: error: {key}\.\w+: got \S", line)
     cfg = getattr(compose([f"{group}={name}"]), group)
-    settings = cfg.generator if group == "pseudo_masks" else cfg
+    part = {"pseudo_masks": "generator", "student": "model"}.get(group)
+    settings = cfg if part is None else getattr(cfg, part)
     needs_folder = next((settings[k] for k in ("root", "folder", "annotations", "path") if k in settings), None)
     if needs_folder is not None:
         assert needs_folder in line

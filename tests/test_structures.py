@@ -54,6 +54,31 @@ def test_selected(keep: list[int], device: torch.device, rng: np.random.Generato
     assert int(chosen.id_map.min()) >= -1
 
 
+def test_masks_that_are_made_late(device: torch.device, rng: np.random.Generator) -> None:
+    """Of an id map, and of proposals that are selected without a copy; scores, areas and size need none of them."""
+    found = of_ids(rng, device)
+    overlapping = Proposals(torch.from_numpy(reference.random_masks(rng, 7, 35, 52)).to(device), found.predicted_iou)
+    keep = torch.tensor([5, 0, 3], device=device)
+    for proposals in (found, overlapping):
+        late, expected = proposals.select(keep, copy=False), proposals.select(keep)
+        assert len(late) == 3
+        assert torch.equal(late.predicted_iou, expected.predicted_iou)
+        assert "masks" not in vars(late)
+        for copied in (late.to(device), late.select(torch.tensor([1], device=device)), late):
+            assert torch.equal(copied.masks, expected.masks[[1]] if len(copied) == 1 else expected.masks)
+        assert late.masks is late.masks
+        assert torch.equal(late.areas, expected.masks.flatten(1).sum(1))
+    with pytest.raises(AttributeError, match="no attribute 'mask'"):
+        found.mask  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_all_of_them_are_not_copied(rng: np.random.Generator) -> None:
+    found = of_ids(rng, torch.device("cpu"))
+    assert found.select(torch.ones(7, dtype=torch.bool)) is found
+    with pytest.raises(IndexError):
+        found.select(torch.ones(6, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("input_size", [(35, 52), (70, 104)])
 def test_every_step_takes_the_map(input_size: tuple[int, int], device: torch.device, rng: np.random.Generator) -> None:
     """To the same bits as the masks, at native size and where the image was resized."""

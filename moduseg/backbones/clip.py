@@ -78,6 +78,8 @@ class ClipEncoder:
 
     def __init__(self, source: ClipSource, options: EncoderOptions) -> None:
         self.source, self.options = source, options
+        self.shallow_blocks: tuple[int, int] | None = None
+        """First and last block, counted from 1, whose mean output is appended to each token; `None` appends none."""
 
     @property
     def variant(self) -> str:
@@ -192,6 +194,7 @@ class ClipEncoder:
                 affinity,
                 gaussian_std=self.options.gaussian_std,
                 project=self.options.project,
+                shallow_blocks=self.shallow_blocks,
             )
         return tokens.float()
 

@@ -113,6 +113,7 @@ def encode_patches(
     *,
     gaussian_std: float = 5.0,
     project: bool = True,
+    shallow_blocks: tuple[int, int] | None = None,
 ) -> Tensor:
     """Return the patch features of a batch of images.
 
@@ -124,10 +125,11 @@ def encode_patches(
         affinity: for `proxyclip` and `corrclip`, and for nothing else.
         gaussian_std: standard deviation of `naclip`'s neighbourhood, in patches.
         project: after the final norm, project into the space of the texts.
+        shallow_blocks: first and last block, counted from 1, whose mean output is appended to each patch's feature.
 
     Returns:
-        `[B, h, w, D]`, not normalised: `D` of the joint space, or the encoder's width. With an affinity, the grid is
-        the affinity's.
+        `[B, h, w, D]`, not normalised: `D` of the joint space, or the encoder's width; with shallow blocks
+        `[B, h, w, D + C]`. With an affinity, the grid is the affinity's.
 
     Raises:
         ValueError: an unknown variant, or an affinity missing or superfluous.
@@ -140,7 +142,15 @@ def encode_patches(
     else:
         features = run_last_block(model, states[-1], grid, variant, affinity, gaussian_std=gaussian_std)
         features = model.vision_model.post_layernorm(features)
-    return model.visual_projection(features) if project else features
+    features = model.visual_projection(features) if project else features
+    if shallow_blocks is None:
+        return features
+    first, last = shallow_blocks
+    # Entry i is the output of block i, counted from 1.
+    shallow = (sum(states[first + 1 : last + 1], states[first]) / (last + 1 - first))[:, 1:].unflatten(1, grid)
+    if affinity is not None:
+        shallow = resample_patches(shallow, affinity.rows, affinity.columns)
+    return torch.cat([features, shallow.to(features.dtype)], dim=-1)
 
 
 def run_blocks(model: CLIPModel, pixel_values: Tensor) -> list[Tensor]:
@@ -271,8 +281,7 @@ def mix_values(
         ValueError: weights of another number of patches.
     """
     value = layer.self_attn.v_proj(layer.layer_norm1(hidden[:, 1:])).unflatten(1, grid)
-    if rows is not None and columns is not None:
-        value = torch.einsum("ij,kl,bjlc->bikc", rows.to(value), columns.to(value), value)
+    value = resample_patches(value, rows, columns)
     target = value.shape[1:3]
     if weights.shape[1:] != (target[0] * target[1],) * 2:
         raise ValueError(
@@ -280,6 +289,21 @@ def mix_values(
         )
     mixed = weights.to(value) @ value.flatten(1, 2)
     return layer.self_attn.out_proj(mixed).unflatten(1, target)
+
+
+def resample_patches(patches: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Return patches `[B, h, w, C]` on another grid.
+
+    Args:
+        patches: the patches.
+        rows, columns: `[h', h]` and `[w', w]` weights; without both, the patches stay as they are.
+
+    Returns:
+        `[B, h', w', C]`.
+    """
+    if rows is None or columns is None:
+        return patches
+    return torch.einsum("ij,kl,bjlc->bikc", rows.to(patches), columns.to(patches), patches)
 
 
 def compute_proxy_attention(affinity: Affinity) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from moduseg.allocator import pause_collection
 from moduseg.devices import Device, Precision, seed_weights
 from moduseg.errors import ArtefactError, ConfigError, MissingError
 from moduseg.weights.hub import first_line, model_digest
@@ -71,6 +72,21 @@ class ClipModelOptions:
             raise ValueError(f"config: got one beside weights={self.weights}, expected it with weights=random only")
 
 
+@dataclass(frozen=True)
+class ClipSizes:
+    """The sizes of a CLIP's image encoder.
+
+    Attributes:
+        width: channels of a patch between the blocks.
+        joint_width: channels of the space of the texts.
+        depth: number of blocks.
+    """
+
+    width: int
+    joint_width: int
+    depth: int
+
+
 class ClipSource:
     """A CLIP with its tokenizer and normalisation; each is read on first use.
 
@@ -108,7 +124,8 @@ class ClipSource:
             ConfigError: a `config` that makes no CLIP, or a `config.json` with another activation than its weights were
                 trained with, if `activation` is omitted.
         """
-        from transformers import CLIPModel
+        with pause_collection():
+            from transformers import CLIPModel
 
         if self._is_random:
             model = self._make_random().float().eval().requires_grad_(False)
@@ -116,6 +133,30 @@ class ClipSource:
             # Older files hold buffers of position numbers, which the model makes again.
             model = self._pretrained.load(CLIPModel, unused=r"position_ids$", adjust_config=self._override_activation)
         return model.to(self.device.torch_device)
+
+    @cached_property
+    def sizes(self) -> ClipSizes:
+        """The sizes that `config.json` says; no weights are read.
+
+        Raises:
+            MissingError: no weights there.
+            ArtefactError: a damaged `config.json`.
+            ConfigError: a `config` that makes no CLIP.
+        """
+        from transformers import CLIPConfig
+
+        if self._is_random:
+            config = self.model.config
+        else:
+            folder = self._pretrained.folder
+            try:
+                config = CLIPConfig.from_pretrained(str(folder), local_files_only=True)
+            except (OSError, ValueError, TypeError) as error:
+                raise ArtefactError(
+                    f"{folder}/config.json: not readable ({first_line(error)}); fetch the file again"
+                ) from error
+        vision = config.vision_config
+        return ClipSizes(int(vision.hidden_size), int(config.projection_dim), int(vision.num_hidden_layers))
 
     @cached_property
     def normalisation(self) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,15 +26,15 @@ from moduseg.backbones.timm_model import (
     load_weights,
     measure_grid,
     resample_to_patches,
+    run_blocks,
     run_cnn,
 )
-from moduseg.backbones.timm_published import fetch_published_file, suggest_hub
+from moduseg.backbones.timm_published import find_timm_weights
 from moduseg.backbones.windows import encode_windows
 from moduseg.devices import Device, Precision
-from moduseg.errors import ConfigError, MissingError
+from moduseg.errors import ConfigError
 from moduseg.files import file_digest
 from moduseg.structures import TokenMap
-from moduseg.weights.sources import find_weights
 
 KEY = "backbone.weights"
 
@@ -77,7 +75,6 @@ class TimmOptions:
     """
 
     model: str
-    _: KW_ONLY
     weights: str = "random"
     model_kwargs: dict[str, Any] | None = None
     mean: tuple[float, float, float] | None = None
@@ -181,16 +178,7 @@ class TimmBackbone(Backbone):
     @cached_property
     def _weights_path(self) -> Path:
         """The path of the weight file, fetched if needed."""
-        name, weights = self._options.model, self._options.weights
-        if weights == "hub":
-            return fetch_published_file(name, self._options.revision, KEY)
-        path = os.path.expandvars(weights)
-        if unset := re.search(r"\$\{?(\w+)", path):
-            raise MissingError(
-                f"{KEY}: got {weights!r}, but the environment variable {unset[1]} is not set; set it to the path "
-                f"of the weights of {name}, or give the path: {KEY}=<path>{suggest_hub(name, KEY)}"
-            )
-        return find_weights(path, KEY)
+        return find_timm_weights(self._options.model, self._options.weights, self._options.revision, KEY)
 
     @cached_property
     def _model(self) -> Any:
@@ -275,25 +263,32 @@ class TimmBackbone(Backbone):
             elif self._options.facet == "qk":
                 features = self._sum_queries_and_keys(batch)
             else:
-                features = self._run_blocks(batch)
+                features = run_blocks(model, batch, self._blocks)
         features = features.float()
         if not is_transformer(model):
             features = resample_to_patches(features, *self._grid).permute(0, 2, 3, 1)
         return features
 
-    def _run_blocks(self, batch: Tensor) -> Tensor:
-        """Return a ViT's block outputs after the final norm, `[B, h, w, C]`."""
-        model = self._model
-        intermediates = model.forward_intermediates(
-            batch, indices=list(self._blocks), norm=True, stop_early=True, intermediates_only=True, output_fmt="NCHW"
-        )
-        # timm returns them in the order of the blocks, not in that of the indices.
-        by_block = dict(zip(sorted(self._blocks), intermediates, strict=True))
-        outputs = [by_block[block].permute(0, 2, 3, 1) for block in self._blocks]
-        if isinstance(model.norm, nn.Identity) and isinstance(getattr(model, "fc_norm", None), nn.Module):
-            # Models that pool by the mean apply their final norm after the pooling.
-            outputs = [model.fc_norm(output) for output in outputs]
-        return torch.cat(outputs, dim=-1)
+    def make_exportable(self) -> nn.Module:
+        """Return a module from images `[B, 3, H, W]` in [0, 1], sides multiples of the patch, to tokens `[B, h, w, C]`.
+
+        It takes images at the size at which the backbone sees them: a `short_side` is not applied.
+
+        Raises:
+            ConfigError: tokens of windows, of `qk`, or of several layers.
+        """
+        options = self._options
+        if (
+            options.window is not None
+            or options.facet == "qk"
+            or len(self._layers) > 1
+            or options.antialias is not None
+        ):
+            raise ConfigError(
+                "backbone: got windows, facet=qk, several layers or antialias, expected the tokens of one layer of the "
+                "whole image for an export; leave these out"
+            )
+        return _ExportedTimm(self._model, self._normalisation, self._blocks, self._grid)
 
     def _sum_queries_and_keys(self, batch: Tensor) -> Tensor:
         """Return query plus key of each patch in a ViT's blocks, `[B, h, w, C]`."""
@@ -315,3 +310,32 @@ class TimmBackbone(Backbone):
             for block in self._blocks
         ]
         return torch.cat(sums, dim=-1).unflatten(1, (batch.shape[2] // self.stride, batch.shape[3] // self.stride))
+
+
+class _ExportedTimm(nn.Module):
+    """A timm model as `TimmBackbone` runs it, without what only a run needs.
+
+    Args:
+        model: of timm.
+        normalisation: mean and deviation of inputs, `[3, 1, 1]` each.
+        blocks: the block that is taken; of a CNN, its stage, or none for the last map.
+        grid: stride, and where the first cell's centre lies, in pixels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: nn.Module, normalisation: tuple[Tensor, Tensor], blocks: tuple[int, ...], grid: tuple[int, float]
+    ) -> None:
+        super().__init__()
+        self.model, self._blocks, self._grid = model, blocks, grid
+        self.register_buffer("mean", normalisation[0])
+        self.register_buffer("std", normalisation[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the tokens `[B, h, w, C]`."""
+        batch = (images - self.mean) / self.std
+        if is_transformer(self.model):
+            return run_blocks(self.model, batch, self._blocks)
+        return resample_to_patches(run_cnn(self.model, batch, self._blocks), *self._grid).permute(0, 2, 3, 1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moduseg.allocator import pause_collection
 from moduseg.backbones.efficientnet_names import has_port_names, to_timm_names
 from moduseg.devices import seed_weights
 from moduseg.errors import ArtefactError, ConfigError, suggest
@@ -56,7 +57,8 @@ def build_model(name: str, kwargs: Mapping[str, Any], output_stride: int | None,
     Raises:
         ConfigError: unknown model or argument, or a model that is neither a plain ViT nor a CNN.
     """
-    import timm
+    with pause_collection():
+        import timm
 
     _check_name(name)
     arguments = {"num_classes": 0, **kwargs}
@@ -209,6 +211,20 @@ def run_cnn(model: Any, batch: Tensor, stages: Sequence[int]) -> Tensor:
     if not stages:
         return model.forward_features(batch)
     return model.forward_intermediates(batch, indices=list(stages), intermediates_only=True, stop_early=True)[0]
+
+
+def run_blocks(model: Any, batch: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Return the outputs of a ViT's blocks after the final norm, concatenated in this order, `[B, h, w, C]`."""
+    intermediates = model.forward_intermediates(
+        batch, indices=list(blocks), norm=True, stop_early=True, intermediates_only=True, output_fmt="NCHW"
+    )
+    # timm returns them in the order of the blocks, not in that of the indices.
+    by_block = dict(zip(sorted(blocks), intermediates, strict=True))
+    outputs = [by_block[block].permute(0, 2, 3, 1) for block in blocks]
+    if isinstance(model.norm, nn.Identity) and isinstance(getattr(model, "fc_norm", None), nn.Module):
+        # Models that pool by the mean apply their final norm after the pooling.
+        outputs = [model.fc_norm(output) for output in outputs]
+    return torch.cat(outputs, dim=-1)
 
 
 @torch.no_grad()

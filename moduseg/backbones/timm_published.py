@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from pathlib import Path
 
 from moduseg.backbones.timm_model import find_pretrained_id
 from moduseg.errors import ConfigError, MissingError, MissingWeightsError
 from moduseg.weights.hub import fetch_hub_file, get_page_url
+from moduseg.weights.sources import find_weights
 
 log = logging.getLogger("moduseg")
 MAKERS = {
@@ -59,6 +62,31 @@ def fetch_published_file(name: str, revision: str | None, key: str) -> Path:
             raise MissingWeightsError(message, hub_id, f"https://huggingface.co/{hub_id}", find_size) from error
     log.warning("%s: timm's file of %s could not be had; the maker's own, %s, has its place", key, name, path)
     return path
+
+
+def find_timm_weights(name: str, weights: str, revision: str | None, key: str) -> Path:
+    """Return the weight file of a timm model, fetched if needed.
+
+    Args:
+        name: timm's name of the model.
+        weights: `hub` for what timm publishes, or what `moduseg.weights.sources.find_weights` takes, with `$VARIABLE`.
+        revision: of the hub's repository, for `hub`.
+        key: the configuration key, for messages.
+
+    Raises:
+        ConfigError: timm publishes no weights of the model, or a malformed address.
+        MissingError: a variable that is not set, or a file that is not there and cannot be fetched.
+        ArtefactError, StorageError: as `find_weights` does.
+    """
+    if weights == "hub":
+        return fetch_published_file(name, revision, key)
+    path = os.path.expandvars(weights)
+    if unset := re.search(r"\$\{?(\w+)", path):
+        raise MissingError(
+            f"{key}: got {weights!r}, but the environment variable {unset[1]} is not set; set it to the path "
+            f"of the weights of {name}, or give the path: {key}=<path>{suggest_hub(name, key)}"
+        )
+    return find_weights(path, key)
 
 
 def suggest_hub(name: str, key: str) -> str:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from moduseg.allocator import trim_memory
 from moduseg.backbones.base import Backbone
 from moduseg.devices import Device
 from moduseg.errors import ConfigError
@@ -161,23 +162,24 @@ class CachedBackbone(Backbone):
             ConfigError: tokens beyond the range of half precision.
         """
         names = [f"{self._folder_name}/{_digest_image(image)}" for image in images]
-        maps: dict[int, TokenMap] = {}
-        for index, name in enumerate(names):
-            if (stored := self._store.read(name)) is not None:
-                maps[index] = stored
+        stored = {index: found for index, name in enumerate(names) if (found := self._store.read(name)) is not None}
+        maps = dict(zip(stored, move_tokens(list(stored.values()), self._device.torch_device), strict=True))
         missing = [index for index in range(len(images)) if index not in maps]
         for group in [[index] for index in missing] if self._passes_alone else [missing] * bool(missing):
-            for index, token_map in zip(group, self._backbone.tokens([images[i] for i in group]), strict=True):
-                rounded = _replace_tokens(token_map, token_map.tokens.half())
-                if not bool(rounded.tokens.isfinite().all()):
+            passed = self._backbone.tokens([images[i] for i in group])
+            rounded = [_replace_tokens(token_map, token_map.tokens.half()) for token_map in passed]
+            for index, token_map in zip(group, move_tokens(rounded, torch.device("cpu")), strict=True):
+                if not bool(token_map.tokens.isfinite().all()):
                     raise ConfigError(
                         f"runtime.token_cache: got tokens beyond {torch.finfo(torch.float16).max:.0f}, which half "
                         "precision does not hold; set runtime.token_cache=0 for this backbone"
                     )
-                self._store.write(names[index], rounded)
-                maps[index] = _replace_tokens(rounded, rounded.tokens.float())
-        device = self._device.torch_device
-        return [_replace_tokens(maps[index], maps[index].tokens.to(device)) for index in range(len(images))]
+                self._store.write(names[index], token_map)
+            for index, token_map in zip(group, rounded, strict=True):
+                maps[index] = _replace_tokens(token_map, token_map.tokens.float())
+            if self._passes_alone:
+                trim_memory()  # images of other sizes do not fit into the holes that this one leaves
+        return [maps[index] for index in range(len(images))]
 
     @property
     def _passes_alone(self) -> bool:
@@ -188,6 +190,18 @@ class CachedBackbone(Backbone):
         config = to_json_values(self._settings)
         parts = {"format": FORMAT, "config": config, "digest": self.digest, **self._device.key_parts()}
         return f"{self._settings['name']}-{digest_of(parts)[:16]}"
+
+
+def move_tokens(maps: Sequence[TokenMap], device: torch.device) -> list[TokenMap]:
+    """Return token maps on another device, moved by one copy: the host waits once for a batch, not for each image."""
+    if all(token_map.tokens.device == device for token_map in maps):
+        return list(maps)
+    together = torch.cat([token_map.tokens.flatten() for token_map in maps]).to(device)
+    parts = together.split([token_map.tokens.numel() for token_map in maps])
+    return [
+        _replace_tokens(token_map, part.view(token_map.tokens.shape))
+        for token_map, part in zip(maps, parts, strict=True)
+    ]
 
 
 def _replace_tokens(token_map: TokenMap, tokens: torch.Tensor) -> TokenMap:

@@ -164,24 +164,46 @@ def _count_pixels(masks: Tensor, patch_size: int) -> Tensor:
     """Return `[N, h, w]` coverage at native size by counting pixels, down the rows first."""
     count, height, width = masks.shape
     rows, columns = _num_patches(height, patch_size), _num_patches(width, patch_size)
-    down = F.pad(_sum_rows(masks.view(torch.uint8), patch_size).float(), (0, columns * patch_size - width))
+    pixels = masks.view(torch.uint8)
+    if masks.device.type == "cpu" and patch_size <= 255:
+        return torch.from_numpy(_count_in_bytes(pixels.numpy(), patch_size, (rows, columns))).div_(patch_size**2)
+    down = F.pad(_sum_rows(pixels, patch_size).float(), (0, columns * patch_size - width))
     return down.view(count, rows, columns, patch_size).sum(3) / patch_size**2
+
+
+def _count_in_bytes(pixels: np.ndarray, patch_size: int, grid: tuple[int, int]) -> np.ndarray:
+    """Return the pixels in each patch, `[N, *grid]` float32, of `pixels [N, H, W]` uint8 of 0 and 1, on the CPU.
+
+    NumPy adds rows to each other, and neighbouring bytes of them, in a third of PyTorch's time. `patch_size` is at most
+    255, so that a byte holds the count of a column, and 16 bits that of a patch.
+    """
+    height, width = pixels.shape[1:]
+    num_full, rest = divmod(height, patch_size)
+    counts = np.empty((len(pixels), *grid), np.float32)
+    # A few masks at a time, whose sums stay in the cache; what is beyond the right border stays 0.
+    step = max(1, _BLOCK // max(1, height * width))
+    sums = np.zeros((min(step, len(pixels)), grid[0], grid[1] * patch_size), np.uint8)
+    for start in range(0, len(pixels), step):
+        part = pixels[start : start + step]
+        down = sums[: len(part)]
+        whole = part[:, : num_full * patch_size].reshape(len(part), num_full, patch_size, width)
+        np.add.reduce(whole, axis=2, dtype=np.uint8, out=down[:, :num_full, :width])
+        if rest:
+            np.add.reduce(part[:, -rest:], axis=1, dtype=np.uint8, out=down[:, num_full, :width])
+        across = down.reshape(len(part), *grid, patch_size)
+        counts[start : start + step] = np.einsum("nrcp->nrc", across, dtype=np.uint16)
+    return counts
 
 
 def _sum_rows(pixels: Tensor, patch_size: int) -> Tensor:
     """Return `[N, h, W]`: sums of `patch_size` rows of `[N, H, W]` uint8; the last sum may have fewer rows."""
     count, height, width = pixels.shape
     # Bytes hold the count of a column of up to 255 pixels, and add up ten times as fast as wider integers.
-    fits_uint8, num_full = patch_size <= 255, height // patch_size
+    dtype, num_full = torch.uint8 if patch_size <= 255 else torch.int32, height // patch_size
     parts = [pixels[:, : num_full * patch_size].unflatten(1, (num_full, patch_size))] if num_full else []
     if height % patch_size:
         parts.append(pixels[:, None, num_full * patch_size :])
-    if pixels.device.type == "cpu":
-        # NumPy adds rows to each other in a third of PyTorch's time.
-        dtype = np.uint8 if fits_uint8 else np.int32
-        sums = [torch.from_numpy(np.add.reduce(part.numpy(), axis=2, dtype=dtype)) for part in parts]
-    else:
-        sums = [part.sum(2, dtype=torch.uint8 if fits_uint8 else torch.int32) for part in parts]
+    sums = [part.sum(2, dtype=dtype) for part in parts]
     return torch.cat(sums, 1) if sums else pixels.new_zeros((count, 0, width))
 
 

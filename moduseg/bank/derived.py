@@ -9,8 +9,10 @@ from typing import Any
 
 from moduseg.bank.store import Bank
 from moduseg.errors import ArtefactError
-from moduseg.files import FORMAT, digest_of, file_digest, read_json, write_json
+from moduseg.files import FORMAT, digest_of, file_digest, read_json, write_atomic, write_json
 
+RANKING = "ranking.safetensors"
+"""What a bank's folder holds besides, if `retrieval.selection=learnt` was fitted to it."""
 STAGE = "bank"
 """The folder of derived banks below a data set's, and the `stage` of their manifest."""
 
@@ -34,6 +36,8 @@ def digest_bank(bank: Bank) -> str:
         total.update(tensor.contiguous().cpu().numpy().tobytes())
     if bank.word_values is not None:
         total.update(bank.word_values.contiguous().cpu().numpy().tobytes())
+    if bank.is_trusted is not None:
+        total.update(bank.is_trusted.cpu().numpy().tobytes())
     total.update(digest_of([list(bank.image_ids), list(bank.classes)]).encode())
     return total.hexdigest()
 
@@ -60,7 +64,7 @@ def write_derived(
         fields: further entries of the manifest (`seconds`, `inputs`, `failures`).
 
     Returns:
-        The folder: `bank.safetensors`, `bank.json`, and `manifest.json` with `derived_from`.
+        The folder: `bank.safetensors`, `bank.json`, `manifest.json` with `derived_from`, and a source's ranking.
 
     Raises:
         ArtefactError: the folder is that of a source, or holds another artefact.
@@ -81,6 +85,10 @@ def write_derived(
     _check_not_source(target, sources)
     _check_free(target, key)
     bank.save(target)
+    # A ranking says what regions look like, whichever vectors the bank holds: that of the first bank goes on.
+    ranking = next((path / RANKING for path in sources if (path / RANKING).is_file()), None)
+    if ranking is not None:
+        write_atomic(target / RANKING, ranking.read_bytes())
     write_json(
         target / "manifest.json",
         {

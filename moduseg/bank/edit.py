@@ -27,8 +27,10 @@ log = logging.getLogger("moduseg")
 
 MAX_CLASSES = 255
 """Largest number of class names for an 8-bit label map, background included; 255 is the ignored pixel."""
-_STORED_SETTINGS = ("purify", "min_area", "aggregation", "regions")
+_STORED_SETTINGS = ("purify", "min_area", "aggregation", "regions", "flips", "parts")
 """Keys of the group `bank` that decide what is stored."""
+_ABSENT_SETTINGS = {"flips": False, "parts": 0}
+"""What banks did whose description was written before the key existed."""
 
 
 def remove(bank: Bank, classes: Sequence[str] = (), images: Sequence[str] = (), rows: Sequence[int] = ()) -> Bank:
@@ -72,6 +74,7 @@ def remove(bank: Bank, classes: Sequence[str] = (), images: Sequence[str] = (), 
         classes=kept_classes,
         info=_replace_files(bank.info, files),
         word_values=None if bank.word_values is None else bank.word_values[keep],
+        is_trusted=None if bank.is_trusted is None else bank.is_trusted[keep],
     )
 
 
@@ -110,6 +113,8 @@ def merge(banks: Sequence[Bank]) -> Bank:
         sources += [source] if source not in sources else []
     if len(classes) > MAX_CLASSES:
         raise ConfigError(f"merge: got {len(classes)} classes, expected at most {MAX_CLASSES} with the background")
+    trained_on = dict.fromkeys(str(bank.info["supervision"]) for bank in banks if bank.info.get("supervision"))
+    supervision = {"supervision": "+".join(trained_on)} if trained_on else {}
     return Bank(
         pooled=torch.cat([bank.pooled for bank in banks]),
         labels=torch.cat(labels),
@@ -117,8 +122,9 @@ def merge(banks: Sequence[Bank]) -> Bank:
         areas=torch.cat([bank.areas for bank in banks]),
         image_ids=tuple(image_ids),
         classes=tuple(classes),
-        info=_replace_files({**first.info, "label_source": "+".join(s for s in sources if s)}, files),
+        info=_replace_files({**first.info, "label_source": "+".join(s for s in sources if s), **supervision}, files),
         word_values=_join_word_values(banks),
+        is_trusted=_join_trust(banks),
     )
 
 
@@ -214,6 +220,32 @@ def append_words(bank: Bank, names: Sequence[str]) -> Bank:
     )
 
 
+def correct_region(bank: Bank, image_id: str, class_name: str, pooled: Tensor, area: int) -> Bank:
+    """Return a copy of the bank with a region that a person named: it is trusted (`moduseg.retrieval.trust`).
+
+    A region that was named before, whose vector is the same, has the new name alone.
+
+    Args:
+        bank: the bank.
+        image_id, class_name, area: as for `add_region`.
+        pooled: `[C]` float, the vector with which the region was labelled (a row of `Observation.pooled`), so that it
+            is found again.
+
+    Raises:
+        ConfigError: as for `add_region`, or a vector of zeros, which resembles nothing.
+    """
+    vector = pooled.detach().float().cpu()
+    if not bool(vector.any()):
+        raise ConfigError("region: got a vector of zeros, expected one with a direction; name a larger region")
+    if bank.is_trusted is not None and vector.shape == bank.pooled.shape[1:]:
+        is_same = bank.is_trusted & (bank.pooled == vector).all(1)
+        if bool(is_same.any()):
+            bank = remove(bank, rows=is_same.nonzero()[:, 0].tolist())
+    trusted = torch.zeros(len(bank), dtype=torch.bool) if bank.is_trusted is None else bank.is_trusted
+    added = add_region(dataclasses.replace(bank, is_trusted=None), image_id, class_name, vector, area)
+    return dataclasses.replace(added, is_trusted=torch.cat((trusted, torch.ones(1, dtype=torch.bool))))
+
+
 def add_region(bank: Bank, image_id: str, class_name: str, pooled: Tensor, area: int) -> Bank:
     """Return a copy of the bank with one region appended; in a bank with word values it has none.
 
@@ -240,6 +272,7 @@ def add_region(bank: Bank, image_id: str, class_name: str, pooled: Tensor, area:
         image_ids=ids,
         classes=classes,
         word_values=None if bank.word_values is None else functional.pad(bank.word_values, (0, 0, 0, 1)),
+        is_trusted=None if bank.is_trusted is None else functional.pad(bank.is_trusted, (0, 1)),
     )
 
 
@@ -302,6 +335,14 @@ def _join_word_values(banks: Sequence[Bank]) -> Tensor | None:
     return torch.cat(values) if values else None
 
 
+def _join_trust(banks: Sequence[Bank]) -> Tensor | None:
+    """Return which regions of all banks a person named; `None` for none."""
+    if all(bank.is_trusted is None for bank in banks):
+        return None
+    none = (torch.zeros(len(bank), dtype=torch.bool) for bank in banks)
+    return torch.cat([n if bank.is_trusted is None else bank.is_trusted for bank, n in zip(banks, none, strict=True)])
+
+
 def _check_compatible(first: Bank, other: Bank) -> None:
     if first.info.get("backbone_digest") != other.info.get("backbone_digest"):
         digests = " and ".join(str(bank.info.get("backbone_digest"))[:12] for bank in (first, other))
@@ -333,7 +374,8 @@ def _stored_settings(bank: Bank) -> dict[str, Any]:
     """Return the settings that have to agree, `group.key` -> value."""
     config = bank.info.get("config", {})
     backbone = {key: value for key, value in config.get("backbone", {}).items() if key != "batch_size"}
-    stored = {key: value for key, value in config.get("bank", {}).items() if key in _STORED_SETTINGS}
+    described = _ABSENT_SETTINGS | config.get("bank", {})
+    stored = {key: value for key, value in described.items() if key in _STORED_SETTINGS}
     return _flatten({"backbone": backbone, "bank": stored})
 
 

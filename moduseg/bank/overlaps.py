@@ -6,6 +6,7 @@ there is of another class would be labelled as that class by its nearest neighbo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class NearestClasses:
         classes: names of the `S` classes, background first.
         counts: `[S, S]` int64, regions of the class of the row whose nearest region is of the class of the column.
         num_images: `[S]` int64, images that have regions of the class, among those compared.
-        num_regions: regions of the whole bank.
+        num_regions: regions of the whole bank, of the classes that are searched.
     """
 
     classes: tuple[str, ...]
@@ -70,7 +71,9 @@ class Overlap:
         return self.confused / (self.regions + 1)
 
 
-def count_nearest_classes(bank: Bank, vectors: Tensor, max_regions: int = MAX_REGIONS) -> NearestClasses:
+def count_nearest_classes(
+    bank: Bank, vectors: Tensor, max_regions: int = MAX_REGIONS, classes: Sequence[str] | None = None
+) -> NearestClasses:
     """Count the classes of each region's nearest region of another image.
 
     Args:
@@ -78,8 +81,15 @@ def count_nearest_classes(bank: Bank, vectors: Tensor, max_regions: int = MAX_RE
         vectors: `[B, C]` float, all of its vectors, centred and L2-normalised as for the search, on any device.
         max_regions: of a larger bank so many regions are compared, rare classes as a whole and of the others an equal
             number, evenly spaced.
+        classes: foreground classes that are searched (`bank.classes`), which with the background alone are compared;
+            all if omitted.
     """
-    rows = _sample_rows(bank.labels, max_regions)
+    rows = torch.arange(len(bank))
+    if classes is not None:
+        searched = torch.tensor([0, *(bank.classes.index(name) for name in classes)])
+        rows = rows[torch.isin(bank.labels, searched)]
+    num_regions = len(rows)
+    rows = rows[_sample_rows(bank.labels[rows], max_regions)]
     labels, images = bank.labels[rows], bank.image_index[rows]
     num_classes = len(bank.classes)
     vectors = vectors[rows.to(vectors.device)]
@@ -94,7 +104,7 @@ def count_nearest_classes(bank: Bank, vectors: Tensor, max_regions: int = MAX_RE
         codes.append(labels[part][has_other] * num_classes + labels[nearest[has_other]])
     counts = torch.cat([*codes, labels[:0]]).bincount(minlength=num_classes**2).view(num_classes, num_classes)
     pairs = torch.unique(torch.stack((labels, images)), dim=1)
-    return NearestClasses(bank.classes, counts, pairs[0].bincount(minlength=num_classes), len(bank))
+    return NearestClasses(bank.classes, counts, pairs[0].bincount(minlength=num_classes), num_regions)
 
 
 def find_overlaps(nearest: NearestClasses) -> list[Overlap]:

@@ -43,10 +43,12 @@ def purify(label_map: Tensor, kernel_size: int, iterations: int, ignore_index: i
     if window == 1 or label_map.numel() == 0:
         return label_map.clone()
     if label_map.device.type == "cpu" and int(label_map.min()) >= 0 and int(label_map.max()) <= 255:
-        is_pure = _is_uniform_opencv(label_map.to(torch.uint8), window)
-    else:
-        is_pure = _is_uniform(label_map, window)
-    return torch.where(is_pure, label_map, ignore_index)
+        is_mixed = _is_mixed_opencv(label_map.to(torch.uint8), window)
+        if label_map.dtype != torch.uint8:
+            return label_map.masked_fill(is_mixed, ignore_index)
+        # What is removed has all bits that tell it from the ignored value flipped: a tenth of the time of a choice.
+        return label_map ^ ((label_map ^ ignore_index) & is_mixed.view(torch.uint8).neg())
+    return torch.where(_is_uniform(label_map, window), label_map, ignore_index)
 
 
 def class_regions(label_map: Tensor, min_area: int, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
@@ -66,9 +68,32 @@ def class_regions(label_map: Tensor, min_area: int, ignore_index: int = IGNORE_I
     _check_label_map(label_map)
     if min_area < 0:
         raise ValueError(f"min_area: got {min_area}, expected 0 or more pixels; try 300")
+    if label_map.device.type == "cpu" and label_map.dtype == torch.uint8 and label_map.numel():
+        return _find_regions_in_bytes(label_map.numpy(), min_area, ignore_index)
     class_ids, areas = label_map.unique(return_counts=True)
     class_ids = class_ids[(class_ids != ignore_index) & (areas >= min_area)]
     return class_ids.long(), label_map == class_ids[:, None, None]
+
+
+def _find_regions_in_bytes(values: np.ndarray, min_area: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return what `class_regions` does, for `values [H, W]` uint8 on the CPU, one class after the other.
+
+    Comparing and counting bytes takes a hundredth of the time of sorting them, and an image has few classes.
+    """
+    class_ids: list[int] = []
+    masks: list[np.ndarray] = []
+    rest = values.copy()
+    while True:
+        value = int(rest.min())
+        mask = values == value
+        if value != ignore_index and np.count_nonzero(mask) >= max(min_area, 1):
+            class_ids.append(value)
+            masks.append(mask)
+        if value == 255:
+            break
+        rest |= -mask.view(np.uint8)  # a class that was found becomes 255, which comes last
+    stacked = np.stack(masks) if masks else np.zeros((0, *values.shape), bool)
+    return torch.tensor(class_ids, dtype=torch.int64), torch.from_numpy(stacked)
 
 
 def _is_uniform(label_map: Tensor, window: int) -> Tensor:
@@ -81,13 +106,19 @@ def _is_uniform(label_map: Tensor, window: int) -> Tensor:
     return signed[0] == -signed[1]
 
 
-def _is_uniform_opencv(label_map: Tensor, window: int) -> Tensor:
-    """Return what `_is_uniform` does, for uint8 on the CPU, where OpenCV is several times faster than pooling."""
+def _is_mixed_opencv(label_map: Tensor, window: int) -> Tensor:
+    """Return the opposite of `_is_uniform`, for uint8 on the CPU, where OpenCV is several times faster than pooling.
+
+    A window holds two values iff one of the squares of 2 x 2 pixels in it does: these are looked at first, so that one
+    dilation takes the place of a maximum and a minimum.
+    """
     values = label_map.contiguous().numpy()
-    kernel = np.ones((window, window), np.uint8)
-    highest = cv2.dilate(values, kernel, borderType=cv2.BORDER_REPLICATE)
-    lowest = cv2.erode(values, kernel, borderType=cv2.BORDER_REPLICATE)
-    return torch.from_numpy(highest == lowest)
+    square = np.ones((2, 2), np.uint8)
+    steps = cv2.morphologyEx(values, cv2.MORPH_GRADIENT, square, anchor=(0, 0), borderType=cv2.BORDER_REPLICATE)
+    # The squares in a window begin up to half a window above and left of its centre, and one less below and right.
+    squares, half = np.ones((window - 1, window - 1), np.uint8), window // 2
+    largest_step = cv2.dilate(steps, squares, anchor=(half, half), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return torch.from_numpy(largest_step != 0)
 
 
 def _check_label_map(label_map: Tensor) -> None:

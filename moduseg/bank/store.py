@@ -7,6 +7,7 @@ centring, the filter and class subsets are settings of the reader and run no mod
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ from moduseg.structures import SearchBank
 
 _TENSORS = ("pooled", "labels", "image_index", "areas")
 _WORD_VALUES = "word_values"
+_TRUSTED = "is_trusted"
 _FLOATS = ("pooled", _WORD_VALUES)
-"""Tensors of one row a region, `[B, C]` or `[B, D]` float32; the others are `[B]` int64."""
+"""Tensors of one row a region, `[B, C]` or `[B, D]` float32; the others are `[B]` int64, and `is_trusted` bool."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Bank:
         info: what the vectors were made with (`backbone`, `backbone_digest`, `config`, ...), JSON values.
         word_values: `[B, D]` float32, the CLIP feature of each region, of length 1; all zero for a region without.
             `None` in a bank that was not built for `retrieval.answer=words`.
+        is_trusted: `[B]` bool, regions that a person named, which decide as `moduseg.retrieval.trust` says; `None` for
+            none.
     """
 
     pooled: Tensor
@@ -56,12 +60,18 @@ class Bank:
     classes: tuple[str, ...]
     info: Mapping[str, Any]
     word_values: Tensor | None = None
+    is_trusted: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.pooled)
         if self.word_values is not None and (self.word_values.ndim != 2 or len(self.word_values) != rows):
             raise ArtefactError(
                 f"bank: got word values {tuple(self.word_values.shape)}, expected ({rows}, D); build the bank again"
+            )
+        if self.is_trusted is not None and (self.is_trusted.shape != (rows,) or self.is_trusted.dtype != torch.bool):
+            raise ArtefactError(
+                f"bank: got is_trusted {tuple(self.is_trusted.shape)} {self.is_trusted.dtype}, expected ({rows},) bool;"
+                " build the bank again"
             )
         if self.pooled.ndim != 2 or any(getattr(self, n).shape != (rows,) for n in _TENSORS[1:]):
             shapes = {name: tuple(getattr(self, name).shape) for name in _TENSORS}
@@ -83,9 +93,20 @@ class Bank:
         counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
         return dict(zip(self.classes, counts, strict=True))
 
+    @property
+    def colours(self) -> dict[str, str]:
+        """Colours of one's own in which classes are shown, name -> `#rrggbb`, as the class list named them."""
+        named = self.info.get("colours", {})
+        # A bank may come from a stranger.
+        return {
+            str(name): colour
+            for name, colour in (named.items() if isinstance(named, Mapping) else ())
+            if isinstance(colour, str) and re.fullmatch("#[0-9a-fA-F]{6}", colour)
+        }
+
     def save(self, folder: Path) -> None:
         """Write `bank.safetensors` and `bank.json`; equal banks give equal bytes."""
-        names = _TENSORS if self.word_values is None else (*_TENSORS, _WORD_VALUES)
+        names = (*_TENSORS, *(name for name in (_WORD_VALUES, _TRUSTED) if getattr(self, name) is not None))
         write_atomic(folder / "bank.safetensors", save({n: getattr(self, n).contiguous().cpu() for n in names}))
         write_json(
             folder / "bank.json",
@@ -111,7 +132,8 @@ class Bank:
             tensors = load(path.read_bytes())
             info = dict(read_json(folder / "bank.json"))
             image_ids, classes = tuple(info.pop("image_ids")), tuple(info.pop("classes"))
-            values = {name: tensors[name] for name in (*_TENSORS, *(n for n in tensors if n == _WORD_VALUES))}
+            optional = (name for name in (_WORD_VALUES, _TRUSTED) if name in tensors)
+            values = {name: tensors[name] for name in (*_TENSORS, *optional)}
             _check_values(values, [*image_ids, *classes])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, json.JSONDecodeError) as error:
             raise ArtefactError(
@@ -178,13 +200,8 @@ class Bank:
                     f"bank.classes: got {', '.join(unknown)}, expected some of {', '.join(self.classes)}; try null"
                 )
             wanted = torch.tensor([0, *(self.classes.index(name) for name in settings.classes)])
-            keep = torch.isin(search.labels, wanted.to(search.labels.device))
-            values = None if search.word_values is None else search.word_values[keep]
-            search = SearchBank(search.vectors[keep], search.labels[keep], search.rows[keep], search.centre, values)
-        if settings.prototypes is not None:
-            centres = find_prototypes(search.vectors, search.labels, settings.prototypes)
-            search = SearchBank(centres.vectors, centres.labels, search.rows[centres.members], search.centre)
-        return search
+            search = search.select(torch.isin(search.labels, wanted.to(search.labels.device)))
+        return search if settings.prototypes is None else _replace_by_prototypes(search, settings.prototypes)
 
     def select_vectors(
         self,
@@ -196,6 +213,8 @@ class Bank:
         images_seed: int = 0,
     ) -> SearchBank:
         """Choose images, centre, normalise and filter (docs/method.md, steps 3 and 4).
+
+        Trusted vectors are kept in any case, and decide neither the centre nor which others are dropped.
 
         Args:
             centre: subtract the mean of all vectors (of the chosen images) before normalising; CNN features need it.
@@ -210,19 +229,42 @@ class Bank:
             labels, pooled = labels[chosen_rows], pooled[chosen_rows]
         if shuffle_labels is not None:
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(shuffle_labels))]
-        mean = pooled.mean(0) if centre and len(pooled) else None
+        trusted = None if self.is_trusted is None else self.is_trusted[chosen_rows]
+        others = pooled if trusted is None or bool(trusted.all()) else pooled[~trusted]
+        mean = others.mean(0) if centre and len(others) > (trusted is not None) else None
         vectors = functional.normalize(pooled if mean is None else pooled - mean, dim=1)
         kept_rows = []
         for label in range(len(self.classes)):
-            rows = torch.nonzero(labels == label).flatten()
+            rows = torch.nonzero(labels == label if trusted is None else (labels == label) & ~trusted).flatten()
             ratio = outliers.drop_ratio if label else outliers.drop_ratio_background
             if outliers.enabled and len(rows):
                 rows = rows[nearest_to_centre(vectors[rows], ratio)]
             kept_rows.append(rows)
+        kept_rows += [] if trusted is None else [trusted.nonzero()[:, 0]]
         rows = torch.cat(kept_rows).sort().values if kept_rows else torch.empty(0, dtype=torch.int64)
         stored_rows = chosen_rows[rows]
         values = None if self.word_values is None else self.word_values[stored_rows]
-        return SearchBank(vectors[rows], labels[rows], stored_rows, mean, values)
+        is_trusted = None if trusted is None else trusted[rows]
+        return SearchBank(vectors[rows], labels[rows], stored_rows, mean, values, is_trusted)
+
+
+def _replace_by_prototypes(search: SearchBank, count: int) -> SearchBank:
+    """Return a bank of a few centres for each class, and of the trusted vectors as they are."""
+    trusted = search.is_trusted
+    others = search if trusted is None else search.select(~trusted)
+    centres = find_prototypes(others.vectors, others.labels, count)
+    vectors, labels, rows = centres.vectors, centres.labels, others.rows[centres.members]
+    if trusted is None:
+        return SearchBank(vectors, labels, rows, search.centre)
+    named = search.select(trusted)
+    is_trusted = torch.cat((torch.zeros_like(labels, dtype=torch.bool), trusted[trusted]))
+    return SearchBank(
+        torch.cat((vectors, named.vectors)),
+        torch.cat((labels, named.labels)),
+        torch.cat((rows, named.rows)),
+        search.centre,
+        is_trusted=is_trusted,
+    )
 
 
 def encode_vectors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -258,7 +300,7 @@ def read_vectors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 def _check_values(tensors: Mapping[str, Tensor], names: Sequence[Any]) -> None:
     """Raise `ValueError` for tensors and names that no bank holds, whoever wrote the files."""
     for name, tensor in tensors.items():
-        expected = torch.float32 if name in _FLOATS else torch.int64
+        expected = torch.float32 if name in _FLOATS else torch.bool if name == _TRUSTED else torch.int64
         if tensor.dtype != expected:
             raise ValueError(f"{name} is {tensor.dtype}, expected {expected}")
     if _WORD_VALUES in tensors and not bool(torch.isfinite(tensors[_WORD_VALUES]).all()):

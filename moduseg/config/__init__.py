@@ -15,6 +15,7 @@ from moduseg.config.schemas import (
     RetrievalConfig,
     RuntimeConfig,
     ShardConfig,
+    StudentConfig,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "RetrievalConfig",
     "RuntimeConfig",
     "ShardConfig",
+    "StudentConfig",
     "compose",
     "compose_hydra",
     "config_dir",

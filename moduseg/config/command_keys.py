@@ -70,6 +70,23 @@ class ReproduceOptions:
 
 
 @dataclass(frozen=True)
+class MethodsOptions:
+    """Keys of the command `methods`.
+
+    Attributes:
+        dataset: the one data set to run: `miniature`, `voc`, `voc_aug`, `coco` or `coco2014`.
+        worlds: number of drawn worlds of the miniature, 3 if omitted.
+        methods: the ones to run, as the table names them; all if omitted.
+        table: name of a file in `configs/methods/`.
+    """
+
+    dataset: str = "miniature"
+    worlds: int | None = None
+    methods: tuple[str, ...] = ()
+    table: str = "default"
+
+
+@dataclass(frozen=True)
 class SweepOptions:
     """Keys of the command `sweep`.
 
@@ -160,6 +177,21 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class ApplyOptions:
+    """Keys of the command `bank apply`.
+
+    Attributes:
+        bank: folder of the bank that the report shows.
+        corrections: JSON file that the report's page "Bank" saved.
+        out: folder to write; chosen below `runtime.outputs` if omitted.
+    """
+
+    bank: str
+    corrections: str
+    out: str | None = None
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """Keys of the command `bank export`.
 
@@ -174,6 +206,28 @@ class ExportOptions:
     out: str
     format: Literal["npz", "faiss", "csv", "projector"] = "npz"
     outliers: bool = True
+
+
+@dataclass(frozen=True)
+class ExportStudentOptions:
+    """Keys of the command `export_student`.
+
+    Attributes:
+        student: folder of a trained student.
+        out: ONNX file to write; `student.onnx` in the student's folder if omitted.
+        height: of the pictures in pixels, where the file takes one size; else of the picture it is made with.
+        width: of the pictures in pixels, likewise.
+    """
+
+    student: str
+    out: str | None = None
+    height: int = 320
+    width: int = 320
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            if getattr(self, name) < 32:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 32 pixels or more; try 320")
 
 
 @dataclass(frozen=True)
@@ -290,7 +344,8 @@ class DemoOptions:
     """Keys of the command `demo_app`.
 
     Attributes:
-        bank: folder of the bank.
+        bank: folder of the bank, or of a run of `infer`; `latest` for the last one below `outputs`; `new` to begin
+            without one, with the preset for photographs (`experiment=photos_light`).
         host: address to listen on; the default is this machine only. On any other address the page saves nothing, and
             shows no training image outside the bank's folder and `pictures`.
         port: port to listen on; a free one if omitted.

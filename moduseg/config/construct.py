@@ -13,6 +13,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from moduseg.config.own_parts import find_own_part, is_own_part
 from moduseg.errors import ConfigError, suggest
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ def build_named(group: str, registry: Mapping[str, type[T]], cfg: Mapping[str, A
 
     Args:
         group: the configuration group, for messages (`"proposer"`).
-        registry: from name to class.
+        registry: from name to class; `module:Class` names one of one's own beside them.
         cfg: the group's configuration.
         context: values that the program supplies (device, precision, a backbone); a backend gets those that its
             `__init__` names.
@@ -33,12 +34,12 @@ def build_named(group: str, registry: Mapping[str, type[T]], cfg: Mapping[str, A
     """
     arguments = dict(cfg)
     name = arguments.pop("name", None)
-    if name not in registry:
+    if name not in registry and not is_own_part(name):
         raise ConfigError(
-            f"{group}.name: got {name!r}, expected one of {', '.join(sorted(registry))}; "
-            f"pick a shipped file with {group}=<file> or set {group}.name"
+            f"{group}.name: got {name!r}, expected one of {', '.join(sorted(registry))}, or module:Class for one of "
+            f"your own; pick a shipped file with {group}=<file> or set {group}.name"
         )
-    backend = registry[name]
+    backend = registry[name] if name in registry else find_own_part(f"{group}.name", str(name), registry)
     options_class = _find_options_class(backend)
     if options_class is None:
         return construct(backend, arguments, group, **context)

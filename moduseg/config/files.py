@@ -15,7 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from moduseg.config.construct import construct
-from moduseg.config.overrides import Override, check_choice, describe_unknown, read_override, set_value
+from moduseg.config.overrides import (
+    Override,
+    check_choice,
+    describe_unknown,
+    read_override,
+    set_own_part,
+    set_value,
+)
+from moduseg.config.own_parts import is_own_part
 from moduseg.config.schemas import (
     BankConfig,
     Config,
@@ -23,6 +31,7 @@ from moduseg.config.schemas import (
     PseudoMasksConfig,
     RetrievalConfig,
     RuntimeConfig,
+    StudentConfig,
 )
 from moduseg.errors import ConfigError, MissingError
 
@@ -67,14 +76,18 @@ def compose_hydra(overrides: Sequence[str], config_name: str = "config") -> Dict
     """
     folder = config_dir()
     parsed = [read_override(argument) for argument in overrides]
-    choices = [override for override in parsed if override.is_choice(folder) and override.text != "null"]
-    for override in choices:
+    chosen = [override for override in parsed if override.is_choice(folder) and override.text != "null"]
+    for override in chosen:
         check_choice(override, folder)
+    choices = [override for override in chosen if not is_own_part(override.text)]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             cfg = hydra_compose(config_name, overrides=[override.argument for override in choices])
     except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
         raise ConfigError(_one_line(error)) from error
+    for override in chosen:
+        if is_own_part(override.text):
+            set_own_part(cfg, override)
     for override in parsed:
         if not override.is_choice(folder):
             set_value(cfg, override)
@@ -121,12 +134,21 @@ def from_hydra(cfg: DictConfig | Mapping[str, Any]) -> Config:
     if not isinstance(predictions, str | None):
         raise ConfigError(f"predictions: got {predictions!r}, expected a folder; set predictions=<folder>")
     values: dict[str, Any] = {"predictions": predictions, "vocabulary": _read_vocabulary(plain.get("vocabulary"))}
-    for name, choice in (("train_proposer", "proposer@train_proposer"), ("tagger", "tagger")):
+    num_clusters = plain.get("num_clusters")
+    if isinstance(num_clusters, bool) or not isinstance(num_clusters, int | None):
+        raise ConfigError(f"num_clusters: got {num_clusters!r}, expected a whole number; try num_clusters=20")
+    values["num_clusters"] = num_clusters
+    optional = {"train_proposer": "proposer@train_proposer", "tagger": "tagger", "discoverer": "discoverer"}
+    for name, choice in optional.items():
         values[name] = plain.get(name)
         if not isinstance(values[name], Mapping | None):
             raise ConfigError(
                 f"{name}: got {values[name]!r}, expected a group of settings; pick a file with {choice}=<file>"
             )
+    student = plain.get("student")
+    if not isinstance(student, Mapping | None):
+        raise ConfigError(f"student: got {student!r}, expected a group of settings; pick a file with student=<file>")
+    values["student"] = None if student is None else construct(StudentConfig, student, "student")
     for name in group_names:
         value = plain.get(name)
         if name in values:

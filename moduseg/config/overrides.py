@@ -6,20 +6,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from moduseg.config.own_parts import is_own_part, settle_own_part
 from moduseg.config.schemas import Config
 from moduseg.errors import ConfigError, suggest, suggest_all
 
 PATH_KEYS = frozenset((
-    "annotation_dir", "annotations", "checkpoint", "classes_file", "folder", "image_dir", "images", "instance_dir",
-    "labels", "list_dir", "mask_dir", "output", "outputs", "path", "pattern", "predictions", "release_dir", "root",
-    "tokenizer", "train_split", "val_annotations", "val_images", "val_split", "vocabulary", "weights",
+    "annotation_dir", "annotations", "arm", "checkpoint", "classes_file", "folder", "image_dir", "images",
+    "instance_dir", "labels", "list_dir", "mask_dir", "output", "outputs", "path", "pattern", "predictions",
+    "release_dir", "root", "tokenizer", "train_split", "val_annotations", "val_images", "val_split", "vocabulary",
+    "weights",
 ))  # fmt: skip
 """Last parts of keys that name a file or a folder; their values are taken character by character, but for `null`."""
 _SWEEPS = re.compile(r",|^(choice|range|glob|interval|sort|shuffle|tag)\(")
@@ -81,8 +83,11 @@ def check_choice(override: Override, folder: Path) -> None:
         folder: of the YAML files.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: no such file, or a class of one's own for a group that takes none.
     """
+    if is_own_part(override.text):
+        settle_own_part(override.key, override.text)
+        return
     if "/" in override.group or override.key.startswith("hydra") or override.sign == "~":
         return
     names = sorted(path.stem for path in (folder / override.group).glob("*.yaml"))
@@ -146,6 +151,18 @@ def set_value(cfg: DictConfig, override: Override) -> None:
         raise ConfigError(f"{override.key}: got {override.text!r}; {' '.join(str(error).split())}") from error
 
 
+def set_own_part(cfg: DictConfig, override: Override) -> None:
+    """Put a class of one's own in the place of a shipped part; its keys are those of its `__init__`.
+
+    Args:
+        cfg: the composed configuration, changed in place.
+        override: `group=module:Class`.
+    """
+    key, settings = settle_own_part(override.key, override.text)
+    with open_dict(cfg):
+        OmegaConf.update(cfg, key, settings, merge=False)
+
+
 def quote_for_hydra(argument: str, *, is_multirun: bool) -> str:
     """Return an argument that Hydra reads as it was typed; several values of `--multirun` stay as they are."""
     if argument.startswith("-") or "=" not in argument:
@@ -179,8 +196,14 @@ def escape_interpolation(text: str) -> str:
 
 def keys_of_group(group: str) -> tuple[str, ...]:
     """Return the keys of a group's dataclass; none if the group's keys depend on the chosen file."""
+    schema = find_schema(group)
+    return () if schema is None else tuple(field.name for field in fields(schema))
+
+
+def find_schema(group: str) -> Any:
+    """Return the dataclass of a group, which may be absent; `None` if the group's keys depend on the chosen file."""
     hint = get_type_hints(Config).get(group)
-    return tuple(field.name for field in fields(hint)) if is_dataclass(hint) else ()
+    return next((choice for choice in (hint, *get_args(hint)) if is_dataclass(choice)), None)
 
 
 def describe_unknown(key: str, allowed: Sequence[str]) -> str:
@@ -212,6 +235,8 @@ def _read_value(override: Override, replaces_list: bool) -> Any:
 def _may_hold(parent: DictConfig, override: Override, parents: Sequence[str], last: str) -> bool:
     if last in parent or override.sign:
         return True
+    if is_own_part(parent.get("name")):
+        return True  # its class says which keys it takes, when it is made
     if not parents:
         # Groups without a chosen file are absent: `train_proposer=null` says what is so already.
         return last in {field.name for field in fields(Config)}

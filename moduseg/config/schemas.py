@@ -66,8 +66,8 @@ class OutliersConfig:
 class BankConfig:
     """How the bank is made from pseudo masks and patch tokens.
 
-    `purify`, `min_area`, `aggregation` and `flips` decide what is stored. The others are applied when the bank is read,
-    so that changing them runs no model.
+    `purify`, `min_area`, `aggregation`, `flips`, `regions` and `parts` decide what is stored. The others are applied
+    when the bank is read, so that changing them runs no model.
 
     Attributes:
         purify: boundary purification of the pseudo masks.
@@ -84,6 +84,8 @@ class BankConfig:
         path: folder of a finished bank (of `scripts/bank.py`, say), used in place of one built from the training split.
         regions: of the training images: `pseudo_masks` gives one for each class of an image, `proposals` those of the
             proposer, which have no labels and need no tags; part of keys unless it is the default.
+        parts: besides, of the first so many proposals of a training image, those that lie in one class of its pseudo
+            mask are stored as regions of that class; see `moduseg.bank.parts`. Part of keys unless it is 0.
     """
 
     purify: PurifyConfig = field(default_factory=PurifyConfig)
@@ -99,11 +101,15 @@ class BankConfig:
     flips: bool = False
     path: str | None = None
     regions: Literal["pseudo_masks", "proposals"] = "pseudo_masks"
+    parts: int = 0
 
     def __post_init__(self) -> None:
         if self.prototypes is not None:
             _check_range("prototypes", self.prototypes, 1, 10**6, "null keeps every vector")
         _check_range("min_area", self.min_area, 0, 10**9, "the paper uses 300 pixels")
+        _check_range("parts", self.parts, 0, 10**6, "0 stores one vector for each class of an image")
+        if self.parts and self.regions == "proposals":
+            raise ValueError(f"parts: got {self.parts} with regions=proposals, expected 0; parts have a label")
         if self.images_per_class is not None:
             _check_range("images_per_class", self.images_per_class, 1, 10**9, "null keeps every image")
 
@@ -122,7 +128,8 @@ class RetrievalConfig:
         vote_temperature: weight votes by a softmax over the neighbours at this temperature; `None` counts them equally.
         vote_balance: how classes with many vectors are held back; see `moduseg.retrieval.balance`.
         cap_top_k: let at most as many neighbours vote as the smallest class of the bank has vectors.
-        selection: how masks are chosen; see `moduseg.retrieval.selection` and `moduseg.retrieval.majority`.
+        selection: how masks are chosen; see `moduseg.retrieval.selection`, `moduseg.retrieval.majority`,
+            `moduseg.retrieval.shares` and, for `learnt`, which labels them too, `moduseg.retrieval.ranking`.
         engine: search engine, part of keys unless it is the default.
         storage: number format of the bank's vectors, part of keys unless it is the default.
         min_object_area: smaller objects of a label map get the label around them, in pixels; 0 keeps them.
@@ -144,7 +151,7 @@ class RetrievalConfig:
     vote_temperature: float | None = None
     vote_balance: Literal["none", "cap", "distance"] = "none"
     cap_top_k: bool = False
-    selection: Literal["nms", "nms_quality", "margin", "similarity", "majority"] = "nms"
+    selection: Literal["nms", "nms_quality", "margin", "similarity", "majority", "shares", "learnt"] = "nms"
     engine: Literal["exact", "faiss"] = "exact"
     storage: Literal["float32", "float16"] = "float32"
     min_object_area: int = 0
@@ -240,6 +247,8 @@ class PseudoMasksConfig:
         min_class_share: classes that win no more than this share of an image's foreground lose it; part of keys unless
             it is 0.
         vote_min_score: proposals of lower predicted IoU have no vote in `region_vote`.
+        spill: pixels by which every class's scores spread over its border before they are compared; part of keys
+            unless it is 0.
         score_bits: of a stored class score; part of keys unless it is the default.
         score_scale: side in pixels of the squares that one stored score stands for; part of keys unless it is 1.
     """
@@ -251,16 +260,21 @@ class PseudoMasksConfig:
     iterations: int = 10
     min_class_share: float = 0.0
     vote_min_score: float = 0.0
+    spill: int = 0
     score_bits: Literal[8, 16] = 16
     score_scale: int = 1
 
     def __post_init__(self) -> None:
         _check_range("min_class_share", self.min_class_share, 0, 1, "0 drops none, SCLIP uses 0.1 on VOC")
         _check_range("vote_min_score", self.vote_min_score, 0, 1, "0 lets every proposal vote, the paper uses 0.5")
+        _check_range("spill", self.spill, 0, 512, "0 leaves borders where they are")
         _check_range("score_scale", self.score_scale, 1, 8, "2 takes a quarter of the space")
         if not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"dilations: got {list(self.dilations)}, expected pixels >= 1; the papers use 1 to 24")
         _check_range("iterations", self.iterations, 0, 1000, "the papers use 10")
+        if self.generator.get("arm", ...) is None:
+            # Without an ARM nothing says so: keys and results are those of a generator that has no such setting.
+            object.__setattr__(self, "generator", {k: v for k, v in self.generator.items() if k != "arm"})
 
 
 @dataclass(frozen=True)
@@ -283,6 +297,8 @@ class EvaluationConfig:
         report_size: longer side of its pictures, in pixels; smaller images are not enlarged.
         report_regions: bank regions with a picture, those that matter most first; 0 makes none.
         report_map: how the bank is laid out on a plane.
+        report_colours: in which colours classes are shown, in panels and overlays too
+            (`moduseg.masks.palette.choose_class_colours`); label files have VOC's palette in any case.
     """
 
     bootstrap: int = 1000
@@ -296,6 +312,7 @@ class EvaluationConfig:
     report_size: int = 384
     report_regions: int = 3000
     report_map: Literal["pca", "umap"] = "pca"
+    report_colours: Literal["auto", "voc", "distinct", "colour_blind"] = "auto"
 
     def __post_init__(self) -> None:
         _check_range("bootstrap", self.bootstrap, 0, 10**6, "0 leaves the interval out")
@@ -405,8 +422,67 @@ class RuntimeConfig:
             )
 
 
+@dataclass(frozen=True)
+class StudentConfig:
+    """A network that is trained on label maps, and how it is trained and asked (docs/students.md).
+
+    Attributes:
+        model: name and options of the network, checked when it is built.
+        training: settings of the training loop, checked when it starts.
+        labels: which label maps it learns: `pseudo_masks`, those of the training images; `predictions`, what the bank
+            says of the training images; `ground_truth`, an upper bound; `files`, those of a folder.
+        folder: of `files`, with `<id>.png`; weights of pixels are read from `<folder>/../scores` with `confidence`.
+        filter_tags: pixels of classes that the image-level labels do not name are not learnt from.
+        held_out: of `predictions`: whether the regions of an image do not vote on the image itself.
+        confidence: whether pixels count by how sure their label is, where the label maps come with that.
+        min_confidence: pixels whose label is less sure are not learnt from; in [0, 1].
+        scales: sizes at which an image is looked at in the end, as factors of its own.
+        mirror: whether its mirror image is looked at as well.
+    """
+
+    model: Mapping[str, Any]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    labels: Literal["pseudo_masks", "predictions", "ground_truth", "files"] = "pseudo_masks"
+    folder: str | None = None
+    filter_tags: bool = True
+    held_out: bool = True
+    confidence: bool = False
+    min_confidence: float = 0.0
+    scales: tuple[float, ...] = (1.0,)
+    mirror: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.labels == "files") != (self.folder is not None):
+            raise ValueError(
+                f"folder: got {self.folder!r} with labels={self.labels}, expected a folder with labels=files and none "
+                "without; set both, or neither"
+            )
+        _check_range("min_confidence", self.min_confidence, 0, 1, "0 learns from every pixel")
+        if not self.scales or not all(0.1 <= scale <= 8 for scale in self.scales):
+            raise ValueError(
+                f"scales: got {list(self.scales)}, expected one or more factors from 0.1 to 8; [1.0] is the image's "
+                "own size"
+            )
+        if len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales: got {list(self.scales)}, expected each once")
+
+    @property
+    def views(self) -> str:
+        """What the network looks at in the end, for results; empty if it is the image as it is."""
+        parts = []
+        if self.scales != (1.0,):
+            parts.append("scales " + ", ".join(f"{scale:g}" for scale in self.scales))
+        if self.mirror:
+            parts.append("mirror image")
+        return " and ".join(parts)
+
+
 _DISTRIBUTION = ("record_size", "workers", "verify", "engine", "shard", "ray")
 """Settings of `runtime` that distribute the work; they are not recorded with a result."""
+
+
+MAX_CLUSTERS = 254
+"""Clusters of a set at most: label maps of 8 bits hold their numbers from 1."""
 
 
 @dataclass(frozen=True)
@@ -420,8 +496,11 @@ class Config:
         train_proposer: proposer of the training images if it is not that of the evaluated ones (`proposer`), which then
             changes alone in an ablation; `None` for one proposer of both.
         tagger: what says which classes an image of `segment` shows; `None` lets all compete.
+        discoverer: what finds the segments of `discover`; `None` is k-means of the backbone's tokens.
+        num_clusters: clusters of the whole set that `discover` joins segments to; `None` for as many as classes.
         vocabulary: words in place of the data set's classes, of `segment` and `tag`: a file with one class a line, or a
             list (`a dog;grass`).
+        student: a network that is trained in place of searching a bank; `None` if none is.
     """
 
     dataset: Mapping[str, Any]
@@ -435,13 +514,21 @@ class Config:
     predictions: str | None = None
     train_proposer: Mapping[str, Any] | None = None
     tagger: Mapping[str, Any] | None = None
+    discoverer: Mapping[str, Any] | None = None
     vocabulary: str | tuple[str, ...] = ()
+    num_clusters: int | None = None
+    student: StudentConfig | None = None
 
     def __post_init__(self) -> None:
         if self.bank.regions == "proposals" and self.retrieval.answer == "labels":
             raise ConfigError(
                 "retrieval.answer: got labels, expected words with bank.regions=proposals, whose regions have no "
                 "labels; set retrieval.answer=words"
+            )
+        if self.num_clusters is not None and not 1 <= self.num_clusters <= MAX_CLUSTERS:
+            raise ConfigError(
+                f"num_clusters: got {self.num_clusters}, expected 1 to {MAX_CLUSTERS}; leave it out for as many as "
+                "classes"
             )
         if self.bank.prototypes is not None and self.uses_words:
             raise ConfigError(
@@ -467,8 +554,8 @@ class Config:
         values["runtime"] = {key: value for key, value in values["runtime"].items() if key not in _DISTRIBUTION}
         if not values["runtime"]["token_cache"]:
             del values["runtime"]["token_cache"]
-        # Results that were made without words look as they always did.
-        for name in ("tagger", "vocabulary"):
+        # Results that were made without words, segments or a student look as they always did.
+        for name in ("tagger", "discoverer", "vocabulary", "num_clusters", "student"):
             if not values[name]:
                 del values[name]
         if not self.uses_words:

@@ -11,6 +11,7 @@ from moduseg.config.construct import build_named
 from moduseg.datasets.ade20k import Ade20kDataset
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.cityscapes import CityscapesDataset
+from moduseg.datasets.coarse_sets import Cityscapes27Dataset, CocoStuff27Dataset
 from moduseg.datasets.coco import CocoDataset
 from moduseg.datasets.coco150 import Coco150Dataset
 from moduseg.datasets.coco_export import CocoExport
@@ -25,11 +26,13 @@ __all__ = ["DATASETS", "Dataset", "build"]
 DATASETS: dict[str, type[Dataset]] = {
     "ade20k": Ade20kDataset,
     "cityscapes": CityscapesDataset,
+    "cityscapes27": Cityscapes27Dataset,
     "coco": CocoDataset,
     "coco150": Coco150Dataset,
     "coco_json": CocoExport,
     "coco_object": CocoObjectDataset,
     "coco_stuff": CocoStuffDataset,
+    "coco_stuff27": CocoStuff27Dataset,
     "context": ContextDataset,
     "folder": FolderDataset,
     "miniature": MiniatureDataset,

@@ -87,6 +87,10 @@ class Dataset(ABC):
         """Labels of one image from the extra source that `labels` names, and the file that holds them."""
         raise NotImplementedError
 
+    def prepare_image(self, image: np.ndarray) -> np.ndarray:
+        """Return the part of a stored picture `[H, W, 3]` uint8 that the data set is about."""
+        return image
+
     def label_names(self, image_id: str) -> tuple[str, ...]:
         """Names under which a label file may list an image; the id comes first."""
         return (image_id,)
@@ -160,6 +164,11 @@ class Dataset(ABC):
     def classes(self) -> tuple[str, ...]:
         """Class names by id, background first."""
         return self._read_classes()
+
+    @property
+    def class_colours(self) -> dict[str, str]:
+        """Colours of one's own in which classes are shown, name -> `#rrggbb`; label files keep VOC's palette."""
+        return {}
 
     @property
     def has_classes(self) -> bool:
@@ -252,7 +261,7 @@ class Dataset(ABC):
             DataError: the image, its labels or its ground truth cannot be used.
         """
         self._check(image_id)
-        image = read_image(self.image_path(image_id), self.image_range)
+        image = self.prepare_image(read_image(self.image_path(image_id), self.image_range))
         semantic = self.semantic_of(image_id) if truth else None
         instances = self.instances_of(image_id) if truth else None
         for name, array in (("label map", semantic), ("instance map", instances)):

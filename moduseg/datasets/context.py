@@ -93,7 +93,7 @@ class ContextDataset(VocDataset):
             return None
         try:
             labels = np.asarray(loadmat(file)["LabelMap"])
-        except (MatReadError, OSError, ValueError, KeyError, TypeError, NotImplementedError, zlib.error) as error:
+        except (MatReadError, OSError, ValueError, LookupError, TypeError, NotImplementedError, zlib.error) as error:
             raise DataError(f"{file}: no label map of PASCAL Context ({error!r}); fetch it again") from error
         if labels.ndim != 2 or labels.min(initial=0) < 0 or labels.max(initial=0) > _NUM_LABELS:
             raise DataError(f"{file}: got labels {labels.shape}, expected [H, W] of 0..{_NUM_LABELS}; fetch it again")

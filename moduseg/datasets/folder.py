@@ -13,6 +13,7 @@ from moduseg.datasets.labels import (
     check_classes,
     distinct_names,
     drop_suffix,
+    read_class_colours,
     read_classes,
     read_label_file,
     read_list,
@@ -96,6 +97,12 @@ class FolderDataset(Dataset):
     def _id_of(self, line: str) -> str:
         # A listed name may carry its suffix; ids that end in one by chance (a file 'x.png.jpg') win over that.
         return line if line in self._files else drop_suffix(line)
+
+    @property
+    def class_colours(self) -> dict[str, str]:
+        """Colours that lines of `classes.txt` end with, name -> `#rrggbb`."""
+        path = self.root / "classes.txt"
+        return read_class_colours(path) if path.is_file() else {}
 
     @property
     def has_classes(self) -> bool:

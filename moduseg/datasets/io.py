@@ -25,7 +25,8 @@ HEIF_SUFFIXES = (".heic", ".heif")
 """Endings of what telephones write; read where pillow-heif is installed."""
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
-    *((".avif",) if features.check("avif") else ()),
+    # Asked for by name, since an older Pillow warns of a feature that it does not know.
+    *((".avif",) if "avif" in features.modules and features.check("avif") else ()),
     *(HEIF_SUFFIXES if find_spec("pillow_heif") else ()),
 )  # fmt: skip
 """Endings, in lower case, of the photographs that can be read here."""

@@ -130,18 +130,34 @@ def drop_suffix(name: str) -> str:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Read class names, one a line, line number = id, `background` first.
+    """Read class names, one a line, line number = id, `background` first; a colour (` #rrggbb`) may end a line.
 
     LabelMe's list, which begins with `__ignore__` and `_background_`, is read as it means: without the first.
 
     Raises:
         DataError: no background line, no class, an empty or repeated name, or more than 254 classes.
     """
-    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    names = [split_colour(line)[0] for line in read_text(path).rstrip().splitlines()]
     names = names[1:] if names[:1] == ["__ignore__"] else names
     if names and names[0].lower() in BACKGROUND_NAMES:
         names[0] = "background"
     return check_classes(names, str(path))
+
+
+def read_class_colours(path: Path) -> dict[str, str]:
+    """Read the colours of one's own that a class list names, class name -> `#rrggbb`; empty if there are none.
+
+    Raises:
+        DataError: unreadable, or not UTF-8.
+    """
+    entries = (split_colour(line) for line in read_text(path).rstrip().splitlines())
+    return {name: colour for name, colour in entries if colour is not None}
+
+
+def split_colour(line: str) -> tuple[str, str | None]:
+    """Return the class name of a line and its colour, `#rrggbb` in lower case, `None` if it ends without one."""
+    match = re.fullmatch(r"(.*\S)\s+(#[0-9a-fA-F]{6})", line.strip())
+    return (match[1], match[2].lower()) if match else (line.strip(), None)
 
 
 def check_classes(names: Sequence[str], where: str) -> tuple[str, ...]:

@@ -13,25 +13,37 @@ class MiniatureDataset(VocDataset):
 
     Args:
         split: `train` or `val`.
-        root: folder to write to; `None` for `outputs/miniature/world-<seed>-<train>-<val>-<size>`.
+        root: folder to write to; `None` for `outputs/miniature/world-<seed>-<train>-<val>-<size>`, followed by
+            `-mixed-<mixing>` if that is above 0.
         seed: seed of the world; those of `DATASET_SEEDS` are unseen by the miniature models.
         train, val: number of images in each split.
         size: longest side of an image, in pixels.
+        mixing: width of the band along outlines in which object and surroundings are dithered into each other, in
+            pixels; the ground truth stays what it is at 0.
     """
 
     name = "miniature"
 
     def __init__(
-        self, split: str, root: str | None = None, *, seed: int = 0, train: int = 160, val: int = 80, size: int = 128
+        self,
+        split: str,
+        root: str | None = None,
+        *,
+        seed: int = 0,
+        train: int = 160,
+        val: int = 80,
+        size: int = 128,
+        mixing: float = 0.0,
     ) -> None:
-        root = root or f"outputs/miniature/world-{seed}-{train}-{val}-{size}"
+        suffix = f"-mixed-{mixing:g}" if mixing else ""
+        root = root or f"outputs/miniature/world-{seed}-{train}-{val}-{size}{suffix}"
         super().__init__(VocOptions(root, suffixes=(".png",)), split)
         if split not in ("train", "val"):
             raise ValueError(f"split: got {split!r}, expected train or val")
         if min(seed, train, val) < 0:
             raise ValueError(f"seed, train, val: got {(seed, train, val)}, expected numbers >= 0; try 0, 160, 80")
         self.seed, self.train, self.val = seed, train, val
-        self.config = WorldConfig(size=size)
+        self.config = WorldConfig(size=size, mixing=mixing)
 
     @property
     def is_written(self) -> bool:

@@ -11,7 +11,15 @@ import numpy as np
 
 from moduseg.datasets.base import Dataset, find_image, require_folder
 from moduseg.datasets.classes import VOC_CLASSES
-from moduseg.datasets.labels import Label, LabelFile, drop_suffix, read_classes, read_label_file, read_list
+from moduseg.datasets.labels import (
+    Label,
+    LabelFile,
+    drop_suffix,
+    read_class_colours,
+    read_classes,
+    read_label_file,
+    read_list,
+)
 from moduseg.errors import DataError, MissingError
 from moduseg.structures import IGNORE_INDEX
 
@@ -136,6 +144,12 @@ class VocDataset(Dataset):
                 "names, one a line, background first; set dataset.classes_file=null for VOC's twenty"
             )
         return read_classes(path)
+
+    @property
+    def class_colours(self) -> dict[str, str]:
+        """Colours that lines of `classes_file` end with, name -> `#rrggbb`."""
+        path = self.root / (self.options.classes_file or "")
+        return read_class_colours(path) if self.options.classes_file is not None and path.is_file() else {}
 
     def _read_labels(self) -> LabelFile | None:
         path = self.root / "image_labels.json"

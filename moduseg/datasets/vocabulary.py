@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moduseg.datasets.base import Dataset
-from moduseg.datasets.labels import LabelFile, check_classes, read_text
+from moduseg.datasets.labels import LabelFile, check_classes, read_text, split_colour
 from moduseg.errors import ConfigError, MissingError
 from moduseg.structures import IGNORE_INDEX
 
@@ -60,9 +60,9 @@ def read_word_list(value: str | Sequence[str]) -> WordList | None:
     """Return the vocabulary that a value of the configuration means.
 
     A file has one class a line: a word, several words, or `name: word; word` where the name itself is no word. Words
-    are separated by `;`, or by `,` in a file without any `;`. A class called `background` gives the words of label 0.
-    Text that is no file lists classes separated by `;`, and a list holds one class an entry; in both, several words of
-    a class are separated by `,`.
+    are separated by `;`, or by `,` in a file without any `;`; a colour (` #rrggbb`) at the end of a line is no word. A
+    class called `background` gives the words of label 0. Text that is no file lists classes separated by `;`, and a
+    list holds one class an entry; in both, several words of a class are separated by `,`.
 
     Args:
         value: a file (a path, or a name that ends in `.txt`), text or a list.
@@ -79,7 +79,8 @@ def read_word_list(value: str | Sequence[str]) -> WordList | None:
         path = Path(value).expanduser()
         # Unlike `Path.is_file`, this takes text of any length.
         if os.path.isfile(path):  # noqa: PTH113
-            return _parse_lines(read_text(path).splitlines())
+            # A class list may name colours, which are no words.
+            return _parse_lines([split_colour(line)[0] for line in read_text(path).splitlines()])
         if path.suffix == ".txt":
             raise MissingError(
                 f"vocabulary: got '{value}', no such file; expected one class a line, or a list of words"
@@ -135,6 +136,19 @@ class RewordedDataset(Dataset):
 
     def mask_path(self, image_id: str) -> Path | None:
         return self._dataset.mask_path(image_id) if self._new_ids is not None else None
+
+    def prepare_image(self, image: np.ndarray) -> np.ndarray:
+        """Return the part of a stored picture that the data set is about."""
+        return self._dataset.prepare_image(image)
+
+    def image_size(self, image_id: str) -> tuple[int, int]:
+        """Read the `(height, width)` of an image as `load` gives it."""
+        return self._dataset.image_size(image_id)
+
+    @property
+    def class_colours(self) -> dict[str, str]:
+        """Colours of one's own of those classes that the vocabulary has too, name -> `#rrggbb`."""
+        return {name: colour for name, colour in self._dataset.class_colours.items() if name in self._words.names}
 
     @property
     def is_written(self) -> bool:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from moduseg.errors import DataError
 from moduseg.structures import IGNORE_INDEX
@@ -103,11 +102,21 @@ class SegmentMatcher:
             self._totals += _total(counts, match_segments(counts))
         self._num_images += 1
 
+    def match(self) -> np.ndarray:
+        """Return the class of each cluster of `set` by the images so far, `[K]` int64; see `match_segments`.
+
+        Raises:
+            ValueError: the protocol is `image`, which has no clusters.
+        """
+        if self._protocol != "set":
+            raise ValueError(f"protocol: got {self._protocol!r}, expected 'set', which alone has clusters")
+        return match_segments(self._clusters)
+
     def compute(self) -> MatchedScores:
         """Return the figures of the images so far."""
         totals = self._totals
         if self._protocol == "set":
-            totals = _total(self._clusters, match_segments(self._clusters))
+            totals = _total(self._clusters, self.match())
         correct, true, predicted = totals.astype(np.float64)
         union = true + predicted - correct
         iou = np.full(self._num_classes, np.nan)
@@ -131,12 +140,28 @@ def match_segments(counts: np.ndarray) -> np.ndarray:
     Returns:
         `[S]` int64 in 0..C-1; `UNMATCHED` for a segment beyond the classes, or one that shares no pixel with its class.
     """
+    # Imported here: few runs match segments, and every run imports this module.
+    from scipy.optimize import linear_sum_assignment
+
     classes = np.full(len(counts), UNMATCHED, dtype=np.int64)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     # A class that shares no pixel with a segment is chance: all its pixels would be wrong in an arbitrary class.
     shares = counts[rows, columns] > 0
     classes[rows[shares]] = columns[shares]
     return classes
+
+
+def count_pixels(segments: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the pixels `[S, C]` int64 of each segment and class of one image, ignored ones left out.
+
+    Args:
+        segments: `[H, W]` integers 0..S-1.
+        truth: `[H, W]` integers in 0..num_classes-1, or 255 where ignored.
+        num_classes: `C`.
+    """
+    is_counted = truth != IGNORE_INDEX
+    shape = (int(segments.max()) + 1, num_classes)
+    return _count(segments[is_counted].astype(np.int64), truth[is_counted].astype(np.int64), shape)
 
 
 def _count(segments: np.ndarray, true: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

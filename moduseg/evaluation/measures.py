@@ -250,6 +250,30 @@ PROPOSAL_FIGURES: tuple[Figure, ...] = (
 """What `ProposalQuality.summary` says of proposals, in the order in which it is shown."""
 
 
+CLASSIFIER_FIGURES: tuple[Figure, ...] = (
+    Figure(
+        name="val.mean_average_precision",
+        title="mAP of the fitted classifier, evaluated split",
+        column="classifier mAP",
+    ),
+    Figure(
+        name="train.mean_average_precision",
+        title="mAP of the fitted classifier, training split",
+        column="classifier mAP, training images",
+    ),
+    Figure(name="open_heads", title="heads of the fitted classifier that are open", column="open heads"),
+)
+"""What stage `scores` says of a generator that classifies images, in the order in which it is shown."""
+
+
+MATCHED_FIGURES: tuple[Figure, ...] = tuple(
+    Figure(name=f"matched_by_{protocol}.{name}_matched_by_{protocol}", title=f"{title}, matched by {protocol}")
+    for protocol in ("image", "set")
+    for name, title in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy"))
+)
+"""What `discover` measures, each figure named by its protocol (`moduseg.evaluation.matching`)."""
+
+
 def measure_label_maps(counts: LabelMapCounts, classes: Sequence[str]) -> dict[str, Any]:
     """Compute every measure that applies.
 

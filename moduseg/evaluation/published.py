@@ -131,6 +131,8 @@ _LATER: tuple[PublishedRow, ...] = (
 
 ISEG = "arXiv 2409.03209"
 DIFFSEGMENTER = "arXiv 2309.02773"
+TOKEN_MASKING = "arXiv 2507.06848"
+MCTFORMER = "arXiv 2308.03005"
 _SIBLINGS: tuple[tuple[str, str, dict[str, float], str], ...] = (
     ("iSeg", "voc/train", {"iSeg": 75.2}, ISEG),
     ("iSeg", "coco/train", {"iSeg": 45.5}, ISEG),
@@ -152,8 +154,36 @@ _SIBLINGS: tuple[tuple[str, str, dict[str, float], str], ...] = (
       "size weights": 65.32, "captions": 67.99, "++": 69.46, "everything": 70.49}, DIFFSEGMENTER),
     ("DiffSegmenter time steps", "voc/train",
      {"1": 69.10, "50": 69.94, "100": 70.30, "150": 69.69, "mean": 70.49}, DIFFSEGMENTER),
+    ("class tokens", "voc/train", {"token masking": 74.5}, TOKEN_MASKING),
+    ("class tokens", "coco/train", {"token masking": 43.2}, TOKEN_MASKING),
+    ("class tokens", "voc/train", {"MCTformer+": 68.8}, MCTFORMER),
+    ("token masking", "voc/train",
+     {"everything": 74.5, "no masking": 71.6, "no register": 72.3, "no pruning": 72.0}, TOKEN_MASKING),
+    ("token masking", "coco/train",
+     {"everything": 43.2, "no masking": 41.9, "no register": 42.8, "no pruning": 41.7}, TOKEN_MASKING),
 )  # fmt: skip
 """Of sibling systems, the quality of pseudo masks: table, benchmark, method -> mIoU, source."""
+
+_UNSUPERVISED: tuple[tuple[str, str, float, float | None, str], ...] = (
+    ("DiffSeg", "cityscapes27/val", 21.2, 76.0, "arXiv 2308.12469"),
+    ("DiffSeg", "coco_stuff27/val", 43.6, 72.5, "arXiv 2308.12469"),
+    ("iSeg", "cityscapes27/val", 25.0, 78.7, ISEG),
+    ("iSeg", "coco_stuff27/val", 45.2, 74.5, ISEG),
+    ("iSeg, no entropy reduction", "cityscapes27/val", 22.8, None, ISEG),
+    ("iSeg, no entropy reduction", "coco_stuff27/val", 44.4, None, ISEG),
+)
+"""Segments without names, matched image by image: method, benchmark, mIoU, pixel accuracy, source."""
+CLIP_ES = "arXiv 2212.09506"
+_STUDENTS: tuple[PublishedRow, ...] = tuple(
+    PublishedRow("students", method, benchmark, value, source, note)
+    for method, source, note, values in (
+        ("DiffSegmenter, DeepLabV2-R101", DIFFSEGMENTER, "multi-scale, mirror images and CRF", (69.1, 68.6)),
+        ("CLIP-ES, DeepLabV2-R101", CLIP_ES, "multi-scale, mirror images and CRF", (71.1, 71.4)),
+        ("token masking, ViT-B", TOKEN_MASKING, "on COCO only the quality of its pseudo masks, 43.2", (72.7, 73.5)),
+    )
+    for benchmark, value in zip(("voc/val", "voc/test"), values, strict=True)
+)
+"""Networks that were trained on the pseudo masks of sibling systems."""
 
 
 def _make_rows() -> tuple[PublishedRow, ...]:
@@ -174,7 +204,11 @@ def _make_rows() -> tuple[PublishedRow, ...]:
         for table, benchmark, value_by_method, source in _SIBLINGS
         for method, value in value_by_method.items()
     ]
-    return (*rows, *(PublishedRow(*row) for row in _SINGLE), *_LATER, *siblings)
+    unsupervised = [
+        PublishedRow("unsupervised", method, benchmark, value, source, f"pixel accuracy {accuracy}" if accuracy else "")
+        for method, benchmark, value, accuracy, source in _UNSUPERVISED
+    ]
+    return (*rows, *(PublishedRow(*row) for row in _SINGLE), *_LATER, *siblings, *unsupervised, *_STUDENTS)
 
 
 PUBLISHED: tuple[PublishedRow, ...] = _make_rows()

@@ -60,6 +60,7 @@ class ScoredRun:
         seconds: wall time of each step.
         failures: ids of images that were left out.
         extra: more entries; none may replace one of the others.
+        supervision: what beyond tags and words a part of the run was trained on, such as `pixel:<data set>`.
     """
 
     dataset: str
@@ -70,6 +71,7 @@ class ScoredRun:
     seconds: Mapping[str, float] = field(default_factory=dict)
     failures: Sequence[str] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    supervision: str | None = None
 
 
 def versions() -> dict[str, str | None]:
@@ -126,6 +128,8 @@ def results_record(
         "classes": list(classes),
         "confusion": counts.confusion.astype(int).tolist(),
     }
+    if run.supervision is not None:
+        record["supervision"] = run.supervision
     if interval is not None:
         ends = {"low": to_json(interval.low), "high": to_json(interval.high)}
         record["miou_interval"] = {**ends, "confidence": interval.confidence, "over": "images"}
@@ -162,6 +166,7 @@ def results_markdown(record: Mapping[str, Any]) -> str:
         f" on {record['dataset']} {record['split']}, {record['images']} images, "
         f"image-level labels: {record['label_source']}"
     )
+    head = mark_supervision(head, record.get("supervision"))
     if record["left_out"]:
         more = ", ..." if len(record["left_out"]) > MAX_NAMED else ""
         head += f"; left out: {len(record['left_out'])} ({', '.join(record['left_out'][:MAX_NAMED])}{more})"
@@ -179,6 +184,22 @@ def results_markdown(record: Mapping[str, Any]) -> str:
     # The head holds the mIoU already.
     totals = measure_rows(record)[1:]
     return f"{head}\n\n{markdown_table(header, rows)}\n{markdown_table(('percent', 'value'), totals)}"
+
+
+def find_supervision(record: Mapping[str, Any]) -> str | None:
+    """Return what results say of masks that a part of the run was trained on; `None` if they say nothing.
+
+    Args:
+        record: results of a split, or of `evaluate`, whose parts are looked at.
+    """
+    parts = [record, *(record.get(name) or {} for name in ("prediction", "pseudo_masks"))]
+    texts = dict.fromkeys(part["supervision"] for part in parts if part.get("supervision"))
+    return "+".join(texts) or None
+
+
+def mark_supervision(text: str, supervision: str | None) -> str:
+    """Return the text of a run with the mark of results that are not weakly supervised; as it is without one."""
+    return text if supervision is None else f"{text} [supervision={supervision}]"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 
@@ -61,5 +60,8 @@ def score_tags(true: Tensor, predicted: Tensor, scores: Tensor | None = None) ->
     mean_ap = None
     occurring = true.any(0)
     if scores is not None and occurring.any():
+        # Imported here: it takes 140 MB and seconds, and few runs have scores of tags.
+        from sklearn.metrics import average_precision_score
+
         mean_ap = 100 * float(average_precision_score(true[:, occurring].numpy(), scores[:, occurring].numpy()))
     return TagQuality(len(true), precision, recall, mean_ap)

@@ -37,6 +37,8 @@ class PackedMasks:
         """Pack masks, `[N, H, W]` bool on the CPU."""
         count, height, width = masks.shape
         packed = np.packbits(masks.numpy(), axis=-1)
+        if packed.shape[2] % 8 == 0:
+            return cls(np.ascontiguousarray(packed).view(np.uint64), width)
         words = np.zeros((count, height, -(-width // 64)), np.uint64)
         words.view(np.uint8)[:, :, : packed.shape[2]] = packed
         return cls(words, width)
@@ -46,7 +48,10 @@ class PackedMasks:
 
     def select(self, keep: np.ndarray) -> PackedMasks:
         """Return the masks that `keep` (indices) names, in its order."""
-        return PackedMasks(self.words[keep], self.width)
+        selected = PackedMasks(self.words[keep], self.width)
+        if "areas" in self.__dict__:  # counted before
+            selected.__dict__["areas"] = self.areas[keep]
+        return selected
 
     @cached_property
     def areas(self) -> np.ndarray:
@@ -87,20 +92,29 @@ class PackedMasks:
                 counts[start : start + step, column] = _ones(part & words)
         return counts
 
-    def paint(self, labels: np.ndarray) -> np.ndarray:
+    def paint(self, labels: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Return `[H, W]`, type of `labels`: the label of the first mask that covers each pixel, 0 for none.
 
         Args:
-            labels: `[N]` uint8, or a wider integer without negative entries.
+            labels: `[K]` uint8, or a wider integer without negative entries.
+            order: `[K]` int64, the masks that have these labels, first to last.
         """
         result = np.zeros((self.words.shape[1], self.width), labels.dtype)
-        if not len(self):
+        if not len(order):
             return result
-        visible = self.words.copy()
-        visible[1:] &= ~np.bitwise_or.accumulate(self.words, axis=0)[:-1]
-        # No two visible parts share a pixel, so the labels are composed one binary digit at a time.
-        for digit in range(int(labels.max()).bit_length()):
-            plane = np.bitwise_or.reduce(visible[(labels >> digit) & 1 == 1], axis=0)
+        # No two visible parts share a pixel, so the labels are composed one binary digit at a time. Mask by mask, all
+        # of it stays in the cache.
+        digits = range(int(labels.max()).bit_length())
+        planes = np.zeros((len(digits), *self.words.shape[1:]), np.uint64)
+        free = np.full(self.words.shape[1:], ~np.uint64(0))
+        visible = np.empty_like(free)
+        for index, label in zip(order.tolist(), labels.tolist(), strict=True):
+            np.bitwise_and(self.words[index], free, out=visible)
+            free ^= visible
+            for digit in digits:
+                if label >> digit & 1:
+                    planes[digit] |= visible
+        for digit, plane in zip(digits, planes, strict=True):
             result |= self._pixels(plane).astype(labels.dtype, copy=False) << labels.dtype.type(digit)
         return result
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +17,8 @@ from moduseg.structures import Proposals
 MAX_WAITING_PIXELS = 1 << 24
 """Most pixels in the masks of one image that waits for its turn, a byte each; more of them wait as run lengths. Several
 batches of images wait at a time."""
+_large_masks = threading.RLock()
+"""Held by the thread that has the many masks of an image in memory."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class EncodedProposals:
         quality = self.predicted_iou, self.stability_score
         ids = merge_disjoint_runs(self.runs, self.size)
         if ids is not None:
-            return replace(Proposals.of_id_map(torch.from_numpy(ids), len(self), *quality), parents=self.parents)
+            return Proposals.of_id_map(torch.from_numpy(ids), len(self), *quality, parents=self.parents)
         return Proposals(torch.from_numpy(decode_masks(self.runs, self.size)), *quality, parents=self.parents)
 
 
@@ -56,3 +61,16 @@ WaitingProposals: TypeAlias = Proposals | EncodedProposals
 def decode(proposals: WaitingProposals) -> Proposals:
     """Return proposals with their masks, decoded if they are not."""
     return proposals.decode() if isinstance(proposals, EncodedProposals) else proposals
+
+
+@contextmanager
+def decoded(proposals: WaitingProposals) -> Iterator[Proposals]:
+    """Lend proposals with their masks: of several threads, one at a time has those of an image with many.
+
+    Else the memory would grow with the number of threads. Keep nothing of the masks after the block.
+    """
+    if not isinstance(proposals, EncodedProposals):
+        yield proposals
+        return
+    with _large_masks:
+        yield proposals.decode()

@@ -54,7 +54,7 @@ def find_first(masks: Tensor, order: Tensor) -> Tensor:
     if not count:
         return torch.full(masks.shape[1:], -1, dtype=torch.int64, device=masks.device)
     if masks.device.type in PACKED:
-        painted = PackedMasks.of(masks).select(order.numpy()).paint(np.arange(1, count + 1, dtype=np.int32))
+        painted = PackedMasks.of(masks).paint(np.arange(1, count + 1, dtype=np.int32), order.numpy())
         return torch.from_numpy(painted).long() - 1
     # The first mask has the highest rank. One maximum for many masks: the host does not wait for each.
     step = max(1, _BLOCK // max(1, masks[0].numel()))

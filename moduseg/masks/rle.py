@@ -167,10 +167,11 @@ def decode_masks(runs: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     bottom = np.minimum(stops[run] - column * height, height)
     mask, x = np.divmod(column, width)
     flat = result.reshape(-1)
-    # Where one run ends as the next begins, the two marks cancel.
-    np.bitwise_xor.at(flat, (mask * height + top) * width + x, np.uint8(1))
+    # Runs of a mask are disjoint, so no two begin at one pixel, nor end. Where one ends as the next begins, the two
+    # marks cancel.
+    flat[(mask * height + top) * width + x] = 1
     is_inside = bottom < height
-    np.bitwise_xor.at(flat, ((mask * height + bottom) * width + x)[is_inside], np.uint8(1))
+    flat[((mask * height + bottom) * width + x)[is_inside]] ^= 1
     # A pixel is of the mask if an odd number of marks is at it or above.
     for row in range(1, height):
         result[:, row] ^= result[:, row - 1]

@@ -81,7 +81,7 @@ def close_holes(label_map: np.ndarray, max_area: int) -> np.ndarray:
     is_hole[1:] = areas[1:] <= max_area
     for edge in (regions[:1], regions[-1:], regions[:, :1], regions[:, -1:]):
         is_hole[edge] = False
-    return _absorb(label_map, np.where(is_hole[regions], regions, 0), len(areas))
+    return _absorb(label_map, np.where(is_hole[regions], regions, 0))
 
 
 def remove_small_objects(label_map: np.ndarray, min_area: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def remove_small_objects(label_map: np.ndarray, min_area: int) -> np.ndarray:
         small, count = _number_small_objects(label_map, min_area)
         if count == 0:
             return label_map
-        absorbed = _absorb(label_map, small, count + 1)
+        absorbed = _absorb(label_map, small)
         if np.array_equal(absorbed, label_map):
             return np.where(small > 0, np.uint8(0), label_map)
         label_map = absorbed
@@ -121,18 +121,17 @@ def _number_small_objects(label_map: np.ndarray, min_area: int) -> tuple[np.ndar
     return numbers, count
 
 
-def _absorb(label_map: np.ndarray, regions: np.ndarray, num_regions: int) -> np.ndarray:
+def _absorb(label_map: np.ndarray, regions: np.ndarray) -> np.ndarray:
     """Give each region the label of most of the pixels along its sides that are in no region.
 
     Args:
         label_map: `[H, W]` uint8.
         regions: `[H, W]` integers, the region of each pixel, 0 for none.
-        num_regions: numbers below it are used.
 
     Returns:
         `[H, W]` uint8; of equally frequent labels the smallest, and a region without such a pixel keeps its label.
     """
-    votes = np.zeros(num_regions * 256, dtype=np.int64)
+    codes = []
     for inside, outside in (
         (np.s_[1:, :], np.s_[:-1, :]),
         (np.s_[:-1, :], np.s_[1:, :]),
@@ -140,13 +139,16 @@ def _absorb(label_map: np.ndarray, regions: np.ndarray, num_regions: int) -> np.
         (np.s_[:, :-1], np.s_[:, 1:]),
     ):
         is_side = (regions[inside] > 0) & (regions[outside] == 0)
-        codes = regions[inside][is_side].astype(np.int64) * 256 + label_map[outside][is_side]
-        votes += np.bincount(codes, minlength=len(votes))
-    by_region = votes.reshape(num_regions, 256)
-    label_of = by_region.argmax(1).astype(np.uint8)
-    is_decided = by_region.max(1) > 0
-    is_decided[0] = False
-    return np.where(is_decided[regions], label_of[regions], label_map)
+        codes.append(regions[inside][is_side].astype(np.int64) * 256 + label_map[outside][is_side])
+    # Pairs of region and label that occur: noise has a region for every few pixels, and hardly a label of each.
+    pairs, counts = np.unique(np.concatenate(codes), return_counts=True)
+    region_of, label_of = np.divmod(pairs, 256)
+    order = np.lexsort((label_of, -counts, region_of))
+    decided, first = np.unique(region_of[order], return_index=True)
+    new_labels = np.full(int(regions.max(initial=0)) + 1, -1, dtype=np.int16)
+    new_labels[decided] = label_of[order][first]
+    label_by_pixel = new_labels[regions]
+    return np.where(label_by_pixel >= 0, label_by_pixel, label_map).astype(np.uint8)
 
 
 def _number_regions(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, np.ndarray]:

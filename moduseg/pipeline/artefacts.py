@@ -6,7 +6,6 @@ keys of the artefacts it was made from. Runs that differ never share a folder, r
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moduseg.errors import ArtefactError
-from moduseg.files import FORMAT, digest_of, read_json, remove_leftovers, write_json
+from moduseg.files import FORMAT, compute_digest, digest_of, read_json, remove_leftovers, write_json
 from moduseg.pipeline.environment import describe_environment, report_difference
 
 log = logging.getLogger("moduseg")
@@ -85,7 +84,7 @@ class Artefact:
             return False
         try:
             return all(
-                (path := self.file(name)).stat().st_size == size and (not verify or _sha256(path) == digest)
+                (path := self.file(name)).stat().st_size == size and (not verify or compute_digest(path) == digest)
                 for name, (size, digest) in products.items()
             )
         except (OSError, ValueError, TypeError):
@@ -101,7 +100,9 @@ class Artefact:
         if fields.get("status") == "complete":
             entries = [p for p in (*self.path.iterdir(), *self.path.glob("panels/**/*")) if p.name[0] != "."]
             files = sorted(p for p in entries if p.is_file() and p != self.manifest_path)
-            fields["products"] = {p.relative_to(self.path).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
+            fields["products"] = {
+                p.relative_to(self.path).as_posix(): [p.stat().st_size, compute_digest(p)] for p in files
+            }
         write_json(
             self.manifest_path, {"stage": self.stage, "key": self.key, "parts": self.parts, **fields}, is_durable=True
         )
@@ -148,12 +149,6 @@ class Artefact:
 def locate_artefact(outputs: Path, dataset: str, stage: str, name: str, parts: Mapping[str, Any]) -> tuple[Path, str]:
     """Return the folder of a stage's result and its key, whether it exists or not; arguments as those of `Artefact`."""
     key = digest_of({"format": FORMAT, **parts})
-    return outputs / dataset / stage / f"{name}-{key[:8]}", key
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    # Of `module:Class` the class is enough to read; a colon is no part of a folder's name on every system.
+    readable = name.rpartition(":")[2]
+    return outputs / dataset / stage / f"{readable}-{key[:8]}", key

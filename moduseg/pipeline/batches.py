@@ -1,10 +1,9 @@
-"""The one loop over images: batches, resume, failures, progress, shards.
+"""The plan of a stage's batches: which are left to do, and what all of them gave. Resume, failures, progress, shards.
 
 Batches are cut from the whole list of ids once, so that a batch holds the same images however the run was interrupted
-or sharded. Their size is the unit of resume; how many images of a batch pass through a model at once is another number
-(`moduseg.pipeline.forward`). `BatchRunner.process_batches` is the only loop body: a plain process, a rank of torchrun,
-a task of a job array and a worker of Ray all call it with their own batches. An image that cannot be processed is
-recorded in its batch and the loop goes on.
+or sharded. Their size is the unit of resume. `BatchRunner.process_batches` (`moduseg.pipeline.batch_loop`) is the only
+loop body: a plain process, a rank of torchrun, a task of a job array and a worker of Ray all call it with their own
+batches.
 """
 
 from __future__ import annotations
@@ -12,120 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
-from threading import Event
-from typing import Any, Generic, TypeVar
+from typing import Generic
 
-import torch
-
-from moduseg.clock import model_seconds
-from moduseg.devices import count_workers
 from moduseg.errors import DataError, IncompleteError
 from moduseg.files import canonical_json, write_atomic
 from moduseg.pipeline.artefacts import Artefact
-from moduseg.pipeline.estimate import RunEstimate, StageName, TimeEstimate
-from moduseg.pipeline.forward import FATAL, ForwardBatches, describe, is_device_lost, lost_device
-from moduseg.pipeline.records import Files, InputStamp, Record, Records, encode_files, read_batch_size
+from moduseg.pipeline.batch_job import BatchJob, Item, Outcome, Shard
+from moduseg.pipeline.batch_loop import BatchLoop
+from moduseg.pipeline.estimate import TimeEstimate
+from moduseg.pipeline.forward import FATAL, describe
+from moduseg.pipeline.memory import join_peaks
+from moduseg.pipeline.records import Files, Record, Records, read_batch_size
 from moduseg.progress import Progress
 
-__all__ = ["BatchJob", "BatchRunner", "Files", "Outcome", "Shard"]
-
-Item = TypeVar("Item")
-_MAX_PENDING_WRITES = 2
-"""Batches that may wait for encoding and writing before the loop waits for them: this bounds the memory."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which part of a stage this process does, and how.
-
-    Attributes:
-        index, count: batch `i` is done by the shard whose index is `i % count`.
-        workers: threads that load images; 0 takes one a core, 4 at most.
-        verify: whether files of earlier runs and their inputs are compared with their digests.
-        quiet: whether another process shows the progress.
-        wait: seconds to wait for the other shards before the merge is given up.
-    """
-
-    index: int = 0
-    count: int = 1
-    workers: int = 0
-    verify: bool = False
-    quiet: bool = False
-    wait: float = 0.0
-
-
-@dataclass
-class Outcome:
-    """What the batches of a stage gave.
-
-    Attributes:
-        failed: error of each image that has no result, by id, in list order.
-        processed_now: number of images processed by this call; the others were done before.
-        changed: whether anything in the artefact differs from when it was last complete.
-        seconds: by step, of all runs that made the artefact: `load` and `write` (which includes encoding) in their
-            threads, `work` between them, `model` of it in forward passes, `wall` on the clock.
-        content_digest: SHA-256 over all file digests and failures, independent of which run wrote them.
-    """
-
-    failed: dict[str, str] = field(default_factory=dict)
-    processed_now: int = 0
-    changed: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
-    content_digest: str = ""
-
-
-def _no_inputs(image_id: str) -> list[Path]:
-    return []
-
-
-@dataclass(frozen=True)
-class BatchJob(Generic[Item]):
-    """What a stage does with its images.
-
-    Attributes:
-        ids: every image of the stage, in the order of the data set.
-        load: id -> what `process` needs of it; may raise `DataError`. Runs in several threads, ahead of `process`.
-        process: several loaded items -> the files of each, in order. Runs in inference mode.
-        batch_size: images in a batch, the unit of resume. A folder that was begun keeps the size it was begun with.
-        title: text of the progress bar.
-        skipped: images that an earlier stage could not process, with its error.
-        reads: id -> its input files; a batch whose inputs changed since it was made is done again.
-        max_forward: images that `process` gets at once; all of a batch if `None`.
-        estimate: how long the run takes that the stage is part of.
-        name: of the stage in that run.
-    """
-
-    ids: Sequence[str]
-    load: Callable[[str], Item]
-    process: Callable[[list[Item]], list[Files]]
-    batch_size: int
-    title: str = ""
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    reads: Callable[[str], list[Path]] = _no_inputs
-    max_forward: int | None = None
-    estimate: RunEstimate | None = None
-    name: StageName = ("", "")
-
-
-@dataclass(frozen=True)
-class _Loaded(Generic[Item]):
-    stamps: list[InputStamp]
-    item: Item | None
-    error: str | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    files: dict[str, bytes]
-    error: str | None
-    seconds: float
+__all__ = ["BatchJob", "BatchRunner", "Files", "Item", "Outcome", "Shard"]
 
 
 class BatchRunner(Generic[Item]):
@@ -144,7 +45,7 @@ class BatchRunner(Generic[Item]):
         self.batches = [self.ids[i : i + size] for i in range(0, len(self.ids), size)]
         self._records = Records(artefact, self.batches, job.reads, self.shard.verify)
         self._valid_records: dict[int, Record] = {}
-        self._forward = ForwardBatches(job.title, job.max_forward)
+        self._loop = BatchLoop(job, self.batches, self._records, self.shard.workers)
 
     def run(self) -> Outcome:
         """Process what is not done, and collect the results of all batches; errors as of `run_shard` and `collect`."""
@@ -241,6 +142,7 @@ class BatchRunner(Generic[Item]):
                 digest.update(f"{relative}\n{sha256}\n".encode())
             for step, value in record["seconds"].items():
                 outcome.seconds[step] = outcome.seconds.get(step, 0.0) + value
+            outcome.memory = join_peaks(outcome.memory, record.get("memory", {}))
         if self.ids and len(outcome.failed) == len(self.ids):
             first_id, first_error = next(iter(outcome.failed.items()))
             raise DataError(
@@ -259,119 +161,13 @@ class BatchRunner(Generic[Item]):
     def process_batches(self, indices: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Load, process and write these batches: the loop body that every way of running shares.
 
-        Threads load images ahead of `process`; after it, threads encode files and another one writes them in order.
-
         Yields:
             Index and number of results of each batch when its record is on disk.
 
         Raises:
             StorageError, ConfigError, MissingError, ArtefactError, DeviceError: the run cannot go on.
         """
-        num_workers = count_workers(self.shard.workers)
-        loaders = ThreadPoolExecutor(num_workers, thread_name_prefix="load")
-        encoders = ThreadPoolExecutor(num_workers, thread_name_prefix="encode")
-        writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-        writing: deque[tuple[int, Future[int]]] = deque()
-        is_broken = Event()
-        batch_start = time.perf_counter()
-        try:
-            for index, loaded in self._load_ahead(loaders, indices, num_workers):
-                start, model_start = time.perf_counter(), model_seconds()
-                record, results = self._process_batch(index, loaded)
-                now = time.perf_counter()
-                record["seconds"].update(work=now - start, model=model_seconds() - model_start)
-                while len(writing) >= _MAX_PENDING_WRITES or (writing and writing[0][1].done()):
-                    written, num_results = writing.popleft()
-                    yield written, num_results.result()
-                now = time.perf_counter()
-                record["seconds"]["wall"], batch_start = now - batch_start, now
-                encoding = {image_id: encoders.submit(_encode, files) for image_id, files in results.items()}
-                writing.append((index, writer.submit(self._write, index, record, encoding, is_broken)))
-            for written, num_results in writing:
-                yield written, num_results.result()
-        finally:
-            loaders.shutdown(cancel_futures=True)
-            # Batches that wait to be written are finished work, also when the next one ends the run. The writer goes
-            # first: the batch that it is at waits for its encoded files.
-            writer.shutdown()
-            encoders.shutdown(cancel_futures=True)
-
-    def _load_ahead(
-        self, loaders: ThreadPoolExecutor, indices: Sequence[int], num_workers: int
-    ) -> Iterator[tuple[int, list[_Loaded[Item]]]]:
-        """Yield each batch with its loaded images while the images of the next batches are being loaded."""
-        loading: deque[list[Future[_Loaded[Item]]]] = deque()
-        for position, index in enumerate(indices):
-            if not position:
-                # Load the first image on its own: the data set caches its lists and label files before other threads
-                # start.
-                first = loaders.submit(self._load_image, self.batches[index][0])
-                first.result()
-                loading.append([first, *(loaders.submit(self._load_image, i) for i in self.batches[index][1:])])
-            # Load the next batch, and more of them if batches are smaller than the number of threads.
-            while len(loading) < 2 or sum(map(len, loading)) < 2 * num_workers:
-                if position + len(loading) >= len(indices):
-                    break
-                following = self.batches[indices[position + len(loading)]]
-                loading.append([loaders.submit(self._load_image, i) for i in following])
-            yield index, [future.result() for future in loading.popleft()]
-
-    def _load_image(self, image_id: str) -> _Loaded[Item]:
-        start = time.perf_counter()
-        # Stamps are taken before the files are read, so that the next run notices a file that changes meanwhile.
-        stamps = self._records.stamp_inputs(image_id)
-        item, error = None, None
-        try:
-            item = self._load_unless_skipped(image_id)
-        except FATAL:
-            raise
-        except Exception as caught:
-            error = describe(caught)
-        return _Loaded(stamps, item, error, time.perf_counter() - start)
-
-    def _load_unless_skipped(self, image_id: str) -> Item:
-        if image_id in self.job.skipped:
-            raise DataError(f"left out: {self.job.skipped[image_id]}")
-        return self.job.load(image_id)
-
-    def _process_batch(self, index: int, loaded: list[_Loaded[Item]]) -> tuple[Record, dict[str, Files]]:
-        """Return the record of a batch, without its files, and the files of each image that has a result."""
-        ids = self.batches[index]
-        failed = {image_id: image.error for image_id, image in zip(ids, loaded, strict=True) if image.error is not None}
-        items: dict[str, Any] = {i: image.item for i, image in zip(ids, loaded, strict=True) if image.error is None}
-        results: dict[str, Files] = {}
-        with torch.inference_mode():
-            for part in self._forward.cut(list(items)):
-                with self._forward.catch():
-                    results |= dict(zip(part, self.job.process([items[i] for i in part]), strict=True))
-        failed.update(self._forward.failed)
-        failed = {image_id: failed[image_id] for image_id in ids if image_id in failed}
-        seconds = {"load": sum(image.seconds for image in loaded)}
-        return {"ids": ids, "stamps": [image.stamps for image in loaded], "failed": failed, "seconds": seconds}, results
-
-    def _write(self, index: int, record: Record, encoding: dict[str, Future[_Encoded]], is_broken: Event) -> int:
-        """Write the files and the record of a batch; an image whose files cannot be encoded has failed."""
-        if is_broken.is_set():  # an earlier batch could not be written, and the loop is about to raise its error
-            return 0
-        results: dict[str, dict[str, bytes]] = {}
-        seconds, failed = 0.0, record["failed"]
-        try:
-            for image_id, future in encoding.items():
-                encoded = future.result()
-                seconds += encoded.seconds
-                if encoded.error is None:
-                    results[image_id] = encoded.files
-                else:
-                    failed[image_id] = encoded.error
-            record["failed"] = {image_id: failed[image_id] for image_id in record["ids"] if image_id in failed}
-            start = time.perf_counter()
-            record["files"] = self._records.write(index, results)
-            record["seconds"]["write"] = seconds + time.perf_counter() - start
-            self._records.commit(index, record)
-        except BaseException:
-            is_broken.set()
-            raise
-        return len(results)
+        return self._loop.process(indices)
 
     def _is_open(self, index: int) -> bool:
         record = self._read(index)
@@ -381,7 +177,7 @@ class BatchRunner(Generic[Item]):
         """Return whether an image that failed may succeed now: it can be loaded again, or it failed after loading."""
         for image_id in record["failed"]:
             try:
-                self._load_unless_skipped(image_id)
+                self.job.load_unless_skipped(image_id)
             except FATAL:
                 raise
             except Exception as error:
@@ -399,18 +195,3 @@ class BatchRunner(Generic[Item]):
             f"are missing, of shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}; when they are done, "
             f"run any shard again, or without runtime.shard -> {self.artefact.path}"
         )
-
-
-def _encode(files: Files) -> _Encoded:
-    """Encode the files of one image."""
-    start, error = time.perf_counter(), None
-    contents: dict[str, bytes] = {}
-    try:
-        contents = encode_files(files)
-    except FATAL:
-        raise
-    except Exception as caught:
-        if is_device_lost(caught):
-            raise lost_device("files", caught) from caught
-        error = describe(caught)
-    return _Encoded(contents, error, time.perf_counter() - start)

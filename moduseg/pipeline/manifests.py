@@ -13,7 +13,7 @@ import torch
 from moduseg.bank.store import read_vectors
 from moduseg.datasets.io import read_label_png
 from moduseg.datasets.labels import check_id
-from moduseg.errors import DataError
+from moduseg.errors import ArtefactError, DataError
 from moduseg.files import read_json
 from moduseg.proposers import sa1b
 from moduseg.pseudo_masks.store import SUFFIX, unpack
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from moduseg.masks.encoded import WaitingProposals
     from moduseg.structures import Proposals, ScoreMaps
 
-Kind = Literal["proposals", "scores", "label_map", "confidence", "vectors", "panel", "tags"]
+Kind = Literal["proposals", "scores", "label_map", "confidence", "vectors", "panel", "tags", "examples"]
 """What a stage stores for one image."""
 _LAYOUT: dict[Kind, tuple[str, str]] = {
     "proposals": ("masks", ".json"),
@@ -36,6 +36,7 @@ _LAYOUT: dict[Kind, tuple[str, str]] = {
     "vectors": ("vectors", ".safetensors"),
     "panel": ("panels", ".png"),
     "tags": ("tags", ".json"),
+    "examples": ("examples", ".safetensors"),
 }
 """Sub-folder and suffix of each kind of file."""
 
@@ -66,6 +67,14 @@ class StageFolder:
         return dict(read_json(file)) if file.is_file() else {}
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the stage has completed there; not where the manifest is damaged, since the stage then runs again."""
+        try:
+            return self.manifest.get("status") == "complete"
+        except ArtefactError:
+            return False
+
+    @property
     def stage(self) -> str:
         """The stage that wrote the folder."""
         return str(self.manifest.get("stage", self.path.parent.name))
@@ -78,13 +87,18 @@ class StageFolder:
 
     @property
     def steps(self) -> dict[str, float]:
-        """Seconds by step: `wall`, and what it consists of or overlaps with (`load`, `work`, `model`, `write`)."""
+        """Seconds by step: `wall`, and what it holds or overlaps with (`load`, `work`, `model`, `write`, `cpu`)."""
         return dict(self.manifest.get("seconds", {}))
 
     @property
     def seconds(self) -> float:
         """The time that the stage took, see `wall_seconds`."""
         return wall_seconds(self.steps)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """The most bytes held while the stage ran (`moduseg.pipeline.memory`); empty in an earlier version's folder."""
+        return dict(self.manifest.get("memory", {}))
 
     @property
     def num_failures(self) -> int:
@@ -137,10 +151,10 @@ class StageFolder:
     def nearest_inputs(self) -> dict[str, Path]:
         """Return the folders that this one was made from, by stage; the nearest one of a stage wins.
 
-        So `propose` is that of the labelled split: the queries lead to it, and the bank to the training split.
+        So `propose` is that of the labelled split: the queries lead to it, bank and ranking to the training split.
         """
         nearest: dict[str, Path] = {}
-        for name in sorted(self.inputs, key=lambda name: (name == "build_bank", name)):
+        for name in sorted(self.inputs, key=lambda name: (name in ("build_bank", "fit_ranking"), name)):
             nearest.setdefault(name, self.inputs[name].path)
             for stage, path in self.inputs[name].nearest_inputs().items():
                 nearest.setdefault(stage, path)
@@ -177,6 +191,15 @@ class StageFolder:
             DataError: the file is missing or damaged.
         """
         return read_label_png(self.file("label_map", image_id))
+
+    def confidence(self, image_id: str) -> np.ndarray | None:
+        """Return how sure each pixel of an image's label map is, `[H, W]` uint8, 255 for certain; `None` if not stored.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        file = self.file("confidence", image_id)
+        return read_label_png(file) if file.is_file() else None
 
     def vectors(self, image_id: str, names: tuple[str, ...] = ("pooled",)) -> dict[str, Tensor]:
         """Return the stored tensors of an image: `pooled`, and in a bank's folder also `labels` and `areas`.
@@ -228,6 +251,11 @@ def stored_name(kind: Kind, image_id: str) -> str:
     return safe_name(f"{folder}/{image_id}", suffix)
 
 
+def name_supervision(supervision: str | None) -> dict[str, str]:
+    """Return the field of a manifest or bank that says which masks a part was trained on; none where there is none."""
+    return {} if supervision is None else {"supervision": supervision}
+
+
 def safe_name(image_id: str, suffix: str) -> str:
     """Return the name of an image's file inside a folder; ids keep their sub-folders.
 
@@ -252,8 +280,15 @@ def steps_by_folder(path: Path) -> dict[str, dict[str, float]]:
 
 
 def stage_seconds(path: Path) -> list[tuple[str, float]]:
-    """Return title and seconds of each stage behind a folder and its own, in the order of the data, for a report."""
-    return [(folder.title, folder.seconds) for folder in StageFolder(path).provenance() if folder.seconds]
+    """Return title and seconds of each stage behind a folder and its own, in the order of the data, for a report.
+
+    What a generator was fitted in comes before the scores that it was fitted for, as `fit`.
+    """
+    rows = []
+    for folder in StageFolder(path).provenance():
+        fit = wall_seconds(folder.manifest.get("fit_seconds", {}))
+        rows += [(folder.title.replace(folder.stage, "fit", 1), fit), (folder.title, folder.seconds)]
+    return [(title, seconds) for title, seconds in rows if seconds]
 
 
 def count_failures(path: Path) -> int:

@@ -213,6 +213,10 @@ def describe_plan(plan: Plan, outputs: Path) -> Iterator[str]:
 def _count_done(folder: Path) -> int:
     """Return the number of images with a result in a folder, as its records say."""
     num_done = 0
+    # A stage whose images have no records of their own is done as a whole.
+    if not (folder / "batches").is_dir():
+        finished = StageFolder(folder)
+        return int(finished.manifest.get("images", 0)) if finished.is_complete else 0
     for file in (folder / "batches").glob("*.json"):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from moduseg.files import write_atomic
+from moduseg.files import compute_digest, write_atomic
 from moduseg.pipeline.artefacts import Artefact
 
 Files = Mapping[str, bytes | Callable[[], bytes]]
@@ -23,7 +23,8 @@ Files = Mapping[str, bytes | Callable[[], bytes]]
 
 Functions are called in other threads, while the stage is at its next images."""
 Record = dict[str, Any]
-"""`ids`, `stamps` (of their inputs), `files` (path -> size, sha256), `failed` (id -> error), `seconds` (by step)."""
+"""`ids`, `stamps` (of their inputs), `files` (path -> size, sha256), `failed` (id -> error), `seconds` (by step),
+`memory` (peaks, absent in earlier records)."""
 InputStamp = tuple[int, int, str]
 """Size of an input file (-1 if it is absent), time of change in nanoseconds, sha256; earlier records hold the size."""
 _KEYS = ("files", "failed", "seconds")
@@ -65,7 +66,7 @@ class Records:
             for relative, (size, digest) in record["files"].items():
                 if not self._is_intact(self._artefact.file(relative), size, digest):
                     return None
-            return {key: record[key] for key in _KEYS}
+            return {key: record[key] for key in _KEYS} | {"memory": record.get("memory", {})}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             # Whatever is wrong with the record, the batch is done again.
             return None
@@ -109,7 +110,7 @@ class Records:
     def _is_intact(self, file: Path, size: int, digest: str) -> bool:
         if _size_and_time(file)[0] != size:
             return False
-        return not self._verify or _sha256(file) == digest
+        return not self._verify or compute_digest(file) == digest
 
     def _remove_stale(self, index: int, files: Mapping[str, object]) -> None:
         """Remove the files of images that had a result in an earlier run and have none now."""
@@ -200,7 +201,7 @@ def read_batch_size(artefact: Artefact, ids: Sequence[str]) -> int | None:
 def stamp_file(path: Path) -> InputStamp:
     """Return what a file is recognised by."""
     size, mtime = _size_and_time(path)
-    return size, mtime, _sha256(path) if size >= 0 else ""
+    return size, mtime, compute_digest(path) if size >= 0 else ""
 
 
 def is_same_file(path: Path, stamp: Any, *, verify: bool) -> bool:
@@ -217,7 +218,7 @@ def is_same_file(path: Path, stamp: Any, *, verify: bool) -> bool:
     stamped_size, stamped_mtime, digest = stamp
     if size != stamped_size:
         return False
-    return (mtime == stamped_mtime and not verify) or size < 0 or _sha256(path) == digest
+    return (mtime == stamped_mtime and not verify) or size < 0 or compute_digest(path) == digest
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -227,8 +228,3 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     except OSError:
         return -1, 0
     return (stat.st_size, stat.st_mtime_ns) if S_ISREG(stat.st_mode) else (-1, 0)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,8 +18,9 @@ from moduseg.errors import ConfigError, MissingError, StorageError
 log = logging.getLogger("moduseg")
 LATEST = "latest"
 BANKS = ("build_bank", "bank")
-RUNS = ("infer", "evaluate", "pseudo_masks", "segment", "compare")
-"""Stages whose folders `bank=<name>` and `run=<name>` look for."""
+STUDENTS = ("train_student",)
+RUNS = ("infer", "evaluate", "pseudo_masks", "segment", "discover", "predict_student", "compare")
+"""Stages whose folders `bank=<name>`, `student=<name>` and `run=<name>` look for."""
 _NAME = re.compile(r"(?!latest$)(?!.*-[0-9a-f]{8}$)[^\W.][^/\\\0]*")
 
 

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal
 
+from moduseg.allocator import trim_memory
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.errors import ArtefactError, DataError
@@ -22,8 +23,11 @@ from moduseg.pipeline.workspace import FinishedStages, Workspace
 log = logging.getLogger("moduseg")
 _MAX_LISTED_FAILURES = 5
 _RESERVED_FIELDS = frozenset(
-    ("stage", "key", "parts", "products", "status", "images", "failed", "failures", "content", "seconds", "inputs")
-)
+    (
+        "stage", "key", "parts", "products", "status", "images", "failed", "failures", "content", "seconds", "memory",
+        "inputs",
+    )
+)  # fmt: skip
 """Fields of a manifest that the base class writes."""
 
 
@@ -174,6 +178,8 @@ class Stage(ABC, Generic[Item]):
                 task = f"{stage.name}-{stage.artefact.key}"
                 folder = Path(stage.work.peers.run_then_merge(task, share, partial(stage._complete, runner)))
                 stage.work.estimate.finish(result)
+                # What a stage took is free for the next one, not kept beside what that takes.
+                trim_memory()
             finished[result] = folder
         return finished[result]
 
@@ -268,6 +274,7 @@ class Stage(ABC, Generic[Item]):
                 failures=failures,
                 content=outcome.content_digest,
                 seconds={step: round(value, 3) for step, value in outcome.seconds.items()},
+                memory=outcome.memory,
                 inputs={name: str(folder.path) for name, folder in self.input_folders.items()},
                 **fields,
             )

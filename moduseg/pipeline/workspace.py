@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from moduseg import backbones, datasets, proposers, pseudo_masks, taggers
+from moduseg import backbones, datasets, discovery, proposers, pseudo_masks, taggers
+from moduseg.allocator import bound_arenas, look_at_all
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.token_cache import TokenStore
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.vocabulary import RewordedDataset, WordList, read_word_list
 from moduseg.devices import Device, resolve_device
+from moduseg.discovery.base import Discoverer
 from moduseg.files import to_json_values
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import Shard
@@ -61,6 +63,8 @@ class Workspace:
         shard = cfg.runtime.shard
         self.peers = Peers(shard.index, shard.count, alone=finished_stages is not None)
         torch.manual_seed(cfg.runtime.seed)
+        bound_arenas()
+        look_at_all()
 
     @property
     def shard(self) -> Shard:
@@ -181,6 +185,16 @@ class Workspace:
         """What says which classes an image shows, with the words of the vocabulary if there is one."""
         classes = self.reworded_dataset(self.eval_split).classes
         return taggers.build(self.tagger_settings, self.device, classes, self.vocabulary)
+
+    @property
+    def discoverer_settings(self) -> Mapping[str, Any]:
+        """The configuration of the discoverer; by default k-means of the backbone's tokens."""
+        return self.cfg.discoverer if self.cfg.discoverer is not None else {"name": "kmeans"}
+
+    @cached_property
+    def discoverer(self) -> Discoverer:
+        """What finds segments without names."""
+        return discovery.build(self.discoverer_settings, self.device)
 
     def dataset_parts(self, split: str) -> dict[str, Any]:
         """Return the part of a key that stands for the data set: the split and a fingerprint of its content."""

@@ -5,7 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
+
 from moduseg.structures import Proposals, Sample
+
+PromptBox = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels; a point is a box without size."""
 
 
 class Proposer(ABC):
@@ -43,3 +48,15 @@ class Proposer(ABC):
     def propose_batch(self, samples: Sequence[Sample]) -> list[Proposals]:
         """Return the masks of several images; models that batch override this."""
         return [self.propose(sample) for sample in samples]
+
+    def find_region(self, sample: Sample, box: PromptBox) -> np.ndarray | None:
+        """Return the region that a person means who drew a box or a point, `[H, W]` bool.
+
+        Args:
+            sample: the image.
+            box: inside it, its upper left corner first.
+
+        Returns:
+            `None` from a proposer that cannot be asked, and where nothing fits; `moduseg.proposers.drawn` knows more.
+        """
+        return None

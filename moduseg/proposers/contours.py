@@ -19,7 +19,8 @@ from torch import Tensor
 from moduseg.devices import Device
 from moduseg.files import file_digest
 from moduseg.masks.region_tree import MergeRule, RegionTree, build_graph, merge_regions
-from moduseg.proposers.base import Proposer
+from moduseg.proposers.base import PromptBox, Proposer
+from moduseg.proposers.drawn import choose_fitting, is_point
 from moduseg.proposers.hed import ContourDetector
 from moduseg.proposers.region_features import (
     MAPS,
@@ -27,6 +28,7 @@ from moduseg.proposers.region_features import (
     LeafTable,
     RegionRanker,
     describe_nodes,
+    join_boxes,
     make_leaf_table,
 )
 from moduseg.structures import Proposals, Sample
@@ -164,6 +166,14 @@ class Candidates:
             parents[row] = row_of[index][above] if above >= 0 else -1
         return parents
 
+    def find_boxes(self) -> np.ndarray:
+        """Return the bounding box of each region, `[N, 4]` int64: x0, y0, x1, y1, the last two past the end."""
+        boxes = np.empty((len(self.node), 4), np.int64)
+        for index, tree in enumerate(self.trees):
+            rows = np.flatnonzero(self.tree == index)
+            boxes[rows] = join_boxes(tree, self.table.boxes)[self.node[rows]][:, [1, 0, 3, 2]]
+        return boxes
+
     def draw(self, size: tuple[int, int]) -> Tensor:
         """Return the masks at the size `(H, W)` of the image, `[N, H, W]` bool."""
         labels = self.table.graph.labels
@@ -225,6 +235,25 @@ class ContourProposer(Proposer):
         )
         # Scaling up by the nearest pixel may bring a mask below the limit that its estimated area met.
         return proposals.select(proposals.areas >= options.min_area)
+
+    def find_region(self, sample: Sample, box: PromptBox) -> np.ndarray | None:
+        """Return the region of all trees that fits a box, or the best one at a point, `[H, W]` bool.
+
+        Raises:
+            MissingError, ArtefactError: as `propose` does.
+        """
+        candidates = self.find_candidates(sample)
+        scores = self._ranker.score(candidates.features)
+        height, width = candidates.table.graph.labels.shape
+        x0, y0, x1, y1 = np.array(box) * np.tile([width / sample.size[1], height / sample.size[0]], 2)
+        row: int | None
+        if is_point(box):
+            leaf = candidates.table.graph.labels[min(int(y0), height - 1), min(int(x0), width - 1)]
+            covers = candidates.list_leaves()[:, leaf]
+            row = int(np.where(covers, scores, -np.inf).argmax()) if covers.any() else None
+        else:
+            row = choose_fitting(candidates.find_boxes(), scores, (x0, y0, x1, y1))
+        return None if row is None else candidates.select(np.array([row])).draw(sample.size)[0].numpy()
 
     def find_candidates(self, sample: Sample) -> Candidates:
         """Return every region of every tree that fits the limits of area."""

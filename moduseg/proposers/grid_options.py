@@ -72,10 +72,13 @@ class EncoderOptions(GridOptions):
         images_per_batch: images or crops that share a pass of the image encoder; changes speed and memory, and the last
             bits of the scores.
         compile: have `torch.compile` translate the image encoder: minutes at the first image, then faster.
+        skip_certain: every second point a side is decoded first; of the others, those inside a stable mask whose
+            predicted IoU is at least this are skipped. Fewer masks, in about half of the time; `null` skips none.
     """
 
     images_per_batch: int = 1
     compile: bool = False
+    skip_certain: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,3 +86,5 @@ class EncoderOptions(GridOptions):
             raise ValueError(
                 f"images_per_batch: got {self.images_per_batch}, expected 1 to 1024; 1 needs the least memory"
             )
+        if self.skip_certain is not None and not 0 <= self.skip_certain <= 1:
+            raise ValueError(f"skip_certain: got {self.skip_certain}, expected null or a predicted IoU in [0, 1]")

@@ -8,6 +8,7 @@ the chosen masks are measured exactly.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -145,7 +146,12 @@ def generate(model: Promptable, image: np.ndarray, options: GridOptions) -> Prop
 
 @torch.no_grad()
 def generate_batch(
-    model: Promptable, images: Sequence[np.ndarray], options: GridOptions, images_per_batch: int = 1
+    model: Promptable,
+    images: Sequence[np.ndarray],
+    options: GridOptions,
+    images_per_batch: int = 1,
+    *,
+    skip_certain: float | None = None,
 ) -> list[Proposals]:
     """Return all masks of several images.
 
@@ -154,6 +160,7 @@ def generate_batch(
         images: `[H, W, 3]` uint8 RGB each.
         options: grid, crops and filters.
         images_per_batch: images, or crops of them, that the model embeds together.
+        skip_certain: least predicted IoU of masks inside which points are skipped, see `EncoderOptions`.
 
     Returns:
         For each image, non-empty masks on the CPU in descending predicted IoU (ties: those of smaller crops first).
@@ -186,10 +193,7 @@ def generate_batch(
                 crop = _Crop(box, (images[index].shape[0], images[index].shape[1]), replace(embedded, features=None))
                 scale = np.array([embedded.input_size[1], embedded.input_size[0]])
                 points = torch.from_numpy((grids[layer] * scale).astype(np.float32)).to(model.device)
-                decoded = (
-                    model.decode(embedded, part, options.pred_iou_thresh)
-                    for part in points.split(options.points_per_batch)
-                )
+                decoded = _decode_points(model, embedded, points, options, skip_certain)
                 passed = [
                     thread.submit(filters.prefilter, joined, crop) for joined in _join_pending(decoded, model.device)
                 ]
@@ -197,6 +201,33 @@ def generate_batch(
         if images:
             proposals.append(thread.submit(filters.assemble, masks[-1]))
         return [future.result() for future in proposals]
+
+
+def _decode_points(
+    model: Promptable, embedded: Embedded, points: Tensor, options: GridOptions, skip_certain: float | None
+) -> Iterator[Decoded]:
+    """Yield the masks of a square grid of points, `[P, 2]` float32, some points at a time."""
+    at_once = options.points_per_batch
+    if skip_certain is None:
+        yield from (model.decode(embedded, part, options.pred_iou_thresh) for part in points.split(at_once))
+        return
+    side = math.isqrt(len(points))
+    is_even = torch.arange(side, device=points.device) % 2 == 0
+    is_first = (is_even[:, None] & is_even).flatten()
+    is_certain: Tensor | None = None
+    for part in points[is_first].split(at_once):
+        decoded = model.decode(embedded, part, options.pred_iou_thresh)
+        is_certain_mask = decoded.predicted_iou >= skip_certain
+        is_part_certain = mask_upsampling.find_certain_cells(decoded.logits, is_certain_mask, model.threshold, options)
+        is_certain = is_part_certain if is_certain is None else is_certain | is_part_certain
+        yield decoded
+    rest = points[~is_first]
+    if is_certain is not None:
+        height, width = embedded.padded_size or embedded.input_size
+        scale = rest.new_tensor([is_certain.shape[1] / width, is_certain.shape[0] / height])
+        columns, rows = (rest * scale).long().T
+        rest = rest[~is_certain[rows, columns]]
+    yield from (model.decode(embedded, part, options.pred_iou_thresh) for part in rest.split(at_once) if len(part))
 
 
 def _join_pending(decoded: Iterator[Decoded], device: torch.device) -> Iterator[Decoded]:

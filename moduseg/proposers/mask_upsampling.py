@@ -16,6 +16,8 @@ from moduseg.proposers.grid_options import GridOptions
 
 CHUNK_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Pixels of full-size logits, 4 bytes each, that are held at once: they fit a CPU's cache, or take a share of a GPU."""
+CERTAIN_STABILITY = 0.9
+"""Least stability at the decoder's resolution of a mask whose points are skipped."""
 _GROUP_BYTES = 1024
 """128 words of eight bytes are added at once, so that no byte of their sum exceeds 128."""
 
@@ -126,6 +128,25 @@ def find_possibly_stable(logits: Tensor, embedded: Embedded, threshold: float, o
     area = count_above(inner, threshold - options.stability_score_offset)
     share = count_above(inner, threshold + options.stability_score_offset) / area
     return (share + 0.1 + 1.6 / area.sqrt() >= options.stability_score_thresh).nonzero()[:, 0]
+
+
+def find_certain_cells(logits: Tensor, is_certain: Tensor, threshold: float, options: GridOptions) -> Tensor:
+    """Return the cells that lie inside a stable mask of those whose predicted IoU is high.
+
+    Args:
+        logits: `[N, h, w]` float32 at the decoder's resolution.
+        is_certain: `[N]` bool, whether a mask's predicted IoU is high.
+        threshold: logits above it are inside a mask.
+        options: the cut-offs of stability, which has to be at least `CERTAIN_STABILITY` here.
+
+    Returns:
+        `[h, w]` bool.
+    """
+    area = count_above(logits, threshold - options.stability_score_offset)
+    core = count_above(logits, threshold + options.stability_score_offset)
+    min_stability = max(CERTAIN_STABILITY, options.stability_score_thresh)
+    is_chosen = is_certain & (area > 0) & (core >= min_stability * area)
+    return ((logits > threshold) & is_chosen[:, None, None]).any(0)
 
 
 def measure_boxes(logits: Tensor, rows: Tensor, embedded: Embedded, threshold: float) -> tuple[Tensor, Tensor]:

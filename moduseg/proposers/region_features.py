@@ -87,7 +87,7 @@ def describe_nodes(table: LeafTable, tree: RegionTree) -> np.ndarray:
     length = np.maximum(around[:, 0], 0)
     mean_around = around[:, 1:] / np.maximum(length, 1)[:, None]
     mean_inside = inside[:, 1:] / np.maximum(inside[:, :1], 1)
-    top, left, bottom, right = _join_boxes(tree, table.boxes).T
+    top, left, bottom, right = join_boxes(tree, table.boxes).T
     # A root has no sibling: it is compared with itself.
     above = np.where(tree.parent < 0, np.arange(len(tree)), tree.parent)
     sibling_area = area[above] - area
@@ -124,7 +124,7 @@ def describe_nodes(table: LeafTable, tree: RegionTree) -> np.ndarray:
     return np.stack([columns[name] for name in NAMES], axis=1)
 
 
-def _join_boxes(tree: RegionTree, boxes: np.ndarray) -> np.ndarray:
+def join_boxes(tree: RegionTree, boxes: np.ndarray) -> np.ndarray:
     """Return top, left, bottom and right of each node, `[N, 4]` int64."""
     ends = [tree.extremes(column) for column in boxes.T]
     return np.stack([ends[0][0], ends[1][0], ends[2][1], ends[3][1]], axis=1)

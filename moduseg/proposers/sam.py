@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moduseg.allocator import pause_collection
 from moduseg.clock import count_passes
 from moduseg.devices import Device, seed_weights
 from moduseg.errors import ArtefactError, MissingError
 from moduseg.files import file_digest
-from moduseg.proposers.base import Proposer
+from moduseg.proposers.base import PromptBox, Proposer
+from moduseg.proposers.drawn import prompt_model
 from moduseg.proposers.grid_options import EncoderOptions
 from moduseg.proposers.mask_generation import check_thickness, generate_batch
 from moduseg.proposers.sam_decoder import PackagedSam
@@ -56,7 +58,7 @@ class SamOptions(EncoderOptions):
         seed: seed of `random` weights.
         engine: the code that runs the model and filters: `packaged` is `SamAutomaticMaskGenerator` itself, `grid` gives
             the same masks in a third of the time on a CPU, and waits for a GPU once a batch of points
-            (`moduseg.proposers.mask_generation`). `images_per_batch` and `compile` need `grid`.
+            (`moduseg.proposers.mask_generation`). `images_per_batch`, `compile` and `skip_certain` need `grid`.
 
     Raises:
         ValueError: a value out of range, or values that do not go together.
@@ -76,10 +78,10 @@ class SamOptions(EncoderOptions):
                 "try miniature/sam.safetensors"
             )
         super().__post_init__()
-        if self.engine == "packaged" and (self.images_per_batch != 1 or self.compile):
+        if self.engine == "packaged" and (self.images_per_batch != 1 or self.compile or self.skip_certain is not None):
             raise ValueError(
-                f"engine: got 'packaged' with images_per_batch={self.images_per_batch}, compile={self.compile}, which "
-                "are of engine=grid; leave them out or set engine=grid"
+                f"engine: got 'packaged' with images_per_batch={self.images_per_batch}, compile={self.compile}, "
+                f"skip_certain={self.skip_certain}, which are of engine=grid; leave them out or set engine=grid"
             )
 
 
@@ -142,11 +144,24 @@ class SamProposer(Proposer):
         for sample in samples:
             check_thickness(sample, self.promptable.side)
         images = [sample.image for sample in samples]
-        return generate_batch(self.promptable, images, self._options, self._options.images_per_batch)
+        options = self._options
+        return generate_batch(
+            self.promptable, images, options, options.images_per_batch, skip_certain=options.skip_certain
+        )
+
+    def find_region(self, sample: Sample, box: PromptBox) -> np.ndarray | None:
+        """Ask the model with points, `[H, W]` bool; with `engine=packaged` a second copy of it is built.
+
+        Raises:
+            DataError, MissingError, ArtefactError: as `propose` does.
+        """
+        check_thickness(sample, self.promptable.side)
+        with self._device.hold_tf32():
+            return prompt_model(self.promptable, sample.image, box)
 
     @cached_property
     def promptable(self) -> PackagedSam:
-        """The model of `engine=grid`; built on first use.
+        """The model of `engine=grid` and of `find_region`; built on first use.
 
         Raises:
             MissingError, ArtefactError: as `propose` does.
@@ -191,7 +206,7 @@ class SamProposer(Proposer):
         """
         options = self._options
         path = None if options.checkpoint == "random" else self._find_checkpoint()
-        with seed_weights(options.seed):
+        with pause_collection(), seed_weights(options.seed):
             sam = _get_builders()[options.model]()
         if path is not None:
             expected, state = sam.state_dict(), load_state(path)

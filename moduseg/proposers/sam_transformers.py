@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moduseg.devices import Device
-from moduseg.proposers.base import Proposer
+from moduseg.proposers.base import PromptBox, Proposer
+from moduseg.proposers.drawn import prompt_model
 from moduseg.proposers.grid_options import EncoderOptions
 from moduseg.proposers.inputs import IMAGENET_MEAN, IMAGENET_STD, fit_longest_side, prepare_images
 from moduseg.proposers.mask_generation import Decoded, Promptable, check_thickness, generate_batch
@@ -99,7 +100,20 @@ class SamTransformersProposer(Proposer):
             for sample in samples:
                 check_thickness(sample, self.promptable.side)
         images = [sample.image for sample in samples]
-        return generate_batch(self.promptable, images, self._options, self._options.images_per_batch)
+        options = self._options
+        return generate_batch(
+            self.promptable, images, options, options.images_per_batch, skip_certain=options.skip_certain
+        )
+
+    def find_region(self, sample: Sample, box: PromptBox) -> np.ndarray | None:
+        """Ask the model with points, `[H, W]` bool.
+
+        Raises:
+            DataError, MissingError, ArtefactError: as `propose` does.
+        """
+        if not self.promptable.squash:
+            check_thickness(sample, self.promptable.side)
+        return prompt_model(self.promptable, sample.image, box)
 
     @cached_property
     def promptable(self) -> HubSam:

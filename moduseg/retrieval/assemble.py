@@ -36,12 +36,19 @@ def assemble(masks: Tensor, labels: Tensor, scores: Tensor, nms_iou: float) -> t
         kept = suppress(masks, labels, scores, nms_iou)
         return rasterize(masks[kept], labels[kept], scores[kept]), kept
     check_scored_masks(masks, labels, scores)
+    return assemble_packed(PackedMasks.of(masks), labels, scores, nms_iou)
+
+
+def assemble_packed(packed: PackedMasks, labels: Tensor, scores: Tensor, nms_iou: float) -> tuple[Tensor, Tensor]:
+    """Suppress and paint packed masks, with `labels` and `scores` on the CPU; as `assemble`.
+
+    Raises:
+        ValueError: a label outside 0..254 or a threshold outside [0, 1].
+    """
     check_threshold(nms_iou)
     check_labels(labels)
-    # Suppression and painting share the packed masks.
-    packed = PackedMasks.of(masks)
     kept = suppress_packed(packed, labels, scores, nms_iou)
-    return rasterize_packed(packed.select(kept.numpy()), labels[kept], scores[kept]), kept
+    return rasterize_packed(packed, labels, kept), kept
 
 
 def assemble_proposals(proposals: Proposals, labels: Tensor, scores: Tensor, nms_iou: float) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def rasterize(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
     check_scored_masks(masks, labels, scores)
     check_labels(labels)
     if masks.device.type in PACKED:
-        return rasterize_packed(PackedMasks.of(masks), labels, scores)
+        return rasterize_packed(PackedMasks.of(masks), labels, descending(scores))
     height, width = masks.shape[1:]
     order = descending(scores)
     order = order[labels[order] > 0]
@@ -51,11 +51,10 @@ def rasterize(masks: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
     return table.index_select(0, winner.flatten()).view_as(winner)
 
 
-def rasterize_packed(masks: PackedMasks, labels: Tensor, scores: Tensor) -> Tensor:
-    """Paint packed masks, with `labels` and `scores` on the CPU; as `rasterize`, but nothing is checked."""
-    order = descending(scores)
+def rasterize_packed(masks: PackedMasks, labels: Tensor, order: Tensor) -> Tensor:
+    """Paint packed masks in an order, `[K]` int64, with `labels [N]` on the CPU; as `rasterize`, but unchecked."""
     order = order[labels[order] > 0]
-    return torch.from_numpy(masks.select(order.numpy()).paint(labels[order].to(torch.uint8).numpy()))
+    return torch.from_numpy(masks.paint(labels[order].to(torch.uint8).numpy(), order.numpy()))
 
 
 def rasterize_id_map(id_map: Tensor, labels: Tensor) -> Tensor:

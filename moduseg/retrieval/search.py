@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -20,10 +20,10 @@ from torch import Tensor
 
 QUERY_CHUNK, BANK_CHUNK = 1024, 8192
 """Queries and bank vectors compared at once: 32 MiB of float32."""
-_FIRST_CHUNK = 2048
-"""Bank vectors of the first chunk, which sets the floor that later ones have to pass; chunks double from there."""
-_BLOCK = {"cpu": 1 << 17}
-"""Numbers held at once while candidates are compared again, by device: the size of a core's cache."""
+_GROUP = 32
+"""Most similarities of a query that are represented by their largest while candidates are searched."""
+_BLOCK = 1 << 16
+"""Numbers held at once while candidates are compared again on a CPU: they fit the cache of a core."""
 _LARGE_BLOCK = 1 << 22
 """Numbers held at once on every other device."""
 _PENDING = 1 << 22
@@ -62,7 +62,8 @@ class ExactIndex(BankIndex):
         vectors: `[B, C]` float of any length, on the device of the queries to come. In half precision they take half
             the memory; the products are in float32 either way.
         query_chunk: queries compared at once.
-        bank_chunk: bank vectors compared at once; memory is a few times `query_chunk * bank_chunk` floats.
+        bank_chunk: bank vectors compared at once with as many queries, with fewer queries in proportion more; memory is
+            a few times `query_chunk * bank_chunk` floats.
 
     Raises:
         ValueError: not `[B, C]` of floats, vectors that are not finite, or a chunk below 1.
@@ -95,32 +96,27 @@ class ExactIndex(BankIndex):
         margin = 2 * _largest_error(self.dim)
         unit = queries.float() * _inverse_lengths(queries.float())[:, None]
         best = unit.new_empty((len(queries), 0))
-        floor = unit.new_full((len(queries), 1), -math.inf)
+        # Below every similarity, but above what fills up groups.
+        floor = unit.new_full((len(queries), 1), torch.finfo(torch.float32).min)
         pending: list[_Candidates] = []
-        scratch = _Scratch(len(queries), min(self.bank_chunk, len(self)), self.vectors)
-        for start, stop in self._chunks():
-            scores = scratch.multiply(unit, start, stop).mul_(self.inverse_lengths[start:stop])
-            if best.shape[1] < k:
-                best = torch.cat((best, scores.topk(min(k, stop - start)).values), 1)
-                best = best.topk(min(k, best.shape[1])).values
-                if best.shape[1] == k:
-                    floor = best[:, -1:] - margin
-                candidates = _Candidates.above(scores, floor, start, scratch)
-            else:
-                # Few candidates pass the floor, and finding them is cheaper than the k largest of each chunk.
-                candidates = _Candidates.above(scores, floor, start, scratch)
-                best = candidates.merge(best)
+        is_narrow = self.vectors.dtype != torch.float32
+        scale = 1 if is_narrow else max(1, self.query_chunk // len(queries))
+        chunk = min(self.bank_chunk * scale, len(self))
+        scratch = _Scratch(len(queries), chunk, self.vectors)
+        for start in range(0, len(self), chunk):
+            stop = min(start + chunk, len(self))
+            groups = scratch.multiply(unit, self.inverse_lengths, start, stop, k)
+            # The largest of each group are similarities of different vectors, so that the k-th largest of them is not
+            # above the k-th best similarity: a floor for much less than the k largest of all would take.
+            largest = groups.amax(1)
+            best = torch.cat((best, largest), 1)
+            best = best.topk(min(k, best.shape[1])).values
+            if best.shape[1] == k:
                 floor = best[:, -1:] - margin
-            pending.append(candidates)
+            pending.append(_Candidates.above(groups, largest, floor, start))
             if best.shape[1] == k and sum(len(part) for part in pending) > _PENDING:
-                pending = [self._reduce(queries, _Candidates.cat(pending).prune(floor), k)]
-        return _Candidates.cat(pending).prune(floor)
-
-    def _chunks(self) -> Iterator[tuple[int, int]]:
-        start, size = 0, min(_FIRST_CHUNK, self.bank_chunk)
-        while start < len(self):
-            yield start, min(start + size, len(self))
-            start, size = start + size, min(2 * size, self.bank_chunk)
+                pending = [self._reduce(queries, _Candidates.cat(pending).prune(floor).sort(len(self)), k)]
+        return _Candidates.cat(pending).prune(floor).sort(len(self))
 
     def _reduce(self, queries: Tensor, candidates: _Candidates, k: int) -> _Candidates:
         """Return the candidates, or the k nearest of them if there are still too many to keep."""
@@ -145,30 +141,38 @@ class _Scratch:
 
     def __init__(self, queries: int, chunk: int, vectors: Tensor) -> None:
         self._vectors = vectors
-        self._scores = torch.empty(queries * chunk, device=vectors.device)
-        self._hits = torch.empty(queries * chunk, dtype=torch.bool, device=vectors.device)
+        self._scores = torch.empty(queries * (chunk + _GROUP), device=vectors.device)
         is_narrow = vectors.dtype != torch.float32
         self._wide = torch.empty((chunk, vectors.shape[1]), device=vectors.device) if is_narrow else None
 
-    def multiply(self, unit: Tensor, start: int, stop: int) -> Tensor:
-        """Return `[N, stop - start]` float32, queries times bank vectors; valid until the next call."""
+    def multiply(self, unit: Tensor, inverse_lengths: Tensor, start: int, stop: int, k: int) -> Tensor:
+        """Return the similarities of queries and bank vectors `start` to `stop`, in groups; valid until the next call.
+
+        Args:
+            unit: `[N, C]` float32 of length 1.
+            inverse_lengths: `[B]` float32, of the bank.
+            start, stop: of the chunk.
+            k: neighbours wanted; there are several times as many groups, if the chunk has as many vectors.
+
+        Returns:
+            `[N, G, S]` float32; bank vector `start + i` is at `[:, i // S, i % S]`, minus infinity fills up the rest.
+        """
         part = self._vectors[start:stop]
         if self._wide is not None:
             part = self._wide[: stop - start].copy_(part)
-        return torch.mm(unit, part.T, out=_view(self._scores, len(unit), stop - start))
-
-    def at_least(self, scores: Tensor, floor: Tensor) -> Tensor:
-        """Return `[N, n]` bool, `scores >= floor`; valid until the next call."""
-        return torch.ge(scores, floor, out=_view(self._hits, *scores.shape))
-
-
-def _view(flat: Tensor, rows: int, columns: int) -> Tensor:
-    return flat[: rows * columns].view(rows, columns)
+        count = stop - start
+        group = max(1, min(_GROUP, count // (4 * k)))
+        num_groups = -(-count // group)
+        scores = self._scores[: len(unit) * group * num_groups].view(len(unit), -1)
+        scores[:, count:] = -math.inf
+        torch.mm(unit, part.T, out=scores[:, :count]).mul_(inverse_lengths[start:stop])
+        # Members of a group are far from each other, so that a maximum is taken of whole rows at once.
+        return scores.view(len(unit), group, num_groups)
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Pairs of a query and a bank vector, `[P]` each; sorted by query, then by bank vector.
+    """Pairs of a query and a bank vector, `[P]` each, in any order unless `sort` made them.
 
     Attributes:
         rows, columns: int64, the query and the bank vector.
@@ -180,20 +184,34 @@ class _Candidates:
     values: Tensor
 
     @classmethod
-    def above(cls, scores: Tensor, floor: Tensor, start: int, scratch: _Scratch) -> _Candidates:
-        """Return the pairs of `scores [N, n]` not below the floor, `[N, 1]`; column 0 is bank vector `start`."""
-        hits = scratch.at_least(scores, floor).flatten()
-        # On a CPU, NumPy finds few hits in a fraction of PyTorch's time.
-        flat = torch.from_numpy(np.flatnonzero(hits.numpy())) if hits.device.type == "cpu" else hits.nonzero()[:, 0]
-        rows = flat.div(scores.shape[1], rounding_mode="floor")
-        return cls(rows, flat - rows * scores.shape[1] + start, scores.flatten()[flat])
+    def above(cls, groups: Tensor, largest: Tensor, floor: Tensor, start: int) -> _Candidates:
+        """Return the pairs of a chunk that are not below the floor.
+
+        Args:
+            groups: `[N, G, S]`, the similarities of the chunk, see `_Scratch.multiply`.
+            largest: `[N, S]`, the largest of each group.
+            floor: `[N, 1]`.
+            start: first bank vector of the chunk.
+        """
+        num_members, num_groups = groups.shape[1:]
+        if groups.device.type == "cpu":
+            # Few groups have a member above the floor, and only theirs are looked at; NumPy finds them in a fraction of
+            # PyTorch's time.
+            row, group = np.divmod(np.flatnonzero(largest.numpy() >= floor.numpy()), num_groups)
+            members = groups.numpy()[row, :, group]
+            flat = np.flatnonzero(members >= floor.numpy()[row])
+            hit, member = np.divmod(flat, num_members)
+            values = torch.from_numpy(members.ravel()[flat])
+            rows, columns = torch.from_numpy(row[hit]), torch.from_numpy(member * num_groups + group[hit])
+        else:
+            rows, columns = (groups.flatten(1) >= floor).nonzero().T
+            values = groups.flatten(1)[rows, columns]
+        return cls(rows, columns + start, values)
 
     @classmethod
     def cat(cls, parts: list[_Candidates]) -> _Candidates:
-        """Return the pairs of all parts; columns ascend from part to part."""
-        rows = torch.cat([part.rows for part in parts])
-        joined = cls(rows, torch.cat([p.columns for p in parts]), torch.cat([p.values for p in parts]))
-        return joined if len(parts) == 1 else joined.select(rows.sort(stable=True).indices)
+        """Return the pairs of all parts."""
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "columns", "values")))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -206,14 +224,9 @@ class _Candidates:
         """Return the pairs that are not below the floor, which was lower when early chunks were compared."""
         return self.select(self.values >= floor[self.rows, 0])
 
-    def merge(self, best: Tensor) -> Tensor:
-        """Return the k largest of `best [N, k]` and these values in each row, `[N, k]`."""
-        if not len(self):
-            return best
-        column, num_columns = _rank_in_row(self.rows, len(best))
-        table = best.new_full((len(best), num_columns), -math.inf)
-        table[self.rows, column] = self.values
-        return torch.cat((best, table), 1).topk(best.shape[1]).values
+    def sort(self, num_columns: int) -> _Candidates:
+        """Return the pairs sorted by query, then by bank vector, of which there are `num_columns`."""
+        return self.select((self.rows * num_columns + self.columns).argsort())
 
 
 def search(
@@ -231,7 +244,7 @@ def search(
         bank_vectors: `[B, C]` float, likewise; or an index of them, which measures them once for all images.
         top_k: neighbours wanted, 1 or more.
         query_chunk: queries compared at once.
-        bank_chunk: bank vectors compared at once; memory is a few times `query_chunk * bank_chunk` floats.
+        bank_chunk: bank vectors compared at once, see `ExactIndex`.
 
     Returns:
         `similarities [N, k]` float32 in [-1, 1], descending, and `indices [N, k]` int64; equal similarities rank by
@@ -265,7 +278,8 @@ def best_candidates(queries: Tensor, bank: Tensor, *, rows: Tensor, columns: Ten
     Args:
         queries: `[N, C]` float.
         bank: `[B, C]` float.
-        rows, columns: `[P]` int64, pairs sorted by query, then by bank vector; each query has k of them or more.
+        rows: `[P]` int64, the queries of pairs, sorted by query, then by bank vector; each query is in k or more.
+        columns: `[P]` int64, the bank vectors of the pairs.
         k: neighbours wanted.
 
     Returns:
@@ -286,13 +300,6 @@ def _k_best(similarities: Tensor, candidates: _Candidates, count: int, k: int) -
     return order[starts[:, None] + torch.arange(k, device=starts.device)]
 
 
-def _rank_in_row(rows: Tensor, count: int) -> tuple[Tensor, int]:
-    """Return each pair's rank among those of its row, `[P]`, and the length of the longest row; `rows` ascend."""
-    counts = torch.bincount(rows, minlength=count)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(rows), device=rows.device) - starts[rows], int(counts.max())
-
-
 def similarities_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return `[P]` float32: the cosine of query `rows[p]` and bank vector `columns[p]`, exact for equal vectors."""
     dim, device = queries.shape[1], queries.device
@@ -301,21 +308,41 @@ def similarities_of(queries: Tensor, bank: Tensor, rows: Tensor, columns: Tensor
     bits = (53 - max(dim - 1, 0).bit_length()) // 2
     fixed = _fixed(queries, bits)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    lengths = _dots(fixed, fixed).to(dtype)
+    if device.type == "cpu":
+        return _compare_pairs(fixed.numpy(), bank, rows.numpy(), columns, bits)
+    lengths = (fixed * fixed).sum(1).to(dtype)
     parts = [torch.empty(0, device=device, dtype=dtype)]
-    step = max(1, _BLOCK.get(device.type, _LARGE_BLOCK) // max(dim, 1))
+    step = max(1, _LARGE_BLOCK // max(dim, 1))
     for row, column in zip(rows.split(step), columns.split(step), strict=True):
         other = _fixed(bank[column], bits)
-        squares = lengths[row] * _dots(other, other).to(dtype)
-        parts.append(_dots(fixed[row], other).to(dtype) / torch.where(squares > 0, squares, 1).sqrt())
+        squares = lengths[row] * (other * other).sum(1).to(dtype)
+        parts.append((fixed[row] * other).sum(1).to(dtype) / torch.where(squares > 0, squares, 1).sqrt())
     return torch.cat(parts).clamp(-1, 1).float()
 
 
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Return `[n]`, the exact products of the rows of two `[n, C]` tensors of integers, in their dtype."""
-    if a.device.type == "cpu":
-        return torch.from_numpy(np.einsum("nc,nc->n", a.numpy(), b.numpy()))
-    return (a * b).sum(1)
+def _compare_pairs(fixed: np.ndarray, bank: Tensor, rows: np.ndarray, columns: Tensor, bits: int) -> Tensor:
+    """Return what `similarities_of` does, on a CPU: a few vectors at a time, which stay in its cache.
+
+    Args:
+        fixed: `[N, C]`, the queries as `_fixed` makes them.
+        bank: `[B, C]` float.
+        rows, columns: `[P]` int64, the pairs.
+        bits: of `_fixed`.
+    """
+    products, squares = np.empty(len(rows)), np.empty(len(rows))
+    step = max(1, _BLOCK // max(fixed.shape[1], 1))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        other = _fixed(bank.index_select(0, columns[part]), bits).numpy()
+        np.einsum("nc,nc->n", other, other, out=squares[part])
+        # Pairs of a query stand side by side, so that it is not copied for each of them.
+        row, result = rows[part], products[part]
+        edges = [0, *(np.flatnonzero(row[1:] != row[:-1]) + 1).tolist(), len(row)]
+        for first, last in pairwise(edges):
+            np.dot(other[first:last], fixed[row[first]], out=result[first:last])
+    squares *= np.einsum("nc,nc->n", fixed, fixed)[rows]
+    similarities = products / np.sqrt(np.where(squares > 0, squares, 1))
+    return torch.from_numpy(similarities).clamp_(-1, 1).float()
 
 
 def _fixed(vectors: Tensor, bits: int) -> Tensor:

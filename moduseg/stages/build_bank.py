@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,34 +11,43 @@ from typing import Any
 import numpy as np
 import torch
 
-from moduseg.bank.aggregation import aggregate, coverage, harden
-from moduseg.bank.purification import class_regions, purify
+from moduseg.bank.parts import find_parts
+from moduseg.bank.regions import labelled_regions, region_vectors, unlabelled_regions
 from moduseg.bank.store import Bank, encode_vectors
-from moduseg.config import BankConfig
 from moduseg.devices import copy_arrays
 from moduseg.errors import ArtefactError, DataError
 from moduseg.files import file_digest, to_json_values
 from moduseg.masks.encoded import WaitingProposals, decode
 from moduseg.pipeline.batches import Files, Outcome
-from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.manifests import StageFolder, name_supervision, stored_name
 from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.pipeline.workspace import log
 from moduseg.stages.propose import Propose
 from moduseg.stages.pseudo_masks import PseudoMasks
-from moduseg.structures import Proposals, TokenMap
-
-Regions = np.ndarray | WaitingProposals
-"""Where an image's regions are: a pseudo mask, or proposals that have no labels."""
+from moduseg.structures import TokenMap
 
 
-class BuildBank(Stage[tuple[str, np.ndarray, Regions]]):
-    """Builds the bank of the training split. An item is an image's id, the image and its pseudo mask, or its proposals.
+@dataclass(frozen=True)
+class RegionSource:
+    """Where an image's regions are.
+
+    Attributes:
+        label_map: `[H, W]` uint8 pseudo mask; `None` if the regions are proposals without labels.
+        proposals: these, or with `bank.parts` those that may be parts of the pseudo mask's classes; else `None`.
+    """
+
+    label_map: np.ndarray | None = None
+    proposals: WaitingProposals | None = None
+
+
+class BuildBank(Stage[tuple[str, np.ndarray, RegionSource]]):
+    """Builds the bank of the training split. An item is an image's id, the image and where its regions are.
 
     The folder holds `bank.safetensors`, `bank.json`, `vectors/<id>.safetensors` (what each image adds),
     `failures.jsonl` and `manifest.json`. If `bank.path` names a folder, that is returned and nothing is built. With
     `retrieval.answer=words` each region has its CLIP feature too; with `bank.regions=proposals` regions have no labels
-    (0, the background's id), and no tag is read.
+    (0, the background's id), and no tag is read. With `bank.parts` proposals that lie in one class are regions of it.
     """
 
     name = "build_bank"
@@ -52,10 +62,13 @@ class BuildBank(Stage[tuple[str, np.ndarray, Regions]]):
         return None if self.cfg.bank.path is None else existing_bank_folder(self.cfg.bank.path)
 
     def inputs(self) -> dict[str, Stage[Any]]:
-        """Return `pseudo_masks`, or `propose` on the training split if its proposals are the regions."""
-        if self.cfg.bank.regions == "proposals":
-            return {"propose": Propose(self.work, self.split)}
-        return {"pseudo_masks": PseudoMasks(self.work)}
+        """Return `pseudo_masks`, `propose` on the training split if its proposals are regions, or both."""
+        stages: dict[str, Stage[Any]] = {}
+        if self._has_labels:
+            stages["pseudo_masks"] = PseudoMasks(self.work)
+        if not self._has_labels or self.cfg.bank.parts:
+            stages["propose"] = Propose(self.work, self.split)
+        return stages
 
     def models(self) -> dict[str, HasDigest]:
         """Return the backbone, and the CLIP if words are asked."""
@@ -80,33 +93,42 @@ class BuildBank(Stage[tuple[str, np.ndarray, Regions]]):
         }
         if settings.flips:
             bank_parts["flips"] = True
+        if settings.parts:
+            bank_parts["parts"] = settings.parts
         return {
             "dataset": self.work.dataset_parts(self.split),
-            self._source: self.input_folders[self._source].name,
+            **{name: folder.name for name, folder in self.input_folders.items()},
             "backbone": self.work.backbone_parts(),
             "bank": bank_parts,
             **self.work.word_parts,
         }
 
     @property
-    def _source(self) -> str:
-        """The stage that says where regions are."""
-        return "propose" if self.cfg.bank.regions == "proposals" else "pseudo_masks"
+    def _has_labels(self) -> bool:
+        """Whether regions are those of pseudo masks."""
+        return self.cfg.bank.regions == "pseudo_masks"
 
-    def load(self, image_id: str) -> tuple[str, np.ndarray, Regions]:
-        """Return an image and its pseudo mask, or its proposals."""
+    @property
+    def _supervision(self) -> str | None:
+        """What the generator was trained on, if the bank holds anything of it."""
+        return self.work.generator.supervision if self._has_labels or self.cfg.uses_words else None
+
+    def load(self, image_id: str) -> tuple[str, np.ndarray, RegionSource]:
+        """Return an image and its pseudo mask, its proposals, or both."""
         image = self.dataset.load(image_id).image
-        if self._source == "propose":
+        proposals = None
+        if "propose" in self.input_folders:
             proposals = self.input_folders["propose"].waiting_proposals(image_id, (image.shape[0], image.shape[1]))
-            return image_id, image, proposals
+        if not self._has_labels:
+            return image_id, image, RegionSource(proposals=proposals)
         label_map = self.input_folders["pseudo_masks"].label_map(image_id)
         if label_map.shape != image.shape[:2]:
             raise DataError(
                 f"{image_id}: pseudo mask is {label_map.shape}, expected the image's {image.shape[:2]}; make it again"
             )
-        return image_id, image, label_map
+        return image_id, image, RegionSource(label_map, proposals)
 
-    def process(self, items: list[tuple[str, np.ndarray, Regions]]) -> list[Files]:
+    def process(self, items: list[tuple[str, np.ndarray, RegionSource]]) -> list[Files]:
         """Return the vectors of several images, followed by those of their mirror images if `bank.flips` is set."""
         ids = [image_id for image_id, _, _ in items]
         images, sources = [image for _, image, _ in items], [source for _, _, source in items]
@@ -121,10 +143,14 @@ class BuildBank(Stage[tuple[str, np.ndarray, Regions]]):
         return [{stored_name("vectors", i): partial(encode_vectors, e)} for i, e in zip(ids, entries, strict=True)]
 
     def reads(self, image_id: str) -> list[Path]:
-        """Return the files of the image and its pseudo mask."""
-        source = self.input_folders[self._source]
-        file = source.file("proposals" if self._source == "propose" else "label_map", image_id)
-        return [self.image_file(image_id), file]
+        """Return the files of the image, its pseudo mask and its proposals."""
+        folders = self.input_folders
+        files = [self.image_file(image_id)]
+        if "pseudo_masks" in folders:
+            files.append(folders["pseudo_masks"].file("label_map", image_id))
+        if "propose" in folders:
+            files.append(folders["propose"].file("proposals", image_id))
+        return files
 
     def merge(self, outcome: Outcome) -> dict[str, Any]:
         """Put the vectors of all images together as the bank, unless that is done."""
@@ -138,31 +164,68 @@ class BuildBank(Stage[tuple[str, np.ndarray, Regions]]):
         missing = [name for name, count in bank.counts.items() if count == 0]
         if missing and not self.cfg.uses_words:
             log.warning("build_bank: no vector for %s; no pixel can get these labels", ", ".join(missing))
-        return {"vectors": len(bank), "bank_sha256": file_digest(bank_file), "config": self.cfg.as_dict()}
+        supervision = name_supervision(self._supervision)
+        return {
+            "vectors": len(bank),
+            "bank_sha256": file_digest(bank_file),
+            "config": self.cfg.as_dict(),
+            **supervision,
+        }
 
     def _vectors(
-        self, images: list[np.ndarray], sources: list[Regions], *, is_mirrored: bool = False
+        self, images: list[np.ndarray], sources: list[RegionSource], *, is_mirrored: bool = False
     ) -> list[dict[str, torch.Tensor]]:
         """Return what images add to the bank; `is_mirrored` if `sources` are of their mirror images."""
         token_maps = self.work.backbone.tokens(images)
         device = token_maps[0].tokens.device
-        label_maps = [source for source in sources if isinstance(source, np.ndarray)]
+        label_maps = [source.label_map for source in sources if source.label_map is not None]
         if is_mirrored:
             label_maps = [label_map[:, ::-1].copy() for label_map in label_maps]
         maps_on_device = iter(copy_arrays(label_maps, device))
-        entries = []
-        for image, source, tokens in zip(images, sources, token_maps, strict=True):
-            # Masks of one image are in memory at a time.
-            if isinstance(source, np.ndarray):
-                labels, masks = labelled_regions(next(maps_on_device), self.cfg.bank)
-            else:
-                labels, masks = unlabelled_regions(decode(source), self.cfg.bank, is_mirrored=is_mirrored)
-                labels, masks = labels.to(device), masks.to(device)
-            entry = region_vectors(labels, masks, tokens, self.cfg.bank)
-            if self.cfg.uses_words:
-                entry["word_values"] = self.work.region_encoder.pool_regions(image, masks)
-            entries.append(entry)
-        return entries
+        # Masks of one image are in memory at a time.
+        return [
+            self._pool(
+                image,
+                source.proposals,
+                tokens,
+                label_map=None if source.label_map is None else next(maps_on_device),
+                is_mirrored=is_mirrored,
+            )
+            for image, source, tokens in zip(images, sources, token_maps, strict=True)
+        ]
+
+    def _pool(
+        self,
+        image: np.ndarray,
+        waiting: WaitingProposals | None,
+        tokens: TokenMap,
+        *,
+        label_map: torch.Tensor | None,
+        is_mirrored: bool,
+    ) -> dict[str, torch.Tensor]:
+        """Return what one image adds to the bank.
+
+        Args:
+            image: `[H, W, 3]` uint8.
+            waiting: its proposals, if they are regions or may be parts of regions.
+            tokens: of the image.
+            label_map: `[H, W]` uint8 on the device of the tokens, if its regions are regions of the image.
+            is_mirrored: whether image and label map are mirrored, which the proposals are not.
+        """
+        proposals = None if waiting is None else decode(waiting).to(tokens.tokens.device)
+        regions = []
+        if label_map is not None:
+            regions.append(labelled_regions(label_map, self.cfg.bank))
+            if proposals is not None:
+                candidates = proposals.masks[: self.cfg.bank.parts]
+                regions.append(find_parts(label_map, candidates.flip(-1) if is_mirrored else candidates))
+        elif proposals is not None:
+            regions.append(unlabelled_regions(proposals, self.cfg.bank, is_mirrored=is_mirrored))
+        labels, masks = (torch.cat(tensors) for tensors in zip(*regions, strict=True))
+        entry = region_vectors(labels, masks, tokens, self.cfg.bank)
+        if self.cfg.uses_words:
+            entry["word_values"] = self.work.region_encoder.pool_regions(image, masks)
+        return entry
 
     def _bank(self, failed: dict[str, str]) -> Bank:
         """Return the vectors of all images in the order of the data set, whichever run made them."""
@@ -187,6 +250,9 @@ class BuildBank(Stage[tuple[str, np.ndarray, Regions]]):
             "backbone_digest": self.work.backbone.digest,
             "config": self.cfg.as_dict(),
         }
+        info |= name_supervision(self._supervision)
+        if dataset.class_colours:
+            info["colours"] = dict(dataset.class_colours)
         if self.cfg.uses_words:
             info["word_values_digest"] = self.work.region_encoder.digest
             values = values or [torch.empty(0, self.work.region_encoder.words.features.shape[1])]
@@ -215,71 +281,3 @@ def existing_bank_folder(path: str) -> Path:
             "that scripts/build_bank.py or scripts/bank.py made"
         )
     return folder
-
-
-def image_vectors(label_map: torch.Tensor, tokens: TokenMap, bank: BankConfig) -> dict[str, torch.Tensor]:
-    """Return what one labelled image adds to the bank (docs/method.md, steps 2 and 3).
-
-    Args:
-        label_map: `[H, W]` uint8 pseudo mask, 255 ignore.
-        tokens: the image's patch tokens.
-        bank: purification, minimum area and aggregation.
-
-    Returns:
-        `pooled` `[R, C]` float32, `labels` `[R]` int64, `areas` `[R]` int64, ascending label.
-    """
-    return region_vectors(*labelled_regions(label_map, bank), tokens, bank)
-
-
-def labelled_regions(label_map: torch.Tensor, bank: BankConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the purified region of each class of a pseudo mask (docs/method.md, step 2).
-
-    Args:
-        label_map: `[H, W]` uint8, 255 ignore.
-        bank: purification and minimum area.
-
-    Returns:
-        `labels` `[R]` int64, ascending, and `masks` `[R, H, W]` bool.
-    """
-    if bank.purify.enabled:
-        label_map = purify(label_map, bank.purify.kernel_size, bank.purify.iterations)
-    return class_regions(label_map, bank.min_area)
-
-
-def unlabelled_regions(
-    proposals: Proposals, bank: BankConfig, *, is_mirrored: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the proposals of at least `bank.min_area` pixels as regions, in their order.
-
-    Args:
-        proposals: of one image.
-        bank: minimum area; proposals are not purified.
-        is_mirrored: whether the regions of the mirror image are wanted.
-
-    Returns:
-        `labels` `[R]` int64, all 0, and `masks` `[R, H, W]` bool.
-    """
-    masks = proposals.select(proposals.areas >= bank.min_area).masks
-    masks = masks.flip(-1) if is_mirrored else masks
-    return torch.zeros(len(masks), dtype=torch.int64, device=masks.device), masks
-
-
-def region_vectors(
-    labels: torch.Tensor, masks: torch.Tensor, tokens: TokenMap, bank: BankConfig
-) -> dict[str, torch.Tensor]:
-    """Pool the patch tokens of regions (docs/method.md, step 3).
-
-    Args:
-        labels: `[R]` int64.
-        masks: `[R, H, W]` bool on the device of the tokens.
-        tokens: the image's patch tokens.
-        bank: aggregation.
-
-    Returns:
-        `pooled` `[R, C]` float32, `labels` `[R]` int64, `areas` `[R]` int64.
-    """
-    weights = coverage(masks, tokens)
-    if bank.aggregation == "hard":
-        weights = harden(weights)
-    pooled = aggregate(tokens.tokens, weights, normalize=False)
-    return {"pooled": pooled, "labels": labels, "areas": masks.flatten(1).sum(1)}

@@ -13,7 +13,7 @@ from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.errors import DataError
 from moduseg.evaluation.counts import FILE
-from moduseg.evaluation.measures import PROPOSAL_FIGURES, format_value
+from moduseg.evaluation.measures import CLASSIFIER_FIGURES, PROPOSAL_FIGURES, format_value
 from moduseg.evaluation.proposals import ProposalQuality
 from moduseg.evaluation.tables import markdown_table, measure_rows, results_markdown
 from moduseg.files import file_digest, read_json, to_json_values, write_atomic, write_json
@@ -24,6 +24,7 @@ from moduseg.progress import track
 from moduseg.report import build
 from moduseg.stages import evaluate_folder
 from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.class_scores import measure_classifier
 from moduseg.stages.evaluate_masks import scoring_settings
 from moduseg.stages.infer import Infer
 from moduseg.stages.propose import Propose
@@ -115,6 +116,9 @@ def _complete(work: Workspace, artefact: Artefact, folders: ScoredFolders) -> No
             "proposals": _measure_proposals(dataset, StageFolder(folders.proposals), min_area),
             "bank": {"vectors": read_json(folders.bank / "bank.json")["counts"]},
         }
+        classifier = measure_classifier(work)
+        if classifier is not None:
+            record["classifier"] = classifier
         write_atomic(artefact.path / FILE, (folders.predictions / FILE).read_bytes())
         write_json(file, record)
         write_atomic(artefact.path / "results.md", _make_table(record).encode())
@@ -130,8 +134,21 @@ def _complete(work: Workspace, artefact: Artefact, folders: ScoredFolders) -> No
     build.add_figures(folders.predictions, read_json(file))
 
 
+_measured: dict[tuple[str, str, int], dict[str, Any]] = {}
+"""What `_measure_proposals` returned: a table asks for the same proposals in most of its runs."""
+
+
 def _measure_proposals(dataset: Dataset, proposals: StageFolder, min_area: int) -> dict[str, Any]:
     """Return recall at IoU 0.5 and mean best IoU of objects: instances if the data set has them, else components."""
+    # The manifest holds a digest of the files and the key, in which the images and their truth are.
+    key = (str(proposals.path.resolve()), file_digest(proposals.path / "manifest.json"), min_area)
+    if key not in _measured:
+        _measured[key] = _compare_with_objects(dataset, proposals, min_area)
+    return dict(_measured[key])
+
+
+def _compare_with_objects(dataset: Dataset, proposals: StageFolder, min_area: int) -> dict[str, Any]:
+    """Return what `_measure_proposals` does, from the files."""
     quality = ProposalQuality(0.5, min_area)
     for image_id in track(dataset.ids, "score proposals"):
         if image_id in proposals.failures:
@@ -154,6 +171,8 @@ def _make_table(record: dict[str, Any]) -> str:
         rows.insert(1, ("mIoU, 95 % interval over images", ends))
     if masks is not None:
         rows += [(f"{title}, pseudo masks of {masks['split']}", value) for title, value in measure_rows(masks)]
+    if (classifier := record.get("classifier")) is not None:
+        rows += [(figure.label(figure.title), figure.format(figure.read(classifier))) for figure in CLASSIFIER_FIGURES]
     rows += [
         (figure.label(figure.title.format_map(proposals)), figure.format(figure.read(proposals)))
         for figure in PROPOSAL_FIGURES

@@ -101,7 +101,7 @@ def _score(cfg: Config, work: Workspace, folder: PredictionFolder, artefact: Art
     write_json(artefact.path / "results.json", results)
     write_atomic(artefact.path / "results.md", results_markdown(record).encode())
     try:
-        draw_panels(artefact, dataset, counts.ids, cfg.evaluation.panels, read=read_prediction)
+        draw_panels(artefact, dataset, counts.ids, cfg.evaluation, read=read_prediction)
     except DataError as error:
         # The figures need the truth alone; a photograph that is not at hand costs the pictures, not them.
         log.warning("evaluate: no panels: %s", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from moduseg.config import Config, EvaluationConfig
 from moduseg.datasets.base import Dataset
+from moduseg.datasets.colours import find_class_colours
 from moduseg.devices import count_workers
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.bootstrap import bootstrap
@@ -19,6 +21,7 @@ from moduseg.evaluation.measures import LabelMapCounts, missing_measures
 from moduseg.evaluation.pairs import Pair, count_pairs
 from moduseg.evaluation.tables import ContourWidth, ScoredRun, results_markdown, results_record
 from moduseg.files import read_json, write_atomic, write_json
+from moduseg.masks.encoded import decoded
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.batches import Outcome
 from moduseg.pipeline.manifests import StageFolder, steps_by_folder, stored_name, wall_seconds
@@ -29,7 +32,7 @@ from moduseg.structures import IGNORE_INDEX
 
 Reader = Callable[[str, tuple[int, int]], np.ndarray]
 """Id and `(H, W)` of the truth -> `[H, W]` uint8 label map."""
-_MAY_IGNORE = ("pseudo_masks", "segment")
+_MAY_IGNORE = ("pseudo_masks", "segment", "student_labels")
 """Stages whose label maps may hold 255."""
 NO_REFINEMENT = "none (no CRF, no test-time augmentation)"
 
@@ -42,8 +45,9 @@ def scoring_settings(cfg: Config) -> dict[str, Any]:
 def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome, dataset: Dataset) -> bool:
     """Return whether `results.json` is missing or out of date.
 
-    It is out of date if label maps changed, if it was made with other evaluation settings or, where it has an interval,
-    with another seed, or if it lacks a measure that applies, as results of an older version may.
+    It is out of date if label maps changed, if it was made with other evaluation settings, its panels in other colours
+    or, where it has an interval, with another seed, or if it lacks a measure that applies, as results of an older
+    version may.
     """
     file, settings = artefact.path / "results.json", work.cfg.evaluation
     if outcome.changed or not file.is_file():
@@ -52,6 +56,9 @@ def needs_scoring(work: Workspace, artefact: Artefact, outcome: Outcome, dataset
     if _deciding(record["config"]["evaluation"]) != scoring_settings(work.cfg):
         return True
     if settings.bootstrap and record["config"]["runtime"]["seed"] != work.cfg.runtime.seed:
+        return True
+    # Colours change no score, but the panels beside it.
+    if record["config"]["evaluation"].get("report_colours", "auto") != settings.report_colours:
         return True
     return lacks_measures(record, dataset, settings)
 
@@ -70,6 +77,19 @@ def _deciding(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in evaluation.items() if key != "workers" and not key.startswith("report")}
 
 
+@dataclass(frozen=True)
+class LabelOrigin:
+    """What label maps were made from, as results say it.
+
+    Attributes:
+        label_source: where the tags come from; that of the training split if omitted.
+        supervision: masks that a part of the run was trained on, `pixel:<data set>`; `None` for none.
+    """
+
+    label_source: str | None = None
+    supervision: str | None = None
+
+
 def score_or_draw(
     work: Workspace,
     artefact: Artefact,
@@ -78,7 +98,7 @@ def score_or_draw(
     *,
     proposals: StageFolder | None = None,
     inputs: Mapping[str, StageFolder] | None = None,
-    label_source: str | None = None,
+    origin: LabelOrigin | None = None,
 ) -> None:
     """Score a stage's label maps and draw panels of them; without ground truth only draw. Do nothing if that is done.
 
@@ -86,12 +106,12 @@ def score_or_draw(
     """
     if dataset.has_truth:
         if needs_scoring(work, artefact, outcome, dataset):
-            score_label_maps(
-                work, artefact, outcome, dataset, proposals=proposals, inputs=inputs, label_source=label_source
-            )
-    elif outcome.changed:
-        ids = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
-        draw_panels(artefact, dataset, ids, work.cfg.evaluation.panels, proposals=proposals)
+            score_label_maps(work, artefact, outcome, dataset, proposals=proposals, inputs=inputs, origin=origin)
+        return
+    ids = [image_id for image_id in dataset.ids if image_id not in outcome.failed]
+    wanted = [artefact.file(stored_name("panel", i)) for i in _spread_evenly(ids, work.cfg.evaluation.panels)]
+    if outcome.changed or not all(file.is_file() for file in wanted):
+        draw_panels(artefact, dataset, ids, work.cfg.evaluation, proposals=proposals)
         if work.cfg.evaluation.panels:
             log.info("panels:  %s", artefact.path / "panels")
 
@@ -104,7 +124,7 @@ def score_label_maps(
     *,
     proposals: StageFolder | None = None,
     inputs: Mapping[str, StageFolder] | None = None,
-    label_source: str | None = None,
+    origin: LabelOrigin | None = None,
 ) -> dict[str, Any]:
     """Score `labels/*.png` of an artefact; write `results.json`, `results.md`, the counts of each image and `panels/`.
 
@@ -118,12 +138,12 @@ def score_label_maps(
         dataset: the split they belong to.
         proposals: the folder of stage `propose`, for the panels; that column is left out if omitted.
         inputs: folders it was made from, by stage; their seconds are listed.
-        label_source: where the tags behind the label maps come from; that of the training split if omitted.
+        origin: what the label maps were made from; tags of the training split, and no masks, if omitted.
 
     Returns:
         What `results.json` holds.
     """
-    folder, what = StageFolder(artefact.path), _kind_of(artefact)
+    folder, what, origin = StageFolder(artefact.path), _kind_of(artefact), origin or LabelOrigin()
 
     def read(image_id: str, expected: tuple[int, int]) -> np.ndarray:
         labels = folder.label_map(image_id)
@@ -141,10 +161,11 @@ def score_label_maps(
         dataset.name,
         dataset.split,
         len(counts),
-        label_source=label_source or work.dataset(work.train_split).label_source,
+        label_source=origin.label_source or work.dataset(work.train_split).label_source,
         config=work.cfg.as_dict(),
         seconds=seconds,
         failures=[*outcome.failed, *unscored],
+        supervision=origin.supervision,
         extra={"refinement": _describe_refinement(work, artefact), "seed": work.cfg.runtime.seed, **timing(steps)},
     )
     record = make_record(work, dataset, counts, run)
@@ -152,7 +173,7 @@ def score_label_maps(
     write_atomic(artefact.path / FILE, counts.to_bytes())
     write_json(artefact.path / "results.json", record)
     write_atomic(artefact.path / "results.md", table.encode())
-    draw_panels(artefact, dataset, counts.ids, work.cfg.evaluation.panels, proposals=proposals)
+    draw_panels(artefact, dataset, counts.ids, work.cfg.evaluation, proposals=proposals)
     log.info("%s\nresults: %s", table.rstrip(), artefact.path / "results.json")
     if work.cfg.evaluation.panels:
         log.info("panels:  %s", artefact.path / "panels")
@@ -162,10 +183,12 @@ def score_label_maps(
 def _describe_refinement(work: Workspace, artefact: Artefact) -> str:
     """Return what changed the label maps after the scores, or after the retrieval from a bank."""
     steps: list[str] = []
-    if artefact.stage == "segment" and work.cfg.pseudo_masks.refine != "none":
+    if artefact.stage in ("segment", "pseudo_masks") and work.cfg.pseudo_masks.refine != "none":
         steps = [work.cfg.pseudo_masks.refine]
-    elif artefact.stage == "infer":
+    elif artefact.stage in ("infer", "infer_training"):
         steps = [f"{name}={value}" for name, value in work.cfg.retrieval.tidying.items() if value]
+    elif artefact.stage == "predict_student" and work.cfg.student is not None and work.cfg.student.views:
+        return f"none (no CRF); test-time augmentation: {work.cfg.student.views}"
     return f"{', '.join(steps)} (no CRF, no test-time augmentation)" if steps else NO_REFINEMENT
 
 
@@ -291,7 +314,7 @@ def draw_panels(
     artefact: Artefact,
     dataset: Dataset,
     scored: Sequence[str],
-    count: int,
+    settings: EvaluationConfig,
     *,
     proposals: StageFolder | None = None,
     read: Callable[[str], np.ndarray] | None = None,
@@ -302,30 +325,40 @@ def draw_panels(
         artefact: the pictures go to its `panels/`.
         dataset: the images.
         scored: ids to choose from.
-        count: number of panels.
+        settings: the number of panels, and the colours of the classes.
         proposals: the folder of stage `propose`; that column is left out if omitted.
         read: id -> label map; the artefact's own `labels/<id>.png` if omitted.
     """
-    chosen = [scored[i] for i in sorted({int(i) for i in np.linspace(0, len(scored) - 1, min(count, len(scored)))})]
+    chosen = _spread_evenly(scored, settings.panels)
+    colours = find_class_colours(dataset.classes, dataset.class_colours, settings.report_colours)
     read_labels, what = read or StageFolder(artefact.path).label_map, _kind_of(artefact)
 
     def draw(image_id: str) -> bytes:
         sample = dataset.load(image_id, truth=True, labels=False)
-        return draw_image_panel(
+        draw_with = partial(
+            draw_image_panel,
             sample.image,
             dataset.classes,
-            proposals=None if proposals is None else proposals.proposals(image_id, sample.size).masks,
             labels=read_labels(image_id),
-            labels_title=what,
             truth=sample.semantic,
-            title=image_id,
+            titles=(image_id, what),
+            colours=colours,
         )
+        if proposals is None:
+            return draw_with()
+        with decoded(proposals.waiting_proposals(image_id, sample.size)) as shown:
+            return draw_with(proposals=shown.masks)
 
     with ThreadPoolExecutor(count_workers(), thread_name_prefix="panel") as pool:
         for image_id, picture in zip(chosen, pool.map(draw, chosen), strict=True):
             write_atomic(artefact.file(stored_name("panel", image_id)), picture)
 
 
+def _spread_evenly(ids: Sequence[str], count: int) -> list[str]:
+    """Return at most `count` ids, the first and the last one among them."""
+    return [ids[i] for i in sorted({int(i) for i in np.linspace(0, len(ids) - 1, min(count, len(ids)))})]
+
+
 def _kind_of(artefact: Artefact) -> str:
     """Return what the label maps of a stage are called in titles."""
-    return "pseudo mask" if artefact.stage == "pseudo_masks" else "prediction"
+    return {"pseudo_masks": "pseudo mask", "student_labels": "training label"}.get(artefact.stage, "prediction")

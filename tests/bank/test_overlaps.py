@@ -61,6 +61,16 @@ def test_counted_as_by_loops(device: torch.device, rng: np.random.Generator) -> 
         assert nearest.num_images.tolist() == [len(set(images[labels == label])) for label in range(5)]
 
 
+def test_classes_that_are_not_searched_are_not_compared() -> None:
+    """Without trucks the nearest region of another image is a bus."""
+    vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]])
+    bank = make_bank(vectors, [1, 1, 2], [0, 1, 2])
+    both, alone = (count_nearest_classes(bank, vectors, classes=names) for names in (None, [NAMES[1]]))
+    assert both.counts[1].tolist() == [0, 0, 2, 0, 0]
+    assert alone.counts.tolist() == [[0] * 5, [0, 2, 0, 0, 0], [0] * 5, [0] * 5, [0] * 5]
+    assert (both.num_regions, alone.num_regions) == (3, 2)
+
+
 def test_regions_of_one_image_are_not_compared() -> None:
     """Two buses of one image are alike, and the truck of another one is nearest to both."""
     vectors = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.8]])

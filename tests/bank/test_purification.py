@@ -98,6 +98,19 @@ def test_minimum_area_is_inclusive(device: torch.device) -> None:
     assert class_regions(label_map, 302)[1].shape == (0, 30, 40)
 
 
+@pytest.mark.parametrize("ignore_index", [0, 7, 255])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_regions_of_every_byte(
+    ignore_index: int, dtype: torch.dtype, device: torch.device, rng: np.random.Generator
+) -> None:
+    label_map = rng.permutation(np.repeat(np.arange(256), rng.integers(0, 9, 256)))[:900].reshape(30, 30)
+    class_ids, masks = class_regions(torch.from_numpy(label_map).to(device, dtype), 3, ignore_index)
+    expected = [value for value in range(256) if (label_map == value).sum() >= 3 and value != ignore_index]
+    assert class_ids.tolist() == expected
+    for value, mask in zip(expected, masks.cpu().numpy(), strict=True):
+        np.testing.assert_array_equal(mask, label_map == value)
+
+
 @pytest.mark.parametrize(
     ("kernel_size", "iterations", "match"),
     [(2, 1, "kernel_size: got 2"), (0, 1, "kernel_size: got 0"), (-3, 1, "odd number"), (3, -1, "iterations: got -1")],

@@ -18,7 +18,7 @@ from moduseg.studies.ablate import load_table
 
 GROUPS = (
     "dataset", "proposer", "backbone", "pseudo_masks", "tagger", "bank", "retrieval", "evaluation", "runtime",
-    "experiment",
+    "experiment", "student",
 )  # fmt: skip
 FILES = [(g, p.stem) for g in GROUPS for p in sorted((config_dir() / g).glob("*.yaml"))]
 TABLES = sorted(p.stem for p in (config_dir() / "table").glob("*.yaml"))

@@ -129,4 +129,18 @@ def test_every_file_is_a_set_or_a_method_on_one() -> None:
     names = {path.stem for path in (config_dir() / "protocol").glob("*.yaml")}
     methods = {f"{name}_{method}" for name in SETS for method in METHODS}
     diffusion = {f"{name}_{m}" for name in ("voc21", "context60", "coco_object") for m in ("iseg", "diffsegmenter")}
-    assert names == {*SETS, *methods, *diffusion, *(f"{name}_sam3" for name in SETS)}
+    unsupervised = {
+        f"{name}_{pictures}" for name in ("cityscapes27", "coco_stuff27") for pictures in ("diffseg", "picie")
+    }
+    assert names == {*SETS, *methods, *diffusion, *(f"{name}_sam3" for name in SETS), *unsupervised}
+
+
+@pytest.mark.parametrize(("name", "tau"), [("cityscapes27", 0.9), ("coco_stuff27", 1.1)])
+def test_unsupervised_presets_have_the_published_pictures(name: str, tau: float) -> None:
+    diffseg, picie = compose_preset(f"{name}_diffseg"), compose_preset(f"{name}_picie")
+    for cfg, pictures in ((diffseg, "diffseg"), (picie, "picie")):
+        dataset = build(cfg.dataset, cfg.dataset["val_split"])
+        assert (dataset.name, dataset.num_classes, dataset.has_background) == (name, 27, False)
+        assert cfg.dataset["picture"] == pictures
+    assert (diffseg.discoverer["name"], diffseg.discoverer["tau"]) == ("diffseg", tau)
+    assert picie.discoverer["name"] == "kmeans"

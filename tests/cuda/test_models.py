@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moduseg import backbones, proposers, pseudo_masks, taggers
+from moduseg import backbones, discovery, proposers, pseudo_masks, taggers
 from moduseg.backbones import BACKBONES
 from moduseg.devices import Device
+from moduseg.discovery import DISCOVERERS
 from moduseg.proposers import PROPOSERS
 from moduseg.pseudo_masks import GENERATORS
-from moduseg.structures import Sample
+from moduseg.structures import Sample, TokenMap
 from moduseg.taggers import TAGGERS
 from tests.backbones.contract import picture
 from tests.backbones.test_clip import tiny_config
@@ -236,11 +237,35 @@ def test_taggers(name: str, precision: str, words: tuple[Path, int, int]) -> Non
     check_close(results, expected, precision)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", sorted(DISCOVERERS))
+def test_discoverers(name: str, precision: str, words: tuple[Path, int, int]) -> None:
+    """Everything happens on the device; in other precisions the attention of a model may part an image elsewhere."""
+    model = tiny_diffusion(words) if name in ("diffseg", "iseg_propagation") else {}
+    more = {"grid": 4, "tau": 0.001} if model else {}
+    if name == "iseg_propagation":
+        more |= {"self_places": ["up3.1"], "iterations": 1}
+    item = sample(name="24-2")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.rand(6, 10, 4, generator=generator)
+
+    def discover(device: Device) -> list[Tensor]:
+        grid = TokenMap(tokens.to(device.torch_device), 4, item.size, item.size)
+        found = discovery.build({"name": name, **model, **more}, device).find_segments(item, grid)
+        assert found.device.type == device.torch_device.type
+        # Which pixels share a segment, whatever its number.
+        pixels = found.flatten()[::7]
+        return [(pixels[:, None] == pixels).float()] if not model or precision == "float32" else []
+
+    expected, results = run_everywhere(discover, precision)
+    check_close(results, expected, precision)
+
+
 def test_no_class_is_left_out(words: tuple[Path, int, int]) -> None:
-    """Files are read on the CPU."""
+    """Files are read on the CPU; class tokens are fitted, and run on every device in tests of their own."""
     generators = make_generators(words)
     assert set(generators) == set(GENERATOR_NAMES)
-    assert {c["name"] for c in generators.values()} | {"files"} == set(GENERATORS)
+    assert {c["name"] for c in generators.values()} | {"files", "class_tokens"} == set(GENERATORS)
     assert {c["name"] for c in BACKBONE_CONFIGURATIONS.values()} == set(BACKBONES)
     tested = {"contours", "sam", "sam_transformers", "universal", "superpixels", "ground_truth"}
     assert tested | {"files"} == set(PROPOSERS)

@@ -98,16 +98,18 @@ def test_segmenter_and_session(gpu_run: tuple[Any, Path]) -> None:
         bank = BuildBank.run(gpu_run[0])
         segmenter = Segmenter.from_bank(bank, device="cuda")
         prediction = segmenter.predict(image)
-        session = Session(segmenter, bank)
+        session = Session(segmenter)
         session.show(image)
         assert np.array_equal(session.prediction.label_map, prediction.label_map)
         proposal = int(prediction.kept[0])
-        explanation = session.why(proposal, pictures=False)
-        changes = session.correct(proposal, "purple blob")
+        explanation = session.prediction.explain(proposal)
+        top_k = session.prediction.neighbours.shape[1]
+        change = session.correct(proposal, "purple blob")
         assert len(session.bank) == len(segmenter.bank) + 1
     assert explanation.label == segmenter.classes[int(prediction.labels[proposal])]
-    assert sum(explanation.votes.values()) == session.top_k
-    assert any(change.after == "purple blob" for change in changes)
+    assert sum(explanation.votes.values()) == top_k
+    assert change.region is not None
+    assert change.region.after == "purple blob"
 
 
 @pytest.fixture

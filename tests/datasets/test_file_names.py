@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +33,20 @@ FOLDER = {"name": "folder", "labels": "auto", "train_split": "train", "val_split
 @example("${x}", "x;y")
 @example("[a]", "a=b")
 @example("Größe", "50%")
+@example("compatibility form", "\uf900")
 def test_any_printable_name_is_read(folder: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / f"of {folder}"
         for part in ("images", "masks"):
             (root / part).mkdir(parents=True)
-        image_id = f"p{name}"
-        Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(root / "images" / f"{image_id}.png")
-        Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / "masks" / f"{image_id}.png")
+        # The file is named as drawn; its id is the NFC of that, whatever form lists and labels have.
+        file_name = f"p{name}"
+        image_id = unicodedata.normalize("NFC", file_name)
+        Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(root / "images" / f"{file_name}.png")
+        Image.fromarray(np.eye(8, dtype=np.uint8)).save(root / "masks" / f"{file_name}.png")
         (root / "classes.txt").write_text("background\ndisc\n", encoding="utf-8")
         with (root / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("image", "labels"), (f"{image_id}.png", "disc")])
+            csv.writer(file).writerows([("image", "labels"), (f"{file_name}.png", "disc")])
         dataset = datasets.build({**FOLDER, "root": str(root)}, "train")
         assert list(dataset.ids) == [image_id]
         sample = dataset.load(image_id, truth=True)
@@ -53,6 +57,6 @@ def test_any_printable_name_is_read(folder: str, name: str) -> None:
         write_atomic(root / stored_name("label_map", image_id), b"x")
         assert (root / "labels" / f"{image_id}.png").read_bytes() == b"x"
         # The same image as `predict` is given it.
-        for path in (root / "images", root / "images" / f"{image_id}.png"):
+        for path in (root / "images", root / "images" / f"{file_name}.png"):
             options, _ = parse(["bank=b", f"images={path}"], PredictOptions, "predict")
             assert list(find_images([Path(text) for text in options.images])) == [image_id]

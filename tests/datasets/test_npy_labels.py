@@ -53,7 +53,7 @@ def test_arrays_written_by_numpy_1_and_by_python_2(tmp_path: Path) -> None:
     """NumPy 1 named another module, and Python 2 wrote bytes as its `str`."""
     data = pickle.dumps({"a": _one_hot(3)}, protocol=2)
     old = data.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray")
-    assert old != data
+    assert b"cnumpy.core.multiarray" in old
     (tmp_path / "a.npy").write_bytes(old)
     assert read_npy_labels(tmp_path / "a.npy")[0] == {"a": (3,)}
     array = _one_hot(3).tobytes()

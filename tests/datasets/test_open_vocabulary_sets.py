@@ -22,6 +22,7 @@ from tests.support.skeletons import (
     write_ade20k,
     write_cityscapes,
     write_coco_stuff,
+    write_coco_stuff27,
     write_context,
     write_voc,
 )
@@ -36,6 +37,8 @@ SETS = [
     pytest.param("coco_stuff", write_coco_stuff, False, 171, id="coco_stuff"),
     pytest.param("cityscapes", write_cityscapes, False, 19, id="cityscapes"),
     pytest.param("ade20k", write_ade20k, False, 150, id="ade20k"),
+    pytest.param("cityscapes27", write_cityscapes, False, 27, id="cityscapes27"),
+    pytest.param("coco_stuff27", write_coco_stuff27, False, 27, id="coco_stuff27"),
 ]
 ROWS = {
     "context": [1] * 12 + [59] * 12 + [0] * 24,

@@ -309,7 +309,8 @@ def test_shipped_configurations_build(name: str) -> None:
     cfg = compose([f"dataset={name}"]).dataset
     for split in (cfg["train_split"], cfg["val_split"]):
         data = build(cfg, split)
-        assert (data.name, data.split) == ({"voc_aug": "voc", "context": "context60"}.get(name, name), split)
+        kind = {"voc_aug": "voc", "context": "context60", "miniature_large": "miniature"}.get(name, name)
+        assert (data.name, data.split) == (kind, split)
 
 
 def test_every_data_set_has_a_configuration() -> None:
@@ -322,7 +323,7 @@ def test_every_data_set_has_a_configuration() -> None:
         (
             {"name": "vocc"},
             "val",
-            "dataset.name: got 'vocc', expected one of ade20k, cityscapes, coco, coco150",
+            "dataset.name: got 'vocc', expected one of ade20k, cityscapes, cityscapes27, coco, coco150",
         ),
         ({"name": "voc"}, "val", "dataset.root: missing"),
         ({"name": "voc", "root": "x", "maskdir": "y"}, "val", "did you mean dataset.mask_dir"),

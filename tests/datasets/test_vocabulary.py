@@ -19,6 +19,8 @@ from tests.support.skeletons import indexed, noise, picture
     pytest.param("dog; small, young dog\ncat\n", WordList(("dog", "cat"), (("dog", "small, young dog"), ("cat",))),
                  id="semicolons"),
     pytest.param("boat: ship\nbackground: sky; sea\n", WordList(("boat",), (("ship",),), ("sky", "sea")), id="names"),
+    pytest.param("dog #ff8000\nsmall cat; kitten #00aa00\n", WordList(("dog", "small cat"),
+                 (("dog",), ("small cat", "kitten"))), id="a class list with colours"),
     pytest.param("background\ndog\n", WordList(("dog",), (("dog",),), ("background",)), id="background is a word"),
 ])  # fmt: skip
 def test_files_are_read(content: str, expected: WordList, tmp_path: Path) -> None:
@@ -74,6 +76,11 @@ def test_truth_and_tags_follow_the_order_of_words(dataset: TaggedImages) -> None
     assert sample.semantic is not None
     assert sample.semantic[0].tolist() == [0, 0, 2, 2, 1, 255]
     assert (sample.labels, reworded.has_truth, reworded.name) == ((1, 2), True, "two")
+
+
+def test_classes_keep_their_colours(dataset: TaggedImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TaggedImages, "class_colours", {"cat": "#112233", "dog": "#445566"})
+    assert RewordedDataset(dataset, WordList(("dog",), (("dog",),))).class_colours == {"dog": "#445566"}
 
 
 def test_other_classes_have_no_truth(dataset: TaggedImages) -> None:

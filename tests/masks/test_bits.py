@@ -30,13 +30,18 @@ def test_counts_boxes_and_paint(
         else:
             assert box == [21, 0, width, 0]
     labels = rng.integers(1, 255, 12).astype(np.uint8)
-    np.testing.assert_array_equal(packed.paint(labels), reference.rasterize(masks, labels, -np.arange(12)))
+    np.testing.assert_array_equal(
+        packed.paint(labels, np.arange(12)), reference.rasterize(masks, labels, -np.arange(12))
+    )
     order = rng.permutation(12)[:7]
+    painted = reference.rasterize(masks[order], labels[:7], -np.arange(7))
+    np.testing.assert_array_equal(packed.paint(labels[:7], order), painted)
     np.testing.assert_array_equal(packed.select(order).areas, packed.areas[order])
 
 
-def test_masks_of_any_memory_layout(rng: np.random.Generator) -> None:
-    turned = torch.from_numpy(reference.random_masks(rng, 4, 30, 22)).permute(0, 2, 1)
+@pytest.mark.parametrize("order", [(0, 2, 1), (2, 1, 0)])
+def test_masks_of_any_memory_layout(order: tuple[int, int, int], rng: np.random.Generator) -> None:
+    turned = torch.from_numpy(reference.random_masks(rng, 64, 64, 64)).permute(order)
     np.testing.assert_array_equal(PackedMasks.of(turned).words, PackedMasks.of(turned.contiguous()).words)
 
 
@@ -55,7 +60,7 @@ def test_without_masks_or_pixels(shape: tuple[int, int, int], monkeypatch: pytes
         monkeypatch.setattr(bits, "_PAIR_WORDS", words)
         packed = PackedMasks.of(torch.zeros(shape, dtype=torch.bool))
         assert packed.areas.tolist() == [0] * shape[0]
-        assert packed.paint(np.ones(shape[0], np.uint8)).shape == shape[1:]
+        assert packed.paint(np.ones(shape[0], np.uint8), np.arange(shape[0])).shape == shape[1:]
         assert packed.boxes().shape == (shape[0], 4)
 
 

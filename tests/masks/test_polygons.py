@@ -6,7 +6,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -32,7 +32,8 @@ from moduseg.report.annotations import (
 )
 from moduseg.retrieval.assemble import assemble
 from moduseg.retrieval.majority import assemble_majority
-from moduseg.structures import Prediction, Proposals
+from moduseg.retrieval.retriever import Retriever
+from moduseg.structures import Prediction, Proposals, SearchBank
 
 CLASSES = ("background", "dog & co", "cat")
 
@@ -329,6 +330,18 @@ def test_objects_of_a_vote_are_those_of_its_label_map(rng: np.random.Generator) 
         covered = painted.proposals.masks[certain].any(0).numpy()
         assert np.array_equal(label_map == 255, masks.any(0) & ~covered)
     assert is_other
+
+
+@pytest.mark.parametrize("selection", ["nms", "majority", "shares"])
+def test_disjoint_proposals_have_one_vote_under_every_rule(selection: Literal["nms", "majority", "shares"]) -> None:
+    """Two neighbours of different classes: the vote takes the nearer one, a divided vote the smaller label."""
+    vectors, labels = torch.tensor([[1.0, 0.0], [0.8, 0.6]]), torch.tensor([2, 1])
+    settings = RetrievalConfig(min_area=0, top_k=2, selection=selection)
+    retriever = Retriever(SearchBank(vectors, labels, torch.arange(2)), settings)
+    proposals = Proposals.of_id_map(torch.tensor([[0, 0], [1, -1]]), 2)
+    prediction = retriever.predict(proposals, vectors[[0, 0]])
+    assert prediction.label_map.tolist() == [[2, 2], [2, 0]]
+    assert np.array_equal(split_objects(prediction, 0.0, settings=settings)[0], prediction.label_map)
 
 
 def test_background_that_is_certain_is_known_under_every_rule() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from moduseg.datasets import build
 from moduseg.errors import ArtefactError, ConfigError
 from moduseg.masks.palette import voc_palette
 from moduseg.miniature.world.drawing import STUFF
@@ -98,6 +101,58 @@ def test_other_sizes(size: int) -> None:
     assert max(scene.semantic.shape) == size
 
 
+def measure_distance(instances: np.ndarray) -> np.ndarray:
+    """Return the distance of each pixel's centre from the nearest outline, in pixels, `[H, W]` float64."""
+    ids = range(int(instances.max()) + 1)
+    # An outline runs half a pixel before the centre of the first pixel beyond it.
+    distances = [cv2.distanceTransform((instances == i).astype(np.uint8), cv2.DIST_L2, 5) - 0.5 for i in ids]
+    return np.choose(instances, distances)
+
+
+def test_outlines_are_mixed_by_the_stated_width() -> None:
+    """Without lens and sensor every pixel beyond half of the width is that of the world with sharp outlines."""
+    plain = WorldConfig(size=256, blur=0.0, noise=0.0)
+    changed, distances = [], []
+    for index in range(12):
+        sharp = render_scene(7, "train", index, plain)
+        mixed = render_scene(7, "train", index, replace(plain, mixing=8.0))
+        changed.append((sharp.image != mixed.image).any(2).ravel())
+        distances.append(measure_distance(sharp.instances).ravel())
+    share = {
+        d: np.concatenate(changed)[np.abs(np.concatenate(distances) - d) < 0.1].mean() for d in (1.5, 2.5, 3.5, 4.5)
+    }
+    # One pixel in two at the outline is the other side's, none at a distance of half the width.
+    assert share[1.5] == pytest.approx(0.5 - 1.5 / 8, abs=0.04)
+    assert share[2.5] == pytest.approx(0.5 - 2.5 / 8, abs=0.04)
+    assert share[3.5] == pytest.approx(0.5 - 3.5 / 8, abs=0.04)
+    assert not np.concatenate(changed)[np.concatenate(distances) > 4.5].any()
+
+
+def test_mixing_changes_neither_truth_nor_what_else_is_drawn() -> None:
+    for index in range(8):
+        sharp, mixed = (render_scene(3, "val", index, WorldConfig(size=256, mixing=m)) for m in (0.0, 12.0))
+        assert sharp.semantic.tobytes() == mixed.semantic.tobytes()
+        assert sharp.instances.tobytes() == mixed.instances.tobytes()
+        assert (sharp.instance_classes, sharp.stuff) == (mixed.instance_classes, mixed.stuff)
+        # The lens blurs by up to 1.8 pixels, of which it sees four deviations.
+        far = measure_distance(sharp.instances) > 6 + 4 * 1.8
+        assert far.any()
+        assert (sharp.image == mixed.image)[far].all()
+        assert sharp.image.tobytes() != mixed.image.tobytes()
+
+
+def test_a_mixed_world_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of a world with sharp outlines do not name the width, so that older folders stay valid."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"name": "miniature", "train": 1, "val": 1}
+    sharp, mixed = build(settings, "train"), build({**settings, "mixing": 4.0}, "train")
+    assert [len(sharp.ids), len(mixed.ids)] == [1, 1]
+    worlds = {path.parent.name: json.loads(path.read_text())["config"] for path in tmp_path.rglob("world.json")}
+    assert set(worlds) == {"world-0-1-1-128", "world-0-1-1-128-mixed-4"}
+    assert "mixing" not in worlds["world-0-1-1-128"]
+    assert worlds["world-0-1-1-128-mixed-4"]["mixing"] == 4.0
+
+
 def test_caption_names_every_object_and_texture(scenes: list[Scene]) -> None:
     rng = np.random.default_rng(0)
     for scene in scenes[:50]:
@@ -130,6 +185,7 @@ def test_seeds_of_data_sets_training_and_quality_are_disjoint() -> None:
         ({"radius": (0.3, 0.2)}, "radius"),
         ({"cluster": 2.0}, "cluster"),
         ({"blur": -1.0}, "blur"),
+        ({"mixing": -1.0}, "mixing"),
     ],
 )
 def test_settings_out_of_range(arguments: dict, word: str) -> None:

@@ -111,7 +111,7 @@ def test_everything_is_done_once(world: World) -> None:
     assert (first.processed_now, first.changed, first.failed) == (7, True, {})
     second = world.run()
     assert (second.processed_now, second.changed, world.worked) == (0, False, [])
-    assert second.seconds.keys() == {"load", "work", "model", "write", "wall"}
+    assert second.seconds.keys() == {"load", "work", "model", "write", "wall", "cpu"}
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "record"])

@@ -68,6 +68,12 @@ def test_tables_and_reports_count_each_folder_once(run: Path) -> None:
     assert stage_seconds(run)[0] == ("propose (train)", 10.0)
 
 
+def test_a_fit_is_listed_before_its_scores(tmp_path: Path) -> None:
+    on_train: dict[str, Any] = {"parts": {"dataset": {"split": "train"}}, "seconds": STEPS}
+    scores = write_stage(tmp_path, "scores/cam-train", fit_seconds={"wall": 50.0, "cpu": 40.0}, **on_train)
+    assert stage_seconds(scores) == [("fit (train)", 50.0), ("scores (train)", 10.0)]
+
+
 def test_provenance_is_in_the_order_of_the_data(run: Path) -> None:
     names = [f"{folder.stage}/{folder.name}" for folder in StageFolder(run).provenance()]
     assert names == [

@@ -57,6 +57,32 @@ def test_one_stage_on_ray_gives_the_same_bytes_and_passes_a_poisoned_image_by(tm
     assert json.loads(failures)["id"] == "val_00003"
 
 
+@pytest.mark.parametrize(("command", "more"), [
+    pytest.param("segment", ("pseudo_masks=clip_dense", "pseudo_masks.refine=none"), id="words"),
+    pytest.param("discover", ("discoverer=kmeans", "discoverer.num_clusters=4"), id="no words"),
+])  # fmt: skip
+def test_images_without_a_bank_are_labelled_on_ray(command: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    """Every stage of a command, on two workers: the clusters of the set are found in each of them alike."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    plain, spread = (
+        overrides(tmp_path / name, *more, "runtime.record_size=1", train=1, val=3, world=tmp_path)
+        for name in ("plain", "ray")
+    )
+    for arguments in (plain, [*spread, *RAY]):
+        run = subprocess.run(
+            [sys.executable, "-c", RUN, command, *arguments],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+    expected = result_bytes(tmp_path / "plain")
+    assert sum(f"/{command}/" in name and "/labels/" in name for name in expected) == 3
+    assert result_bytes(tmp_path / "ray") == expected
+
+
 @pytest.mark.slow
 def test_a_worker_is_killed_and_its_images_are_done_by_another(tmp_path: Path) -> None:
     """The whole job, every stage on two workers; one of those that label the images is killed in the middle."""

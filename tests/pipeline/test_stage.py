@@ -32,7 +32,7 @@ from moduseg.proposers import sa1b
 from moduseg.pseudo_masks.labelling import ScoredImage
 from moduseg.pseudo_masks.store import unpack
 from moduseg.retrieval.retriever import Retriever
-from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.build_bank import BuildBank, RegionSource
 from moduseg.stages.class_scores import ClassScores
 from moduseg.stages.infer import Infer
 from moduseg.stages.propose import Propose
@@ -93,7 +93,7 @@ def test_pseudo_masks_writes_a_label_map(work: Workspace) -> None:
 
 @torch.inference_mode()
 def test_build_bank_writes_a_vector_for_each_class(work: Workspace) -> None:
-    item = ("trip/a", IMAGE, LABELS)
+    item = ("trip/a", IMAGE, RegionSource(LABELS))
     entry = load_tensors(only_file(BuildBank(work).process([item]), "vectors/trip/a.safetensors"))
     assert entry["labels"].tolist() == [0, 3]
     assert entry["areas"].tolist() == [32 * 20, 32 * 20]
@@ -103,7 +103,7 @@ def test_build_bank_writes_a_vector_for_each_class(work: Workspace) -> None:
 @torch.inference_mode()
 def test_queries_and_bank_pool_a_region_alike(work: Workspace) -> None:
     pooled = load_tensors(only_file(Queries(work).process([(SAMPLE, HALVES)]), "vectors/trip/a.safetensors"))["pooled"]
-    item = ("trip/a", IMAGE, LABELS)
+    item = ("trip/a", IMAGE, RegionSource(LABELS))
     entry = load_tensors(only_file(BuildBank(work).process([item]), "vectors/trip/a.safetensors"))
     torch.testing.assert_close(pooled, entry["pooled"])
 

@@ -23,7 +23,7 @@ from moduseg.devices import Device
 from moduseg.errors import DataError
 from moduseg.proposers import build, mask_generation, mask_upsampling
 from moduseg.proposers.grid_options import GridOptions
-from moduseg.proposers.mask_generation import Decoded, Promptable, generate
+from moduseg.proposers.mask_generation import Decoded, Promptable, generate, generate_batch
 from moduseg.proposers.mask_upsampling import Embedded
 from moduseg.proposers.sam import SamOptions, SamProposer
 from moduseg.proposers.sam_decoder import PackagedSam
@@ -241,7 +241,12 @@ def test_compiled_encoder_by_the_compiler(device: torch.device) -> None:
     [
         ({"engine": "grid", "images_per_batch": 0}, "images_per_batch: got 0, expected 1 to 1024"),
         ({"images_per_batch": 2}, "engine: got 'packaged' with images_per_batch=2"),
-        ({"compile": True}, "compile=True, which are of engine=grid"),
+        ({"compile": True}, "compile=True, skip_certain=None, which are of engine=grid"),
+        ({"skip_certain": 0.9}, "skip_certain=0.9, which are of engine=grid"),
+        (
+            {"engine": "grid", "skip_certain": 1.5},
+            r"skip_certain: got 1.5, expected null or a predicted IoU in \[0, 1\]",
+        ),
     ],
 )
 def test_options_of_the_encoder(options: dict[str, Any], match: str) -> None:
@@ -400,6 +405,32 @@ def test_points_boxes_and_the_empty_mask_by_hand() -> None:
     assert proposals.predicted_iou.tolist() == pytest.approx([0.9 - s / 1000 for s in (16, 28, 36, 48)])
     assert proposals.masks[0, 3:9, 7:13].all()
     assert (proposals.stability_score == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("skip_certain", "skipped"),
+    [
+        pytest.param(None, [], id="none"),
+        pytest.param(0.96, [], id="no mask is certain"),
+        # Only the square of the point (1, 1), which covers the pixels from 0 to 4.
+        pytest.param(0.895, [(1, 3), (3, 1), (3, 3)], id="inside one mask"),
+        pytest.param(0.5, [p for p in itertools.product((1, 3, 5, 7), repeat=2) if 3 in p or 7 in p], id="all others"),
+    ],
+)
+def test_points_inside_certain_masks_are_skipped(
+    skip_certain: float | None, skipped: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, ...]] = []
+    decode = Squares.decode
+
+    def watched(model: Squares, embedded: Embedded, points: Tensor, min_iou: float) -> Decoded:
+        seen.extend(map(tuple, points.tolist()))
+        return decode(model, embedded, points, min_iou)
+
+    monkeypatch.setattr(Squares, "decode", watched)
+    options = GridOptions(points_per_side=4, points_per_batch=3, pred_iou_thresh=0.5)
+    generate_batch(Squares(), [np.zeros((8, 8, 3), np.uint8)], options, skip_certain=skip_certain)
+    assert sorted(seen) == sorted(set(itertools.product((1, 3, 5, 7), repeat=2)) - set(skipped))
 
 
 def test_masks_that_a_crop_cuts_off_go() -> None:

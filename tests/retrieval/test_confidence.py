@@ -67,7 +67,7 @@ def test_pixels_by_hand(label_map: list[int], is_majority: bool, expected: list[
     assert confidence[0].tolist() == [round(255 * share) for share in expected]
 
 
-@pytest.mark.parametrize("selection", ["nms", "nms_quality", "margin", "similarity", "majority"])
+@pytest.mark.parametrize("selection", ["nms", "nms_quality", "margin", "similarity", "majority", "shares"])
 def test_a_prediction_says_how_sure_it_is(selection: str, device: torch.device, rng: np.random.Generator) -> None:
     masks = torch.from_numpy(rng.random((9, 6, 8)) < 0.6).to(device)
     bank = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(20, 5)).astype(np.float32)), dim=1)
@@ -81,7 +81,7 @@ def test_a_prediction_says_how_sure_it_is(selection: str, device: torch.device, 
     assert np.array_equal(prediction.label_map, plain.label_map)
     assert prediction.confidence.shape == (6, 8)
     # A foreground pixel got its label from a proposal, of whose four votes one at least was for it.
-    least = 255 / 4 / 9 if selection == "majority" else 255 / 4
+    least = 255 / 4 / 9 if selection in ("majority", "shares") else 255 / 4
     assert prediction.confidence[prediction.label_map > 0].min() >= int(least)
     empty = make_retriever(bank, labels, **settings, confidence=True).predict(Proposals(masks[:0]), pooled[:0])
     assert empty.confidence is not None

@@ -67,7 +67,6 @@ def test_any_order_of_the_bank_in_bounded_memory(
     order: str, pending: int, device: torch.device, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nearest last: every chunk beats the floor of those before it. All equal: every vector is a candidate."""
-    monkeypatch.setattr(module, "_FIRST_CHUNK", 4)
     monkeypatch.setattr(module, "_PENDING", pending)
     angles = np.linspace(1.5, 0.1, 200) if order == "rising" else np.linspace(0.1, 1.5, 200)
     angles = np.full(200, 0.3) if order == "equal" else angles
@@ -82,7 +81,7 @@ def test_any_order_of_the_bank_in_bounded_memory(
         return cat(cls, parts)
 
     monkeypatch.setattr(module._Candidates, "cat", classmethod(watched))
-    similarities, indices = search(queries, bank, 5, bank_chunk=16)
+    similarities, indices = search(queries, bank, 5, query_chunk=3, bank_chunk=16)
     expected = range(199, 194, -1) if order == "rising" else range(5)
     assert indices.tolist() == [list(expected)] * 3
     assert (similarities[:, :1] >= similarities).all()
@@ -200,7 +199,7 @@ def test_all_chunks_are_compared_in_the_same_blocks(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn((40 * 256, 64), generator=generator).to(dtype)
     queries = torch.randn((64, 64), generator=generator)
-    index = ExactIndex(bank, bank_chunk=256)
+    index = ExactIndex(bank, query_chunk=64, bank_chunk=256)
     with _LargeBlocks(64 * 256) as seen:
         search(queries, index, 5)
     # A few, while the floor is low and many candidates pass; with two new ones a chunk it would be eighty.

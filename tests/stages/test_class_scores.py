@@ -125,3 +125,13 @@ def test_a_fit_is_made_anew_where_it_saw_the_proposals(masks: str, count: int, o
         assert len(list((folder / "maps").iterdir())) == 6
     fits = {"cam": "cam", "cam_photo": "cam_neighbours"}[masks]
     assert len(list((outputs / "miniature" / "fit").glob(f"{fits}-train-*"))) == count
+
+
+@pytest.mark.parametrize("masks", ["cam_photo", "cam"])
+def test_a_fit_serves_both_splits(masks: str, tmp_path: Path, outputs: Path) -> None:
+    """Whichever split is scored first, what is fitted on proposals is fitted on those of the training images."""
+    cfg = compose(overrides(tmp_path, f"pseudo_masks={masks}", "proposer=superpixels", *QUIET, world=outputs))
+    for split in ("val", "train", "val"):
+        folder = StageFolder(ClassScores.run(cfg, split=split))
+        assert (folder.manifest["images"], count_failures(folder.path)) == ({"val": 4, "train": 6}[split], 0)
+    assert len(list((tmp_path / "miniature" / "fit").iterdir())) == 1

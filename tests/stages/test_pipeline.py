@@ -20,7 +20,7 @@ from moduseg.errors import ArtefactError, DataError, MissingError
 from moduseg.evaluation.confusion import label_counts
 from moduseg.evaluation.measures import mean_iou
 from moduseg.masks.palette import voc_palette
-from moduseg.pipeline.manifests import count_failures
+from moduseg.pipeline.manifests import StageFolder, count_failures
 from moduseg.stages import evaluate
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
@@ -157,6 +157,21 @@ def test_a_file_truncated_between_runs_is_made_again(tmp_path: Path, finished: P
     assert result_bytes(tmp_path / "copy") == result_bytes(finished)
 
 
+@pytest.mark.parametrize("stage", ["propose", "scores", "pseudo_masks", "build_bank", "queries", "infer"])
+def test_a_manifest_truncated_between_runs_is_made_again(tmp_path: Path, finished: Path, stage: str) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    cfg = compose(overrides(tmp_path / "copy", "runtime.verify=true", train=12, val=8, world=finished))
+    for path in (tmp_path / "copy" / "miniature" / stage).glob("*/manifest.json"):
+        path.write_bytes(path.read_bytes()[:-2])
+        with pytest.raises(ArtefactError, match="not readable as JSON"):
+            _ = StageFolder(path.parent).manifest
+    assert Infer.run(cfg).name == stage_folder(finished, "infer").name
+    assert StageFolder(stage_folder(tmp_path / "copy", stage)).is_complete
+    assert result_bytes(tmp_path / "copy") == result_bytes(finished)
+
+
 def test_a_damaged_bank_is_merged_again(tmp_path: Path, finished: Path) -> None:
     import shutil
 
@@ -276,5 +291,7 @@ def test_ones_own_images_without_truth_get_labels_and_panels(finished: Path, tmp
     assert (path / "labels" / "trip" / "train_00001.png").is_file()
     assert len(list(path.glob("panels/**/*.png"))) == 2
     assert not (path / "results.json").exists()
+    assert Infer.run(compose([*own_data, "evaluation.panels=3"])) == path
+    assert len(list(path.glob("panels/**/*.png"))) == 3
     with pytest.raises(DataError, match=r"got no ground truth"):
         evaluate.run(compose(own_data))

@@ -14,13 +14,17 @@ from PIL import Image
 from moduseg import Segmenter
 from moduseg.backbones.timm_backbone import TimmBackbone
 from moduseg.bank.overlaps import count_nearest_classes, worst_lines
+from moduseg.bank.parts import find_parts
+from moduseg.bank.regions import labelled_regions, region_vectors
 from moduseg.bank.store import Bank
 from moduseg.config import OutliersConfig, compose
 from moduseg.datasets.io import read_label_png
+from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.workspace import Workspace
 from moduseg.proposers.ground_truth import GroundTruthProposer
-from moduseg.stages.build_bank import BuildBank, image_vectors
+from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
+from moduseg.stages.propose import Propose
 from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.stages.queries import Queries
 from tests.support import runs
@@ -32,6 +36,7 @@ OPTIONS = (
     "retrieval.selection=nms_quality",
     "retrieval.selection=margin",
     "retrieval.selection=similarity",
+    "retrieval.selection=shares",
     "retrieval.smoothing_radius=2",
     "bank.prototypes=2",
     "bank.classes=[red disc]",
@@ -93,7 +98,7 @@ def test_what_is_stored_is_before_the_filter(finished: Path) -> None:
     for image_id in work.dataset("train").ids:
         image = work.dataset("train").load(image_id).image
         labels = torch.from_numpy(read_label_png(masks / f"labels/{image_id}.png"))
-        entry = image_vectors(labels, work.backbone.tokens([image])[0], cfg.bank)
+        entry = region_vectors(*labelled_regions(labels, cfg.bank), work.backbone.tokens([image])[0], cfg.bank)
         rows = bank.image_index == bank.image_ids.index(image_id)
         torch.testing.assert_close(bank.pooled[rows], entry["pooled"])
         expected += len(entry["labels"])
@@ -111,7 +116,7 @@ def test_flips_add_the_vectors_of_mirror_images(finished: Path) -> None:
     for index, image_id in enumerate(plain.image_ids):
         image = np.ascontiguousarray(work.dataset("train").load(image_id).image[:, ::-1])
         labels = torch.from_numpy(read_label_png(masks / f"labels/{image_id}.png")[:, ::-1].copy())
-        mirrored = image_vectors(labels, work.backbone.tokens([image])[0], cfg.bank)
+        mirrored = region_vectors(*labelled_regions(labels, cfg.bank), work.backbone.tokens([image])[0], cfg.bank)
         own, both = plain.image_index == index, flipped.image_index == index
         torch.testing.assert_close(flipped.pooled[both], torch.cat((plain.pooled[own], mirrored["pooled"])))
         assert flipped.labels[both].tolist() == plain.labels[own].tolist() + mirrored["labels"].tolist()
@@ -119,9 +124,38 @@ def test_flips_add_the_vectors_of_mirror_images(finished: Path) -> None:
     assert Infer.run(cfg) != Infer.run(default)
 
 
+def test_parts_add_the_vectors_of_proposals(finished: Path) -> None:
+    """The regions of the classes stay as they are; of 30 proposals follow those that lie in a class, mirrored too."""
+    default = compose(overrides(finished))
+    cfg = compose(overrides(finished, "bank.parts=30"))
+    mirrored = compose(overrides(finished, "bank.parts=30", "bank.flips=true"))
+    plain, banks = Bank.load(BuildBank.run(default)), [Bank.load(BuildBank.run(c)) for c in (cfg, mirrored)]
+    work, masks, proposals = Workspace(cfg), PseudoMasks.run(cfg), StageFolder(Propose.run(cfg, split="train"))
+    num_parts = 0
+    for index, image_id in enumerate(plain.image_ids):
+        labels = torch.from_numpy(read_label_png(masks / f"labels/{image_id}.png"))
+        candidates = proposals.proposals(image_id, (labels.shape[0], labels.shape[1])).masks[:30]
+        part_labels, part_masks = find_parts(labels, candidates)
+        (tokens,) = work.backbone.tokens([work.dataset("train").load(image_id).image])
+        parts = region_vectors(part_labels, part_masks, tokens, cfg.bank)
+        own, both = plain.image_index == index, banks[0].image_index == index
+        torch.testing.assert_close(banks[0].pooled[both], torch.cat((plain.pooled[own], parts["pooled"])))
+        assert banks[0].labels[both].tolist() == plain.labels[own].tolist() + part_labels.tolist()
+        num_parts += len(part_labels)
+    assert num_parts > len(plain.image_ids)
+    assert len(banks[1]) == 2 * len(banks[0]) == 2 * (len(plain) + num_parts)
+    assert Infer.run(cfg) != Infer.run(default)
+
+
 @pytest.mark.parametrize(
     "option",
-    ["retrieval.selection=margin", "retrieval.vote_balance=cap", "retrieval.min_object_area=90", "bank.prototypes=3"],
+    [
+        "retrieval.selection=margin",
+        "retrieval.selection=shares",
+        "retrieval.vote_balance=cap",
+        "retrieval.min_object_area=90",
+        "bank.prototypes=3",
+    ],
 )
 def test_the_api_follows_the_options(option: str, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
@@ -168,6 +202,12 @@ def test_confidence_is_written_beside_the_label_maps(finished: Path) -> None:
 def test_results_say_what_changed_label_maps_last(options: tuple[str, ...], expected: str, finished: Path) -> None:
     path = Infer.run(compose(overrides(finished, *options)))
     assert json.loads((path / "results.json").read_text())["refinement"].startswith(expected)
+
+
+@pytest.mark.parametrize("refine", ["none", "region_vote"])
+def test_results_of_pseudo_masks_name_their_refinement(refine: str, finished: Path) -> None:
+    path = PseudoMasks.run(compose(overrides(finished, f"pseudo_masks.refine={refine}")))
+    assert json.loads((path / "results.json").read_text())["refinement"].startswith(f"{refine} (no CRF")
 
 
 def test_infer_ends_with_the_classes_that_cannot_be_told_apart(

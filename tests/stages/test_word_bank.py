@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from moduseg.config.command_keys import AddOptions
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, ConfigError
 from moduseg.pipeline.workspace import Workspace
+from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.stages import extend_bank
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
@@ -156,6 +158,28 @@ def test_a_class_is_added_by_its_name(outputs: Path, bank_folder: Path, tmp_path
     assert np.array_equal(label_map == new, expected == last)
     assert (without.label_map[expected == last] != new).all()
     assert len(Bank.load(grown)) == len(bank)
+
+
+def test_others_predict_while_a_new_name_is_learned(
+    outputs: Path, bank_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the words of the longer class list are encoded, another thread has all it needs of the shorter one."""
+    work = Workspace(compose(settings_of(outputs, *UNLABELLED)))
+    sample = work.dataset("val").load(work.dataset("val").ids[0])
+    # The oracle that made the bank looks at truth, which pictures of one's own do not have.
+    segmenter = Segmenter.from_bank(bank_folder, "cpu", {"proposer": compose(["proposer=superpixels"]).proposer})
+    prediction = segmenter.predict(sample.image)
+    build, meanwhile = segmenter._build_generator, []
+
+    def build_slowly(classes: Sequence[str]) -> PseudoMaskGenerator:
+        meanwhile.append(segmenter.predict(sample.image))
+        return build(classes)
+
+    monkeypatch.setattr(segmenter, "_build_generator", build_slowly)
+    segmenter.correct(prediction, 0, "a new name")
+    assert [each.classes for each in meanwhile] == [prediction.classes]
+    assert np.array_equal(meanwhile[0].label_map, prediction.label_map)
+    assert segmenter.classes == (*prediction.classes, "a new name")
 
 
 def test_a_bank_without_word_values_takes_no_words(outputs: Path) -> None:

@@ -41,6 +41,11 @@ BLOCKS = [
     (r"^(encoder\.layer|encoder\.layers|layers|layer|model\.layer)\.(\d+)\.", r"blocks.\2."),
     (r"\.(attention|self_attn)\.([qkv])_proj\.", r".attn.\2."),
     (r"\.(attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+    # As older releases of transformers call them.
+    (r"\.attention\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"),
     (r"^layernorm\.", "norm."),
 ]
@@ -49,7 +54,8 @@ DINOV2 = [
     (r"^embeddings\.position_embeddings", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.", ""),
-    (r"\.mlp\.down_proj\.", ".mlp.w3."),
+    (r"\.mlp\.(down_proj|weights_out)\.", ".mlp.w3."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
 ]
 DINOV3 = [
     *BLOCKS,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from moduseg.datasets.io import read_label_png
+
 ORACLES = ("proposer=ground_truth", "pseudo_masks=ground_truth", "backbone=miniature_random")
 
 
@@ -48,3 +52,8 @@ def result_bytes(outputs: Path) -> dict[str, bytes]:
         if path.is_file() and any(f"/{part}" in f"/{relative}" for part in RESULTS) and not is_copy:
             found[relative] = path.read_bytes()
     return found
+
+
+def read_labels(folder: Path) -> dict[str, np.ndarray]:
+    """Return the label maps of a stage's folder, id -> `[H, W]` uint8."""
+    return {path.stem: read_label_png(path) for path in sorted((folder / "labels").glob("*.png"))}

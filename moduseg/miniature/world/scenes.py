@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -84,6 +85,9 @@ class WorldConfig:
         max_clutter: a scene holds up to this many distractors that are background.
         noise: largest standard deviation of the sensor noise, in fractions of full scale.
         blur: largest standard deviation of the lens blur, in pixels at `size` 128.
+        mixing: width in pixels of the band along the outlines of objects in which object and surroundings are dithered
+            into each other, half of it on either side; the nearer to the object's inside, the more of its pixels. The
+            ground truth is what it is without, and so is every pixel outside the band but for the lens blur.
 
     Raises:
         ConfigError: a value outside its range.
@@ -101,6 +105,7 @@ class WorldConfig:
     max_clutter: int = 9
     noise: float = 0.04
     blur: float = 0.9
+    mixing: float = 0.0
 
     def __post_init__(self) -> None:
         if self.size < 32:
@@ -124,6 +129,14 @@ class WorldConfig:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected {low}..{high}; leave it at its default")
         if not 0 <= self.blur <= 10:
             raise ConfigError(f"blur: got {self.blur}, expected 0..10; leave it at its default")
+        if not 0 <= self.mixing <= 64:
+            raise ConfigError(f"mixing: got {self.mixing}, expected 0..64 pixels; try 12 at size 256, or 0 for none")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting by name, fit for JSON; `mixing` only if it is on, as worlds of before know nothing of it."""
+        settings = asdict(self)
+        return settings if self.mixing else {name: settings[name] for name in settings if name != "mixing"}
 
 
 @dataclass(frozen=True)
@@ -217,7 +230,8 @@ def render_scene(seed: int, split: str | int, index: int, config: WorldConfig | 
     canvas, stuff, stuff_map = _background(rng, h, w, scale)
     for _ in range(int(rng.integers(config.max_clutter + 1))):
         _draw_clutter(canvas, rng, scale)
-    instances, classes = _draw_objects(canvas, rng, config)
+    # Dithering has a generator of its own, so that it moves no object. A fourth number of 0 would repeat the first one.
+    instances, classes = _draw_objects(canvas, rng, config, np.random.default_rng([seed, code, index, 1]))
     image = _camera(canvas, rng, config)
 
     # `_objects` refuses to cover an object completely. Numbering would stay dense even if it did.
@@ -291,7 +305,9 @@ def _place_object(
     return _Placement(class_id, rng.uniform([-margin, -margin], [width + margin, height + margin]), radius)
 
 
-def _draw_objects(canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig) -> tuple[np.ndarray, list[int]]:
+def _draw_objects(
+    canvas: np.ndarray, rng: np.random.Generator, config: WorldConfig, dither_rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
     """Draw the objects from back to front: id map `[H, W]` uint16 and the class of each id."""
     h, w = canvas.shape[:2]
     scale = config.detail * config.size / 128.0
@@ -336,6 +352,8 @@ def _draw_objects(canvas: np.ndarray, rng: np.random.Generator, config: WorldCon
         skin = trim(rng, skin, alpha, placement.radius, usual=USUAL_TRIMS[shape], loyalty=config.trim_loyalty)
         if rng.random() < 0.35:
             _cast_shadow(canvas, contours, rng, scale)
+        if config.mixing:
+            window, alpha, skin = _dither_outline((h, w), window, inside, skin, mixing=config.mixing, rng=dither_rng)
         target = canvas[window[0] : window[1], window[2] : window[3]]
         target += alpha[..., None] * (skin - target)
         classes.append(placement.class_id)
@@ -350,6 +368,39 @@ def _draw_objects(canvas: np.ndarray, rng: np.random.Generator, config: WorldCon
         instances[alpha > 0.5] = 1
         classes.append(1)
     return instances, classes
+
+
+def _dither_outline(
+    size: tuple[int, int],
+    window: tuple[int, int, int, int],
+    inside: np.ndarray,
+    skin: np.ndarray,
+    *,
+    mixing: float,
+    rng: np.random.Generator,
+) -> tuple[tuple[int, int, int, int], np.ndarray, np.ndarray]:
+    """Return window, `[h, w]` alpha (0 or 1) and `[h, w, 3]` skin of an object whose outline is mixed.
+
+    The share of object pixels falls from 1 to 0 across the band, linearly in the distance from the outline.
+
+    Args:
+        size: height and width of the scene.
+        window: (y0, y1, x0, x1) that holds the object; the one returned is larger by the band, within the scene.
+        inside: `[h, w]` bool on the window, the object's pixels.
+        skin: `[h, w, 3]` on the window; beyond it, its mirror image.
+        mixing: width of the band in pixels.
+        rng: tosses a coin for each pixel.
+    """
+    reach = math.ceil(mixing / 2) + 1
+    y0, y1, x0, x1 = window
+    pads = ((min(reach, y0), min(reach, size[0] - y1)), (min(reach, x0), min(reach, size[1] - x1)))
+    inside = np.pad(inside, pads).astype(np.uint8)
+    # Distances lead to the centre of the nearest pixel beyond the outline, which is half a pixel nearer.
+    depth, distance = (cv2.distanceTransform(side, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) for side in (inside, 1 - inside))
+    share = np.clip(0.5 + np.where(inside, depth - 0.5, 0.5 - distance) / mixing, 0.0, 1.0)
+    wider = (y0 - pads[0][0], y1 + pads[0][1], x0 - pads[1][0], x1 + pads[1][1])
+    alpha = (rng.random(share.shape) < share).astype(np.float32)
+    return wider, alpha, np.pad(skin, (*pads, (0, 0)), mode="symmetric")
 
 
 def _random_linear(rng: np.random.Generator, radius: float) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ def write_voc(root: Path, seed: int, train: int = 160, val: int = 80, config: Wo
     config, root = config or WorldConfig(), Path(root)
     if min(seed, train, val) < 0:
         raise ConfigError(f"seed, train, val: got {(seed, train, val)}, expected numbers >= 0; try 0, 160, 80")
-    settings = {"version": WORLD_VERSION, "seed": seed, "train": train, "val": val, "config": asdict(config)}
+    settings = {"version": WORLD_VERSION, "seed": seed, "train": train, "val": val, "config": config.settings}
     settings = json.loads(json.dumps(settings))
     _check_settings(root, settings)
     splits = {"train": train, "val": val}
