@@ -13,6 +13,7 @@ from moduseg.errors import ConfigError
 from moduseg.pseudo_masks.base import PseudoMaskGenerator
 from moduseg.pseudo_masks.cam import CamGenerator
 from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator
+from moduseg.pseudo_masks.class_tokens import ClassTokenGenerator
 from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator
 from moduseg.pseudo_masks.corrclip import CorrClipGenerator
 from moduseg.pseudo_masks.diffsegmenter import DiffSegmenterGenerator
@@ -25,6 +26,7 @@ from moduseg.pseudo_masks.sam3_concepts import Sam3ConceptsGenerator
 GENERATORS: dict[str, type[PseudoMaskGenerator]] = {
     "cam": CamGenerator,
     "cam_neighbours": NeighbourCamGenerator,
+    "class_tokens": ClassTokenGenerator,
     "clip_dense": ClipDenseGenerator,
     "corrclip": CorrClipGenerator,
     "diffsegmenter": DiffSegmenterGenerator,

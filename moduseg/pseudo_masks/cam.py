@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moduseg.allocator import trim_memory
 from moduseg.backbones.base import Backbone
 from moduseg.backbones.upsample import upsample
 from moduseg.bank.aggregation import coverage
 from moduseg.errors import ArtefactError, DataError
 from moduseg.masks.id_maps import find_first
-from moduseg.pseudo_masks.base import PseudoMaskGenerator
+from moduseg.pseudo_masks.base import PseudoMaskGenerator, check_fit_images, check_labels, get_fitted, get_tags
 from moduseg.structures import Proposals, Sample, ScoreMaps, TokenMap
 
 _EPSILON = 1e-6
@@ -121,15 +122,14 @@ class ActivationGenerator(PseudoMaskGenerator):
         """
         options = self._fit_options
         # Ridge regression on the images' mean tokens.
-        image_moments, token_moments = _Moments(), _Moments()
+        image_moments, token_moments = Moments(), Moments()
         for sample, token_map in self.iterate_tokens(samples):
             tokens = token_map.tokens.flatten(0, 1)
             target = _to_multi_hot(sample.labels or (), num_classes, tokens)
             image_moments.add(tokens.mean(0, keepdim=True), target[None])
             if options.rounds:
                 token_moments.add(tokens, target.expand(len(tokens), -1), weight=1 / len(tokens))
-        if not image_moments.count:
-            raise DataError("pseudo_masks.generator: no image to fit on; check the training list and its labels")
+        check_fit_images(image_moments.count)
         weights, mean = image_moments.regress(options.ridge), image_moments.mean
         # Refinement: a discriminant between each class's best tokens and all tokens.
         for _ in range(options.rounds):
@@ -184,19 +184,17 @@ class ActivationGenerator(PseudoMaskGenerator):
             DataError: a label that is no class.
             ArtefactError: nothing was fitted, or with another backbone.
         """
-        if self._weights is None or self._mean is None:
-            raise ArtefactError("class activation maps: not fitted; call fit and load_state first")
-        if wrong := [label for label in labels if not 1 <= label <= self._num_classes]:
-            raise DataError(f"{sample.id}: got labels {wrong}, expected 1..{self._num_classes}; check the class list")
+        weights, mean = (get_fitted(part, "class activation maps") for part in (self._weights, self._mean))
+        check_labels(sample.id, labels, self._num_classes)
         token_map = self._backbone.tokens([sample.image])[0]
         tokens = token_map.tokens
-        if self._weights.shape[1] != tokens.shape[2]:
+        if weights.shape[1] != tokens.shape[2]:
             raise ArtefactError(
-                f"class activation maps: fitted on {self._weights.shape[1]} channels, but the backbone gives "
+                f"class activation maps: fitted on {weights.shape[1]} channels, but the backbone gives "
                 f"{tokens.shape[2]}; remove the fit's folder and run again"
             )
         # Kept on the device for the next image.
-        self._weights, self._mean = self._weights.to(tokens), self._mean.to(tokens)
+        self._weights, self._mean = weights.to(tokens), mean.to(tokens)
         rows = torch.tensor(labels, dtype=torch.long, device=tokens.device) - 1
         return token_map, torch.einsum("hwc,rc->rhw", tokens - self._mean, self._weights[rows])
 
@@ -208,12 +206,12 @@ class ActivationGenerator(PseudoMaskGenerator):
         """
         batch: list[Sample] = []
         for sample in samples():
-            if sample.labels is None:
-                raise DataError(f"{sample.id}: no image-level labels; add them, or take the image out of the list")
+            get_tags(sample, self._num_classes)
             batch.append(sample)
             if len(batch) == self._fit_options.fit_batch:
                 yield from zip(batch, self._backbone.tokens([item.image for item in batch]), strict=True)
                 batch = []
+                trim_memory()
         if batch:
             yield from zip(batch, self._backbone.tokens([item.image for item in batch]), strict=True)
 
@@ -254,7 +252,7 @@ class CamGenerator(ActivationGenerator):
         return ScoreMaps(tuple(labels), scale_scores(scores, self._options.scale))
 
 
-class _Moments:
+class Moments:
     """Running sums of rows `x` `[n, C]` with targets `y` `[n, K]`, in float64 where the device has it."""
 
     def __init__(self) -> None:
@@ -298,8 +296,6 @@ def _to_multi_hot(labels: tuple[int, ...], num_classes: int, like: Tensor) -> Te
     """Return `[num_classes]` with 1 for each label, of the type and on the device of `like`."""
     target = torch.zeros(num_classes, dtype=like.dtype, device=like.device)
     if labels:
-        if not 1 <= min(labels) <= max(labels) <= num_classes:
-            raise DataError(f"image-level labels: got {labels}, expected 1..{num_classes}; check the class list")
         target[torch.tensor(labels, device=like.device) - 1] = 1
     return target
 

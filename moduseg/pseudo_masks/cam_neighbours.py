@@ -6,19 +6,17 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moduseg.backbones.base import Backbone
 from moduseg.bank.aggregation import aggregate, coverage
-from moduseg.errors import ArtefactError, DataError
+from moduseg.errors import DataError
+from moduseg.pseudo_masks.base import get_fitted
 from moduseg.pseudo_masks.cam import ActivationGenerator, ActivationOptions, paint_regions, scale_scores
-from moduseg.structures import Proposals, Sample, ScoreMaps
-
-_CHUNK = 1 << 15
-"""Training regions that are held in float32 at once."""
-_PARTS = ("regions", "centre", "image", "ids", "tags")
+from moduseg.pseudo_masks.training_regions import RegionCollector, TrainingRegions
+from moduseg.structures import Proposals, Sample, ScoreMaps, TokenMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +28,8 @@ class NeighbourCamOptions(ActivationOptions):
         others: images without the class whose mean similarity counts, 1 or more.
         weight: of the neighbours' evidence, 0 or more.
         relative: the evidence is measured from its mean over the image (`NeighbourCamGenerator`).
+        max_images: training images that an image is compared with at most, an equal number for each of its classes and
+            for none of them; so the time for an image does not grow with a large training set. 2 or more.
 
     Raises:
         ValueError: a number out of range.
@@ -39,6 +39,7 @@ class NeighbourCamOptions(ActivationOptions):
     others: int = 5
     weight: float = 5.0
     relative: bool = False
+    max_images: int = 500
 
     def __post_init__(self) -> None:
         for name in ("neighbours", "others"):
@@ -46,6 +47,8 @@ class NeighbourCamOptions(ActivationOptions):
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 1 or more; try 5")
         if not self.weight >= 0:
             raise ValueError(f"weight: got {self.weight}, expected 0 or more; try 5")
+        if self.max_images < 2:
+            raise ValueError(f"max_images: got {self.max_images}, expected 2 or more; try 500")
         super().__post_init__()
 
 
@@ -69,6 +72,7 @@ class NeighbourCamGenerator(ActivationGenerator):
     other image has gets no evidence, and keeps its activation.
 
     All regions of the training images are kept, in half precision: for training sets of thousands of images, not more.
+    In float32 there are those of one image while fitting, and a few thousand while they are compared.
 
     Args:
         options: how the weights are learned, and how evidence is collected.
@@ -82,7 +86,7 @@ class NeighbourCamGenerator(ActivationGenerator):
     def __init__(self, options: NeighbourCamOptions, backbone: Callable[[], Backbone], classes: Sequence[str]) -> None:
         super().__init__(options, backbone, classes)
         self._options = options
-        self._training_regions: dict[str, Tensor] | None = None
+        self._training_regions: TrainingRegions | None = None
 
     @property
     def num_fit_passes(self) -> int:
@@ -115,24 +119,21 @@ class NeighbourCamGenerator(ActivationGenerator):
                 "pseudo_masks.generator: no proposals to fit on, which cam_neighbours needs; run them first"
             )
         state = super().fit(samples, num_classes)
-        vectors, image_of_region, ids, tags = [], [], [], []
-        for index, (sample, token_map) in enumerate(self.iterate_tokens(samples)):
-            masks = proposals(sample).to(token_map.tokens.device).masks
-            pooled = aggregate(token_map.tokens, coverage(masks, token_map), normalize=False)
-            vectors.append(pooled[(pooled != 0).any(1)])
-            image_of_region.append(torch.full((len(vectors[-1]),), index))
+        regions, ids, tags = RegionCollector(state["mean"]), [], []
+        for sample, token_map in self.iterate_tokens(samples):
+            pooled = _pool(proposals(sample), token_map)
+            regions.add(pooled[(pooled != 0).any(1)])
             ids.append(_hash_image_id(sample))
             tags.append([int(label in (sample.labels or ())) for label in range(1, num_classes + 1)])
-        pooled = torch.cat(vectors)
-        vectors.clear()
-        if not len(pooled):
+        num_regions = regions.counts
+        if not int(num_regions.sum()):
             raise DataError("pseudo_masks.generator: no region in any training image; check the proposals")
-        centre = pooled.mean(0)
+        vectors, centre = regions.centre()
         return {
             **state,
-            "regions": torch.cat([F.normalize(part - centre, dim=1).half() for part in pooled.split(_CHUNK)]),
+            "regions": vectors,
             "centre": centre,
-            "image": torch.cat(image_of_region),
+            "image": torch.arange(len(ids)).repeat_interleave(num_regions),
             "ids": torch.tensor(ids),
             "tags": torch.tensor(tags, dtype=torch.uint8).reshape(len(ids), num_classes),
         }
@@ -144,21 +145,7 @@ class NeighbourCamGenerator(ActivationGenerator):
             ArtefactError: it is of another class list or incomplete.
         """
         super().load_state(state)
-        regions = {name: state[name] for name in _PARTS if name in state}
-        if (
-            len(regions) < len(_PARTS)
-            or regions["regions"].shape[1:] != regions["centre"].shape
-            or regions["image"].shape != regions["regions"].shape[:1]
-            or regions["tags"].shape != (len(regions["ids"]), self._num_classes)
-            or not len(regions["image"])
-            or not 0 <= int(regions["image"].min()) <= int(regions["image"].max()) < len(regions["ids"])
-        ):
-            shapes = {name: tuple(tensor.shape) for name, tensor in regions.items()}
-            raise ArtefactError(
-                f"class activation by neighbours: got {shapes}, expected regions (M, C), centre (C,), image (M,), ids "
-                f"(N,) and tags (N, {self._num_classes}); remove the fit's folder and run again"
-            )
-        self._training_regions = regions
+        self._training_regions = TrainingRegions(state, self._num_classes)
 
     def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None = None) -> ScoreMaps:
         """Return scores of the classes in `labels`, the same for all pixels of a proposal; no background.
@@ -169,43 +156,37 @@ class NeighbourCamGenerator(ActivationGenerator):
             DataError: a label that is no class, or no proposals.
             ArtefactError: nothing was fitted, or with another backbone.
         """
-        if self._training_regions is None:
-            raise ArtefactError("class activation by neighbours: not fitted; call fit and load_state first")
+        training = get_fitted(self._training_regions, "class activation by neighbours")
         if proposals is None:
             raise DataError(f"{sample.id}: no proposals, which cam_neighbours needs; run the proposals first")
         token_map, activation = self.compute_activation(sample, labels)
         device = activation.device
-        self._training_regions = {name: tensor.to(device) for name, tensor in self._training_regions.items()}
+        training.to(device)
         proposals = proposals.to(device)
         weights = coverage(proposals.masks, token_map)
         means = aggregate(activation.permute(1, 2, 0), weights, normalize=False)
         pooled = aggregate(token_map.tokens, weights, normalize=False)
-        evidence = self._measure_evidence(pooled, labels, sample, self._training_regions)
+        evidence = self._measure_evidence(pooled, labels, sample, training)
         values = scale_scores(scale_scores(means.T) + self._options.weight * evidence.T)
         empty = torch.zeros((len(labels), *sample.size), device=device)
         return ScoreMaps(tuple(labels), paint_regions(empty, values, proposals))
 
     def _measure_evidence(
-        self, pooled: Tensor, labels: tuple[int, ...], sample: Sample, training: dict[str, Tensor]
+        self, pooled: Tensor, labels: tuple[int, ...], sample: Sample, training: TrainingRegions
     ) -> Tensor:
         """Return `e` of each region and class, `[P, R]`; 0 without a vector of the region or evidence of the class."""
-        # The similarity of each region to its most similar region of each training image.
-        num_images = len(training["ids"])
-        unit_vectors = F.normalize(pooled - training["centre"], dim=1)
-        best_by_image = torch.full((len(unit_vectors), num_images), -torch.inf, device=pooled.device)
-        # The training regions stay in half precision; a part of them at a time is multiplied in float32.
-        for regions, image in zip(training["regions"].split(_CHUNK), training["image"].split(_CHUNK), strict=True):
-            similarities = unit_vectors @ regions.float().T
-            best_by_image.scatter_reduce_(1, image.expand(len(unit_vectors), -1), similarities, "amax")
         # Images without a region say nothing, and an image is no evidence about itself.
-        has_regions = torch.bincount(training["image"], minlength=num_images) > 0
-        is_witness = has_regions & (training["ids"] != _hash_image_id(sample))
-        evidence = torch.zeros(len(unit_vectors), len(labels), device=pooled.device)
+        images = training.choose_images(labels, self._options.max_images, without_id=_hash_image_id(sample))
+        best_by_image = training.find_best(pooled, images)
+        evidence = torch.zeros(len(pooled), len(labels), device=pooled.device)
         has_evidence = torch.zeros_like(evidence, dtype=torch.bool)
         has_vector = (pooled != 0).any(1)
         for column, label in enumerate(labels):
-            has_class = training["tags"][:, label - 1] > 0
-            with_class, without = best_by_image[:, is_witness & has_class], best_by_image[:, is_witness & ~has_class]
+            has_class = training.tags[images, label - 1]
+            with_class, without = (
+                best_by_image[:, torch.from_numpy(np.flatnonzero(is_asked)).to(pooled.device)]
+                for is_asked in (has_class, ~has_class)
+            )
             if with_class.shape[1] and without.shape[1]:
                 evidence[:, column] = _average_best(with_class, self._options.neighbours) - _average_best(
                     without, self._options.others
@@ -214,6 +195,12 @@ class NeighbourCamGenerator(ActivationGenerator):
         if self._options.relative and has_evidence.any():
             evidence = evidence - evidence[has_evidence].mean()
         return evidence * has_evidence
+
+
+def _pool(proposals: Proposals, token_map: TokenMap) -> Tensor:
+    """Return the vector of each proposal, `[N, C]`; nothing of the masks is kept."""
+    weights = coverage(proposals.masks.to(token_map.tokens.device), token_map)
+    return aggregate(token_map.tokens, weights, normalize=False)
 
 
 def _average_best(similarities: Tensor, count: int) -> Tensor:

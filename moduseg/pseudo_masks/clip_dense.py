@@ -68,12 +68,7 @@ class ClipDenseGenerator(ClipWordsGenerator):
         super().__init__(options, ClipEncoder(ClipSource(options, device, KEY), encoder_options), classes)
 
     @property
-    def digest(self) -> str:
-        """Digest of the CLIP, and of the backbone if `proxyclip` uses it.
-
-        Raises:
-            MissingError: the weights are not there.
-        """
+    def _host_digest(self) -> str:
         return self._source.digest + (f"+{self._proxy.digest}" if self._encoder.variant == "proxyclip" else "")
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -15,20 +15,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moduseg.backbones.arm import Arm
 from moduseg.backbones.clip import ClipEncoder
-from moduseg.backbones.clip_model import ClipModelOptions
-from moduseg.backbones.inputs import fit_input
+from moduseg.backbones.clip_model import ClipModelOptions, ClipSource
 from moduseg.backbones.regions import sample_regions
 from moduseg.backbones.upsample import upsample
-from moduseg.backbones.windows import list_window_starts
 from moduseg.bank.aggregation import coverage
-from moduseg.errors import ConfigError, DataError
-from moduseg.pseudo_masks.base import PseudoMaskGenerator
+from moduseg.errors import ConfigError
+from moduseg.pseudo_masks.arm import ArmSource, refine_maps
+from moduseg.pseudo_masks.base import PseudoMaskGenerator, check_labels
+from moduseg.pseudo_masks.clip_windows import (
+    Resampling,
+    find_borders,
+    list_windows,
+    pad_masks,
+    pad_regions,
+    pad_window,
+    resize_sides,
+)
 from moduseg.pseudo_masks.prompts import resolve_background_words, resolve_class_words, resolve_templates
 from moduseg.pseudo_masks.word_features import encode_words
 from moduseg.structures import Proposals, Sample, ScoreMaps, TokenMap, WordFeatures
 
-Resampling = Literal["area", "linear"]
 KEY = "pseudo_masks.generator.weights"
 """Where these generators' CLIP is named, for messages."""
 
@@ -59,6 +67,9 @@ class ClipWordsOptions(ClipModelOptions):
             right. 0: what is left of the last whole patch is not seen, and the map is stretched over the window. Any
             other number: padded on all sides to a multiple of it, with the model's mean colour in whole levels.
         batch_size: windows that share a forward pass.
+        arm: file of an ARM (`moduseg.backbones.arm`) that sharpens the patch features before they are compared, a path
+            or `miniature/arm.safetensors`; none if omitted. It was trained on masks, so results are not weakly
+            supervised any more.
 
     Raises:
         ValueError: a value out of range.
@@ -77,6 +88,7 @@ class ClipWordsOptions(ClipModelOptions):
     resampling: Resampling = "area"
     padding: int | None = None
     batch_size: int = 8
+    arm: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +127,75 @@ class ClipWordsGenerator(PseudoMaskGenerator):
         self._templates = resolve_templates(options.templates)
         self._class_words = resolve_class_words(options.class_words, classes)
         self._background_words = resolve_background_words(options.background_words)
+        self._arm_source = None if options.arm is None else ArmSource(options.arm, self._source)
+        self._arm: Arm | None = None
+
+    @property
+    def digest(self) -> str:
+        """Digest of the CLIP, of another model that the host asks, and of the ARM if there is one.
+
+        Raises:
+            MissingError: the weights are not there.
+            ArtefactError, ConfigError: the ARM is damaged, or does not fit the CLIP.
+        """
+        return self._host_digest + (f"+{self._arm_source.digest}" if self._arm_source is not None else "")
+
+    @property
+    def supervision(self) -> str | None:
+        """What the ARM was trained on, `pixel:<data set>`; `None` without one."""
+        return None if self._arm_source is None else self._arm_source.record.supervision
+
+    @property
+    @abstractmethod
+    def _host_digest(self) -> str:
+        """Digest of the models that give the features."""
+
+    @property
+    def source(self) -> ClipSource:
+        """The CLIP."""
+        return self._source
+
+    def share_source(self, source: ClipSource) -> None:
+        """Take a CLIP of the same weights that another generator has loaded."""
+        self._source = self._encoder.source = source
+
+    def use_arm(self, arm: Arm | None) -> None:
+        """Refine features by this module from now on; `None` ends that."""
+        self._arm, self._encoder.shallow_blocks = arm, None if arm is None else arm.shape.blocks
+
+    def cut_windows(
+        self, sample: Sample, semantic: np.ndarray, proposals: Proposals | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor | None]]:
+        """Yield the windows that cover an image, with their ground truth, as a training sees them.
+
+        Args:
+            sample: the image.
+            semantic: `[H, W]` uint8 ids of its pixels.
+            proposals: of the image, if they matter.
+
+        Yields:
+            `[h, w, 3]` uint8, `[h, w]` uint8 and `[h, w]` int64 ids of regions, `None` where they do not matter.
+        """
+        options = self._options
+        resized = resize_sides(sample.image, options.short_side, options.long_side, options.resampling)
+        height, width = resized.shape[:2]
+        regions = self._find_regions(sample, proposals)
+        if semantic.shape != (height, width):
+            semantic = cv2.resize(semantic, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+        if regions is not None:
+            regions = sample_regions(regions, (height, width), 1, (height, width))
+        for top, bottom, left, right in list_windows(height, width, options.window, options.stride):
+            ids = None if regions is None else regions[top:bottom, left:right]
+            yield resized[top:bottom, left:right], semantic[top:bottom, left:right], ids
+
+    def compare_windows(self, windows: list[np.ndarray], regions: list[Tensor] | None) -> list[Tensor]:
+        """Return the cosines `[Q, h, w]` of the pixels of windows and all words; gradients reach the ARM alone.
+
+        Args:
+            windows: `[h, w, 3]` uint8 each.
+            regions: `[h, w]` int64 ids of each; `None` if proposals do not matter.
+        """
+        return self._see_windows(windows, self._texts[0], regions)
 
     @abstractmethod
     def _encode(self, crops: list[np.ndarray], regions: list[Tensor] | None) -> list[TokenMap]:
@@ -135,8 +216,7 @@ class ClipWordsGenerator(PseudoMaskGenerator):
             MissingError, ArtefactError: the weights are not there, or of another model.
         """
         num_classes = len(self._class_words)
-        if wrong := [label for label in labels if not 1 <= label <= num_classes]:
-            raise DataError(f"{sample.id}: got labels {wrong}, expected 1..{num_classes}; check the class list")
+        check_labels(sample.id, labels, num_classes)
         ids = tuple(labels) if self._options.filter_labels else tuple(range(1, num_classes + 1))
         texts, label_of_text = self._texts
         # Words of absent classes would be at minus infinity: dropping them gives the same result, with less work.
@@ -147,7 +227,7 @@ class ClipWordsGenerator(PseudoMaskGenerator):
             )
         with torch.inference_mode():
             cosines = self._compare(sample.image, texts[present], self._find_regions(sample, proposals))
-            probability = (self._options.logit_scale * cosines).softmax(0)
+            probability = (self._logit_scale * cosines).softmax(0)
             best = {
                 label: probability[[row for row, text in enumerate(present) if label_of_text[text] == label]].amax(0)
                 for label in {label_of_text[text] for text in present}
@@ -165,7 +245,7 @@ class ClipWordsGenerator(PseudoMaskGenerator):
     def words(self) -> WordFeatures:
         """The words of the background and of all classes."""
         features, labels = self._texts
-        return WordFeatures(features, tuple(labels), self._options.logit_scale)
+        return WordFeatures(features, tuple(labels), self._logit_scale)
 
     @torch.inference_mode()
     def pool_regions(self, image: np.ndarray, masks: Tensor) -> Tensor:
@@ -192,7 +272,7 @@ class ClipWordsGenerator(PseudoMaskGenerator):
             seen = [masks[:, top:bottom, left:right] for top, bottom, left, right in batch]
             borders = [self._find_border(crop) for crop in crops]
             crops = [pad_window(crop, border, self._mean_colour) for crop, border in zip(crops, borders, strict=True)]
-            for part, border, token_map in zip(seen, borders, self._encode(crops, None), strict=True):
+            for part, border, token_map in zip(seen, borders, self._encode_refined(crops, None), strict=True):
                 # A window that was cut to whole patches: its map is stretched over all that the window holds.
                 is_cut = min(border) < 0
                 grid = (
@@ -207,6 +287,27 @@ class ClipWordsGenerator(PseudoMaskGenerator):
         """Return the border that `padding` gives a window `[H, W, 3]`, as `find_borders` does; none if it is `None`."""
         padding = self._options.padding
         return (0, 0, 0, 0) if padding is None else find_borders(window.shape[:2], padding, self._encoder.stride)
+
+    @property
+    def base_logit_scale(self) -> float:
+        """The factor of the cosines as it is configured."""
+        return self._options.logit_scale
+
+    @property
+    def _logit_scale(self) -> float:
+        """The factor of the cosines, which an ARM has learnt to change."""
+        self._load_arm()
+        return self._options.logit_scale * (1.0 if self._arm is None else float(self._arm.scale_factor.detach()))
+
+    def _load_arm(self) -> None:
+        if self._arm is None and self._arm_source is not None:
+            self.use_arm(self._arm_source.load())
+
+    def _encode_refined(self, crops: list[np.ndarray], regions: list[Tensor] | None) -> list[TokenMap]:
+        """Return what `_encode` returns, sharpened by the ARM if there is one."""
+        self._load_arm()
+        maps = self._encode(crops, regions)
+        return maps if self._arm is None else refine_maps(self._arm, maps, self._source.device)
 
     @cached_property
     def _texts(self) -> tuple[Tensor, list[int]]:
@@ -256,14 +357,14 @@ class ClipWordsGenerator(PseudoMaskGenerator):
         """Return the cosines `[Q, h, w]` of the pixels of windows, or of `size` pixels that stand for a window."""
         padding = self._options.padding
         if padding is None:
-            maps = self._encode(crops, regions)
+            maps = self._encode_refined(crops, regions)
             return [_to_pixels(token_map, texts) for token_map in maps]
         borders = [find_borders(crop.shape[:2], padding, self._encoder.stride) for crop in crops]
         padded = [pad_window(crop, border, self._mean_colour) for crop, border in zip(crops, borders, strict=True)]
         if regions is not None:
             regions = [pad_regions(ids, border) for ids, border in zip(regions, borders, strict=True)]
         results = []
-        for token_map, crop, border in zip(self._encode(padded, regions), crops, borders, strict=True):
+        for token_map, crop, border in zip(self._encode_refined(padded, regions), crops, borders, strict=True):
             height, width = crop.shape[:2]
             if min(border) < 0 or border == (0, 0, 0, 0):
                 # Seen without padding: the map is stretched over what it stands for.
@@ -295,84 +396,3 @@ def _to_pixels(token_map: TokenMap, texts: Tensor) -> Tensor:
     """Return the cosines `[Q, H, W]` of a token map and texts at the pixels of its image."""
     cosines = F.normalize(token_map.tokens, dim=-1) @ texts.T
     return upsample(cosines.permute(2, 0, 1), token_map)
-
-
-def find_borders(size: tuple[int, ...], padding: int, patch: int) -> tuple[int, int, int, int]:
-    """Return how many pixels a window gets at the top, bottom, left and right; negative ones are cut off.
-
-    Args:
-        size: `(height, width)` of the window.
-        padding: it is padded to a multiple of this, half on each side (the odd pixel at the bottom or right); 0 cuts it
-            to whole patches, unless it has none.
-        patch: side of a patch.
-    """
-    borders = []
-    for side in size:
-        missing = -side % padding if padding else -(side % patch) if side >= patch else 0
-        borders += [missing // 2, missing - missing // 2] if missing >= 0 else [0, missing]
-    return borders[0], borders[1], borders[2], borders[3]
-
-
-def pad_window(crop: np.ndarray, border: tuple[int, int, int, int], colour: Sequence[float]) -> np.ndarray:
-    """Return a window `[H, W, 3]` uint8 with a border of one colour, or cut where the border is negative."""
-    top, bottom, left, right = (max(0, pixels) for pixels in border)
-    height, width = crop.shape[0] + min(0, border[1]), crop.shape[1] + min(0, border[3])
-    return cv2.copyMakeBorder(crop[:height, :width], top, bottom, left, right, cv2.BORDER_CONSTANT, value=tuple(colour))
-
-
-def pad_regions(ids: Tensor, border: tuple[int, int, int, int]) -> Tensor:
-    """Return the ids `[H, W]` of a window's regions as `pad_window` returns its pixels; the border is no region."""
-    top, bottom, left, right = border
-    return F.pad(ids, (left, right, top, bottom), value=-1)
-
-
-def pad_masks(masks: Tensor, border: tuple[int, int, int, int]) -> Tensor:
-    """Return masks `[N, H, W]` bool as `pad_window` returns the pixels of their window; the border is in none."""
-    top, bottom, left, right = border
-    return F.pad(masks.to(torch.uint8), (left, right, top, bottom)).bool()
-
-
-def resize_sides(
-    image: np.ndarray, short_side: int | None, long_side: int | None, resampling: Resampling = "area"
-) -> np.ndarray:
-    """Return the image `[H, W, 3]` uint8 with `short_side` pixels on its short side, but no more than `long_side` on
-    its long one; as it is without either.
-    """
-    if resampling == "area" and long_side is None:
-        return resize_short_side(image, short_side)
-    sides = image.shape[:2]
-    scale = min(
-        1.0 if short_side is None else short_side / min(sides),
-        float("inf") if long_side is None else long_side / max(sides),
-    )
-    height, width = (max(1, int(side * scale + 0.5)) for side in sides)
-    if (height, width) == sides:
-        return image
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR if resampling == "linear" else method)
-
-
-def resize_short_side(image: np.ndarray, short_side: int | None) -> np.ndarray:
-    """Return the image `[H, W, 3]` uint8 with `short_side` pixels on its short side; as it is if `None`.
-
-    Strips get fewer (`moduseg.backbones.inputs.fit_input`).
-    """
-    height, width = fit_input((image.shape[0], image.shape[1]), short_side)
-    if (height, width) == image.shape[:2]:
-        return image
-    shrinks = height < image.shape[0] or width < image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-
-
-def list_windows(height: int, width: int, window: int | None, stride: int) -> list[tuple[int, int, int, int]]:
-    """Return `(top, bottom, left, right)` of the windows that cover an image, row by row.
-
-    No window reaches beyond the image: the last one of each row and column is moved back to end at the border.
-    """
-    if window is None:
-        return [(0, height, 0, width)]
-    rows, columns = (
-        [(start, min(start + window, side)) for start in list_window_starts(side, window, stride)]
-        for side in (height, width)
-    )
-    return [(*row, *column) for row in rows for column in columns]

@@ -96,12 +96,7 @@ class CorrClipGenerator(ClipWordsGenerator):
         super().__init__(options, ClipEncoder(ClipSource(options, device, KEY), encoder_options), classes)
 
     @property
-    def digest(self) -> str:
-        """Digests of the CLIP and of the model that gives the affinities.
-
-        Raises:
-            MissingError: the weights are not there.
-        """
+    def _host_digest(self) -> str:
         return f"{self._source.digest}+{self._affinity.digest}"
 
     @cached_property

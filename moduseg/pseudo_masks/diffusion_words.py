@@ -16,7 +16,7 @@ from moduseg.diffusion.layers import MapRequest
 from moduseg.diffusion.model import DiffusionModelOptions
 from moduseg.diffusion.prompts import resolve_class_words, resolve_head_words
 from moduseg.errors import DataError
-from moduseg.pseudo_masks.base import PseudoMaskGenerator
+from moduseg.pseudo_masks.base import PseudoMaskGenerator, check_labels
 from moduseg.pseudo_masks.diffusion_maps import stretch, to_pixels
 from moduseg.structures import Proposals, Sample, ScoreMaps
 
@@ -123,6 +123,8 @@ class DiffusionWordsGenerator(PseudoMaskGenerator):
         ValueError: an unknown preset, or words that do not fit the classes.
     """
 
+    score_title = "attention"
+
     def __init__(self, options: DiffusionWordsOptions, device: Device, classes: Sequence[str]) -> None:
         self._options = options
         self._source = AttentionSource(options, device, f"{KEY}.weights")
@@ -164,8 +166,7 @@ class DiffusionWordsGenerator(PseudoMaskGenerator):
             MissingError, ArtefactError: the weights are not there, or damaged.
         """
         num_classes = len(self._class_words)
-        if wrong := [label for label in labels if not 1 <= label <= num_classes]:
-            raise DataError(f"{sample.id}: got labels {wrong}, expected 1..{num_classes}; check the class list")
+        check_labels(sample.id, labels, num_classes)
         if not labels:
             device = self._source.model.device.torch_device
             return ScoreMaps((), torch.zeros(0, *sample.size, device=device))

@@ -71,11 +71,18 @@ class FusionGenerator(PseudoMaskGenerator):
         self.needs_proposals = any(part.needs_proposals for part in self._parts)
         self.is_fitted = any(part.is_fitted for part in self._parts)
         self.fits_proposals = any(part.fits_proposals for part in self._parts)
+        self.fits_together = any(part.fits_together for part in self._parts)
 
     @property
     def digest(self) -> str:
         """Digests of both generators."""
         return "&".join(part.digest for part in self._parts)
+
+    @property
+    def supervision(self) -> str | None:
+        """Those of both generators."""
+        texts = dict.fromkeys(part.supervision for part in self._parts if part.supervision is not None)
+        return "+".join(texts) or None
 
     @property
     def num_fit_passes(self) -> int:
@@ -101,6 +108,14 @@ class FusionGenerator(PseudoMaskGenerator):
         for name, part in zip(PARTS, self._parts, strict=True):
             if part.is_fitted:
                 part.load_state({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
+
+    def count_learnt(self, state: dict[str, Tensor]) -> int:
+        """Return the sum over the parts."""
+        return sum(
+            part.count_learnt({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
+            for name, part in zip(PARTS, self._parts, strict=True)
+            if part.is_fitted
+        )
 
     def generate(self, sample: Sample, labels: tuple[int, ...], proposals: Proposals | None = None) -> ScoreMaps:
         """Return the fused scores of classes and background; they sum to 1.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from moduseg.pseudo_masks.diffusion_words import KEY, DiffusionWordsGenerator, D
 from moduseg.pseudo_masks.iseg_maps import (
     Logarithm,
     average_clusters,
+    check_propagation,
     cluster_cells,
     merge_levels,
     propagate,
@@ -73,14 +73,7 @@ class ISegOptions(DiffusionWordsOptions):
             raise ValueError(f"cluster_stride: got {self.cluster_stride}, expected 1 or more, or null; iSeg has 11")
         if self.cluster_rounds < 1:
             raise ValueError(f"cluster_rounds: got {self.cluster_rounds}, expected 1 or more; iSeg has 20")
-        if not self.self_places:
-            raise ValueError("self_places: got none, expected one layer or more; iSeg has [up3.1]")
-        if self.entropy < 0:
-            raise ValueError(f"entropy: got {self.entropy}, expected 0 or more; iSeg has 0.015 for VOC")
-        if self.logarithm not in get_args(Logarithm):
-            raise ValueError(f"logarithm: got {self.logarithm!r}, expected one of {', '.join(get_args(Logarithm))}")
-        if self.iterations < 0:
-            raise ValueError(f"iterations: got {self.iterations}, expected 0 or more; iSeg has 10 for VOC")
+        check_propagation(self.self_places, self.entropy, self.logarithm, self.iterations)
         if self.output_side < 1:
             raise ValueError(f"output_side: got {self.output_side}, expected 1 or more; iSeg has 512")
 

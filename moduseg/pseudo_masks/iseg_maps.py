@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,29 @@ _SMALLEST = 1e-6
 """What a zero of a distribution is replaced by before distributions are compared."""
 _OFFSET = 1e-5
 """What is added to both distributions in their divergence."""
+
+
+def check_propagation(self_places: Sequence[str], entropy: float, logarithm: str, iterations: int) -> None:
+    """Check the settings of the propagation, which generator and discoverer share.
+
+    Args:
+        self_places: layers along whose self-attention maps spread, 1 or more.
+        entropy: lambda of the entropy reduction, 0 or more.
+        logarithm: one of `Logarithm`.
+        iterations: 0 or more.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if not self_places:
+        raise ValueError("self_places: got none, expected one layer or more; iSeg has [up3.1]")
+    if not entropy >= 0:
+        raise ValueError(f"entropy: got {entropy}, expected 0 or more; iSeg has 0.015 for VOC")
+    if logarithm not in get_args(Logarithm):
+        names = ", ".join(get_args(Logarithm))
+        raise ValueError(f"logarithm: got {logarithm!r}, expected one of {names}; iSeg's code has log10")
+    if iterations < 0:
+        raise ValueError(f"iterations: got {iterations}, expected 0 or more; iSeg has 10 for VOC")
 
 
 def merge_levels(levels: Sequence[Tensor], weights: Sequence[float], side: int) -> Tensor:

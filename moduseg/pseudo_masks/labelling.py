@@ -13,7 +13,7 @@ from torch import Tensor
 from moduseg.config import BackgroundConfig, PseudoMasksConfig
 from moduseg.devices import copy_arrays
 from moduseg.masks.encoded import WaitingProposals, decode
-from moduseg.pseudo_masks.labels import make_label_map, region_vote
+from moduseg.pseudo_masks.labels import make_label_map, region_vote, spill_scores
 from moduseg.pseudo_masks.refine import pamr, par
 from moduseg.structures import ScoreMaps
 
@@ -53,6 +53,8 @@ def to_label_map(item: ScoredImage, settings: PseudoMasksConfig, device: torch.d
             return diffuse(stacked, pixels, settings.dilations, settings.iterations)
 
     scores, share = item.scores.to(device), settings.min_class_share
+    if settings.spill:
+        scores = spill_scores(scores, settings.spill)
     labels = make_label_map(scores, rule.rule, rule.value, rule.low, refine, min_class_share=share)
     if item.proposals is None:
         return labels

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moduseg.errors import ConfigError
 from moduseg.masks.bits import PACKED, PackedMasks
@@ -101,6 +102,24 @@ def drop_small_classes(scores: Tensor, min_class_share: float) -> Tensor:
     return torch.cat([scores[:1], scores[1:] * is_large[:, None, None]])
 
 
+def spill_scores(score_maps: ScoreMaps, distance: int) -> ScoreMaps:
+    """Return scores that spread over the borders of classes, as those of maps that are too coarse do.
+
+    Args:
+        score_maps: scores of the present classes; background and ignored pixels stay.
+        distance: 0 or more pixels; each pixel gets its class's best score in the square of side `2 * distance + 1`
+            around it, cut at the image's border.
+    """
+    scores = score_maps.scores
+    if not distance or not len(scores):
+        return score_maps
+    side = 2 * distance + 1
+    # Square windows are separable, which makes large ones cheap.
+    wide = F.max_pool2d(scores[None], (1, side), stride=1, padding=(0, distance))
+    spread = F.max_pool2d(wide, (side, 1), stride=1, padding=(distance, 0))[0]
+    return ScoreMaps(score_maps.class_ids, spread, score_maps.background, score_maps.ignore)
+
+
 def add_background(score_maps: ScoreMaps, rule: BackgroundRule | str, value: float = 0.5) -> Tensor:
     """Return the scores of the background and of the classes, `[1 + R, H, W]`.
 
@@ -188,7 +207,7 @@ def region_vote(labels: Tensor, proposals: Proposals, purity: float = 0.0) -> Te
         # PackedMasks keeps what was painted first; labels count from 1, so that 0 is an unpainted pixel.
         order = order.flip(0)
         numbers = (winner[order] + 1).to(torch.uint8).numpy()
-        painted = torch.from_numpy(packed.select(order.numpy()).paint(numbers)).flatten()
+        painted = torch.from_numpy(packed.paint(numbers, order.numpy())).flatten()
         result = torch.where(painted == 0, flat, torch.cat((ids[:1], ids))[painted.long()])
     else:
         # Painting one proposal after the other would make the host wait for a GPU at each.
@@ -208,3 +227,34 @@ def _count_votes(masks: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
     one_hot = (labels[:, None] == ids).float()
     step = max(1, _BLOCK // labels.numel())
     return torch.cat([block.flatten(1).float() @ one_hot for block in masks.split(step)])
+
+
+def rank_labels(maps: Tensor, probabilities: Tensor) -> Tensor:
+    """Return which class each cell belongs to, as token masking is published.
+
+    From the least to the most probable class, the cells where a map is at least its own mean become the class's; a
+    cell of none takes the label of the nearest cell that has one.
+
+    Args:
+        maps: `[R, h, w]`, one or more.
+        probabilities: `[R]`.
+
+    Returns:
+        `[h, w]` int64, indices into `maps`; of equally near cells the first in reading order decides.
+    """
+    owners = torch.full(maps.shape[1:], -1, dtype=torch.long, device=maps.device)
+    covers = maps >= maps.mean((1, 2), keepdim=True)
+    order = probabilities.argsort(stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order), device=maps.device)
+    # The highest rank that covers a cell wins it.
+    best = torch.where(covers, ranks[:, None, None], -1).amax(0)
+    owners = torch.where(best >= 0, order[best.clamp(min=0)], owners)
+    height, width = owners.shape
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=maps.device), torch.arange(width, device=maps.device), indexing="ij"
+    )
+    places = torch.stack((rows, columns), -1).flatten(0, 1).float()
+    squared = (places[:, None] - places[None]).square().sum(2)
+    squared = squared.masked_fill((owners.flatten() < 0)[None], float("inf"))
+    return owners.flatten()[squared.argmin(1)].view(height, width)

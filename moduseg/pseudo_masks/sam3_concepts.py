@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from moduseg.devices import Device, Precision
-from moduseg.errors import ConfigError, DataError
-from moduseg.pseudo_masks.base import PseudoMaskGenerator
+from moduseg.errors import ConfigError
+from moduseg.pseudo_masks.base import PseudoMaskGenerator, check_labels
 from moduseg.pseudo_masks.prompts import resolve_class_words
 from moduseg.pseudo_masks.sam3_model import (
     TOKENIZER_FILES,
@@ -114,8 +114,7 @@ class Sam3ConceptsGenerator(PseudoMaskGenerator):
             MissingError, ArtefactError: the weights are not there, or of another model.
         """
         num_classes = len(self._class_words)
-        if wrong := [label for label in labels if not 1 <= label <= num_classes]:
-            raise DataError(f"{sample.id}: got labels {wrong}, expected 1..{num_classes}; check the class list")
+        check_labels(sample.id, labels, num_classes)
         words, label_of_word = self._words
         limit = self._options.max_classes
         with torch.inference_mode():

@@ -190,7 +190,7 @@ def test_bad_input() -> None:
         generator.generate(sample(), (2, 6), None)
     with pytest.raises(DataError, match="no image-level labels"):
         generator.fit(lambda: [Sample("bare", sample().image)], NUM_CLASSES)
-    with pytest.raises(DataError, match=r"got \(7,\), expected 1..5"):
+    with pytest.raises(DataError, match=r"far: got labels \[7\], expected 1..5"):
         generator.fit(lambda: [Sample("far", sample().image, (7,))], NUM_CLASSES)
     with pytest.raises(DataError, match="no image to fit on"):
         generator.fit(list, NUM_CLASSES)

@@ -12,9 +12,10 @@ from torch import Tensor
 from moduseg.bank.aggregation import coverage
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, DataError
-from moduseg.pseudo_masks import build, cam_neighbours
+from moduseg.pseudo_masks import build, training_regions
 from moduseg.pseudo_masks.cam_neighbours import NeighbourCamGenerator, NeighbourCamOptions
 from moduseg.pseudo_masks.labels import make_label_map
+from moduseg.pseudo_masks.training_regions import RegionCollector, TrainingRegions
 from moduseg.structures import Proposals, Sample
 from tests.pseudo_masks.contract import CLASSES, NUM_CLASSES, GeneratorContract, halves, sample
 from tests.pseudo_masks.test_cam import CPU, ColourBackbone, world
@@ -156,12 +157,54 @@ def test_training_regions_stay_in_half_precision(monkeypatch: pytest.MonkeyPatch
         rows.extend([len(tensor)] * (tensor.dtype == torch.float16))
         return to_float(tensor)
 
-    monkeypatch.setattr(cam_neighbours, "_CHUNK", 10)
+    generator = fitted()
+    monkeypatch.setattr(training_regions, "_CHUNK", 10)
     monkeypatch.setattr(Tensor, "float", record)
-    scores = fitted().generate(item, (2, 4), quarters(item)).scores
+    scores = generator.generate(item, (2, 4), quarters(item)).scores
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
-    assert max(rows) == 10
-    assert sum(rows) == 4 * sum(1 for _ in world())
+    # Two images of four regions each; all images but the one itself.
+    assert max(rows) == 8
+    assert sum(rows) == 4 * sum(other.id != item.id for other in world())
+
+
+def test_fitting_holds_one_image_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(count, 8, generator=generator) * 40 + 30 for count in (5, 0, 300, 2)]
+    collector = RegionCollector(torch.full((8,), 25.0))
+    for vectors in images:
+        collector.add(vectors)
+    assert {part.dtype for part in collector._directions} == {torch.float16}
+    assert collector.counts.tolist() == [5, 0, 300, 2]
+    vectors, centre = collector.centre()
+    together = torch.cat(images)
+    torch.testing.assert_close(centre, together.mean(0), rtol=1e-5, atol=0)
+    expected = torch.nn.functional.normalize(together - together.mean(0), dim=1)
+    assert vectors.dtype == torch.float16
+    torch.testing.assert_close(vectors.float(), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("max_images", "labels", "expected"),
+    [
+        pytest.param(9, (1, 2), [0, 1, 2, 3, 4, 6, 7], id="all with a region but itself"),
+        pytest.param(3, (1, 2), [0, 4, 7], id="one of each class and of none"),
+        pytest.param(6, (1, 2), [0, 1, 2, 4, 6, 7], id="the smallest ids of each"),
+        pytest.param(4, (2,), [0, 4, 6, 7], id="other classes count as none"),
+        pytest.param(2, (), [0, 4], id="no label"),
+    ],
+)
+def test_so_many_images_are_compared(max_images: int, labels: tuple[int, ...], expected: list[int]) -> None:
+    tags = torch.tensor([[1, 0], [0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [0, 1], [0, 0], [1, 1]], dtype=torch.uint8)
+    image = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7])  # the last image has no region
+    state = {
+        "regions": torch.zeros(9, 3).half(),
+        "centre": torch.zeros(3),
+        "image": image,
+        "ids": torch.tensor([3, 12, 6, 15, 1, 0, 9, 5, 2]),
+        "tags": tags,
+    }
+    chosen = TrainingRegions(state, 2).choose_images(labels, max_images, without_id=0)
+    assert chosen.tolist() == expected
 
 
 @pytest.mark.parametrize("relative", [True, False])
@@ -206,6 +249,7 @@ def test_bad_state() -> None:
         {"tags": torch.zeros(16, 4)},
         {"image": state["image"] + 16},
         {"image": state["image"][:-1]},
+        {"image": state["image"].flip(0)},
     ]
     for change in changes:
         wrong = {name: tensor for name, tensor in (state | change).items() if tensor is not None}
@@ -219,6 +263,7 @@ def test_bad_state() -> None:
         ({"neighbours": 0}, "neighbours: got 0"),
         ({"others": 0}, "others: got 0"),
         ({"weight": -1.0}, r"weight: got -1\.0"),
+        ({"max_images": 1}, "max_images: got 1"),
         ({"ridge": 0}, "ridge: got 0"),
     ],
 )

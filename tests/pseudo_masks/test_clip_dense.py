@@ -18,7 +18,7 @@ from moduseg.devices import Device
 from moduseg.errors import ConfigError, DataError, MissingError
 from moduseg.pseudo_masks import build
 from moduseg.pseudo_masks.clip_dense import ClipDenseGenerator, ClipDenseOptions
-from moduseg.pseudo_masks.clip_words import list_windows, resize_short_side
+from moduseg.pseudo_masks.clip_windows import list_windows, resize_short_side
 from moduseg.pseudo_masks.labels import make_label_map, region_vote
 from moduseg.pseudo_masks.prompts import BACKGROUND_WORDS, IMAGENET_TEMPLATES, resolve_class_words
 from moduseg.structures import Proposals, TokenMap

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from moduseg.config import compose
 from moduseg.devices import Device
 from moduseg.errors import ConfigError
 from moduseg.pseudo_masks import build
@@ -97,6 +98,7 @@ def test_parts_are_fitted_apart_and_lack_of_background_is_filled() -> None:
 
     state = fusion.fit(samples, 5)
     assert {k: v.item() for k, v in state.items()} == {"first.number": 16.0, "second.number": 26.0}
+    assert fusion.count_learnt(state) == 2
     fusion.load_state(state)
     assert [p.state["number"].item() for p in parts] == [16.0, 26.0]
     maps = fusion.generate(sample(), (2, 4))
@@ -125,3 +127,23 @@ def test_mistakes() -> None:
     unlike = build(cfg, CPU, no_backbone, CLASSES)
     with pytest.raises(ConfigError, match=r"first scores classes \(2,\), second \(2, 4\)"):
         unlike.generate(sample(), (2,), None)
+
+
+@pytest.mark.parametrize(("part", "preset"), [
+    pytest.param("first", "corrclip_miniature", id="the best of CLIP's"),
+    pytest.param("second", "iseg_miniature", id="the best of the diffusion model's"),
+])  # fmt: skip
+def test_the_miniatures_fusion_has_the_presets_parts(part: str, preset: str) -> None:
+    def settings(name: str, *path: str) -> dict[str, Any]:
+        cfg = compose([f"pseudo_masks={name}"]).as_dict()["pseudo_masks"]["generator"]
+        chosen = cfg[path[0]] if path else cfg
+        generator = build(chosen, CPU, no_backbone, CLASSES)
+        return {**vars(generator)["_options"].__dict__}
+
+    assert settings("fusion_miniature", part) == settings(preset)
+
+
+def test_the_miniatures_fusion_has_isegs_background() -> None:
+    fusion = compose(["pseudo_masks=fusion_miniature"]).pseudo_masks.generator
+    background = compose(["pseudo_masks=iseg_miniature"]).pseudo_masks.background
+    assert (fusion["rule"], fusion["value"]) == (background.rule, background.value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moduseg.errors import ConfigError
-from moduseg.pseudo_masks.labels import make_label_map, region_vote
+from moduseg.pseudo_masks.labels import make_label_map, region_vote, spill_scores
 from moduseg.structures import Proposals, ScoreMaps
 
 SCORES = torch.tensor([[[0.9, 0.5, 0.2, 0.6]], [[0.1, 0.4, 0.3, 0.6]]])
@@ -200,6 +200,21 @@ def test_region_vote_without_proposals_and_with_others() -> None:
         region_vote(labels, Proposals(torch.zeros(1, 3, 2, dtype=torch.bool)))
     with pytest.raises(ValueError, match="purity: got 2"):
         region_vote(labels, Proposals(torch.zeros(1, 2, 3, dtype=torch.bool)), 2)
+
+
+def test_scores_spill_by_the_stated_distance() -> None:
+    """Two classes of one pixel each; the background and what is ignored stay where they are."""
+    scores = torch.zeros(2, 7, 12)
+    scores[0, 3, 3], scores[1, 0, 11] = 0.9, 0.8
+    ignore = torch.zeros(7, 12, dtype=torch.bool)
+    ignore[6, 0] = True
+    maps = ScoreMaps((1, 4), scores, torch.full((7, 12), 0.5), ignore)
+    expected = torch.zeros(7, 12, dtype=torch.uint8)
+    expected[1:6, 1:6], expected[0:3, 9:12], expected[6, 0] = 1, 4, 255
+    assert make_label_map(spill_scores(maps, 2), "given").tolist() == expected.tolist()
+    assert spill_scores(maps, 0) is maps
+    empty = ScoreMaps((), torch.zeros(0, 7, 12), torch.full((7, 12), 0.5))
+    assert len(spill_scores(empty, 2).scores) == 0
 
 
 def test_classes_that_win_few_pixels_lose_them() -> None:

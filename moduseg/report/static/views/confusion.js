@@ -16,6 +16,7 @@ Report.confusion = () => {
     return total ? (100 * record.confusion[t][p]) / total : 0;
   };
 
+  const addressOf = (t, p) => `#/images?sort=cell&truth=${t}&predicted=${p}&show=errors`;
   const canvas = h("canvas", {
     tabindex: "0",
     role: "img",
@@ -24,6 +25,11 @@ Report.confusion = () => {
   const line = h("p", { class: "confusion-line", "aria-live": "polite" });
   const box = h("div", { class: "confusion-box" }, canvas);
   let geometry = null;
+
+  function shorten(ink, name, space) {
+    while (name.length > 2 && ink.measureText(name).width > space) name = `${name.slice(0, -2)}…`;
+    return name;
+  }
 
   function draw() {
     if (!box.clientWidth) return;
@@ -36,7 +42,9 @@ Report.confusion = () => {
       : 18;
     const left = box.clientWidth < 520 && names ? Math.min(longest, 96) : longest;
     const cell = Math.max(4, Math.min(46, Math.floor((box.clientWidth - left - 4) / count)));
-    const top = names ? 22 : 14;
+    // Names of columns stand upright above them, where they can be read.
+    const hasColumnNames = names && cell >= 11;
+    const top = hasColumnNames ? Math.min(longest, 110) + 2 : names ? 22 : 14;
     geometry = { left, top, cell };
     const ink = Report.sharp(canvas, left + cell * count + 2, top + cell * count + 2);
     const [text, lineColour, accent, bad, ground, over] = [
@@ -53,16 +61,28 @@ Report.confusion = () => {
       const y = top + cell * i;
       ink.fillStyle = Report.colour(label);
       ink.fillRect(left - 14, y + cell / 2 - 5, 10, 10);
-      ink.fillRect(left + cell * i + cell / 2 - Math.min(5, cell / 2 - 1), 4, Math.min(10, cell - 2), 10);
+      ink.fillRect(left + cell * i + cell / 2 - Math.min(5, cell / 2 - 1), top - 16, Math.min(10, cell - 2), 10);
       ink.strokeStyle = lineColour;
       ink.strokeRect(left - 14.5, y + cell / 2 - 5.5, 11, 11);
-      ink.strokeRect(left + cell * i + cell / 2 - Math.min(5, cell / 2 - 1) - 0.5, 3.5, Math.min(11, cell - 1), 11);
+      ink.strokeRect(
+        left + cell * i + cell / 2 - Math.min(5, cell / 2 - 1) - 0.5,
+        top - 16.5,
+        Math.min(11, cell - 1),
+        11,
+      );
       if (names && cell >= 11) {
         ink.fillStyle = text;
-        let name = classes[label];
-        while (name.length > 2 && ink.measureText(name).width > left - 20) name = `${name.slice(0, -2)}…`;
         ink.textAlign = "right";
-        ink.fillText(name, left - 18, y + cell / 2);
+        ink.fillText(shorten(ink, classes[label], left - 20), left - 18, y + cell / 2);
+      }
+      if (hasColumnNames) {
+        ink.save();
+        ink.translate(left + cell * i + cell / 2, top - 20);
+        ink.rotate(-Math.PI / 2);
+        ink.textAlign = "left";
+        ink.fillStyle = text;
+        ink.fillText(shorten(ink, classes[label], top - 22), 0, 0);
+        ink.restore();
       }
     });
     used.forEach((t, i) =>
@@ -126,7 +146,7 @@ Report.confusion = () => {
     describe(next ? event : null);
   }
   const open = () => {
-    if (at) location.hash = `#/images?sort=cell&truth=${used[at[0]]}&predicted=${used[at[1]]}`;
+    if (at) location.hash = addressOf(used[at[0]], used[at[1]]);
   };
   canvas.addEventListener("pointermove", move);
   canvas.addEventListener("pointerleave", () => {
@@ -168,7 +188,7 @@ Report.confusion = () => {
         .map(([t, p, pixels]) =>
           h(
             "a",
-            { class: "most-row", href: `#/images?sort=cell&truth=${t}&predicted=${p}` },
+            { class: "most-row", href: addressOf(t, p) },
             h("span", { class: "bar-name" }, swatch(t), h("span", {}, nameOf(t))),
             h("span", { class: "muted" }, "→"),
             h("span", { class: "bar-name" }, swatch(p), h("span", {}, nameOf(p))),
