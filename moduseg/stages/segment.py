@@ -12,14 +12,14 @@ from moduseg.datasets.base import Dataset
 from moduseg.files import to_json_values
 from moduseg.masks.encoded import WaitingProposals, decode
 from moduseg.pipeline.batches import Files, Outcome
-from moduseg.pipeline.manifests import stored_name
+from moduseg.pipeline.manifests import name_supervision, stored_name
 from moduseg.pipeline.preflight import HasDigest
 from moduseg.pipeline.stage import Stage
 from moduseg.pseudo_masks import PseudoMaskGenerator
 from moduseg.pseudo_masks.labelling import DIFFUSIONS, ScoredImage, fit_rule, to_label_map
 from moduseg.report import build
 from moduseg.stages.class_scores import ClassScores
-from moduseg.stages.evaluate_masks import score_or_draw
+from moduseg.stages.evaluate_masks import LabelOrigin, score_or_draw
 from moduseg.stages.propose import Propose
 from moduseg.stages.pseudo_masks import encode_label_map, labelling_parts
 from moduseg.stages.tag import TagImages
@@ -150,9 +150,10 @@ class Segment(Stage[WordedImage]):
             self.dataset,
             proposals=self.input_folders.get("propose"),
             inputs=self.input_folders,
-            label_source=source,
+            origin=LabelOrigin(source, self.generator.supervision),
         )
-        return {"split": self.split, "label_source": source, "config": self.cfg.as_dict()}
+        supervision = name_supervision(self.generator.supervision)
+        return {"split": self.split, "label_source": source, "config": self.cfg.as_dict(), **supervision}
 
     def report(self, outcome: Outcome) -> None:
         """Write the report."""

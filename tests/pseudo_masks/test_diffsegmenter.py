@@ -136,6 +136,20 @@ def test_captions_continue_the_prompt(make: Make, tmp_path: Path) -> None:
         score(generator, (2,), sample(name="b"))
 
 
+def test_a_caption_that_is_too_long_is_cut_off(make: Make, tmp_path: Path) -> None:
+    scores = []
+    for num_words in (40, 400):
+        file = tmp_path / f"{num_words}.json"
+        file.write_text(json.dumps({"a": {"class 2": "a " * num_words}}))
+        scores.append(score(make(captioner={"name": "file", "path": str(file)}), (2,)).scores)
+    assert torch.equal(*scores)
+
+
+def test_cut_off_words_name_image_and_class(make: Make) -> None:
+    with pytest.raises(DataError, match=r"^a: prompt: the words '.*' of 'class 1' are cut off"):
+        score(make(class_words={"class 1": "a " * 40}), (1, 5))
+
+
 def test_one_pass_names_all_classes(make: Make) -> None:
     generator = make(one_pass=True)
     words = {"class 2": "class 2", "class 4": "class 4"}

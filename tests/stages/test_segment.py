@@ -12,7 +12,6 @@ import pytest
 
 from moduseg import Vocabulary
 from moduseg.config import compose
-from moduseg.datasets.io import read_label_png
 from moduseg.errors import ConfigError, DataError, IncompleteError
 from moduseg.pipeline.manifests import count_failures
 from moduseg.pipeline.workspace import Workspace
@@ -22,27 +21,15 @@ from moduseg.stages.segment import Segment
 from tests.backbones.test_clip import tiny_config
 from tests.conftest import external_folder
 from tests.stages.test_shards import shard
-from tests.support.runs import overrides, result_bytes
+from tests.support.runs import overrides, read_labels, result_bytes
 
 CLIP = ("pseudo_masks=clip_dense", "evaluation.panels=1", "evaluation.bootstrap=0")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the scenes are drawn, once."""
-    outputs = tmp_path_factory.mktemp("world")
-    assert len(Workspace(compose(overrides(outputs))).dataset("val").ids) == 4
-    return outputs
 
 
 @pytest.fixture(scope="module")
 def segmented(world: Path) -> Path:
     """The folder of a run in which all classes compete."""
     return Segment.run(compose(overrides(world, *CLIP)))
-
-
-def read_labels(folder: Path) -> dict[str, np.ndarray]:
-    return {path.stem: read_label_png(path) for path in sorted((folder / "labels").glob("*.png"))}
 
 
 def test_all_classes_compete_by_default(segmented: Path, world: Path) -> None:
