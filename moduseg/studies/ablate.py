@@ -1,19 +1,21 @@
 """Tables of experiments from one command: a grid of overrides, one run for each cell; equal runs are computed once.
 
 A table is a file of `configs/table/`: `base` overrides for every run, `axes` (one column each: option -> overrides),
-`replicates` (lists of overrides whose results are averaged) and `columns` (figures in the results of `evaluate`).
+`replicates` (lists of overrides whose results are averaged) and `columns` (figures in the results of `evaluate`). A
+`reference` names the option of an axis that the others are compared with, image by image over all replicates.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
+import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,21 +23,59 @@ from moduseg.config import UNREADABLE, Config, compose, config_dir
 from moduseg.config.command_keys import AblateOptions
 from moduseg.config.construct import construct
 from moduseg.errors import ConfigError
-from moduseg.evaluation.measures import PROPOSAL_FIGURES, Figure, read_path, single_measures
-from moduseg.evaluation.tables import markdown_table, versions
+from moduseg.evaluation.bootstrap import bootstrap, paired_bootstrap
+from moduseg.evaluation.counts import FILE, SplitCounts
+from moduseg.evaluation.measures import (
+    CLASSIFIER_FIGURES,
+    MATCHED_FIGURES,
+    PROPOSAL_FIGURES,
+    Figure,
+    read_path,
+    single_measures,
+)
+from moduseg.evaluation.tables import find_supervision, mark_supervision, markdown_table, versions
 from moduseg.files import digest_of, read_json, write_atomic, write_json
-from moduseg.pipeline.workspace import log
+from moduseg.pipeline.workspace import Workspace, log
 from moduseg.progress import Progress
 from moduseg.stages import evaluate
+from moduseg.stages.discover import Discover
+from moduseg.stages.predict_student import PredictStudent
+from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.stages.segment import Segment
+from moduseg.studies.bank_vectors import VECTOR_FIGURES, measure_vectors
+from moduseg.studies.costs import COST_FIGURES, measure_costs
 
 FIGURES: dict[str, tuple[str, Figure]] = {
     **{measure.column: ("prediction", measure) for measure in single_measures()},
     **{end: ("prediction", Figure(name=f"miou_interval.{end}", title=end)) for end in ("low", "high")},
     **{f"pseudo-mask {measure.column}": ("pseudo_masks", measure) for measure in single_measures()},
     **{figure.column: ("proposals", figure) for figure in PROPOSAL_FIGURES},
+    **{figure.column: ("classifier", figure) for figure in CLASSIFIER_FIGURES},
+    **{figure.column: ("segments", figure) for figure in MATCHED_FIGURES},
 }
-"""Columns that a table may have: the part of the results of `evaluate`, and the figure in it."""
+"""Figures in the results of a stage: the part of them, and the figure in it."""
+COLUMNS: dict[str, tuple[str, Figure]] = {
+    **FIGURES,
+    **{f"tagged {measure.column}": ("tagged", measure) for measure in single_measures()},
+    **{column: ("costs", figure) for column, figure in COST_FIGURES.items()},
+    **{column: ("vectors", figure) for column, figure in VECTOR_FIGURES.items()},
+}
+"""Columns that a grid may have: `FIGURES`, those of the generator's masks of the evaluated split, whose images' tags it
+is given, costs, and how near the bank's vectors are to those of true masks."""
+PARTS: dict[str, tuple[str, ...]] = {
+    "evaluate": ("prediction", "pseudo_masks", "proposals", "classifier", "tagged", "costs", "vectors"),
+    "segment": ("prediction",),
+    "discover": ("segments",),
+    "predict_student": ("prediction",),
+}
+"""What a run of a table may be -> the parts of its results, the one that says what was scored first."""
+_SINGLE_PARTS: dict[str, Callable[[Config], Path]] = {
+    "segment": Segment.run,
+    "discover": Discover.run,
+    "predict_student": PredictStudent.run,
+}
+"""Stages whose results have a single part, which they do not name."""
+_PART_TITLES = {"prediction": "predictions", "pseudo_masks": "pseudo masks", "segments": "matched segments"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +87,14 @@ class Table:
         base: overrides of every run.
         axes: axis -> option -> overrides, or -> a list of lists of overrides, whose results are averaged.
         replicates: lists of overrides; every cell is run with each list, and the results are averaged.
-        columns: keys of `FIGURES`.
-        stage: what a run is: `evaluate` (a bank, searched) or `segment` (words alone), which has figures of predictions
-            alone.
+        columns: keys of `COLUMNS`.
+        stage: what a run is: `evaluate` (a bank, searched), `segment` (words alone) and `predict_student` (a trained
+            network), which have figures of predictions alone, or `discover` (no words), which has figures of matched
+            segments alone.
+        reference: axis -> option, for one axis or more: each row is compared with the row that has these options and
+            its own on the other axes; none if omitted. Rows then also have the mIoU of one confusion matrix over the
+            images of all their runs and its difference to the reference's, both with 95 % intervals over these images
+            (paired draws; `moduseg.evaluation.bootstrap`).
     """
 
     title: str
@@ -57,16 +102,23 @@ class Table:
     base: list[str] = field(default_factory=list)
     replicates: list[Any] = field(default_factory=lambda: [[]])
     columns: list[str] = field(default_factory=lambda: ["mIoU"])
-    stage: Literal["evaluate", "segment"] = "evaluate"
+    stage: Literal["evaluate", "segment", "discover", "predict_student"] = "evaluate"
+    reference: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = [c for c in self.columns if c not in FIGURES]
+        unknown = [c for c in self.columns if c not in COLUMNS]
         if unknown:
-            raise ValueError(f"columns: got {', '.join(unknown)}, expected some of {', '.join(FIGURES)}")
-        if self.stage == "segment" and any(FIGURES[column][0] != "prediction" for column in self.columns):
-            raise ValueError(f"columns: got {', '.join(self.columns)}, expected figures of predictions for segment")
+            raise ValueError(f"columns: got {', '.join(unknown)}, expected some of {', '.join(COLUMNS)}")
+        if any(COLUMNS[column][0] not in PARTS[self.stage] for column in self.columns):
+            allowed = " and ".join(_PART_TITLES.get(part, part) for part in PARTS[self.stage])
+            raise ValueError(f"columns: got {', '.join(self.columns)}, expected figures of {allowed} for {self.stage}")
         if not self.axes or not all(isinstance(options, Mapping) and options for options in self.axes.values()):
             raise ValueError(f"axes: got {dict(self.axes)!r}, expected axis -> option -> overrides")
+        if self.reference and self.stage != "evaluate":
+            raise ValueError(f"reference: got one with stage {self.stage}, expected none; leave it out")
+        if any(option not in self.axes.get(axis, {}) for axis, option in self.reference.items()):
+            allowed = "; ".join(f"{axis}: {', '.join(options)}" for axis, options in self.axes.items())
+            raise ValueError(f"reference: got {self.reference}, expected an axis and one of its options ({allowed})")
 
 
 def main(options: AblateOptions, overrides: Sequence[str]) -> int:
@@ -84,7 +136,7 @@ def load_table(name: str) -> Table:
     return construct(Table, read_table("ablate", name), f"table {name}")
 
 
-FOLDERS = {"ablate": "table", "reproduce": "reproduce"}
+FOLDERS = {"ablate": "table", "methods": "methods", "reproduce": "reproduce"}
 """Command -> folder of `configs/` that holds its tables."""
 
 
@@ -92,7 +144,8 @@ def read_table(command: str, name: str) -> dict[str, Any]:
     """Read the content of a table's file without resolving its interpolations.
 
     Args:
-        command: `ablate` (grids of `configs/table/`) or `reproduce` (the paper's tables, `configs/reproduce/`).
+        command: `ablate` (grids of `configs/table/`), `methods` (`configs/methods/`) or `reproduce` (the paper's
+            tables, `configs/reproduce/`).
         name: of the file.
 
     Raises:
@@ -126,10 +179,18 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
         `runtime.outputs`) `<name>-<key8>` stands for `<name>`: the key hashes them, and the table without them stays.
     """
     table = load_table(name)
+    cfg = compose([*table.base, *overrides])
+    if table.reference and not cfg.evaluation.bootstrap:
+        raise ConfigError(
+            f"evaluation.bootstrap: got 0, expected 1 draw or more, as table {name} has intervals; try 1000"
+        )
     cells = list(_expand_cells(table))
     with Progress(sum(len(runs) for _, runs in cells), f"table {name}", unit="run") as progress:
-        rows = [_run_cell(table, options, runs, overrides, progress) for options, runs in cells]
-    outputs = Path(compose([*table.base, *overrides]).runtime.outputs) / "tables"
+        results = [_run_cell(table, options, runs, overrides, progress) for options, runs in cells]
+    rows = [row for row, _ in results]
+    if table.reference:
+        _compare_with_reference(table.reference, results, cfg)
+    outputs = Path(cfg.runtime.outputs) / "tables"
     changes = [override for override in overrides if not override.startswith("runtime.outputs=")]
     stem = f"{name}-{digest_of(changes)[:8]}" if changes else name
     record = {"title": table.title, "table": name, "overrides": list(overrides), "rows": rows, "versions": versions()}
@@ -142,30 +203,72 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
 
 def _run_cell(
     table: Table, options: Mapping[str, str], runs: Sequence[list[str]], overrides: Sequence[str], progress: Progress
-) -> dict[str, Any]:
-    """Run one cell of the grid and return its row."""
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Run one cell of the grid: its row, and if the table has a reference the pixel counts of each run's images."""
     start = time.perf_counter()
     commands = [[*table.base, *cell_overrides, *overrides] for cell_overrides in runs]
-    results = []
+    results, counts = [], []
     for command in commands:
-        results.append(run_stage(table.stage, compose(["evaluation.report=false", *command])))
+        cfg = compose(["evaluation.report=false", *command])
+        results.append(run_stage(table.stage, cfg, table.columns))
+        if table.reference:
+            counts.append(_read_counts(evaluate.run(cfg), results[-1]["prediction"]))
         progress.update()
-    return {
+    scored = results[0][PARTS[table.stage][0]]
+    supervision = "+".join(dict.fromkeys(text for text in map(find_supervision, results) if text))
+    row = {
         "options": dict(options),
         "runs": commands,
         "figures": {column: [read_figure(record, column) for record in results] for column in table.columns},
-        "images": results[0]["prediction"]["images"],
-        "dataset": results[0]["prediction"]["dataset"],
-        "split": results[0]["prediction"]["split"],
+        **({"supervision": supervision} if supervision else {}),
+        "images": scored["images"],
+        "dataset": scored["dataset"],
+        "split": scored["split"],
         "seconds": round(time.perf_counter() - start, 1),
     }
+    return row, counts
 
 
-def run_stage(stage: str, cfg: Config) -> dict[str, Any]:
-    """Run `evaluate` or `segment` and return its results by part; those of `segment` are of predictions alone."""
-    if stage == "evaluate":
-        return dict(read_json(evaluate.run(cfg) / "results.json"))
-    return {"prediction": read_json(Segment.run(cfg) / "results.json")}
+def _read_counts(folder: Path, record: Mapping[str, Any]) -> np.ndarray:
+    """Return the pixel counts `[n, 3, S]` int64 of the images of a run of `evaluate`, whose prediction has `record`."""
+    rule = record.get("uncovered", {}).get("rule")
+    counts = SplitCounts.from_bytes((folder / FILE).read_bytes(), str(folder / FILE))
+    return counts.label_counts(rule is None, "ignore" if rule == "ignore" else "wrong")
+
+
+def _compare_with_reference(
+    reference: dict[str, str], results: Sequence[tuple[dict[str, Any], list[np.ndarray]]], cfg: Config
+) -> None:
+    """Add `all_images` to each row: its mIoU over the images of all runs, and the difference to its reference row's."""
+    resamples, seed = cfg.evaluation.bootstrap, cfg.runtime.seed
+    counts = {tuple(row["options"].values()): np.concatenate(runs) for row, runs in results}
+    for row, _ in results:
+        own, other = (counts[tuple(options.values())] for options in (row["options"], row["options"] | reference))
+        row["all_images"] = {"images": len(own), "miou": asdict(bootstrap(own, resamples, seed=seed))}
+        if row["options"] != row["options"] | reference:
+            row["all_images"]["difference"] = asdict(paired_bootstrap(other, own, resamples, seed=seed))
+
+
+def run_stage(stage: str, cfg: Config, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a stage, with what some columns need besides, and return its results by part.
+
+    Args:
+        stage: one of `PARTS`.
+        cfg: the configuration.
+        columns: keys of `COLUMNS`.
+    """
+    if stage != "evaluate":
+        return {PARTS[stage][0]: read_json(_SINGLE_PARTS[stage](cfg) / "results.json")}
+    work, parts = Workspace(cfg), {COLUMNS[column][0] for column in columns}
+    path = evaluate.run(cfg, work)
+    results = dict(read_json(path / "results.json"))
+    if "costs" in parts:
+        results["costs"] = measure_costs(path)
+    if "tagged" in parts:
+        results["tagged"] = read_json(PseudoMasks.run(cfg, work, work.eval_split) / "results.json")
+    if "vectors" in parts:
+        results["vectors"] = measure_vectors(cfg, work)
+    return results
 
 
 def _expand_cells(table: Table) -> Iterator[tuple[dict[str, str], list[list[str]]]]:
@@ -186,25 +289,52 @@ def _as_alternatives(overrides: Any) -> list[list[str]]:
 
 
 def read_figure(record: Mapping[str, Any], column: str) -> float | None:
-    """Return the value of a column in the results of `evaluate`; `None` where they lack it."""
-    part, figure = FIGURES[column]
+    """Return the value of a column in the results of a run by part; `None` where they lack it."""
+    part, figure = COLUMNS[column]
     return read_path(record, (part, *figure.path))
 
 
 def label_column(column: str) -> str:
     """Return the title of a column, with its unit where that is not percent."""
-    return FIGURES[column][1].label(column)
+    return COLUMNS[column][1].label(column)
 
 
 def _markdown(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
     body = [
-        [*row["options"].values(), *(mean_cell(row["figures"][c], c) for c in table.columns), len(row["runs"])]
+        [
+            *_name_options(row),
+            *(mean_cell(row["figures"][c], c) for c in table.columns),
+            *_compared_cells(row),
+            len(row["runs"]),
+        ]
         for row in rows
     ]
     where = f"{rows[0]['dataset']} {rows[0]['split']}, {rows[0]['images']} images. "
     note = "Mean ± sample standard deviation where a row has several runs; percent."
-    header = [*table.axes, *(label_column(c) for c in table.columns), "runs"]
+    compared = []
+    if table.reference:
+        note += " In brackets the 95 % interval over the images of all runs, paired draws for differences."
+        images = rows[0]["all_images"]["images"]
+        compared = [f"mIoU of all {images} images", f"difference to {', '.join(table.reference.values())}"]
+    header = [*table.axes, *(label_column(c) for c in table.columns), *compared, "runs"]
     return f"**{table.title}** {where}{note}\n\n{markdown_table(header, body)}"
+
+
+def _compared_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return mIoU and difference of a row over all images, with their intervals; none without a reference."""
+    if "all_images" not in row:
+        return []
+    miou, difference = row["all_images"]["miou"], row["all_images"].get("difference")
+    cells = [f"{miou['value']:.1f} ({miou['low']:.1f} to {miou['high']:.1f})", "-"]
+    if difference is not None:
+        cells[1] = f"{difference['value']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
+    return cells
+
+
+def _name_options(row: Mapping[str, Any]) -> list[str]:
+    """Return the options of a row; the last one says so if a part of its runs was trained on masks."""
+    *others, last = row["options"].values()
+    return [*others, mark_supervision(last, row.get("supervision"))]
 
 
 def mean_cell(values: Sequence[float | None], column: str, sign: str = "") -> str:
@@ -212,10 +342,10 @@ def mean_cell(values: Sequence[float | None], column: str, sign: str = "") -> st
 
     Args:
         values: of the runs.
-        column: key of `FIGURES`.
+        column: key of `COLUMNS`.
         sign: `+` shows a plus as well.
     """
-    decimals = FIGURES[column][1].decimals
+    decimals = COLUMNS[column][1].decimals
     measured = [v for v in values if v is not None]
     if not measured:
         return "-"

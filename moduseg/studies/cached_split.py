@@ -8,7 +8,7 @@ matrices equal those of `infer`, to the pixel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from moduseg.config import BankConfig, Config, RetrievalConfig
 from moduseg.errors import ConfigError, DataError
 from moduseg.files import canonical_json, to_json_values
 from moduseg.masks.cells import Cells
+from moduseg.masks.shapes import describe_shapes
 from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.progress import track
@@ -35,15 +36,18 @@ from moduseg.retrieval.balance import (
     widest_float,
 )
 from moduseg.retrieval.majority import label_cells_by_majority
+from moduseg.retrieval.ranking import find_possible, find_ranking, label_shares, measure_closeness
 from moduseg.retrieval.search import BankIndex, search
 from moduseg.retrieval.selection import NEAREST, compute_certainty, compute_margins, compute_worths, select_masks
+from moduseg.retrieval.shares import DividedVotes, divide_votes, label_cells_by_shares
 from moduseg.retrieval.vote import vote
 from moduseg.stages.build_bank import BuildBank
+from moduseg.stages.fit_ranking import FitRanking
 from moduseg.stages.propose import Propose
 from moduseg.stages.queries import Queries
 from moduseg.structures import IGNORE_INDEX, SearchBank, select_parents
 
-STORED_KEYS = ("purify", "min_area", "aggregation", "flips", "path")
+STORED_KEYS = ("purify", "min_area", "aggregation", "flips", "path", "parts")
 """Keys of `bank` that decide what is stored; the others decide how the stored bank is read."""
 
 
@@ -76,6 +80,7 @@ class SplitQueries:
         predicted_iou: `[Q]` float32.
         quality: `[Q]` float32.
         areas: `[Q]` pixels.
+        shapes: `[Q, len(SHAPES)]` of their masks (`describe_shapes`), if `selection=learnt` is asked for; else `None`.
     """
 
     pooled: Tensor
@@ -83,6 +88,7 @@ class SplitQueries:
     predicted_iou: np.ndarray
     quality: Tensor
     areas: np.ndarray
+    shapes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -94,16 +100,19 @@ class Answers:
         labels: `[Q]` int64.
         scores: `[Q]` float64 (float32 on MPS).
         worths: `[Q]` int64, what a selection maximises; zeros for rules that weigh nothing.
+        divided: the divided votes of all proposals, for `selection=shares`; else `None`.
     """
 
     is_kept: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
     worths: np.ndarray
+    divided: DividedVotes | None = None
 
     def select(self, rows: slice) -> Answers:
         """Return the answers for some of the proposals."""
-        return Answers(self.is_kept[rows], self.labels[rows], self.scores[rows], self.worths[rows])
+        divided = None if self.divided is None else DividedVotes(self.divided.labels, self.divided.units[rows])
+        return Answers(self.is_kept[rows], self.labels[rows], self.scores[rows], self.worths[rows], divided)
 
 
 class CachedSplit:
@@ -116,7 +125,8 @@ class CachedSplit:
             images the bank is made of. The mean and the outlier filter of the bank are still made with the image.
 
     Raises:
-        ConfigError: a setting that tidies label maps: their pixels are not kept here; or `answer=words`.
+        ConfigError: a setting that tidies label maps: their pixels are not kept here; `answer=words`; a bank with
+            regions that a person named; or `selection=learnt` where images are held out, as these taught the ranking.
         DataError: no ground truth, or artefacts that do not fit each other.
     """
 
@@ -132,6 +142,12 @@ class CachedSplit:
                 "retrieval.answer: got words, expected labels, as a sweep keeps no CLIP features of regions; leave it "
                 "out here, and set it for scripts/infer.py"
             )
+        self._needs_shapes = any(setting.selection == "learnt" for setting in settings)
+        if self._needs_shapes and is_held_out:
+            raise ConfigError(
+                "select: got the training split with retrieval.selection=learnt, whose ranking is fitted on the very "
+                "images; choose on another split or world: select=<split>, select=dataset.seed=11"
+            )
         work = Workspace(cfg)
         self.dataset = work.dataset(work.eval_split)
         if not self.dataset.has_truth:
@@ -144,6 +160,12 @@ class CachedSplit:
         self.bank = Bank.load(bank_path)
         if cfg.bank.path is not None:
             self.bank = align_classes(self.bank, cfg.bank.aggregation, self.dataset.classes)
+        if self.bank.is_trusted is not None and bool(self.bank.is_trusted.any()):
+            raise ConfigError(
+                f"bank.path: got a bank with {int(self.bank.is_trusted.sum())} regions that a person named, expected "
+                "none, as these decide alone and a sweep lets all regions vote; sweep the bank that was corrected"
+            )
+        self._cfg = cfg
         self._device, self._is_held_out, self._search_settings = work.device.torch_device, is_held_out, cfg.retrieval
         self._top_k = max(s.top_k for s in settings)
         self._views: dict[str, BankView] = {}
@@ -171,12 +193,16 @@ class CachedSplit:
     def answer(self, bank: BankConfig, settings: RetrievalConfig) -> Answers:
         """Label and score all proposals of the split; errors as `confusion`."""
         labels, scores = self._vote(bank, settings)
-        worths = self._weigh(bank, settings, labels, scores)
+        if settings.selection == "learnt":
+            labels, scores, worths = self._rank(bank, settings, labels, scores)
+        else:
+            worths = self._weigh(bank, settings, labels, scores)
         if settings.selection == "nms_quality":
             scores = scores * self.queries.quality.numpy()
         is_large = self.queries.areas >= settings.min_area
         is_kept = is_large & (self.queries.predicted_iou >= settings.min_predicted_iou)
-        return Answers(is_kept, labels, scores, worths)
+        divided = self._divide(bank, settings) if settings.selection == "shares" else None
+        return Answers(is_kept, labels, scores, worths, divided)
 
     def _read_images(self, propose: StageFolder, queries: StageFolder) -> tuple[list[SplitImage], SplitQueries]:
         """Read truth, proposals and vectors of every image that was processed and has a usable truth."""
@@ -185,6 +211,7 @@ class CachedSplit:
         pooled: list[Tensor] = []
         predicted_iou: list[Tensor] = []
         quality: list[Tensor] = []
+        shapes: list[np.ndarray] = []
         start = 0
         for image_id in track(self.dataset.ids, f"read {self.dataset.split}"):
             truth = None if image_id in failed else self._read_truth(image_id)
@@ -201,6 +228,7 @@ class CachedSplit:
             images.append(SplitImage(image_id, cells, slice(start, start + len(proposals)), proposals.parents))
             predicted_iou.append(proposals.predicted_iou)
             quality.append(proposals.quality)
+            shapes += [describe_shapes(proposals.masks.numpy())] if self._needs_shapes else []
             start += len(proposals)
         if not images:
             raise DataError(f"{self.dataset.name} {self.dataset.split}: got no image with ground truth and proposals")
@@ -211,6 +239,7 @@ class CachedSplit:
             torch.cat(predicted_iou).numpy(),
             torch.cat(quality),
             np.concatenate([image.cells.shared.diagonal() for image in images]),
+            np.concatenate(shapes) if self._needs_shapes else None,
         )
 
     def _read_truth(self, image_id: str) -> np.ndarray | None:
@@ -240,9 +269,22 @@ class CachedSplit:
             self._votes[key] = labels.cpu().numpy(), scores.cpu().numpy()
         return self._votes[key]
 
+    def _divide(self, bank: BankConfig, settings: RetrievalConfig) -> DividedVotes:
+        """Return how all proposals divide their votes, on the CPU."""
+        view, has_vector = self._view(bank), self.queries.has_vector
+        neighbour_labels = torch.full((len(self.queries.pooled), 1), -1, device=self._device)
+        similarities = torch.zeros(neighbour_labels.shape, device=self._device)
+        if len(has_vector) and len(view.bank.vectors):
+            found, rows = view.find_neighbours(settings)
+            neighbour_labels = neighbour_labels.repeat(1, rows.shape[1])
+            similarities = similarities.repeat(1, rows.shape[1])
+            neighbour_labels[has_vector], similarities[has_vector] = view.bank.labels[rows], found
+        areas = torch.from_numpy(self.queries.areas)
+        return divide_votes(areas, neighbour_labels.cpu(), similarities.cpu(), settings.vote_temperature)
+
     def _weigh(self, bank: BankConfig, settings: RetrievalConfig, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """Return what the rule of selection maximises, `[Q]` int64; zeros for rules that weigh nothing."""
-        if settings.selection in ("nms", "nms_quality", "majority"):
+        if settings.selection in ("nms", "nms_quality", "majority", "shares"):
             return np.zeros(len(labels), dtype=np.int64)
         certainty = compute_certainty(torch.from_numpy(scores))
         if settings.selection == "margin":
@@ -251,6 +293,33 @@ class CachedSplit:
             voted = torch.from_numpy(labels).to(self._device)[has_vector]
             certainty[has_vector.cpu()] = compute_margins(view.candidates, voted, view.is_allowed).cpu().double()
         return compute_worths(certainty, self.queries.quality)
+
+    def _rank(
+        self, bank: BankConfig, settings: RetrievalConfig, labels: np.ndarray, scores: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return labels `[Q]`, scores `[Q]` and worths `[Q]` with the ranking that is fitted for these settings.
+
+        Args:
+            bank: how the bank is read.
+            settings: of retrieval.
+            labels, scores: of the vote, which stay where a proposal has no vector.
+        """
+        if self.queries.shapes is None:
+            raise ValueError("cached split: got selection=learnt, expected it among the settings that were announced")
+        if bank.path is None:
+            folder = FitRanking.run(replace(self._cfg, bank=bank, retrieval=settings))
+        else:
+            folder = self.inputs["build_bank"]
+        ranking = find_ranking(folder).align(self.dataset.classes)
+        view, rows = self._view(bank), self.queries.has_vector.cpu().numpy()
+        ranking.check_fits(view.bank.vectors.shape[1], is_centred=view.bank.centre is not None)
+        is_possible = find_possible(view.bank.labels, len(self.dataset.classes))
+        shares = ranking.estimate_shares(view.queries.cpu().numpy(), self.queries.shapes[rows], is_possible)
+        labels, scores, certainty = labels.copy(), scores.copy(), np.zeros(len(labels))
+        labels[rows], scores[rows], gain = label_shares(shares)
+        ranked = torch.from_numpy(labels[rows]).to(view.candidates.labels.device)
+        certainty[rows] = gain * measure_closeness(view.candidates, ranked).cpu().numpy()
+        return labels, scores, compute_worths(torch.from_numpy(certainty), self.queries.quality)
 
     def _view(self, bank: BankConfig) -> BankView:
         """Return the stored bank as `bank` reads it, with its cached neighbour lists."""
@@ -348,20 +417,24 @@ def _count_image(image: SplitImage, answers: Answers, settings: RetrievalConfig,
     kept = np.flatnonzero(answers.is_kept)
     order = kept[np.argsort(-answers.scores[kept], kind="stable")]
     is_suppressed, is_majority = settings.selection in ("nms", "nms_quality"), settings.selection == "majority"
-    rule = f"nms {settings.nms_iou}" if is_suppressed else "majority" if is_majority else "select"
+    rule = f"nms {settings.nms_iou}" if is_suppressed else settings.selection if is_majority else "select"
     weights = answers.scores if is_majority else answers.worths
+    if answers.divided is not None:
+        rule, weights = f"shares {answers.divided.labels.tolist()}", answers.divided.units.numpy()
     key = (rule.encode(), order.tobytes(), answers.labels.tobytes(), weights.tobytes())
     if key not in image.counts_by_rule:
         cells = image.cells
         if is_suppressed:
             order = cells.suppress(order, answers.labels, settings.nms_iou)
-        elif not is_majority:
+        elif not is_majority and answers.divided is None:
             kept_cells = Cells(cells.cover[:, kept], cells.sizes, cells.values)
             parents = image.parents
             tree = None if parents is None else select_parents(parents, torch.from_numpy(kept)).numpy()
             chosen = kept[select_masks(kept_cells, answers.labels[kept], answers.worths[kept], tree)]
             order = order[np.isin(order, chosen)]
-        if is_majority:
+        if answers.divided is not None:
+            painted = label_cells_by_shares(cells, order, answers.divided)
+        elif is_majority:
             painted = label_cells_by_majority(cells, order, answers.labels, answers.scores)
         else:
             painted = cells.paint(order, answers.labels)

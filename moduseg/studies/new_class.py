@@ -23,8 +23,9 @@ from moduseg.config import Config, compose
 from moduseg.config.command_keys import NewClassOptions
 from moduseg.errors import ConfigError, DataError
 from moduseg.evaluation.measures import format_value
-from moduseg.evaluation.tables import markdown_table, versions
+from moduseg.evaluation.tables import find_supervision, mark_supervision, markdown_table, versions
 from moduseg.files import read_json, write_atomic, write_json
+from moduseg.pipeline.manifests import name_supervision
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.stages import extend_bank
 from moduseg.stages.build_bank import BuildBank
@@ -59,7 +60,8 @@ def run(options: NewClassOptions, cfg: Config) -> Path:
     full_results = read_json(Infer.run(cfg, work) / "results.json")
     rows = [_withhold(name, options.images, work, source, full_results) for name in names]
     folder = work.outputs / "tables"
-    record = {"images": options.images, "rows": rows, "config": cfg.as_dict(), "versions": versions()}
+    supervision = name_supervision(find_supervision(full_results))
+    record = {"images": options.images, "rows": rows, **supervision, "config": cfg.as_dict(), "versions": versions()}
     write_json(folder / f"{options.name}.json", record)
     write_atomic(folder / f"{options.name}.md", _make_table(rows, full_results).encode())
     return folder / f"{options.name}.md"
@@ -161,5 +163,8 @@ def _make_table(rows: Sequence[Mapping[str, Any]], full_results: Mapping[str, An
         ]
         times = [f"{mean(row[key] for row in rows):.1f}" for key in ("seconds", "cpu_seconds")]
         cells.append(["mean", "", "", *means, *times])
-    where = f"{full_results['dataset']} {full_results['split']}, {full_results['images']} images, percent"
+    where = mark_supervision(
+        f"{full_results['dataset']} {full_results['split']}, {full_results['images']} images, percent",
+        find_supervision(full_results),
+    )
     return f"A class withheld from the bank, then added from tagged images. {where}.\n\n{markdown_table(header, cells)}"

@@ -26,6 +26,8 @@ BASE: dict[str, list[str]] = {
     "voc20": ["protocol=voc20"],
     "context59": ["protocol=context59"],
     "coco_stuff": ["protocol=coco_stuff"],
+    "cityscapes27": ["protocol=cityscapes27_diffseg"],
+    "coco_stuff27": ["protocol=coco_stuff27_diffseg"],
 }
 """The data sets that a table may have, and the overrides every row starts from."""
 FULL = ("voc", "coco")
@@ -33,8 +35,10 @@ FULL = ("voc", "coco")
 PROTOCOLS = ("voc21", "context60", "coco_object", "voc20", "context59", "coco_stuff", "cityscapes", "ade20k")
 """The open-vocabulary benchmarks, in the order in which tables show them."""
 MINIATURE = "miniature"
-"""The embedded world, which is no benchmark: its rows have VOC's published figures beside them."""
-SPLITS = {"mIoU": "val", "pseudo-mask mIoU": "train"}
+"""The embedded world, which is no benchmark: its rows have published figures of `ORIENTATION` beside them."""
+ORIENTATION = {"evaluate": "voc", "segment": "voc21", "discover": "cityscapes27", "predict_student": "voc"}
+"""Stage of a table -> the benchmark whose figures stand beside the miniature's."""
+SPLITS = {"mIoU": "val", "pseudo-mask mIoU": "train", "mIoU, matched by image": "val", "mIoU, matched by set": "val"}
 """Figures that a table may compare, and the split that the published ones belong to."""
 
 
@@ -66,6 +70,8 @@ class Row:
     voc20: list[str] | None = None
     context59: list[str] | None = None
     coco_stuff: list[str] | None = None
+    cityscapes27: list[str] | None = None
+    coco_stuff27: list[str] | None = None
 
     def overrides(self, dataset: str) -> list[str] | None:
         """Return the overrides of this row for `dataset`; `None` if the row does not apply to it."""
@@ -91,8 +97,10 @@ class PaperTable:
         title: what it shows.
         rows: name -> row, in the order shown.
         published: which of `moduseg.evaluation.published.TABLES`.
-        stage: what a row runs: `evaluate` (a bank, searched) or `segment` (words alone).
+        stage: what a row runs: `evaluate` (a bank, searched), `segment` (words alone), `discover` (no words) or
+            `predict_student` (a trained network).
         figure: key of `SPLITS` that the published figures are.
+        further_splits: splits whose published figures are shown beside, in columns of their own (`test`).
         columns: more keys of `moduseg.studies.ablate.FIGURES`, ours alone.
         reference: the row that changes are counted from, or data set -> row.
         base: data set -> overrides that take the place of `BASE`.
@@ -106,8 +114,9 @@ class PaperTable:
     title: str
     rows: Mapping[str, Row]
     published: str
-    stage: Literal["evaluate", "segment"] = "evaluate"
+    stage: Literal["evaluate", "segment", "discover", "predict_student"] = "evaluate"
     figure: str = "mIoU"
+    further_splits: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     reference: Any = None
     base: Mapping[str, Any] = field(default_factory=dict)
@@ -163,11 +172,17 @@ class PaperTable:
         """Return the rows of a data set that can be run."""
         return [name for name, row in self.rows.items() if row.overrides(dataset) is not None]
 
-    def figure_of(self, name: str, dataset: str) -> PublishedRow | None:
-        """Return the published figure of a row; the miniature's rows have that of VOC, for orientation."""
+    def figure_of(self, name: str, dataset: str, split: str | None = None) -> PublishedRow | None:
+        """Return the published figure of a row; the miniature's rows have one for orientation.
+
+        Args:
+            name: of the row.
+            dataset: one of `datasets`.
+            split: whose figure is wanted; that of `figure` if omitted.
+        """
         method = pick(self.rows[name].published, dataset)
-        orientation = "voc21" if self.stage == "segment" else "voc"
-        benchmark = f"{orientation if dataset == MINIATURE else dataset}/{SPLITS[self.figure]}"
+        orientation = ORIENTATION[self.stage] if dataset == MINIATURE else dataset
+        benchmark = f"{orientation}/{split or SPLITS[self.figure]}"
         wanted = (self.published, method, benchmark)
         return next((row for row in PUBLISHED if (row.table, row.method, row.benchmark) == wanted), None)
 

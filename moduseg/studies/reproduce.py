@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -16,18 +16,26 @@ from typing import Any
 from moduseg.config import Config, compose
 from moduseg.config.command_keys import ReproduceOptions
 from moduseg.errors import ConfigError, MissingError, ModusegError, StorageError
-from moduseg.evaluation.measures import format_value
-from moduseg.evaluation.tables import markdown_table, versions
+from moduseg.evaluation.tables import find_supervision, versions
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.manifests import StageFolder, count_failures
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.progress import Progress
 from moduseg.stages import evaluate
+from moduseg.stages.discover import Discover
+from moduseg.stages.predict_student import PredictStudent
 from moduseg.stages.segment import Segment
-from moduseg.studies.ablate import FIGURES, label_column, mean_cell, read_figure
+from moduseg.stages.train_student import TrainStudent
+from moduseg.studies.ablate import FIGURES, PARTS, read_figure
+from moduseg.studies.paper_markdown import PaperMarkdown
 from moduseg.studies.paper_tables import BASE, MINIATURE, SPLITS, PaperTable, load_paper_table, pick
 
-RUNS: dict[str, Callable[[Config], Path]] = {"evaluate": evaluate.run, "segment": Segment.run}
+RUNS: dict[str, Callable[[Config], Path]] = {
+    "evaluate": evaluate.run,
+    "segment": Segment.run,
+    "discover": Discover.run,
+    "predict_student": PredictStudent.run,
+}
 """What a row of a table runs, by the table's `stage`."""
 ALIASES = {"voc_aug": "voc", "coco2014": "coco"}
 """Other configurations of a data set -> its name in tables."""
@@ -163,12 +171,12 @@ class TableRun:
         except StorageError:
             raise
         except MissingError as error:
-            record.update(status="missing", missing=[_one_line(error)])
+            record.update(status="missing", missing=[one_line(error)])
         except ModusegError as error:
-            record.update(status="failed", errors=[_one_line(error)])
+            record.update(status="failed", errors=[one_line(error)])
         except Exception as error:  # other rows still run; the traceback is logged and the exit code is 1
             log.exception("table %s, %s, row %r", self.name, self.dataset, row)
-            record.update(status="failed", errors=[f"{type(error).__name__}: {_one_line(error)}"])
+            record.update(status="failed", errors=[f"{type(error).__name__}: {one_line(error)}"])
         record["seconds_now"] = round(time.perf_counter() - start, 1)
 
     def write(self) -> None:
@@ -185,7 +193,16 @@ class TableRun:
             "versions": versions(),
         }
         write_json(self.path.with_suffix(".json"), record)
-        write_atomic(self.path, self._make_markdown().encode())
+        text = PaperMarkdown(
+            self.table,
+            self.dataset,
+            self.shown,
+            reference=self.reference,
+            seed_key=self.seed_key,
+            records=list(self.records.values()),
+            num_run=len(self.runs_by_row),
+        )
+        write_atomic(self.path, text.make().encode())
 
     def _list_rows(self) -> list[str]:
         """Return the rows in the table's order: those to run, and other methods' on the same benchmark."""
@@ -205,6 +222,11 @@ class TableRun:
             "kind": self.table.rows[row].kind,
             "status": "to do" if runs else "quoted",
             "published": None if published is None else {key: getattr(published, key) for key in keys},
+            "published_further": {
+                split: None if further is None else further.value
+                for split in self.table.further_splits
+                for further in [self.table.figure_of(row, self.dataset, split)]
+            },
             "ours": None,
             "runs": runs,
             "commands": [command(overrides, self.table.stage) for overrides in runs],
@@ -223,12 +245,13 @@ class TableRun:
     def _read_results(self, paths: Sequence[Path]) -> dict[str, Any]:
         """Return what a row's record says of its finished runs."""
         results = [read_json(path / "results.json") for path in paths]
-        if self.table.stage == "segment":
-            # Its results are those of the predictions alone.
-            results = [{"prediction": result} for result in results]
-        # The figure's own label maps: predictions, or pseudo masks.
+        if self.table.stage != "evaluate":
+            # Other stages have a single part, which they do not name.
+            results = [{PARTS[self.table.stage][0]: result} for result in results]
+        # The figure's own label maps: predictions, pseudo masks or segments.
         scored = results[0][FIGURES[self.table.figure][0]] or {}
         values = [read_figure(result, self.table.figure) for result in results]
+        supervision = "+".join(dict.fromkeys(text for text in map(find_supervision, results) if text))
         measured = [value for value in values if value is not None]
         return {
             "values": values,
@@ -237,6 +260,7 @@ class TableRun:
             "images": scored.get("images"),
             "split": scored.get("split"),
             "label_source": scored.get("label_source"),
+            **({"supervision": supervision} if supervision else {}),
             "left_out": sum(count_failures(path) for path in paths),
             "seconds": round(mean(work_seconds(path) for path in paths), 1),
             "results": [str(path) for path in paths],
@@ -259,94 +283,6 @@ class TableRun:
             has_both = published is not None and reference_published is not None
             record["published_change"] = published["value"] - reference_published["value"] if has_both else None
 
-    def _make_markdown(self) -> str:
-        header = ["row", *(["kind"] if self._has_kinds else []), "published", "ours", "difference"]
-        if self.reference is not None:
-            header += ["published change", "our change"]
-        header += [*(label_column(c) for c in self.table.columns), "images", "seconds"]
-        body = [self._make_cells(record) for record in self.records.values()]
-        splits = {record["split"] for record in self.records.values() if record["split"]}
-        where = ", ".join(sorted(splits)) or SPLITS[self.table.figure]
-        head = f"**{self.table.title}** {self.shown}, {self.table.figure} on {where}, percent."
-        blocks = ["\n".join(f"- {note}" for note in self._list_notes()), *self._list_problems(), self._list_commands()]
-        return "\n".join([head, "", markdown_table(header, body), *(f"{block}\n" for block in blocks)])
-
-    def _make_cells(self, record: Mapping[str, Any]) -> list[object]:
-        """Return a row of the table."""
-        figure = self.table.figure
-        ours = {"done": mean_cell(record["values"], figure), "quoted": "-"}.get(record["status"], record["status"])
-        published, images, seconds = record["published"], record["images"], record["seconds"]
-        cells: list[object] = [
-            record["row"],
-            *([record["kind"] or "-"] if self._has_kinds else []),
-            format_value(None if published is None else published["value"]),
-            ours + ("*" if record["left_out"] else ""),
-            mean_cell([record["difference"]], figure, "+"),
-        ]
-        if self.reference is not None:
-            cells += [mean_cell([record["published_change"]], figure, "+"), mean_cell(record["change"], figure, "+")]
-        cells += [mean_cell(record["columns"].get(c, []), c) for c in self.table.columns]
-        return [*cells, "-" if images is None else images, "-" if seconds is None else seconds]
-
-    @property
-    def _has_kinds(self) -> bool:
-        """Whether the table says of its rows what the methods had."""
-        return any(row.kind for row in self.table.rows.values())
-
-    def _list_notes(self) -> list[str]:
-        """Return what one must know to read the table, in sentences."""
-        records = list(self.records.values())
-        sources = sorted({r["published"]["source"] for r in records if r["published"]})
-        notes = [f"Published: {', '.join(sources)}."] if sources else []
-        if self.dataset == MINIATURE and sources:
-            notes[0] = f"Published: {', '.join(sources)}, on VOC 2012, for orientation: compare changes, not levels."
-        if self.reference is not None:
-            notes.append(f"Changes are counted from the row `{self.reference}`.")
-        num_runs = max(len(r["runs"]) for r in records)
-        if num_runs > 1:
-            last = num_runs - 1
-            notes.append(f"Ours: mean ± sample standard deviation of {num_runs} runs, {self.seed_key} 0 to {last}.")
-        banks = sorted({(r["train_split"], r["label_source"]) for r in records if r["status"] == "done"})
-        if self.table.stage == "segment":
-            sources = sorted({str(source) for _, source in banks})
-            notes += [f"No bank; which classes compete in an image: {source}." for source in sources]
-        else:
-            notes += [f"Bank of {split}, image-level labels from {source}." for split, source in banks]
-        notes.append(
-            "Seconds: time on the clock of all stages behind a row, whenever it was done and whoever shares it."
-        )
-        notes += pick(dict(self.table.notes), self.dataset) or []
-        noted = [r["published"] for r in records if r["published"] and r["published"]["note"]]
-        return [*notes, *(f"{published['method']}: {published['note']}." for published in noted)]
-
-    def _list_problems(self) -> list[str]:
-        """Return what rows lack, why rows failed, and which rows left images out, a block of text each."""
-        blocks = []
-        for title, key in (("Missing", "missing"), ("Failed", "errors")):
-            for rows, lines in self._group_lines(key).items():
-                blocks.append(f"{title} in {rows}:\n\n" + "\n".join(f"- {line}" for line in lines))
-        if skipping := [r for r in self.records.values() if r["left_out"]]:
-            named = ", ".join(f"`{r['row']}` {r['left_out']}" for r in skipping)
-            blocks.append(f"* Images left out on the way, see failures.jsonl: {named}.")
-        return blocks
-
-    def _list_commands(self) -> str:
-        rows = [f"    # {r['row']}\n    {r['commands'][0]}" for r in self.records.values() if r["commands"]]
-        return "\n".join(["Each row by itself (its first run):", "", *rows])
-
-    def _group_lines(self, key: str) -> dict[str, list[str]]:
-        """Return the lines of the records' lists `key`, grouped by the rows that have them."""
-        rows_by_line: dict[str, list[str]] = {}
-        for record in self.records.values():
-            for line in record[key]:
-                rows_by_line.setdefault(line, []).append(record["row"])
-        lines_by_rows: dict[str, list[str]] = {}
-        for line, rows in rows_by_line.items():
-            has_every_row = len(rows) > 1 and len(rows) == len(self.runs_by_row)
-            title = "every row" if has_every_row else ", ".join(f"`{row}`" for row in rows)
-            lines_by_rows.setdefault(title, []).append(line)
-        return lines_by_rows
-
 
 def find_missing(work: Workspace, stage: str = "evaluate") -> list[str]:
     """Return what a run needs and does not find: data, folders, weights. Nothing is computed with them.
@@ -355,7 +291,7 @@ def find_missing(work: Workspace, stage: str = "evaluate") -> list[str]:
 
     Args:
         work: of the run.
-        stage: what runs, a key of `RUNS`.
+        stage: what runs: a key of `RUNS`, `infer` or `pseudo_masks`.
 
     Returns:
         The line of each `MissingError`, once.
@@ -376,13 +312,31 @@ def find_missing(work: Workspace, stage: str = "evaluate") -> list[str]:
             lambda: work.word_generator.digest,
             lambda: work.tagger.digest,
         )
+    elif stage == "pseudo_masks":
+        parts = (*parts[:1], lambda: _find_voters(work), lambda: work.generator.digest)
+    elif stage == "discover":
+        parts = (
+            lambda: work.dataset(work.eval_split).ids,
+            lambda: work.discoverer.digest,
+            lambda: work.backbone.digest,
+        )
+    elif stage == "predict_student":
+        # Truth and files take none of the parts that label images.
+        needs_labelling = work.cfg.student is not None and work.cfg.student.labels in ("pseudo_masks", "predictions")
+        parts = (*(parts if needs_labelling else parts[:1]), lambda: TrainStudent(work).student.digest)
     lines: dict[str, None] = {}
     for part in parts:
         try:
             part()
         except MissingError as error:
-            lines[_one_line(error)] = None
+            lines[one_line(error)] = None
     return list(lines)
+
+
+def _find_voters(work: Workspace) -> None:
+    """Look for what proposes masks on both splits, if pseudo masks are made with proposals."""
+    if work.generator.needs_proposals or work.cfg.pseudo_masks.refine == "region_vote":
+        _ = (work.proposer.digest, work.train_proposer.digest)
 
 
 def work_seconds(path: Path) -> float:
@@ -403,5 +357,6 @@ def list_commands(name: str, dataset: str | None = None) -> list[str]:
     return [f"{d}, {row}: {command(table.runs(row, d, 1)[0], table.stage)}" for d in chosen for row in table.names(d)]
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the message of an error on one line."""
     return " ".join(str(error).split())

@@ -36,9 +36,10 @@ from moduseg.evaluation.measures import (
     single_measures,
     to_json,
 )
-from moduseg.evaluation.tables import markdown_table, versions
+from moduseg.evaluation.tables import mark_supervision, markdown_table, versions
 from moduseg.files import to_json_values, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
+from moduseg.pipeline.manifests import name_supervision
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.progress import track
 from moduseg.report.curves import Curve, draw_curves
@@ -150,6 +151,7 @@ def run(arguments: Sequence[str]) -> Path:
 
     key = "mIoU" if chooser is None else "chosen by"
     ranked = sorted(range(len(rows)), key=lambda i: -_or_nan(rows[i][key]))
+    supervision = reported.bank.info.get("supervision")
     record = {
         "where": f"{reported.dataset.name} {reported.dataset.split}, {len(reported.images)} images",
         "chosen_on": chosen_on,
@@ -159,7 +161,9 @@ def run(arguments: Sequence[str]) -> Path:
         "best": rows[ranked[0]],
         "rows": rows,
         "overrides": grid.overrides,
-        "label_source": reported.dataset.label_source,
+        # The bank has learned from the tags of the training images; those of the scored split are read by nothing.
+        "label_source": reported.bank.info.get("label_source", reported.dataset.label_source),
+        **name_supervision(supervision),
         "seconds": {step: round(value, 3) for step, value in seconds.items()},
         "versions": versions(),
         "config": base.as_dict(),
@@ -269,8 +273,9 @@ def _make_report(record: Mapping[str, Any], ranked: Sequence[int]) -> str:
     best = record["best"]
     shown = " ".join(f"{key}={_text(value)}" for key, value in best["setting"].items())
     seconds = record["seconds"]
+    where = mark_supervision(record["where"], record.get("supervision"))
     lines = [
-        f"**{len(rows)} settings** on {record['where']}; read in {seconds['read']:.1f} s, swept in "
+        f"**{len(rows)} settings** on {where}; read in {seconds['read']:.1f} s, swept in "
         f"{seconds['sweep']:.1f} s; percent.",
         "",
         f"Best: `{shown}`, mIoU {format_value(best['mIoU'])}. Chosen on {record['chosen_on']}.",

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 
+from moduseg import discovery
 from moduseg.config import Config, compose, config_dir
 from moduseg.errors import ConfigError
 from moduseg.studies.ablate import load_table
-from moduseg.studies.paper_tables import BASE, load_paper_table, merge, pick
+from moduseg.studies.paper_tables import BASE, ORIENTATION, load_paper_table, merge, pick
+from tests.support.devices import CPU
 
 TABLES = sorted(path.stem for path in (config_dir() / "reproduce").glob("*.yaml"))
 DATASETS = (
     "voc", "coco", "ade20k", "cityscapes", "miniature", "voc21", "context60", "coco_object", "voc20", "context59",
-    "coco_stuff",
+    "coco_stuff", "cityscapes27", "coco_stuff27",
 )  # fmt: skip
 NAMES = {"voc21": "voc", "voc20": "voc", "context60": "context", "context59": "context"}
 """Names of data sets that tables call by their protocol."""
@@ -70,6 +72,11 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         },
     },
     "ablation_train_split": {"voc": {"train": 86.3, "train_aug": 86.3}},
+    "students": {
+        "voc": {
+            "DiffSegmenter, DeepLabV3-R101": 69.1, "CLIP-ES, DeepLabV2-R101": 71.1, "token masking, ViT-B": 72.7,
+        },
+    },
     "iseg_main": {"voc": {"iSeg": 75.2}, "coco": {"iSeg": 45.5}},
     "iseg_modules": {
         "voc": {"neither": 68.2, "entropy reduction": 72.0, "both": 75.2},
@@ -94,11 +101,22 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         },
     },
     "diffsegmenter_timesteps": {"voc": {"1": 69.1, "50": 69.94, "100": 70.3, "150": 69.69, "mean": 70.49}},
+    "token_masking_main": {
+        "voc": {"token masking": 74.5, "MCTformer+": 68.8}, "coco": {"token masking": 43.2},
+    },
+    "token_masking_ablation": {
+        "voc": {"everything": 74.5, "no masking": 71.6, "no register": 72.3, "no pruning": 72.0},
+        "coco": {"everything": 43.2, "no masking": 41.9, "no register": 42.8, "no pruning": 41.7},
+    },
     "sweep_erosion": {"voc": {"20": 86.3}, "coco": {"20": 56.7}},
     "sweep_top_k": {"voc": {"25": 86.3}, "coco": {"25": 56.7}},
     "sweep_drop_ratio": {"voc": {"0.25": 86.3}, "coco": {"0.25": 56.7}},
     "sweep_nms": {"voc": {"0.4": 86.3}, "coco": {"0.4": 56.7}},
     "sweep_min_area": {"voc": {"300": 86.3}, "coco": {"300": 56.7}},
+    "unsupervised": {
+        "cityscapes27": {"DiffSeg": 21.2, "iSeg": 25.0, "iSeg, no entropy reduction": 22.8},
+        "coco_stuff27": {"DiffSeg": 43.6, "iSeg": 45.2, "iSeg, no entropy reduction": 44.4},
+    },
     "open_vocabulary": {
         "voc21": list_open(18.6, 59.1, 51.8, 58.9, 64.1, 61.3, 67.1, 74.8, 76.2, 82.2, 81.9, 83.8, 60.1, 68.2),
         "context60": list_open(7.8, 30.4, 32.6, 32.2, 35.0, 35.3, 38.6, 44.2, 45.7, 50.8, 46.1, 55.4, 27.5, 30.9),
@@ -131,7 +149,7 @@ def test_published_figures_are_the_papers(name: str) -> None:
 def test_every_row_composes(name: str) -> None:
     """Rows of one table differ from each other; what COCO shares with VOC is composed on VOC alone."""
     table = load_paper_table(name)
-    first = "voc21" if table.stage == "segment" else "voc"
+    first = ORIENTATION[table.stage]
     assert {first, "miniature"} <= set(table.datasets) <= set(BASE)
     for dataset in table.datasets:
         coco_rows = [row for row in table.names(dataset) if getattr(table.rows[row], dataset) is not None]
@@ -274,3 +292,18 @@ def test_a_table_of_the_other_command_is_pointed_to() -> None:
         ConfigError, match=r"table: got '', expected one of .*try: python scripts/reproduce\.py table=<"
     ):
         load_paper_table("")
+
+
+@pytest.mark.parametrize("dataset", ["cityscapes27", "coco_stuff27", "miniature"])
+def test_every_discoverer_of_the_table_takes_its_settings(dataset: str) -> None:
+    """A protocol's own discoverer leaves no settings behind where a row has another one."""
+    table = load_paper_table("unsupervised")
+    taus = {}
+    for row in table.names(dataset):
+        settings = compose(table.runs(row, dataset, 1)[0]).discoverer
+        assert settings is not None
+        discovery.build(settings, CPU)
+        taus[row] = settings.get("tau")
+    published = {"cityscapes27": 0.9, "coco_stuff27": 1.1, "miniature": 0.04}[dataset]
+    assert taus["DiffSeg"] == taus["iSeg"] == published
+    assert taus["k-means of tokens"] is None

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 
 from moduseg.backbones.timm_backbone import TimmBackbone
+from moduseg.bank import edit
+from moduseg.bank.derived import write_derived
+from moduseg.bank.store import Bank
 from moduseg.config import compose
 from moduseg.errors import ConfigError
 from moduseg.evaluation import measures
@@ -42,6 +45,10 @@ SETTINGS = (
     ["retrieval.top_k=3", "retrieval.selection=margin", "retrieval.min_predicted_iou=0.5"],
     ["retrieval.selection=margin", "bank.outliers.drop_ratio=0.5", "bank.shuffle_labels=1"],
     ["retrieval.top_k=3", "retrieval.selection=majority", "retrieval.min_area=40"],
+    ["retrieval.top_k=7", "retrieval.selection=shares", "retrieval.vote_temperature=0.05", "bank.shuffle_labels=2"],
+    ["retrieval.selection=shares", "retrieval.min_area=40"],
+    ["retrieval.selection=learnt"],
+    ["retrieval.selection=learnt", "retrieval.min_area=60", "bank.centre=false", "bank.outliers.drop_ratio=0.5"],
     ["bank.prototypes=2", "retrieval.nms_iou=1.0", "retrieval.min_predicted_iou=1.0"],
     ["bank.images_per_class=1", "bank.classes=[red disc,yellow star]", "retrieval.top_k=2"],
 )
@@ -84,6 +91,17 @@ def test_label_maps_that_are_tidied_cannot_be_swept(finished: Path) -> None:
         CachedSplit(cfg, [cfg.retrieval])
 
 
+def test_a_bank_with_named_regions_cannot_be_swept(finished: Path) -> None:
+    """`infer` lets a named region decide alone, which a sweep's votes do not."""
+    source = BuildBank.run(compose(arguments(finished)))
+    bank = Bank.load(source)
+    named = edit.correct_region(bank, "shown", "red disc", bank.pooled[0], 9)
+    folder = write_derived(named, "correct", sources=[source], details={}, folder=finished / "named", outputs=finished)
+    cfg = compose(arguments(finished, f"bank.path={folder}"))
+    with pytest.raises(ConfigError, match=r"bank\.path: got a bank with 1 regions that a person named, expected none"):
+        CachedSplit(cfg, [cfg.retrieval])
+
+
 def test_trees_of_proposals_give_what_infer_gives(tmp_path: Path, rng: np.random.Generator) -> None:
     """Nested masks from files, of which the small ones are filtered, so that trees lose their leaves."""
     cfg = compose(arguments(tmp_path))
@@ -94,7 +112,7 @@ def test_trees_of_proposals_give_what_infer_gives(tmp_path: Path, rng: np.random
             content = sa1b.encode_proposals(Proposals(masks, parents=parents), image_id)
             write_atomic(tmp_path / "trees" / f"{image_id}.json", content)
     files = ("proposer=files", f"proposer.folder={tmp_path / 'trees'}")
-    rules = ("margin", "similarity", "majority")
+    rules = ("margin", "similarity", "majority", "shares")
     settings = [
         compose(arguments(tmp_path, *files, f"retrieval.selection={r}", "retrieval.min_area=500")) for r in rules
     ]
@@ -148,6 +166,8 @@ def test_the_winner_is_chosen_elsewhere(finished: Path) -> None:
     assert of_other_run["chosen_on"] == "val with retrieval.min_area=60, 3 images"
     with pytest.raises(ConfigError, match=r"select: got val, which is what is reported"):
         sweep.run([*arguments(finished), *grid, "select=val"])
+    with pytest.raises(ConfigError, match=r"retrieval\.selection=learnt, whose ranking is fitted on the very images"):
+        sweep.run([*arguments(finished), "retrieval.selection=nms,learnt", "select=train"])
     with pytest.raises(ConfigError, match=r"bank\.prototypes.*choose on another split"):
         sweep.run([*arguments(finished), "bank.prototypes=2,3", "select=train"])
 
