@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from moduseg.api import Segmenter
-from moduseg.app.page import Page, build_page, import_gradio
+from moduseg.app.layout import build_page, import_gradio, style_page
+from moduseg.app.page import Page
 from moduseg.app.session import Session
 from moduseg.bank.derived import open_bank
+from moduseg.bank.store import Bank
+from moduseg.config import compose
 from moduseg.config.command_keys import DemoOptions
 from moduseg.config.stored import reconfigure
+from moduseg.learning import find_bank_folder
 from moduseg.pipeline.workspace import log
+from moduseg.report.bank_regions import PictureLimits
 
 _MAX_UPLOAD = "100mb"
+NEW = "new"
+"""In place of a bank: begin without one."""
+PRESET = "experiment=photos_light"
 
 
 def main(options: DemoOptions, overrides: Sequence[str]) -> int:
@@ -34,16 +42,40 @@ def open_page(options: DemoOptions, overrides: Sequence[str] = ()) -> Any:
         ConfigError: an override is not allowed.
     """
     import_gradio()
-    folder = Path(options.bank).expanduser()
-    cfg = reconfigure(open_bank(folder).info["config"], overrides)
-    segmenter = Segmenter.from_bank(folder, cfg.runtime.device, cfg.as_dict())
-    picture_folders = [Path(path).expanduser() for path in options.pictures]
+    segmenter = open_segmenter(options.bank, overrides)
+    limits = PictureLimits([Path(path).expanduser() for path in options.pictures], options.is_public)
+    segmenter.picture_limits = limits
 
-    def open_session() -> Session:
-        return Session(segmenter, folder, picture_folders=picture_folders, is_public=options.is_public)
+    def open_saved(folder: Path) -> Session:
+        """Open a bank that the page saved; it has the models of the page if it was made with these."""
+        bank = Bank.load(folder)
+        # What the page was started with holds for each of its banks; `new` has models of its own.
+        cfg = reconfigure(bank.info["config"], () if options.bank == NEW else overrides)
+        if (cfg.proposer, cfg.backbone) == (segmenter.cfg.proposer, segmenter.cfg.backbone):
+            opened = segmenter.with_bank(bank, cfg, folder)
+        else:
+            opened = Segmenter.from_bank(folder, segmenter.cfg.runtime.device, cfg.as_dict())
+        opened.picture_limits = limits
+        return Session(opened)
 
     save_folder = None if options.is_public else Path(options.save_folder).expanduser()
-    return build_page(Page(open_session, save_folder, options.max_pixels), segmenter.classes)
+    page = Page(lambda: Session(segmenter), save_folder, options.max_pixels, open_saved)
+    return build_page(page, segmenter.classes)
+
+
+def open_segmenter(bank: str, overrides: Sequence[str]) -> Segmenter:
+    """Return the segmenter that the page begins with.
+
+    Args:
+        bank: as `Segmenter.from_bank` takes it, or `new` for one without regions.
+        overrides: of its configuration; of `new`, of the preset for photographs on a CPU.
+    """
+    if bank == NEW:
+        chosen = (PRESET, *overrides)
+        return Segmenter.begin(chosen, compose(chosen).runtime.device)
+    folder = find_bank_folder(bank)
+    cfg = reconfigure(open_bank(folder).info["config"], overrides)
+    return Segmenter.from_bank(folder, cfg.runtime.device, cfg.as_dict())
 
 
 def launch(blocks: Any, options: DemoOptions, wait: bool) -> str:
@@ -55,5 +87,6 @@ def launch(blocks: Any, options: DemoOptions, wait: bool) -> str:
         prevent_thread_lock=not wait,
         quiet=not wait,
         max_file_size=_MAX_UPLOAD,
+        **style_page(import_gradio()),
     )
     return str(address)

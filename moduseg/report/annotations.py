@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from moduseg.config import RetrievalConfig
-from moduseg.masks.palette import voc_palette
+from moduseg.masks.palette import format_colour, voc_palette
 from moduseg.masks.polygons import Convention, find_polygons
 from moduseg.masks.tidy import tidy_label_map
 from moduseg.retrieval.majority import assemble_majority
 from moduseg.retrieval.rasterize import rasterize
+from moduseg.retrieval.shares import assemble_shares, divide_votes
+from moduseg.retrieval.trust import paint_named
 from moduseg.structures import IGNORE_INDEX, Prediction
 
 LABELME_VERSION = "5.5.0"
@@ -88,19 +90,30 @@ def _label_certain(prediction: Prediction, is_certain: np.ndarray, settings: Ret
     """
     masks, labels = prediction.proposals.masks.cpu(), prediction.labels
     kept = prediction.kept[torch.from_numpy(is_certain)[prediction.kept]]
-    if settings.selection == "majority":
+    # Each pixel of disjoint proposals has one vote, and their kept order says which.
+    voting = settings.selection if prediction.proposals.id_map is None else "none"
+    if voting == "majority":
         painted = assemble_majority(masks[kept], labels[kept], prediction.scores[kept])
+    elif voting == "shares":
+        areas = prediction.proposals.areas.cpu()
+        neighbours = prediction.neighbour_labels, prediction.similarities
+        votes = divide_votes(areas, *neighbours, settings.vote_temperature)
+        painted = assemble_shares(masks[kept], votes.select(kept))
     else:
         # Ranks in place of scores, since masks are not always kept in the order of their scores.
         painted = rasterize(masks[kept], labels[kept], torch.arange(len(kept), 0, -1).float())
     covering = kept
-    if settings.selection in ("margin", "similarity"):
+    if settings.selection in ("margin", "similarity", "learnt"):
         # These keep no background, and it is known all the same.
         is_background = torch.from_numpy(is_certain) & (labels == 0)
         covering = torch.cat((kept, is_background.nonzero()[:, 0]))
     is_unknown = masks[torch.from_numpy(~is_certain)].any(0) & ~masks[covering].any(0)
     painted[is_unknown] = IGNORE_INDEX
-    return tidy_label_map(painted.numpy(), **settings.tidying)
+    tidied = tidy_label_map(painted.numpy(), **settings.tidying)
+    if prediction.is_named is None:
+        return tidied
+    is_named = prediction.is_named & torch.from_numpy(is_certain)
+    return paint_named(tidied, prediction.proposals, labels, is_named)
 
 
 def _find_owners(prediction: Prediction, order: Sequence[int], label_map: np.ndarray) -> np.ndarray:
@@ -269,11 +282,16 @@ def to_label_studio_task(
     return {"data": {TO_NAME: url}, "predictions": [prediction]}
 
 
-def to_label_studio_config(classes: Sequence[str]) -> str:
-    """Return the labelling configuration (XML) that the tasks refer to, in the colours of the label maps."""
-    palette = voc_palette()
+def to_label_studio_config(classes: Sequence[str], colours: np.ndarray | None = None) -> str:
+    """Return the labelling configuration (XML) that the tasks refer to.
+
+    Args:
+        classes: names by id, background first.
+        colours: `[256, 3]` uint8 of the classes, row = label id; VOC's palette if omitted.
+    """
+    palette = voc_palette() if colours is None else colours
     labels = "\n".join(
-        f'    <Label value={quoteattr(name)} background="#{bytes(palette[label]).hex()}"/>'
+        f'    <Label value={quoteattr(name)} background="{format_colour(palette[label])}"/>'
         for label, name in enumerate(classes)
         if label > 0
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moduseg.bank.derived import STAGE
 from moduseg.bank.purification import purify
 from moduseg.bank.store import Bank
 from moduseg.config import PurifyConfig
+from moduseg.datasets.colours import find_class_colours
 from moduseg.errors import DataError
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.bank_map import make_maps
@@ -39,7 +42,14 @@ FindImage = Callable[[str], ImageAndMask | None]
 
 
 def write_bank(
-    work: Workspace, run: FinishedRun, page: Page, *, bank: Bank, replay: RetrievalReplay, images: WrittenImages
+    work: Workspace,
+    run: FinishedRun,
+    page: Page,
+    *,
+    bank: Bank,
+    digest: str,
+    replay: RetrievalReplay,
+    images: WrittenImages,
 ) -> None:
     """Write `data/bank.js` and the pictures below `bank/`.
 
@@ -47,7 +57,8 @@ def write_bank(
         work: settings.
         run: the run; its pseudo masks outline the regions.
         page: where it goes.
-        bank: as stored.
+        bank: as stored, with the ids of the run's classes.
+        digest: of the bank in its folder, which corrections name (`moduseg.bank.derived.digest_bank`).
         replay: holds the bank as it is searched.
         images: the images of the report.
     """
@@ -63,12 +74,17 @@ def write_bank(
     worst = images.attribution.list_worst(NUM_WORST)
     order = [*(entry["row"] for entry in worst), *np.argsort(-times_neighbour, kind="stable").tolist()]
     chosen = sorted(list(dict.fromkeys(order))[: work.cfg.evaluation.report_regions])
-    writer = _RegionWriter(page, bank, labels, _choose_purification(work, bank), _make_finder(work, run, bank))
+    named, scheme = run.dataset.class_colours, work.cfg.evaluation.report_colours
+    colours = find_class_colours(bank.classes, named, scheme)
+    find = _make_finder(work, run, bank)
+    writer = _RegionWriter(page, bank, labels, _choose_purification(work, bank), find, colours)
     pictured = _write_pictures(work, writer, chosen)
     page.write_data(
         "bank",
         {
             "rows": len(bank),
+            "digest": digest,
+            "path": _name_folder(run.inputs["build_bank"].path),
             "labels": pack_numbers(labels.numpy(), "u2"),
             "image": pack_numbers(bank.image_index.numpy(), "u4"),
             "areas": pack_numbers(bank.areas.numpy(), "u4"),
@@ -81,6 +97,12 @@ def write_bank(
             "maps": make_maps(work.cfg, searched),
         },
     )
+
+
+def _name_folder(path: Path) -> str:
+    """Return what a command calls the folder of a bank: a report says nothing of the machine that it was made on."""
+    # Below the folder of all artefacts, or wherever a person put it.
+    return "/".join(("outputs", *path.parts[-3:])) if path.parent.name in ("build_bank", STAGE) else path.name
 
 
 def _choose_purification(work: Workspace, bank: Bank) -> PurifyConfig:
@@ -132,6 +154,7 @@ class _RegionWriter:
         labels: `[M]` the label that each row votes with.
         purification: how the bank's pseudo masks were purified.
         find: finds their images.
+        colours: `[256, 3]` uint8 of the classes, row = label id.
     """
 
     page: Page
@@ -139,6 +162,7 @@ class _RegionWriter:
     labels: Tensor
     purification: PurifyConfig
     find: FindImage
+    colours: np.ndarray
 
     def write(self, item: tuple[int, list[int]]) -> list[int]:
         """Write the image of an index, and a crop for each of the rows from it; return the rows if it was found."""
@@ -153,12 +177,30 @@ class _RegionWriter:
             purified = purify(torch.from_numpy(pseudo_mask), settings.kernel_size, settings.iterations).numpy()
         for row in rows:
             # The region is that of the stored label, even if the control experiment shuffles the labels.
-            region = purified == int(self.bank.labels[row])
-            crop = crop_region(image, region, int(self.labels[row]))
+            region = find_region(purified, int(self.bank.labels[row]), int(self.bank.areas[row]))
+            crop = crop_region(image, region, int(self.labels[row]), colours=self.colours)
             self.page.write_picture(f"bank/{row:06d}.jpg", encode_jpeg(crop))
-        picture = draw_purification(image, pseudo_mask, purified, _PICTURE_SIDE)
+        picture = draw_purification(image, pseudo_mask, purified, _PICTURE_SIDE, colours=self.colours)
         self.page.write_picture(f"bank/image-{image_index:06d}.jpg", encode_jpeg(picture))
         return rows
+
+
+def find_region(purified: np.ndarray, label: int, area: int) -> np.ndarray:
+    """Return the region of a row of the bank in its image, `[H, W]` bool.
+
+    It is that of the row's label. Where that has another area and a single other label has the row's, the row's label
+    was corrected, and the pseudo mask still has the one before.
+
+    Args:
+        purified: `[H, W]` uint8, the purified pseudo mask, 255 where nothing is.
+        label: of the row.
+        area: of the row, in pixels.
+    """
+    counts = np.bincount(purified.ravel(), minlength=256)
+    if counts[label] != area:
+        matching = np.flatnonzero(counts[:IGNORE_INDEX] == area)
+        label = int(matching[0]) if len(matching) == 1 else label
+    return np.asarray(purified == label)
 
 
 def _write_pictures(work: Workspace, writer: _RegionWriter, chosen: list[int]) -> list[int]:

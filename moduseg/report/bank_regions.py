@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -24,6 +25,19 @@ _MARGIN = 0.15
 _SURROUNDINGS_BRIGHTNESS = 0.45
 _MAX_DEPTH = 20
 """Generations of source banks in which label maps are searched for."""
+
+
+@dataclass(frozen=True)
+class PictureLimits:
+    """Which training images may be shown, see `RegionPictures`.
+
+    Attributes:
+        picture_folders: folders whose pictures may be shown.
+        is_public: whether others see the pictures.
+    """
+
+    picture_folders: Sequence[Path] = ()
+    is_public: bool = False
 
 
 class RegionPictures:
@@ -57,18 +71,11 @@ class RegionPictures:
         self._is_public = is_public
         folders = [folder, *picture_folders, *([] if is_public else _find_current_folder())]
         self._allowed = [allowed.expanduser().resolve() for allowed in folders]
-        self._added: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._read = lru_cache(maxsize=32)(self._read_image)
-
-    def add(self, image_id: str, class_name: str, image: np.ndarray, mask: np.ndarray) -> None:
-        """Add a region that no folder holds: its `[H, W, 3]` uint8 image and `[H, W]` bool mask."""
-        self._added[image_id, class_name] = (image, mask)
 
     def draw(self, image_id: str, class_name: str) -> np.ndarray | None:
         """Draw the region of a class in an image, `[h, w, 3]` uint8; `None` if the image is gone."""
-        image, mask = self._added.get((image_id, class_name), (None, None))
-        if image is None:
-            image, mask = self._read(image_id), self._mask(image_id, class_name)
+        image, mask = self._read(image_id), self._mask(image_id, class_name)
         if image is None:
             return None
         if mask is not None and (mask.shape != image.shape[:2] or not mask.any()):
@@ -95,7 +102,9 @@ class RegionPictures:
             if self._dataset is None or not _is_inside(image_id):
                 return None
             path = self._dataset.image_path(image_id)
-            return None if self._is_public and not self._may_show(path) else read_image(path, self._image_range)
+            if self._is_public and not self._may_show(path):
+                return None
+            return self._dataset.prepare_image(read_image(path, self._image_range))
         except ModusegError:
             return None  # the file was moved; a region is listed without its picture
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from moduseg.bank.derived import digest_bank
 from moduseg.bank.edit import remap_classes
 from moduseg.bank.store import Bank
 from moduseg.config import Config
@@ -22,9 +23,11 @@ from moduseg.files import digest_of, file_digest, read_json, write_atomic, write
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.bank_data import write_bank
 from moduseg.report.finished_run import FinishedRun, open_run
+from moduseg.report.fit_pictures import write_fit_pictures
 from moduseg.report.image_data import RetrievalReplay, write_images
 from moduseg.report.overview_data import list_changes, list_figures, make_image_list, make_overview
 from moduseg.report.page import Page, digest_program, make_script, read_script
+from moduseg.retrieval.ranking import find_ranking
 
 FOLDER = "report"
 """Folder of the report inside that of its run."""
@@ -101,20 +104,27 @@ def write_report(work: Workspace, run: FinishedRun, folder: Path, comparison: Co
     ids = _choose_shared_ids(work.cfg, run, second)
     page = Page(folder)
     # Without the bank and the query vectors, label maps are shown, but not why they came out so.
-    bank = replay = None
+    stored = bank = replay = None
     if {"build_bank", "queries", "propose"} <= set(run.inputs):
-        bank = Bank.load(run.inputs["build_bank"].path)
+        stored = bank = Bank.load(run.inputs["build_bank"].path)
         if work.cfg.bank.path is not None:
-            bank = remap_classes(bank, run.dataset.classes)
+            bank = remap_classes(stored, run.dataset.classes)
         words = work.region_encoder.words if work.cfg.uses_words else None
-        replay = RetrievalReplay(work.cfg, bank, run.inputs["queries"], work.device.torch_device, words=words)
+        ranking = None
+        if work.cfg.retrieval.selection == "learnt":
+            ranking = find_ranking(run.inputs.get("fit_ranking", run.inputs["build_bank"]).path).align(bank.classes)
+        device = work.device.torch_device
+        replay = RetrievalReplay(work.cfg, bank, run.inputs["queries"], device, words=words, ranking=ranking)
     images = write_images(work, run, page, ids, replay=replay, second=second)
-    if bank is not None and replay is not None:
-        write_bank(work, run, page, bank=bank, replay=replay, images=images)
+    if stored is not None and bank is not None and replay is not None:
+        write_bank(work, run, page, bank=bank, digest=digest_bank(stored), replay=replay, images=images)
     # The scripts that the page loads at once: the list of images and the head.
     page.write_data("images", make_image_list(run, ids, images.entries, second))
     overview = make_overview(work, run, len(ids))
     overview |= {"why": any(entry.num_proposals is not None for entry in images.entries), "bank": bank is not None}
+    if any(entry.has_heat for entry in images.entries):
+        overview["heat"] = work.generator.score_title
+    overview["fit"] = write_fit_pictures(run, page)
     if comparison is not None:
         overview["compare"] = {**comparison.record, "changes": list_changes(run, comparison.second)}
     page.write_data("summary", overview)

@@ -13,6 +13,7 @@ import numpy as np
 from moduseg.config import Config
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.base import Dataset
+from moduseg.datasets.vocabulary import RewordedDataset, WordList
 from moduseg.errors import ArtefactError, DataError, MissingError
 from moduseg.evaluation.counts import FILE, SplitCounts
 from moduseg.evaluation.predictions import PredictionFolder
@@ -20,7 +21,7 @@ from moduseg.files import read_json
 from moduseg.pipeline.manifests import StageFolder, stage_seconds
 from moduseg.pipeline.workspace import Workspace
 
-STAGES = ("infer", "evaluate", "pseudo_masks", "segment")
+STAGES = ("infer", "evaluate", "pseudo_masks", "segment", "discover", "predict_student")
 """The stages whose folders can be reported on."""
 _EMPTY_GROUPS: Mapping[str, Any] = {
     **{name: {} for name in ("proposer", "backbone", "bank", "retrieval")},
@@ -35,7 +36,7 @@ class FinishedRun:
 
     Attributes:
         folder: of the stage that wrote the label maps.
-        what: `prediction` or `pseudo mask`.
+        what: `prediction`, `pseudo mask` or `clusters`.
         dataset: the split that was labelled.
         record: its figures; `None` if there is no ground truth.
         counts: pixel counts of each image; `None` if there is no ground truth.
@@ -96,8 +97,8 @@ def open_run(path: Path, work: Workspace) -> FinishedRun:
     """Open the folder of a finished run.
 
     Args:
-        path: an artefact of `infer`, `evaluate`, `segment` or `pseudo_masks`; for `evaluate`, the run that it evaluated
-            is opened.
+        path: an artefact of `infer`, `evaluate`, `segment`, `discover`, `predict_student` or `pseudo_masks`; for
+            `evaluate`, the run that it evaluated is opened.
         work: of the run's configuration (`read_run_config`).
 
     Raises:
@@ -108,6 +109,8 @@ def open_run(path: Path, work: Workspace) -> FinishedRun:
     folder = _find_label_maps(path)
     # Pseudo masks are of the training split, everything else of the evaluated one.
     is_pseudo = folder.stage == "pseudo_masks"
+    if folder.stage == "discover":
+        return _open_clusters(folder, work)
     if folder.stage == "segment":
         dataset = work.reworded_dataset(str(folder.manifest.get("split", work.eval_split)))
     else:
@@ -130,6 +133,33 @@ def open_run(path: Path, work: Workspace) -> FinishedRun:
         read_label_map=_make_reader(folder, dataset),
         ids=ids,
         inputs={stage: StageFolder(location) for stage, location in folder.nearest_inputs().items()},
+        seconds=stage_seconds(folder.path),
+    )
+
+
+def _open_clusters(folder: StageFolder, work: Workspace) -> FinishedRun:
+    """Open a run of `discover`: its clusters are the classes, named as the matching of the set names them.
+
+    Raises:
+        DataError: it has no label map.
+    """
+    dataset = work.dataset(str(folder.manifest.get("split", work.eval_split)))
+    ids = tuple(image_id for image_id in dataset.ids if image_id not in folder.failures)
+    if not ids:
+        raise DataError(f"{folder.path}: got no label map, expected one or more; see failures.jsonl there")
+    file = folder.path / "results.json"
+    results = read_json(file) if file.is_file() else {}
+    matched = results.get("class_of_cluster") or [None] * int(folder.manifest["clusters"])
+    names = [f"cluster {i + 1}" + (f" ({name})" if name else "") for i, name in enumerate(matched)]
+    return FinishedRun(
+        folder=folder,
+        what="clusters",
+        dataset=RewordedDataset(dataset, WordList(tuple(names), tuple((name,) for name in names))),
+        record=None,
+        counts=None,
+        read_label_map=folder.label_map,
+        ids=ids,
+        inputs={},
         seconds=stage_seconds(folder.path),
     )
 

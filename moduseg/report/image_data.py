@@ -12,6 +12,7 @@ import torch
 from moduseg.bank.store import Bank
 from moduseg.config import Config
 from moduseg.errors import ArtefactError, DataError
+from moduseg.masks.encoded import decoded
 from moduseg.pipeline.manifests import StageFolder
 from moduseg.pipeline.workspace import Workspace, log
 from moduseg.report.attribution import ErrorAttribution, RetrievalResult, find_owners, tally_votes
@@ -20,6 +21,8 @@ from moduseg.report.overlay import resize_image, resize_labels
 from moduseg.report.packing import pack_neighbours, to_base64
 from moduseg.report.page import Page
 from moduseg.report.pictures import (
+    encode_grey_png,
+    encode_heat_png,
     encode_jpeg,
     encode_label_png,
     encode_layer_png,
@@ -28,6 +31,7 @@ from moduseg.report.pictures import (
     shrink_masks,
 )
 from moduseg.report.threads import map_in_threads
+from moduseg.retrieval.ranking import Ranking
 from moduseg.retrieval.retriever import Retriever
 from moduseg.structures import IGNORE_INDEX, Proposals, WordFeatures
 
@@ -45,6 +49,7 @@ class RetrievalReplay:
         queries: folder of stage `queries`.
         device: where the search runs.
         words: what regions are compared with, with `retrieval.answer=words`.
+        ranking: what labels proposals, with `retrieval.selection=learnt`.
     """
 
     def __init__(
@@ -55,11 +60,12 @@ class RetrievalReplay:
         device: torch.device,
         *,
         words: WordFeatures | None = None,
+        ranking: Ranking | None = None,
     ) -> None:
         self._queries = queries
         self._names = ("pooled",) if words is None else ("pooled", "word_values")
         self.bank = bank.configured(cfg.searched_bank).to(device)
-        self._retriever = Retriever(self.bank, cfg.retrieval, words)
+        self._retriever = Retriever(self.bank, cfg.retrieval, words, ranking)
 
     def neighbours_of(self, image_id: str, proposals: Proposals) -> tuple[Proposals, RetrievalResult]:
         """Return the proposals of an image that were searched, and what the search said of them.
@@ -88,6 +94,7 @@ class ImageEntry:
         areas: `[label, pixels]` of its label map, ascending by label.
         num_proposals: how many were searched; `None` if its proposals are gone.
         score: mean score of its kept foreground proposals; `None` if there is none.
+        has_heat: whether the class scores behind its pseudo mask are stored.
     """
 
     size: tuple[int, int]
@@ -95,6 +102,7 @@ class ImageEntry:
     areas: list[list[int]]
     num_proposals: int | None = None
     score: float | None = None
+    has_heat: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,12 +197,37 @@ class _ImageWriter:
         truth = _read_if_usable(lambda: self.run.dataset.semantic_of(image_id))
         maps = {"labels": label_map, "truth": truth, **self._read_other_maps(image_id)}
         pngs = {name: encode_label_png(array, shown_size) for name, array in maps.items() if array is not None}
+        confidence = _read_if_usable(lambda: self.run.folder.confidence(image_id))
+        if confidence is not None and confidence.shape == size:
+            pngs["confidence"] = encode_grey_png(confidence, shown_size)
         self.page.write_data(f"labels/{index:06d}", {name: to_base64(png) for name, png in pngs.items()})
         entry = ImageEntry(size, photograph is not None, _count_pixels(label_map))
+        heat = self._read_heat(image_id, shown_size)
+        if heat:
+            self.page.write_data(f"heat/{index:06d}", heat)
+            entry = replace(entry, has_heat=True)
         # Why the labels are what they are: proposals, votes and neighbours.
-        proposals, result = self._find_reasons(image_id, size)
-        if proposals is None:
+        folder = self.run.inputs.get("propose")
+        waiting = None if folder is None else _read_if_usable(lambda: folder.waiting_proposals(image_id, size))
+        if waiting is None:
             return entry, None
+        with decoded(waiting) as proposals:
+            return self._explain(index, image_id, entry, proposals, label_map=label_map, truth=truth)
+
+    def _explain(
+        self,
+        index: int,
+        image_id: str,
+        entry: ImageEntry,
+        proposals: Proposals,
+        *,
+        label_map: np.ndarray,
+        truth: np.ndarray | None,
+    ) -> tuple[ImageEntry, ImageEvidence | None]:
+        """Write why the labels of an image are what they are, and return its entry with what that adds."""
+        size = entry.size
+        shown_size = fit_size(size, self.work.cfg.evaluation.report_size)
+        proposals, result = self._find_reasons(image_id, proposals)
         masks = shrink_masks(proposals.masks.numpy(), shown_size)
         temperature = self.work.cfg.retrieval.vote_temperature
         self.page.write_data(f"why/{index:06d}", _describe_proposals(masks, proposals, result, temperature))
@@ -215,11 +248,23 @@ class _ImageWriter:
             maps["pseudo"] = _read_if_usable(lambda: pseudo_masks.label_map(image_id))
         return maps
 
-    def _find_reasons(self, image_id: str, size: tuple[int, int]) -> tuple[Proposals | None, RetrievalResult | None]:
-        """Return the proposals of an image and what retrieval says of them, each `None` if it is gone."""
-        folder = self.run.inputs.get("propose")
-        proposals = None if folder is None else _read_if_usable(lambda: folder.proposals(image_id, size))
-        if proposals is None or self.replay is None:
+    def _read_heat(self, image_id: str, shown_size: tuple[int, int]) -> dict[str, str]:
+        """Return the stored scores of an image's classes as PNGs by label; empty if there are none."""
+        folder = self.run.inputs.get("scores")
+        # The scores are those of the images that were labelled for the bank, which a prediction's images may not be.
+        if folder is None or not folder.file("scores", image_id).is_file():
+            return {}
+        maps = _read_if_usable(lambda: folder.scores(image_id))
+        if maps is None:
+            return {}
+        by_label = dict(zip(maps.class_ids, maps.scores, strict=True))
+        if maps.background is not None:
+            by_label = {0: maps.background, **by_label}
+        return {str(label): to_base64(encode_heat_png(each.numpy(), shown_size)) for label, each in by_label.items()}
+
+    def _find_reasons(self, image_id: str, proposals: Proposals) -> tuple[Proposals, RetrievalResult | None]:
+        """Return the proposals of an image that were searched, and what retrieval says of them if that is there."""
+        if self.replay is None:
             return proposals, None
         try:
             return self.replay.neighbours_of(image_id, proposals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -11,22 +12,22 @@ from torch import Tensor
 from moduseg.masks.palette import voc_palette
 from moduseg.structures import IGNORE_INDEX
 
-CORRECT, MISSED, FALSE, CONFUSED, IGNORED = (
-    (46, 160, 67), (230, 60, 50), (240, 170, 0), (150, 70, 200), (128, 128, 128),
+CORRECT, MISSED, EXTRA, CONFUSED, IGNORED = (
+    (46, 160, 67), (230, 60, 50), (240, 170, 0), (168, 85, 247), (138, 143, 152),
 )  # fmt: skip
 ERROR_LEGEND: tuple[tuple[str, tuple[int, int, int]], ...] = (
     ("correct", CORRECT),
     ("missed", MISSED),
-    ("false", FALSE),
+    ("extra", EXTRA),
     ("confused", CONFUSED),
     ("ignored", IGNORED),
 )
 """Names and colours of the cases of `paint_errors`: an object's pixel with its label, with label 0, background with an
-object's label, an object's pixel with another object's label, a pixel that is not scored."""
+object's label, an object's pixel with another object's label, a pixel that is not scored. `static/lib/paint.js`, of the
+report's page, has the same."""
 
-_SQUARE = np.ones((3, 3), np.uint8)
-_GREY_OF_BACKGROUND = 0.45
-"""Share of its brightness that the background keeps in overlays, so that labels stand out."""
+_OUTLINE_BRIGHTNESS = 0.55
+"""Share of its brightness that the colour of a class has in outlines."""
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -66,36 +67,72 @@ def make_distinct_colours(count: int) -> np.ndarray:
     return np.round(np.array(colours).reshape(count, 3) * 255).astype(np.uint8)
 
 
-def overlay_labels(image: np.ndarray, label_map: np.ndarray, alpha: float = 0.7, outline: bool = True) -> np.ndarray:
-    """Paint classes in the colours of the VOC palette over a photograph; the background is dimmed, 255 is cream.
+def overlay_labels(
+    image: np.ndarray,
+    label_map: np.ndarray,
+    colours: np.ndarray | None = None,
+    *,
+    alpha: float = 0.55,
+    outline: int | bool = True,
+) -> np.ndarray:
+    """Paint classes over a photograph: colour inside, a darker outline; the background stays as it is.
 
     The photograph is grey below the colours, since mixed with its hues they would not match the legend.
 
     Args:
         image: `[H, W, 3]` uint8.
         label_map: `[H, W]` integers 0..255.
+        colours: `[256, 3]` uint8, row = label id (`moduseg.datasets.colours`); VOC's palette if omitted.
         alpha: share of the colour, in [0, 1].
-        outline: whether regions get a white outline.
+        outline: width of the outline in pixels, which lies inside a region; `True` for one that suits the picture's
+            size (`choose_outline_width`), `False` or 0 for none.
+
+    Returns:
+        `[H, W, 3]` uint8; pixels of label 0 are those of `image`.
 
     Raises:
-        ValueError: sizes differ.
+        ValueError: sizes differ, a share outside [0, 1], or a negative width.
     """
     _check_size(image, label_map)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"overlay: got alpha={alpha}, expected a share of 0 to 1; try alpha=0.55")
+    if int(outline) < 0:
+        raise ValueError(f"overlay: got outline={outline}, expected pixels, 0 or more; try outline=True")
+    palette = voc_palette() if colours is None else colours
     labels = label_map.astype(np.uint8)
-    painted = _blend(_to_grey(image), voc_palette()[labels], alpha)
-    cv2.copyTo(dim(image), (labels == 0).view(np.uint8), painted)
-    if outline:
-        painted[find_outlines(labels)] = 255
+    is_background = labels == 0
+    painted = _blend(_to_grey(image), palette[labels], alpha)
+    width = choose_outline_width(image.shape[:2]) if outline is True else int(outline)
+    if width:
+        rim = find_rims(labels, width) & ~is_background
+        painted[rim] = (palette[labels[rim]] * _OUTLINE_BRIGHTNESS).astype(np.uint8)
+    painted[is_background] = image[is_background]
     return painted
 
 
-def overlay_proposals(image: np.ndarray, masks: np.ndarray | Tensor, alpha: float = 0.55) -> np.ndarray:
-    """Paint proposals in distinct colours with outlines, large ones first so that nested ones stay visible.
+def choose_outline_width(size: Sequence[int]) -> int:
+    """Return the width in pixels of outlines in a picture of `(H, W)`: 1 up to 320 pixels, one more for each 320."""
+    return 1 + (max(size) - 1) // 320
+
+
+def find_rims(regions: np.ndarray, width: int = 1) -> np.ndarray:
+    """Return the pixels within `width` of another id, on both sides, `[H, W]` bool; the image's border is none."""
+    ids = np.ascontiguousarray(regions, dtype=np.uint8)
+    kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
+    rims: np.ndarray = cv2.dilate(ids, kernel) != cv2.erode(ids, kernel)
+    return rims
+
+
+def overlay_proposals(image: np.ndarray, masks: np.ndarray | Tensor, width: int | None = None) -> np.ndarray:
+    """Draw proposals as outlines in distinct colours, large ones first so that nested ones stay visible.
 
     Args:
         image: `[H, W, 3]` uint8.
         masks: `[N, H, W]` bool, which may overlap; `N` may be 0.
-        alpha: share of the colour, in [0, 1].
+        width: of an outline in pixels, which lies inside its mask; one that suits the picture's size if omitted.
+
+    Returns:
+        `[H, W, 3]` uint8; the photograph is unchanged between the outlines.
 
     Raises:
         ValueError: sizes differ.
@@ -103,28 +140,22 @@ def overlay_proposals(image: np.ndarray, masks: np.ndarray | Tensor, alpha: floa
     stack = np.ascontiguousarray(masks.cpu().numpy() if isinstance(masks, Tensor) else masks, dtype=bool)
     if stack.shape[1:] != image.shape[:2]:
         raise ValueError(f"proposals: got masks {stack.shape[1:]}, expected the image's {image.shape[:2]}")
-    if not len(stack):
-        return dim(image)
-    top = np.zeros(image.shape[:2], dtype=np.int32)
-    edge = np.zeros(image.shape[:2], dtype=bool)
-    order = np.argsort(-stack.reshape(len(stack), -1).sum(1), kind="stable")
-    for rank, index in enumerate(order, start=1):
+    painted = image.copy()
+    # Proposals are many and nested: half as wide as the outlines of labels.
+    thickness = width or max(1, choose_outline_width(image.shape[:2]) // 2)
+    kernel = np.ones((2 * thickness + 1, 2 * thickness + 1), np.uint8)
+    colours = make_distinct_colours(len(stack))
+    order = np.argsort(-stack.reshape(len(stack), image.shape[0] * image.shape[1]).sum(1), kind="stable")
+    for rank, index in enumerate(order.tolist()):
         mask = stack[index]
-        left, upper, width, height = cv2.boundingRect(mask.view(np.uint8))
-        if not width:
+        left, upper, columns, rows = cv2.boundingRect(mask.view(np.uint8))
+        if not columns:
             continue  # a small mask may vanish when the picture is shrunk
-        window = (slice(upper, upper + height), slice(left, left + width))
-        inside = mask[window]
-        top[window][inside] = rank
-        # The rim lies inside the mask, so that a neighbour painted later cannot cover half of it.
-        filled = np.ascontiguousarray(inside).view(np.uint8)
-        core = cv2.erode(filled, _SQUARE, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-        rim = inside & (core == 0)
-        edge[window][inside] = rim[inside]
-    colours = np.concatenate([np.zeros((1, 3), np.uint8), make_distinct_colours(len(stack))])
-    painted = _blend(image, colours[top], alpha)
-    cv2.copyTo(dim(image), (top == 0).view(np.uint8), painted)
-    painted[edge] = (colours[top[edge]] * 0.35).astype(np.uint8)
+        window = (slice(upper, upper + rows), slice(left, left + columns))
+        inside = np.ascontiguousarray(mask[window]).view(np.uint8)
+        # The rim lies inside the mask, so that a neighbour drawn later cannot cover half of it.
+        core = cv2.erode(inside, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+        painted[window][(inside > 0) & (core == 0)] = colours[rank]
     return painted
 
 
@@ -149,7 +180,7 @@ def overlay_heat(image: np.ndarray, heat: np.ndarray, alpha: float = 0.6) -> np.
 
 
 def paint_errors(truth: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
-    """Paint right and wrong pixels in the colours of `ERROR_LEGEND`; correct background shows the dimmed photograph.
+    """Paint right and wrong pixels in the colours of `ERROR_LEGEND`; correct background shows the photograph.
 
     Args:
         truth: `[H, W]` integers, 255 where ignored.
@@ -163,17 +194,18 @@ def paint_errors(truth: np.ndarray, prediction: np.ndarray, image: np.ndarray | 
         raise ValueError(f"error map: got prediction {prediction.shape}, expected the truth's {truth.shape}")
     base = np.zeros((*truth.shape, 3), np.uint8) if image is None else image
     _check_size(base, truth)
-    painted = dim(_to_grey(base), 0.6)
+    grey = _to_grey(base)
+    painted = base.copy()
     counted = truth != IGNORE_INDEX
     cases = (
         (counted & (truth == prediction) & (truth > 0), CORRECT, 0.55),
         (counted & (truth > 0) & (prediction == 0), MISSED, 0.8),
-        (counted & (truth == 0) & (prediction > 0), FALSE, 0.8),
+        (counted & (truth == 0) & (prediction > 0), EXTRA, 0.8),
         (counted & (truth > 0) & (prediction > 0) & (truth != prediction), CONFUSED, 0.8),
         (~counted, IGNORED, 0.8),
     )
     for where, colour, alpha in cases:
-        painted[where] = (painted[where] * (1 - alpha) + np.array(colour) * alpha).astype(np.uint8)
+        painted[where] = (grey[where] * (1 - alpha) + np.array(colour) * alpha).astype(np.uint8)
     return painted
 
 
@@ -181,7 +213,7 @@ def _to_grey(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
-def dim(image: np.ndarray, brightness: float = _GREY_OF_BACKGROUND) -> np.ndarray:
+def dim(image: np.ndarray, brightness: float) -> np.ndarray:
     """Multiply a uint8 picture by `brightness`, rounded down; a table is ten times as fast as multiplying pixels."""
     return cv2.LUT(image, (np.arange(256) * brightness).astype(np.uint8))
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from moduseg.datasets.colours import find_class_colours
 from moduseg.evaluation.counts import SplitCounts
-from moduseg.evaluation.measures import MEASURES, PROPOSAL_FIGURES, single_measures
+from moduseg.evaluation.measures import CLASSIFIER_FIGURES, MEASURES, PROPOSAL_FIGURES, single_measures
 from moduseg.evaluation.published import BENCHMARKS, PUBLISHED
-from moduseg.evaluation.tables import versions
-from moduseg.masks.palette import voc_palette
+from moduseg.evaluation.tables import mark_supervision, versions
+from moduseg.masks.palette import format_colour
 from moduseg.pipeline.workspace import Workspace
 from moduseg.report.finished_run import FinishedRun
 from moduseg.report.image_data import ImageEntry
@@ -35,7 +36,8 @@ def make_overview(work: Workspace, run: FinishedRun, num_shown: int) -> dict[str
     """
     dataset, record = run.dataset, run.record or {}
     config = record.get("config") or work.cfg.as_dict()
-    colours = voc_palette()[[*range(len(dataset.classes)), IGNORE_INDEX]]
+    palette = find_class_colours(dataset.classes, dataset.class_colours, work.cfg.evaluation.report_colours)
+    colours = palette[[*range(len(dataset.classes)), IGNORE_INDEX]]
     kept = dict.fromkeys((*(measure.path[0] for measure in MEASURES), *NOT_MEASURES))
     return {
         "format": FORMAT,
@@ -44,14 +46,17 @@ def make_overview(work: Workspace, run: FinishedRun, num_shown: int) -> dict[str
         "split": dataset.split,
         "what": run.what,
         "classes": list(dataset.classes),
-        "colours": [f"#{bytes(colour).hex()}" for colour in colours.tolist()],
+        "colours": [format_colour(colour) for colour in colours],
         "ignore": IGNORE_INDEX,
         "has_background": dataset.has_background,
         "ignore_uncovered": run.ignores_uncovered,
-        "label_source": str(
-            record.get("label_source")
-            or run.folder.manifest.get("label_source")
-            or work.dataset(work.train_split).label_source
+        "label_source": mark_supervision(
+            str(
+                record.get("label_source")
+                or run.folder.manifest.get("label_source")
+                or work.dataset(work.train_split).label_source
+            ),
+            record.get("supervision") or run.folder.manifest.get("supervision"),
         ),
         "total": len(dataset.ids),
         "shown": num_shown,
@@ -59,10 +64,12 @@ def make_overview(work: Workspace, run: FinishedRun, num_shown: int) -> dict[str
         "measures": [measure.describe() for measure in MEASURES],
         "published": _list_published(run),
         "figures": [],
+        "fit": [],
         "config": OmegaConf.to_yaml(OmegaConf.create(dict(config))),
         "retrieval": dict(config.get("retrieval") or {}),
         "seconds": [[step, round(seconds, 2)] for step, seconds in run.seconds],
         "versions": {name: version for name, version in (record.get("versions") or versions()).items() if version},
+        "heat": None,
         "why": False,
         "bank": False,
         "compare": None,
@@ -79,6 +86,8 @@ def list_figures(results: Mapping[str, Any]) -> list[list[Any]]:
             for m in single_measures()
             if m.is_in(masks)
         ]
+    classifier = results.get("classifier", {})
+    rows += [[f.title, f.read(classifier), f.unit, f.decimals] for f in CLASSIFIER_FIGURES if f.is_in(classifier)]
     if proposals:
         rows += [[f.title.format_map(proposals), f.read(proposals), f.unit, f.decimals] for f in PROPOSAL_FIGURES]
     return rows
@@ -112,6 +121,7 @@ def make_image_list(
         "photographs": [int(entry.has_photograph) for entry in entries],
         "scores": [None if entry.score is None else round(entry.score, 4) for entry in entries],
         "proposals": [entry.num_proposals for entry in entries],
+        "heat": [int(entry.has_heat) for entry in entries],
         "areas": [entry.areas for entry in entries],
         "cells": _collect_cells(run.counts, ids),
         "second": None if second is None else _collect_cells(second.counts, ids),

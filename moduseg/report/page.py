@@ -17,7 +17,7 @@ from moduseg.files import write_atomic
 
 FORMAT = 1
 """Version of a report's files, raised when their meaning changes."""
-_FOLDERS = ("app", "bank", "data", "photos")
+_FOLDERS = ("app", "bank", "data", "fit", "photos")
 
 
 class Page:

@@ -5,6 +5,7 @@ No picture is larger than a screen needs, and equal input gives equal bytes.
 
 from __future__ import annotations
 
+import base64
 import struct
 import zlib
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])
 _MIN_BRIGHTNESS = 150
 """Least brightness of an outline's colour, of 255."""
 _PALETTE = voc_palette()
+_GREYS = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, 1)
 _LAYER_COLOURS = np.concatenate([np.zeros((1, 3), np.uint8), make_distinct_colours(MAX_CODES)])
 
 Colour = tuple[int, int, int]
@@ -52,6 +54,12 @@ def encode_jpeg(image: np.ndarray) -> bytes:
     if not is_encoded:
         raise ValueError(f"picture: {image.shape} cannot be encoded as JPEG, expected [H, W, 3] uint8")
     return bytes(data)
+
+
+def encode_data_url(image: np.ndarray, max_side: int) -> str:
+    """Return `[H, W, 3]` uint8 RGB as a JPEG inside an address, for pages of one file; it shrinks to `max_side`."""
+    small = resize_image(image, fit_size((image.shape[0], image.shape[1]), max_side))
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(small)).decode()
 
 
 def encode_index_png(ids: np.ndarray, palette: np.ndarray) -> bytes:
@@ -91,8 +99,29 @@ def encode_label_png(labels: np.ndarray, size: tuple[int, int]) -> bytes:
     return encode_index_png(resize_labels(labels, size), _PALETTE)
 
 
+def encode_grey_png(values: np.ndarray, size: tuple[int, int]) -> bytes:
+    """Return `[H, W]` uint8 values at the size `(h, w)` of a page as a PNG with the 256 greys as its palette."""
+    return encode_index_png(resize_labels(values, size), _GREYS)
+
+
+def encode_heat_png(scores: np.ndarray, size: tuple[int, int]) -> bytes:
+    """Return a map of scores at the size of a page as a PNG whose ids are steps of 1/255, in shades of grey.
+
+    Args:
+        scores: `[H, W]` float; values are cut off at 0 and 1.
+        size: stored `(H, W)`; bilinear, or averages where the map shrinks.
+    """
+    steps = np.rint(resize_image(scores.astype(np.float32), size).clip(0, 1) * 255).astype(np.uint8)
+    return encode_index_png(steps, _GREYS)
+
+
 def shrink_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize masks (`[N, H, W]` bool) to `[N, h, w]` bool by nearest neighbour; small ones may vanish."""
+    """Resize masks (`[N, H, W]` bool) to `[N, h, w]` bool by nearest neighbour; small ones may vanish.
+
+    Masks of that size are returned themselves.
+    """
+    if masks.shape[1:] == size:
+        return masks
     shrunk = np.zeros((len(masks), *size), dtype=bool)
     for i, mask in enumerate(masks):
         shrunk[i] = resize_labels(np.ascontiguousarray(mask), size)
@@ -149,17 +178,20 @@ def encode_layer_png(layer: np.ndarray) -> bytes:
     return encode_index_png(layer, _LAYER_COLOURS)
 
 
-def crop_region(image: np.ndarray, region: np.ndarray, label: int, side: int = 128) -> np.ndarray:
+def crop_region(
+    image: np.ndarray, region: np.ndarray, label: int, side: int = 128, *, colours: np.ndarray = _PALETTE
+) -> np.ndarray:
     """Draw the outlined region of a bank entry with its surroundings.
 
     Args:
         image: `[H, W, 3]` uint8.
         region: `[H, W]` bool; an empty one gives the full image without an outline.
         label: its class, whose colour outlines it.
-        side: of the square picture, in pixels.
+        side: the longer one of the picture, in pixels.
+        colours: `[256, 3]` uint8 of the classes, row = label id.
 
     Returns:
-        `[side, side, 3]` uint8.
+        `[h, w, 3]` uint8: a square, unless the image is too narrow for one around the region.
     """
     height, width = region.shape
     if not region.any():
@@ -174,17 +206,16 @@ def crop_region(image: np.ndarray, region: np.ndarray, label: int, side: int = 1
     left = max(0, min((left + right - extent) // 2, width - extent))
     part = image[top : top + extent, left : left + extent]
     inside = region[top : top + extent, left : left + extent]
-    square = np.full((side, side, 3), 24, np.uint8)
     factor = side / extent
     size = (max(1, min(side, round(part.shape[0] * factor))), max(1, min(side, round(part.shape[1] * factor))))
     shown = resize_image(np.ascontiguousarray(part), size).copy()
-    _draw_outline(shown, resize_labels(np.ascontiguousarray(inside), size), label)
-    y, x = (side - size[0]) // 2, (side - size[1]) // 2
-    square[y : y + size[0], x : x + size[1]] = shown
-    return square
+    _draw_outline(shown, resize_labels(np.ascontiguousarray(inside), size), label, colours)
+    return shown
 
 
-def draw_purification(image: np.ndarray, labels: np.ndarray, purified: np.ndarray, max_side: int) -> np.ndarray:
+def draw_purification(
+    image: np.ndarray, labels: np.ndarray, purified: np.ndarray, max_side: int, *, colours: np.ndarray = _PALETTE
+) -> np.ndarray:
     """Draw a training image with its pseudo mask: outlines of what purification keeps, the rest of the mask dimmed.
 
     Args:
@@ -192,6 +223,7 @@ def draw_purification(image: np.ndarray, labels: np.ndarray, purified: np.ndarra
         labels: `[H, W]` uint8 pseudo mask, 255 where undecided.
         purified: `[H, W]` uint8 pseudo mask after purification, 255 where pixels were removed.
         max_side: longer side of the picture in pixels.
+        colours: `[256, 3]` uint8 of the classes, row = label id.
 
     Returns:
         `[h, w, 3]` uint8.
@@ -202,22 +234,22 @@ def draw_purification(image: np.ndarray, labels: np.ndarray, purified: np.ndarra
         size = (labels.shape[0] * factor, labels.shape[1] * factor)
     shown = resize_image(image, size)
     before, after = resize_labels(labels, size), resize_labels(purified, size)
-    tinted = cv2.addWeighted(shown, 0.65, _PALETTE[before], 0.35, 0.0)
+    tinted = cv2.addWeighted(shown, 0.65, colours[before], 0.35, 0.0)
     painted = shown.copy()
     cv2.copyTo(tinted, ((before > 0) & (before != IGNORE_INDEX)).view(np.uint8), painted)
     cv2.copyTo(dim(painted, 0.6), (after == IGNORE_INDEX).view(np.uint8), painted)
     for label in np.unique(after).tolist():
         # The background is skipped: its outline repeats those of the other classes.
         if label not in (0, IGNORE_INDEX):
-            _draw_outline(painted, after == label, label)
+            _draw_outline(painted, after == label, label, colours)
     return painted
 
 
-def choose_outline_colour(label: int) -> Colour:
+def choose_outline_colour(label: int, colours: np.ndarray = _PALETTE) -> Colour:
     """Return the class's colour, brightened so that it shows on any photograph; white for the background."""
     if label == 0:
         return 235, 235, 235
-    colour = _PALETTE[label].astype(float)
+    colour = colours[label].astype(float)
     brightness = float(colour @ _LUMA)
     if brightness < _MIN_BRIGHTNESS:
         colour += (255 - colour) * (_MIN_BRIGHTNESS - brightness) / (255 - brightness)
@@ -225,13 +257,13 @@ def choose_outline_colour(label: int) -> Colour:
     return red, green, blue
 
 
-def _draw_outline(picture: np.ndarray, region: np.ndarray, label: int) -> None:
+def _draw_outline(picture: np.ndarray, region: np.ndarray, label: int, colours: np.ndarray) -> None:
     """Draw the contours of `region` into `picture`: a light line inside a dark one, visible on any background."""
     contours, _ = cv2.findContours(region.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     # The background's contour surrounds all other regions, so it is drawn thin.
     width = 2 if label else 1
     cv2.drawContours(picture, contours, -1, (0, 0, 0), width + 2)
-    cv2.drawContours(picture, contours, -1, choose_outline_colour(label), width)
+    cv2.drawContours(picture, contours, -1, choose_outline_colour(label, colours), width)
 
 
 def _bounding_window(mask: np.ndarray) -> tuple[slice, slice]:

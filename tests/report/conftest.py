@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from moduseg.config import compose
 from moduseg.stages.infer import Infer
-from tests.support.browser import find_chromium, open_browser
+from moduseg.tools import report
+from tests.support.browser import open_or_skip
 from tests.support.runs import overrides
 
 
 @pytest.fixture(scope="package")
 def opened() -> Iterator[Any]:
     """A running browser."""
-    pytest.importorskip("playwright.sync_api", reason="playwright drives the browser; pip install playwright")
-    if find_chromium() is None:
-        pytest.skip("no Chromium found; install one or set MODUSEG_CHROMIUM")
-    with open_browser() as running:
-        yield running
+    yield from open_or_skip()
 
 
 @pytest.fixture(scope="package")
@@ -37,3 +37,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def index(run: Path) -> Path:
     """Its page."""
     return run / "report" / "index.html"
+
+
+@pytest.fixture(scope="package")
+def compared(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run beside one that lost an image's upper half."""
+    other = tmp_path_factory.mktemp("other") / "theirs"
+    shutil.copytree(run / "labels", other)
+    changed = np.zeros_like(np.asarray(Image.open(other / "val_00003.png")))
+    Image.fromarray(changed).save(other / "val_00003.png")
+    return report.run(str(run), ["evaluation.bootstrap=20"], against=str(other))

@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from moduseg.config import compose
+from moduseg.pipeline.manifests import StageFolder
 from moduseg.report.page import read_script
+from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.tools import report
-from tests.support.browser import WatchedPage
-from tests.support.synthetic import make_run
-
-
-@pytest.fixture(scope="module")
-def compared(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run beside one that lost an image's upper half."""
-    other = tmp_path_factory.mktemp("other") / "theirs"
-    shutil.copytree(run / "labels", other)
-    changed = np.zeros_like(np.asarray(Image.open(other / "val_00003.png")))
-    Image.fromarray(changed).save(other / "val_00003.png")
-    return report.run(str(run), ["evaluation.bootstrap=20"], against=str(other))
-
-
-def tiles(page: Any) -> list[str]:
-    """Ids of the tiles of the grid in their order."""
-    positions = page.locator(".grid .tile").evaluate_all(
-        "all => all.map(t => [Number(t.dataset.position), t.querySelector('small').textContent])"
-    )
-    return [name for _, name in sorted(positions)]
+from tests.support.browser import WatchedPage, list_tiles
+from tests.support.runs import overrides
 
 
 @pytest.mark.parametrize("part", ["#/", "#/classes", "#/images", "#/bank", "#/images/image/2"])
@@ -73,22 +56,22 @@ def test_images_are_sorted_filtered_and_found(opened: Any, index: Path) -> None:
     watched = WatchedPage(opened)
     page = watched.open(index, "#/images")
     ids = [f"val_0000{i}" for i in range(9)]
-    assert tiles(page) == ids
+    assert list_tiles(page) == ids
     scores = page.evaluate("Report.scores.all().map(s => [s.miou, s.wrong])")
     sort = page.get_by_label("Sort by")
     sort.select_option("low")
-    assert tiles(page) == [ids[i] for i in np.argsort([m for m, _ in scores], kind="stable")]
+    assert list_tiles(page) == [ids[i] for i in np.argsort([m for m, _ in scores], kind="stable")]
     sort.select_option("error")
-    assert tiles(page) == [ids[i] for i in np.argsort([-w for _, w in scores], kind="stable")]
+    assert list_tiles(page) == [ids[i] for i in np.argsort([-w for _, w in scores], kind="stable")]
     label = page.evaluate("Report.scores.present(0).find(([label]) => label > 0)[0]")
     page.get_by_label("Class").select_option(str(label))
     has = page.evaluate(
         f"Report.get('images').ids.filter((_, i) => Report.scores.present(i).some(([l]) => l === {label}))"
     )
-    assert sorted(tiles(page)) == has
+    assert sorted(list_tiles(page)) == has
     page.get_by_label("Class").select_option("")
     page.get_by_label("Find by name").fill("00004")
-    assert tiles(page) == ["val_00004"]
+    assert list_tiles(page) == ["val_00004"]
     page.get_by_label("Find by name").fill("")
     page.get_by_role("radio", name="errors").click()
     page.wait_for_function("document.querySelectorAll('.grid canvas:not([hidden])').length === 9")
@@ -133,10 +116,50 @@ def test_the_slider_the_layers_and_the_zoom(opened: Any, index: Path) -> None:
     page.close()
 
 
+@pytest.fixture(scope="module")
+def attended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pseudo masks from the attention of the miniature diffusion model, with their report."""
+    settings = overrides(tmp_path_factory.mktemp("attended"), "pseudo_masks=iseg_miniature", train=3, val=2)
+    path = PseudoMasks.run(compose(settings))
+    report.run(str(path))
+    return path
+
+
+def test_attention_is_a_layer_with_a_map_for_each_class(opened: Any, attended: Path) -> None:
+    folder = StageFolder(attended).inputs["scores"]
+    stored = [folder.scores(image_id) for image_id in read_script(attended / "report" / "data" / "images.js")["ids"]]
+    index = max(range(len(stored)), key=lambda i: len(stored[i].class_ids))
+    scores = stored[index]
+    assert len(scores.class_ids) > 1
+    watched = WatchedPage(opened)
+    page = watched.open(attended / "report" / "index.html", f"#/images/image/{index}")
+    page.wait_for_selector(".layers button")
+    classes = page.get_by_role("radiogroup", name="Class of the scores")
+    assert classes.is_hidden()
+    page.get_by_role("radiogroup", name="Layer").get_by_role("radio", name="attention").click()
+    # A copy is read, since the browser warns of a canvas of the page that is read several times.
+    brightness = """() => { const c = document.querySelector('.image-canvas canvas.layer');
+        const copy = new OffscreenCanvas(c.width, c.height).getContext('2d', { willReadFrequently: true });
+        copy.drawImage(c, 0, 0);
+        const data = copy.getImageData(0, 0, c.width, c.height).data;
+        return Array.from({ length: data.length / 4 }, (_, i) => data[4 * i] + data[4 * i + 1] + data[4 * i + 2]); }"""
+    for button, each in zip(classes.get_by_role("radio").all(), scores.scores.numpy(), strict=True):
+        button.click()
+        painted = np.array(page.evaluate(brightness)).reshape(each.shape)
+        # The colours grow brighter with the score: pixels in the order of one are in that of the other.
+        order = np.argsort(each, axis=None, kind="stable")
+        assert (np.diff(painted.ravel()[order]) >= -3).all()
+        assert painted[each == each.max()].min() > 600 > 100 > painted[each == each.min()].max()
+    page.get_by_role("radiogroup", name="Layer").get_by_role("radio", name="truth").click()
+    assert classes.is_hidden()
+    assert watched.errors == []
+    page.close()
+
+
 def test_keys_step_through_the_images_as_they_are_sorted(opened: Any, index: Path) -> None:
     page = WatchedPage(opened).open(index, "#/images")
     page.get_by_label("Sort by").select_option("high")
-    order = tiles(page)
+    order = list_tiles(page)
     page.locator(".grid .tile").first.click()
     title = page.locator(".viewer-title b")
     assert title.inner_text() == order[0]
@@ -148,7 +171,7 @@ def test_keys_step_through_the_images_as_they_are_sorted(opened: Any, index: Pat
     page.keyboard.press("Escape")
     assert page.locator("#viewer").is_hidden()
     assert page.get_by_label("Sort by").input_value() == "high"
-    assert tiles(page) == order
+    assert list_tiles(page) == order
     page.close()
 
 
@@ -211,9 +234,10 @@ def test_why(opened: Any, index: Path) -> None:
     page.wait_for_selector(f".region[data-row='{following}']")
     page.locator(".back").click()
     page.wait_for_selector(f".region[data-row='{row}']")
-    page.locator(".back").click()
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".trail .votes")
     assert "Proposal" in page.locator(".trail").inner_text()
-    page.locator(".back").click()
+    page.go_back()
     button = page.locator(".regions button").first
     button.focus()
     page.keyboard.press("Enter")  # the same without a pointer
@@ -243,7 +267,7 @@ def test_classes_bars_and_confusion(opened: Any, index: Path) -> None:
     page.locator(".most-row").first.click()
     page.wait_for_selector(".view.images")
     assert "labelled" in page.locator("[data-key=sort] option:checked").inner_text()
-    assert len(tiles(page)) > 0
+    assert len(list_tiles(page)) > 0
     assert "px" in page.locator(".grid .figure").first.inner_text()
     assert watched.errors == []
     page.close()
@@ -286,9 +310,10 @@ def test_the_bank_its_map_and_those_that_mislead(opened: Any, index: Path) -> No
 def test_two_runs_side_by_side(opened: Any, compared: Path) -> None:
     watched = WatchedPage(opened)
     page = watched.open(compared, "#/compare")
+    page.evaluate("document.querySelector('.grid').scrollIntoView()")
     page.wait_for_function("document.querySelectorAll('.grid canvas:not([hidden])').length === 18")
     page.get_by_role("radio", name="largest change").click()
-    assert tiles(page)[0] == "val_00003"
+    assert list_tiles(page)[0] == "val_00003"
     head = read_script(compared.parent / "data" / "summary.js")["compare"]
     assert f"{abs(head['miou']['difference']):.1f}" in page.locator(".hero .big").inner_text()
     rows = page.locator(".differences .difference:not(.head)")
@@ -305,6 +330,7 @@ def test_two_runs_side_by_side(opened: Any, compared: Path) -> None:
     page.evaluate("location.hash = '#/compare'")
     page.wait_for_selector(".differences")
     assert [*colours, dot.get_attribute("class")] == (["dot up", "dot down"] if is_better else ["dot down", "dot up"])
+    page.evaluate("document.querySelector('.grid').scrollIntoView()")
     page.wait_for_function("document.querySelectorAll('.grid canvas:not([hidden])').length === 18")
     page.locator(".grid .tile").first.click()
     page.wait_for_selector(".layers button")
@@ -317,21 +343,5 @@ def test_two_runs_side_by_side(opened: Any, compared: Path) -> None:
     planes = page.locator(".plane").evaluate_all("all => all.map(p => p.style.transform)")
     assert planes[0] == planes[1]
     assert "scale(1.5)" in planes[0]
-    assert (watched.errors, watched.outside) == ([], [])
-    page.close()
-
-
-def test_few_of_many_images_exist_at_a_time(opened: Any, tmp_path: Path) -> None:
-    """A grid of hundreds holds the tiles near the screen, wherever one scrolls."""
-    run = make_run(tmp_path, 300, train=4, size=(48, 64), proposals=6)
-    index = report.run(str(run))
-    watched = WatchedPage(opened)
-    page = watched.open(index, "#/images")
-    page.wait_for_function("performance.getEntriesByName('first-picture').length > 0")
-    assert page.locator(".grid .tile").count() < 200
-    page.evaluate("scrollTo(0, document.body.scrollHeight)")
-    page.wait_for_function("[...document.querySelectorAll('.grid .tile')].some(t => t.dataset.position === '299')")
-    assert page.locator(".grid .tile").count() < 200
-    assert "val/00000" not in tiles(page)
     assert (watched.errors, watched.outside) == ([], [])
     page.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from moduseg.masks.palette import voc_palette
 from moduseg.report import overlay
-from moduseg.report.panel import choose_display_size, draw_image_panel, draw_panel, make_class_legend
+from moduseg.report.panel import choose_display_size, draw_image_panel, draw_legend, draw_panel, make_class_legend
 
 CLASSES = ("background", "dog", "cat")
 
@@ -26,6 +27,12 @@ def scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return image, truth, prediction, masks
 
 
+def test_panels_and_page_have_the_same_words_and_colours_for_errors() -> None:
+    script = (Path(overlay.__file__).parent / "static" / "lib" / "paint.js").read_text(encoding="utf-8")
+    page = re.findall(r'^    \["(\w+)", "#(\w{6})", "', script, re.MULTILINE)
+    assert [(name, tuple(bytes.fromhex(colour))) for name, colour in page] == list(overlay.ERROR_LEGEND)
+
+
 def _open(content: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(content)) as picture:
         return np.asarray(picture.convert("RGB"))
@@ -39,7 +46,7 @@ def test_error_map_has_one_colour_for_each_case() -> None:
     truth = np.array([[0, 1, 1, 0, 1, 255, 255]])
     prediction = np.array([[0, 1, 0, 1, 2, 0, 1]])
     painted = overlay.paint_errors(truth, prediction)[0]
-    expected = [None, overlay.CORRECT, overlay.MISSED, overlay.FALSE, overlay.CONFUSED, *[overlay.IGNORED] * 2]
+    expected = [None, overlay.CORRECT, overlay.MISSED, overlay.EXTRA, overlay.CONFUSED, *[overlay.IGNORED] * 2]
     for pixel, colour in zip(painted.astype(float), expected, strict=True):
         if colour is None:
             assert pixel.sum() == 0
@@ -54,10 +61,24 @@ def test_label_colours_are_the_palettes() -> None:
     labels = np.array([[0, 0, 1, 1, 2, 255]] * 4, dtype=np.uint8)
     painted = overlay.overlay_labels(image, labels, alpha=1.0, outline=False)
     np.testing.assert_array_equal(painted[0, 2:], voc_palette()[[1, 1, 2, 255]])
-    assert (painted[0, 0] < image[0, 0]).all()
+    colours = np.roll(voc_palette(), 1, axis=0)
+    painted = overlay.overlay_labels(image, labels, colours, alpha=1.0, outline=False)
+    np.testing.assert_array_equal(painted[0, 2:], colours[[1, 1, 2, 255]])
     half = overlay.overlay_labels(image, labels, alpha=0.5, outline=False)[0, 4].astype(int)
     assert half[0] == half[2]  # the photograph's red does not leak into the colour of the class
-    assert (overlay.overlay_labels(image, labels)[0, 1] == 255).all()
+
+
+def test_overlays_leave_the_background_and_darken_outlines(rng: np.random.Generator) -> None:
+    image = rng.integers(0, 256, (600, 40, 3), dtype=np.uint8)
+    labels = np.zeros((600, 40), dtype=np.uint8)
+    labels[100:200, 5:30], labels[200:300, 5:30] = 1, 2
+    painted = overlay.overlay_labels(image, labels, alpha=1.0)
+    assert painted.shape == image.shape
+    np.testing.assert_array_equal(painted[labels == 0], image[labels == 0])
+    # The longer side has 600 pixels, so outlines are 2 pixels wide.
+    assert [int(painted[y, 15, 0]) for y in (100, 101, 102, 197, 198, 199)] == [70, 70, 128, 128, 70, 70]
+    assert [int(painted[y, 15, 1]) for y in (200, 201, 202)] == [70, 70, 128]
+    assert (overlay.overlay_labels(image, labels, outline=False) != painted).any()
 
 
 def test_nested_proposals_stay_visible_in_any_order() -> None:
@@ -66,10 +87,9 @@ def test_nested_proposals_stay_visible_in_any_order() -> None:
     masks[0, 14:26, 14:26], masks[1, 2:38, 2:38], masks[2, 8:32, 8:32] = True, True, True
     for order in ([0, 1, 2], [2, 1, 0]):
         painted = overlay.overlay_proposals(image, torch.from_numpy(masks[order]))
-        inner, middle, outer = painted[20, 20], painted[10, 20], painted[5, 20]
+        inner, middle, outer = painted[14, 20], painted[8, 20], painted[2, 20]
         assert len({tuple(c) for c in (inner, middle, outer)}) == 3
-        assert painted[2, 20].sum() < 0.6 * outer.sum()  # the rim of a rectangle
-        assert (painted[0, 0] < 128).all()
+        assert (painted[[0, 5, 11, 20], [0, 20, 20, 20]] == 128).all()  # the photograph between the outlines
 
 
 def test_proposals_cut_off_at_the_border_or_absent() -> None:
@@ -87,8 +107,8 @@ def test_colours_of_proposals_differ() -> None:
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((128, 96), (384, 288)), ((384, 100), (384, 100)), ((480, 640), (288, 384)), ((1000, 10), (384, 4)),
-     ((2000, 1), (384, 1)), ((200, 150), (200, 150))],
+    [((128, 96), (384, 288)), ((384, 100), (384, 100)), ((480, 640), (480, 640)), ((1000, 10), (640, 6)),
+     ((2000, 1), (640, 1)), ((200, 150), (200, 150)), ((960, 1280), (480, 640))],
 )  # fmt: skip
 def test_display_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert choose_display_size(size) == expected
@@ -105,6 +125,16 @@ def test_legend_names_what_occurs() -> None:
     legend = make_class_legend(CLASSES, np.array([[0, 2, 255]]), None, np.array([[1, 9]]))
     assert [name for name, _ in legend] == ["dog", "cat", "id 9", "ignored"]
     assert legend[0][1] == (128, 0, 0)
+    colours = np.full((256, 3), 7, dtype=np.uint8)
+    assert make_class_legend(CLASSES, np.array([1]), colours=colours) == [("dog", (7, 7, 7))]
+
+
+def test_a_legend_is_a_picture_of_its_own() -> None:
+    sheet = draw_legend([("dog", (1, 2, 3)), ("a name that is far too long for the width", (4, 5, 6))], width=100)
+    assert _has(sheet, (1, 2, 3))
+    assert _has(sheet, (4, 5, 6))
+    assert (sheet[:, -2:] == 255).all()
+    assert draw_legend([]).shape[2] == 3
 
 
 def test_panel_is_a_deterministic_png(scene: tuple[np.ndarray, ...]) -> None:
@@ -150,7 +180,7 @@ def test_tiny_and_huge_pictures() -> None:
         masks[0, 0, 0] = True
         image = np.zeros((*size, 3), dtype=np.uint8)
         sheet = _open(draw_image_panel(image, CLASSES, proposals=masks, labels=labels, truth=labels))
-        assert sheet.shape[1] < 6 * 400
+        assert sheet.shape[1] < 6 * 660
 
 
 def test_sizes_that_do_not_fit(scene: tuple[np.ndarray, ...]) -> None:
@@ -170,6 +200,6 @@ def test_sizes_that_do_not_fit(scene: tuple[np.ndarray, ...]) -> None:
 
 def test_real_output_is_written(tmp_path: Path, scene: tuple[np.ndarray, ...]) -> None:
     path = tmp_path / "panel.png"
-    path.write_bytes(draw_image_panel(scene[0], CLASSES, title="ids/with a longer name"))
+    path.write_bytes(draw_image_panel(scene[0], CLASSES, titles=("ids/with a longer name", "labels")))
     with Image.open(path) as picture:
         assert (picture.format, picture.mode) == ("PNG", "RGB")

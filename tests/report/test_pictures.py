@@ -38,6 +38,18 @@ def test_label_maps_are_palette_pngs_whose_rows_are_plain(tmp_path, rng: np.rand
         assert set(np.unique(np.asarray(picture))) <= set(np.unique(labels))
 
 
+@pytest.mark.parametrize(("scores", "size", "expected"), [
+    pytest.param([[0.0, 1.0], [0.5, 0.2]], (2, 2), [[0, 255], [128, 51]], id="steps of 1/255"),
+    pytest.param([[-1.0, 2.0], [0.0, 1.0]], (2, 2), [[0, 255], [0, 255]], id="values are cut off"),
+    pytest.param([[0.0, 0.4], [0.4, 0.8]], (1, 1), [[102]], id="a smaller map holds averages"),
+])  # fmt: skip
+def test_scores_are_grey_pngs(scores: list[list[float]], size: tuple[int, int], expected: list[list[int]]) -> None:
+    with Image.open(io.BytesIO(pictures.encode_heat_png(np.array(scores), size))) as opened:
+        assert opened.mode == "P"
+        assert np.asarray(opened).tolist() == expected
+        assert opened.convert("L").getpixel((0, 0)) == expected[0][0]
+
+
 def test_an_id_without_a_colour_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got id 3, expected 0\.\.2"):
         pictures.encode_index_png(np.full((2, 2), 3, np.uint8), voc_palette(3))
@@ -91,7 +103,8 @@ def test_crops_of_whole_images_corners_and_nothing(where: tuple[slice, slice]) -
     region = np.zeros((60, 200), dtype=bool)
     region[where] = True
     crop = pictures.crop_region(np.full((60, 200, 3), 90, np.uint8), region, 1, 48)
-    assert crop.shape == (48, 48, 3)
+    # A wide image is shown as it is, without bars that make it a square.
+    assert crop.shape[:2] == ((48, 48) if 0 < region.sum() < 100 else (14, 48))
     assert (crop == 90).any()
 
 

@@ -11,16 +11,20 @@ import types
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from moduseg.bank.derived import write_derived
+from moduseg.bank.corrections import Correction, CorrectionFile, apply_corrections
+from moduseg.bank.derived import digest_bank, open_bank, write_derived
 from moduseg.bank.edit import remove
 from moduseg.bank.store import Bank
 from moduseg.cli import run_script
 from moduseg.config import compose
 from moduseg.errors import ArtefactError, ConfigError, MissingError, ModusegError
+from moduseg.masks.palette import choose_class_colours, format_colour
+from moduseg.miniature.world.scenes import CLASSES
 from moduseg.report.packing import SIMILARITY_STEPS
 from moduseg.report.page import read_program, read_script
 from moduseg.stages import evaluate
@@ -72,7 +76,7 @@ def test_the_head_says_what_the_results_say(outputs: Path) -> None:
     assert [name for name, _ in head["seconds"]][-1] == "infer (val)"
     assert {"propose (val)", "build_bank (train)", "queries (val)"} <= {name for name, _ in head["seconds"]}
     assert head["published"] == []
-    assert head["colours"][1] == "#800000"
+    assert head["colours"] == [format_colour(colour) for colour in choose_class_colours(CLASSES)[[*range(13), 255]]]
     assert (run / "report" / "index.html").read_bytes() == read_program()["index.html"]
 
 
@@ -221,6 +225,33 @@ def test_pseudo_masks_are_a_run_of_the_training_split(copy: Path) -> None:
     assert (head["split"], head["what"], head["shown"], head["bank"]) == ("train", "pseudo mask", 10, False)
 
 
+def test_stored_scores_are_a_layer_of_the_pseudo_masks(copy: Path) -> None:
+    """Ground truth as a generator scores each pixel's own class with 1, so that its layer is the truth of a class."""
+    path = folder_of(copy, "pseudo_masks")
+    report.run(str(path), [f"dataset.root={copy / 'world-10-5'}"])
+    images = value(path, "images")
+    assert (value(path, "summary")["heat"], images["heat"]) == ("class scores", [1] * 10)
+    for index in range(10):
+        heat = {int(label): picture(text) for label, text in value(path, f"heat/{index:06d}").items()}
+        truth = picture(value(path, f"labels/{index:06d}")["truth"])
+        assert set(np.unique(truth)) <= {0, 255, *heat}
+        for label in heat.keys() - {0}:
+            np.testing.assert_array_equal(heat[label] == 255, truth == label)
+
+
+def test_a_prediction_of_other_images_has_no_scores(outputs: Path) -> None:
+    run = folder_of(outputs)
+    assert (value(run, "summary")["heat"], value(run, "images")["heat"]) == (None, [0] * 5)
+    assert not (run / "report" / "data" / "heat").exists()
+
+
+def test_scores_that_are_gone_are_left_out(copy: Path) -> None:
+    path = folder_of(copy, "pseudo_masks")
+    next((folder_of(copy, "scores") / "maps").iterdir()).write_bytes(b"damaged")
+    report.run(str(path), [f"dataset.root={copy / 'world-10-5'}"])
+    assert sorted(value(path, "images")["heat"]) == [0] + [1] * 9
+
+
 def test_anyones_pngs_and_two_of_them_compared(copy: Path, tmp_path: Path) -> None:
     run = folder_of(copy)
     other = tmp_path / "theirs"
@@ -294,12 +325,42 @@ def test_a_bank_made_of_another_is_shown_with_its_regions(outputs: Path, tmp_pat
     run = Infer.run(compose(settings))
     shown = value(run, "bank")
     assert shown["rows"] == len(fewer) < len(bank)
+    # Corrections name the bank in its folder, whose class list is shorter than that of the run.
+    assert (shown["digest"], shown["path"]) == (digest_bank(open_bank(given)), "fewer")
+    assert value(folder_of(outputs), "bank")["path"] == f"outputs/miniature/build_bank/{source.name}"
     assert shown["pictured"] == list(range(len(fewer)))
     names = [value(run, "summary")["classes"][i] for i in np.frombuffer(base64.b64decode(shown["labels"]), "<u2")]
     assert names == [fewer.classes[i] for i in fewer.labels.tolist()]
     assert held[0] not in names
     painted = {label for i in range(5) for label in value(run, f"why/{i:06d}")["label"]}
     assert bank.classes.index(held[0]) not in painted
+
+
+def test_a_corrected_region_is_the_one_that_is_shown(outputs: Path, tmp_path: Path) -> None:
+    """Its pseudo mask has the label before, and another region may have the new one."""
+    source = folder_of(outputs, "build_bank")
+    bank = Bank.load(source)
+    # Two regions of one image: the first gets the name of the second, whose picture is not its own.
+    images = bank.image_index.tolist()
+    first = next(row for row in range(1, len(bank)) if bank.labels[row] > 0 and images.count(images[row]) > 2)
+    second = next(
+        row for row in range(len(bank)) if images[row] == images[first] and bank.labels[row] > 0 and row != first
+    )
+    names = [bank.classes[int(bank.labels[row])] for row in (first, second)]
+    entry = Correction(first, bank.image_ids[images[first]], *names)
+    corrected = apply_corrections(bank, CorrectionFile(digest_bank(bank), (entry,)))
+    folder = tmp_path / "corrected"
+    write_derived(corrected, "correct", sources=[source], details={}, folder=folder, outputs=tmp_path)
+    shutil.copytree(outputs, tmp_path / "outputs")
+    settings = overrides(tmp_path / "outputs", f"bank.path={folder}", "evaluation.report=true", train=10, val=5)
+    run = Infer.run(compose(settings))
+    shown = []
+    for path, row in ((folder_of(outputs), first), (folder_of(outputs), second), (run, first)):
+        with Image.open(path / "report" / "bank" / f"{row:06d}.jpg") as picture:
+            shown.append(np.asarray(picture.convert("RGB").resize((32, 32))).astype(int))
+    before, other, after = shown
+    # Outlines have the colour of the label that the row has.
+    assert np.abs(after - before).mean() < 0.5 * np.abs(after - other).mean()
 
 
 def test_umap_is_a_second_map_where_it_is_installed(
@@ -360,3 +421,18 @@ def test_the_command_names_its_mistakes(
         error = capsys.readouterr().err.strip()
         assert message in error
         assert len(error.splitlines()) == 1
+
+
+def test_confidence_is_a_layer_where_it_was_asked_for(outputs: Path, tmp_path: Path) -> None:
+    """At the size of the page, as `infer` stored it; runs without it have no such layer."""
+    shutil.copytree(outputs, tmp_path / "outputs")
+    options = ("evaluation.report=true", "retrieval.confidence=true", "retrieval.top_k=3", "evaluation.report_size=64")
+    path = Infer.run(compose(overrides(tmp_path / "outputs", *options, train=10, val=5)))
+    layer = picture(value(path, "labels/000000")["confidence"])
+    with Image.open(sorted((path / "scores").glob("*.png"))[0]) as opened:
+        stored = np.asarray(opened)
+    height, width = layer.shape
+    assert max(layer.shape) == 64
+    assert np.array_equal(layer, cv2.resize(stored, (width, height), interpolation=cv2.INTER_NEAREST))
+    assert len(np.unique(layer)) > 1
+    assert "confidence" not in value(folder_of(outputs), "labels/000000")

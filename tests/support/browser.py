@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -33,6 +35,15 @@ def open_browser() -> Iterator[Any]:
             yield opened
         finally:
             opened.close()
+
+
+def open_or_skip() -> Iterator[Any]:
+    """Yield a running browser, for a fixture; skip its tests where there is none."""
+    pytest.importorskip("playwright.sync_api", reason="playwright drives the browser; pip install playwright")
+    if find_chromium() is None:
+        pytest.skip("no Chromium found; install one or set MODUSEG_CHROMIUM")
+    with open_browser() as running:
+        yield running
 
 
 class WatchedPage:
@@ -63,6 +74,14 @@ class WatchedPage:
         self.page.goto(f"{index.resolve().as_uri()}{part}")
         self.page.wait_for_selector("main > .view")
         return self.page
+
+
+def list_tiles(page: Any) -> list[str]:
+    """Return the ids of the tiles of a page's grid in their order."""
+    positions = page.locator(".grid .tile").evaluate_all(
+        "all => all.map(t => [Number(t.dataset.position), t.querySelector('small').textContent])"
+    )
+    return [name for _, name in sorted(positions)]
 
 
 def measure_first_picture(index: Path) -> float:

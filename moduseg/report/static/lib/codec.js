@@ -56,10 +56,10 @@ Report.codec = (() => {
     };
   }
 
-  /** Load and decode the label maps of an image, by name; cached as long as the page keeps their text. */
+  /** Load and decode an image's label maps, by name, or its `heat`, by label; kept as long as their text. */
   const decoded = new WeakMap();
-  async function mapsOf(index) {
-    const content = await Report.load(`labels/${Report.numbered(index)}`);
+  async function mapsOf(index, kind = "labels") {
+    const content = await Report.load(`${kind}/${Report.numbered(index)}`);
     if (!decoded.has(content)) {
       decoded.set(
         content,

@@ -5,7 +5,7 @@ window.Report = (() => {
   const values = new Map();
   const waiting = new Map();
   /* Large values that can be loaded again are dropped, the oldest first, so that long visits need no more memory. */
-  const FORGETTABLE = /^(labels|why)\//;
+  const FORGETTABLE = /^(labels|why|heat)\//;
   const REMEMBERED = 400;
 
   /** Store a value; every script below data/ calls this. */
@@ -107,20 +107,12 @@ window.Report = (() => {
     return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
   }
 
-  /** Make the coloured square of a label. */
-  const swatch = (label) => h("i", { class: "swatch", style: { "--c": colour(label) } });
+  /** Make the coloured square of a label, with its name on hover. */
+  const swatch = (label) => h("i", { class: "swatch", title: nameOf(label), style: { "--c": colour(label) } });
   const colour = (label) => {
     const { colours, ignore } = get("summary");
     return label === ignore ? colours[colours.length - 1] : colours[label] || "#888888";
   };
-  /** Return the colour of a label, bright enough for a small dot on the page. */
-  function vivid(label) {
-    if (document.documentElement.dataset.theme !== "dark") return colour(label);
-    const parts = [1, 3, 5].map((i) => parseInt(colour(label).slice(i, i + 2), 16));
-    const bright = 0.299 * parts[0] + 0.587 * parts[1] + 0.114 * parts[2];
-    const white = bright < 95 ? (95 - bright) / (255 - bright) : 0;
-    return `rgb(${parts.map((part) => Math.round(part + (255 - part) * white)).join(" ")})`;
-  }
   const nameOf = (label) => {
     const { classes, ignore } = get("summary");
     return label === ignore ? "ignored" : (classes[label] ?? `id ${label}`);
@@ -225,6 +217,15 @@ window.Report = (() => {
     return context;
   }
 
+  /** Let the browser save a text as a file. */
+  function save(name, text, type) {
+    const link = h("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });
+    document.body.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  }
+
   return {
     receive,
     load,
@@ -242,7 +243,6 @@ window.Report = (() => {
     duration,
     swatch,
     colour,
-    vivid,
     nameOf,
     applyTheme,
     toggleTheme,
@@ -251,6 +251,7 @@ window.Report = (() => {
     tip,
     hideTip,
     segmented,
+    save,
     sharp,
     views: {},
   };

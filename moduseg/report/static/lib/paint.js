@@ -5,7 +5,7 @@ Report.paint = (() => {
   const ERRORS = [
     ["correct", "#2ea043", "an object's pixel with the right label"],
     ["missed", "#e63c32", "an object's pixel labelled background"],
-    ["false", "#f0aa00", "background labelled as an object"],
+    ["extra", "#f0aa00", "background labelled as an object"],
     ["confused", "#a855f7", "an object's pixel labelled as another"],
     ["ignored", "#8a8f98", "not scored"],
   ];
@@ -21,23 +21,36 @@ Report.paint = (() => {
     context.putImageData(picture, 0, 0);
   }
 
-  /** Paint a label map in the classes' colours; `only` paints one label and dims the rest. */
+  /** Paint a label map in the classes' colours, outlined darker; `only` paints one label and dims the rest. */
   function labels(canvas, map, only = null) {
     const { ignore } = Report.get("summary");
     onto(canvas, map.width, map.height, (words, word) => {
-      const table = new Uint32Array(256);
+      const [table, edges] = [new Uint32Array(256), new Uint32Array(256)];
       for (let label = 0; label < 256; label++) {
         const [r, g, b] = rgb(Report.colour(label));
         if (only !== null)
           table[label] =
             label === only ? word(...(label ? [r, g, b] : [255, 255, 255]), label ? 255 : 60) : word(0, 0, 0, 150);
-        else table[label] = label === 0 ? word(0, 0, 0, 120) : word(r, g, b, label === ignore ? 200 : 255);
+        else table[label] = label === 0 ? word(0, 0, 0, 0) : word(r, g, b, label === ignore ? 160 : 210);
+        edges[label] = label === 0 || label === ignore ? 0 : word(0.45 * r, 0.45 * g, 0.45 * b, 255);
       }
-      for (let i = 0; i < words.length; i++) words[i] = table[map.ids[i]];
+      const { ids, width, height } = map;
+      for (let i = 0, y = 0; y < height; y++) {
+        for (let x = 0; x < width; x++, i++) {
+          const label = ids[i];
+          const isEdge =
+            edges[label] &&
+            ((x > 0 && ids[i - 1] !== label) ||
+              (x + 1 < width && ids[i + 1] !== label) ||
+              (y > 0 && ids[i - width] !== label) ||
+              (y + 1 < height && ids[i + width] !== label));
+          words[i] = isEdge && (only === null || only === label) ? edges[label] : table[label];
+        }
+      }
     });
   }
 
-  /** Paint errors in the colours of ERRORS; correct background shows the photograph. */
+  /** Paint errors in the colours of ERRORS; correct background shows the photograph, dimmed. */
   function errors(canvas, truth, prediction) {
     const { ignore } = Report.get("summary");
     onto(canvas, truth.width, truth.height, (words, word) => {
@@ -50,6 +63,30 @@ Report.paint = (() => {
         else if (p === 0) words[i] = missed;
         else words[i] = t === 0 ? wrong : confused;
       }
+    });
+  }
+
+  /** Paint how sure each pixel's label is: doubtful ones are dark, where it is certain the photograph shows. */
+  function confidence(canvas, map) {
+    onto(canvas, map.width, map.height, (words, word) => {
+      for (let i = 0; i < words.length; i++) words[i] = word(20, 0, 60, 255 - map.ids[i]);
+    });
+  }
+
+  /* From the lowest score to the highest: each colour is brighter than the one before, also to the colour-blind. */
+  const HEAT = ["#08051d", "#5a1166", "#b5364f", "#f2813a", "#fbf6a8"];
+
+  /** Paint a map of scores, whose ids are steps of 1/255, from dark to bright. */
+  function heat(canvas, map) {
+    const stops = HEAT.map(rgb);
+    onto(canvas, map.width, map.height, (words, word) => {
+      const table = Uint32Array.from({ length: 256 }, (_, step) => {
+        const at = (step / 255) * (stops.length - 1);
+        const low = Math.min(Math.floor(at), stops.length - 2);
+        const mixed = stops[low].map((value, i) => Math.round(value + (at - low) * (stops[low + 1][i] - value)));
+        return word(...mixed, 255);
+      });
+      for (let i = 0; i < words.length; i++) words[i] = table[map.ids[i]];
     });
   }
 
@@ -144,5 +181,5 @@ Report.paint = (() => {
     return path;
   }
 
-  return { ERRORS, labels, errors, proposals, borders, outline, distinct };
+  return { ERRORS, labels, confidence, errors, heat, proposals, borders, outline, distinct };
 })();

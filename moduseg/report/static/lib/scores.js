@@ -51,6 +51,19 @@ Report.scores = (() => {
     return at < 0 ? 0 : counts[at];
   }
 
+  /** Return the wrong pixels of an image of one kind, `missed`, `extra` or `confused`; of one label unless `null`. */
+  function errorPixels(index, kind, label = null) {
+    const [cells, counts] = Report.get("images").cells[index];
+    const numLabels = Report.get("summary").classes.length;
+    let pixels = 0;
+    for (let i = 0; i < cells.length; i++) {
+      const [truth, predicted] = [Math.floor(cells[i] / numLabels), cells[i] % numLabels];
+      if (truth === predicted || (label !== null && label !== truth && label !== predicted)) continue;
+      if (kind === (predicted === 0 ? "missed" : truth === 0 ? "extra" : "confused")) pixels += counts[i];
+    }
+    return pixels;
+  }
+
   /** Return the labels of an image with their pixels, most first; unscored images give those of the prediction. */
   function present(index) {
     const score = all()?.[index];
@@ -59,5 +72,5 @@ Report.scores = (() => {
     return [...Report.get("images").areas[index]].sort((a, b) => b[1] - a[1]);
   }
 
-  return { ofImage, all, cell, present };
+  return { ofImage, all, cell, errorPixels, present };
 })();

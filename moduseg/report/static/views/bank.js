@@ -5,30 +5,45 @@ Report.views.bank = (() => {
   const { h, get, percent, integer, swatch, nameOf } = Report;
   const dialog = document.getElementById("region");
   const body = h("div", { class: "trail" });
-  const trail = new Report.why.Trail(body, (position) => {
-    dialog.close();
-    location.hash = `#/bank/image/${position}`;
-  });
+  const trail = new Report.why.Trail(body, (position) =>
+    Report.address.change({ rows: "" }, { image: position, isStep: true }),
+  );
   let filter = "";
 
-  /** Open a region in the dialog. */
-  async function open(row) {
-    if (!dialog.firstChild) {
-      dialog.append(
-        h(
-          "button",
-          { type: "button", class: "icon-button corner", "aria-label": "Close (Esc)", onclick: () => dialog.close() },
-          Report.icon(Report.ICONS.close),
-        ),
-        body,
-      );
-      dialog.addEventListener("click", (event) => {
-        if (event.target === dialog) dialog.close();
-      });
+  const open = (row) => Report.address.change({ rows: row }, { isStep: true });
+
+  function build() {
+    dialog.append(
+      h(
+        "button",
+        { type: "button", class: "icon-button corner", "aria-label": "Close", onclick: () => dialog.close() },
+        Report.icon(Report.ICONS.close),
+      ),
+      body,
+    );
+    dialog.addEventListener("click", (event) => {
+      if (event.target === dialog) dialog.close();
+    });
+    dialog.addEventListener("keydown", (event) => {
+      const back = body.querySelector(".back");
+      if (event.key !== "Escape" || !back) return;
+      event.preventDefault();
+      back.click();
+    });
+    dialog.addEventListener("close", () => {
+      if (Report.address.read().image === null) Report.address.change({ rows: "" });
+    });
+  }
+
+  /** Show the last of `rows`, regions that were opened one after the other, in the dialog; none closes it. */
+  async function follow(rows) {
+    if (!dialog.firstChild) build();
+    if (!rows.length) {
+      dialog.close();
+      return;
     }
-    trail.panels = [];
     if (!dialog.open) dialog.showModal();
-    await trail.step(row);
+    await trail.show(rows, () => null, rows.length > 1 ? { rows: rows.slice(0, -1).join(".") } : null);
   }
 
   function gallery(bank) {
@@ -110,6 +125,26 @@ Report.views.bank = (() => {
     );
   }
 
+  /** List the regions that the lasso holds, with what to say of all of them. */
+  function list(place, rows) {
+    place.hidden = rows.length === 0;
+    if (!rows.length) return;
+    place.replaceChildren(
+      h(
+        "div",
+        { class: "card-head" },
+        h("h2", {}, `${integer(rows.length)} region${rows.length === 1 ? "" : "s"} inside the line`),
+        Report.corrections.control(rows),
+      ),
+      h(
+        "div",
+        { class: "region-grid large" },
+        rows.slice(0, 120).map((row) => Report.why.card(row, null, open)),
+      ),
+      rows.length > 120 ? h("p", { class: "muted" }, `${integer(rows.length - 120)} more are not drawn.`) : "",
+    );
+  }
+
   function counts(bank) {
     const { classes } = get("summary");
     const rows = classes.map((_, label) => [label, 0, 0]);
@@ -150,8 +185,16 @@ Report.views.bank = (() => {
     const view = h("div", { class: "view bank" }, h("p", { class: "empty" }, "Opening the bank …"));
     Report.why.open().then(
       (bank) => {
+        const selection = h("section", { class: "card selection", hidden: true, "aria-live": "polite" });
         view.replaceChildren(
-          h("div", { class: "columns map-columns" }, Report.map(bank, open), counts(bank)),
+          h(
+            "div",
+            { class: "columns map-columns" },
+            Report.map(bank, open, (rows) => list(selection, rows)),
+            counts(bank),
+          ),
+          selection,
+          Report.corrections.card(open),
           gallery(bank),
         );
         view.dataset.ready = "true";
@@ -161,5 +204,5 @@ Report.views.bank = (() => {
     return view;
   }
 
-  return { title: "Bank", render, open };
+  return { title: "Bank", render, follow };
 })();

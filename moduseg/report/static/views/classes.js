@@ -140,7 +140,9 @@ Report.views.classes = (() => {
                 "a",
                 {
                   class: "chip",
-                  href: `#/images?sort=cell&truth=${isTruth ? label : other}&predicted=${isTruth ? other : label}`,
+                  href:
+                    `#/images?sort=cell&truth=${isTruth ? label : other}` +
+                    `&predicted=${isTruth ? other : label}&show=errors`,
                 },
                 swatch(other),
                 Report.nameOf(other),

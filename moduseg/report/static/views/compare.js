@@ -107,7 +107,7 @@ Report.views.compare = (() => {
       "a",
       {
         class: "tile pair",
-        href: `#/compare/image/${index}`,
+        href: Report.address.ofImage("compare", index),
         "data-index": index,
         onclick: () => {
           Report.views.images.list = list;
@@ -141,7 +141,11 @@ Report.views.compare = (() => {
       loss: (a, b) => a.change - b.change,
       size: (a, b) => Math.abs(b.change) - Math.abs(a.change),
     };
-    const grid = new Report.Grid(() => h("span"), { width: 300, ratio: 8 / 3, label: "Images by difference" });
+    const grid = new Report.Grid(() => h("span"), {
+      width: 300,
+      ratio: 2 * Report.ratio,
+      label: "Images by difference",
+    });
     const refresh = () => {
       const sorted = [...entries].sort((a, b) => signs[order](a, b) || a.index - b.index);
       const list = sorted.map((entry) => entry.index);
@@ -199,6 +203,7 @@ Report.views.compare = (() => {
             : null,
         ),
       ),
+      table(compare),
       h(
         "div",
         { class: "toolbar" },
@@ -230,7 +235,6 @@ Report.views.compare = (() => {
         ),
       ),
       grid.element,
-      table(compare),
     );
   }
 

@@ -1,9 +1,11 @@
 "use strict";
-/* All images: sorted by IoU, error, class or confusion; as photographs, labels, truth or errors. */
+/* All images: sorted by IoU, error, class or confusion, filtered by class and kind of error; as photographs, labels,
+   truth or errors. What is chosen stands in the address. */
 
 Report.views.images = (() => {
   const { h, get, percent, swatch, numbered } = Report;
-  const state = { sort: "order", class: "", show: "photo", truth: null, predicted: null, search: "" };
+  const DEFAULTS = { sort: "order", class: "", error: "", show: "labels", name: "" };
+  const state = { ...DEFAULTS, truth: null, predicted: null };
   let grid = null;
   let current = [];
 
@@ -12,18 +14,19 @@ Report.views.images = (() => {
     const images = get("images");
     const scores = Report.scores.all();
     const label = state.class === "" ? null : Number(state.class);
-    const wanted = state.search.trim().toLowerCase();
+    const wanted = state.name.trim().toLowerCase();
     const figure = {
       order: (i) => i,
       id: (i) => i,
       low: (i) => iouOf(scores, i, label),
       high: (i) => iouOf(scores, i, label),
-      error: (i) => scores?.[i]?.wrong ?? null,
+      error: (i) => (state.error ? shareOf(scores, i, state.error, label) : (scores?.[i]?.wrong ?? null)),
       score: (i) => images.scores[i],
       cell: (i) => Report.scores.cell(i, state.truth, state.predicted),
     }[state.sort];
     let list = images.ids.map((_, i) => i).filter((i) => !wanted || images.ids[i].toLowerCase().includes(wanted));
     if (label !== null) list = list.filter((i) => Report.scores.present(i).some(([present]) => present === label));
+    if (state.error && scores) list = list.filter((i) => Report.scores.errorPixels(i, state.error, label) > 0);
     if (state.sort === "cell") list = list.filter((i) => figure(i) > 0);
     const sign = ["low", "score", "order", "id"].includes(state.sort) ? 1 : -1;
     const entries = list.map((index) => ({ index, value: figure(index) }));
@@ -37,6 +40,10 @@ Report.views.images = (() => {
     return entries;
   }
 
+  function shareOf(scores, i, kind, label) {
+    return scores?.[i] ? (100 * Report.scores.errorPixels(i, kind, label)) / scores[i].total : null;
+  }
+
   function iouOf(scores, i, label) {
     if (!scores?.[i]) return null;
     return label === null ? scores[i].miou : (scores[i].labels.get(label)?.iou ?? null);
@@ -47,7 +54,7 @@ Report.views.images = (() => {
    * @param {number} index @param {string} tab where the viewer returns to @param {number[]} list what it steps through
    * @param {?number} label whose IoU is shown in place of the mean
    */
-  function tile(index, tab, list, label = null, show = "photo", value = null) {
+  function tile(index, tab, list, label = null, show = "labels", value = null) {
     const images = get("images");
     const score = Report.scores.all()?.[index];
     const figure = iouOf(Report.scores.all(), index, label);
@@ -75,7 +82,7 @@ Report.views.images = (() => {
       "a",
       {
         class: "tile",
-        href: `#/${tab}/image/${index}`,
+        href: Report.address.ofImage(tab, index),
         "data-index": index,
         onclick: () => {
           Report.views.images.list = list;
@@ -120,6 +127,8 @@ Report.views.images = (() => {
 
   function refresh() {
     current = selection();
+    if (Report.address.read().tab === "images")
+      Report.address.change(Object.fromEntries(Object.keys(DEFAULTS).map((key) => [key, differing(key)])));
     const indices = current.map((entry) => entry.index);
     Report.views.images.list = indices;
     grid.make = ({ index, value }) =>
@@ -132,7 +141,7 @@ Report.views.images = (() => {
         state.sort === "cell"
           ? `${Report.integer(value)} px`
           : state.sort === "error" && value !== null
-            ? `${percent(value)} % wrong`
+            ? `${percent(value)} % ${state.error || "wrong"}`
             : null,
       );
     grid.show(current);
@@ -142,10 +151,34 @@ Report.views.images = (() => {
     if (note) note.textContent = `${Report.integer(current.length)} of ${Report.integer(get("images").ids.length)}`;
   }
 
+  const differing = (key) => (state[key] === DEFAULTS[key] ? "" : state[key]);
+
+  /** Save the images of the list, in its order, with their figures. */
+  function download() {
+    const scores = Report.scores.all();
+    const label = state.class === "" ? null : Number(state.class);
+    const figure = (value) => (value === null || value === undefined ? "" : value.toFixed(4));
+    const rows = current.map(({ index }) => [
+      get("images").ids[index],
+      figure(scores?.[index]?.miou),
+      figure(scores?.[index]?.wrong),
+      ...(label === null ? [] : [figure(iouOf(scores, index, label))]),
+      Report.scores
+        .present(index)
+        .filter(([present]) => present > 0)
+        .map(([present]) => Report.nameOf(present))
+        .join(";"),
+    ]);
+    const head = ["image", "miou", "wrong_percent", ...(label === null ? [] : ["class_iou"]), "classes"];
+    const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+    Report.save("images.csv", [head, ...rows].map((row) => row.map(quoted).join(",")).join("\n") + "\n", "text/csv");
+  }
+
   function render(query) {
     const summary = get("summary");
     const scored = Boolean(Report.scores.all());
-    for (const key of ["sort", "class"]) if (query.has(key)) state[key] = query.get(key);
+    Object.assign(state, DEFAULTS, { show: state.show }, { truth: null, predicted: null });
+    for (const key of Object.keys(DEFAULTS)) if (query.has(key)) state[key] = query.get(key);
     for (const key of ["truth", "predicted"]) if (query.has(key)) state[key] = Number(query.get(key));
     if (state.truth === null && state.sort === "cell") state.sort = "order";
     const sorts = [
@@ -158,20 +191,18 @@ Report.views.images = (() => {
     if (state.truth !== null)
       sorts.push(["cell", `${Report.nameOf(state.truth)} labelled ${Report.nameOf(state.predicted)}`]);
     if (!sorts.some(([value]) => value === state.sort)) state.sort = "order";
-    const choice = (name, options) =>
+    const choice = (name, key, options) =>
       h(
         "select",
         {
           "aria-label": name,
-          "data-key": name === "Sort by" ? "sort" : "class",
+          "data-key": key,
           onchange: (event) => {
-            state[event.target.dataset.key] = event.target.value;
+            state[key] = event.target.value;
             refresh();
           },
         },
-        options.map(([value, text]) =>
-          h("option", { value, selected: value === String(state[name === "Sort by" ? "sort" : "class"]) }, text),
-        ),
+        options.map(([value, text]) => h("option", { value, selected: value === String(state[key]) }, text)),
       );
     const present = new Set(get("images").ids.flatMap((_, i) => Report.scores.present(i).map(([label]) => label)));
     const classes = [
@@ -188,15 +219,24 @@ Report.views.images = (() => {
           ]
         : []),
     ];
-    grid = new Report.Grid(() => h("span"), { label: "Images" });
+    if (!shows.some(([value]) => value === state.show)) state.show = "photo";
+    grid = new Report.Grid(() => h("span"), { label: "Images", ratio: Report.ratio });
     const view = h(
       "div",
       { class: "view images" },
       h(
         "div",
         { class: "toolbar" },
-        choice("Sort by", sorts),
-        choice("Class", classes),
+        choice("Sort by", "sort", sorts),
+        choice("Class", "class", classes),
+        scored
+          ? choice("Error", "error", [
+              ["", "right and wrong"],
+              ["missed", "with missed pixels"],
+              ["extra", "with extra pixels"],
+              ["confused", "with confused pixels"],
+            ])
+          : null,
         Report.segmented("Show", shows, state.show, (value) => {
           state.show = value;
           refresh();
@@ -205,12 +245,22 @@ Report.views.images = (() => {
           type: "search",
           placeholder: "name",
           "aria-label": "Find by name",
-          value: state.search,
+          value: state.name,
           oninput: (event) => {
-            state.search = event.target.value;
+            state.name = event.target.value;
             refresh();
           },
         }),
+        h(
+          "button",
+          {
+            type: "button",
+            class: "button small",
+            title: "The list as it is shown, as a table (CSV)",
+            onclick: download,
+          },
+          "CSV",
+        ),
         h("span", { id: "image-count", class: "muted", "aria-live": "polite" }),
       ),
       scored

@@ -1,7 +1,7 @@
 "use strict";
 /* The bank on a plane: each region is a point in the colour of its class, with a picture on hover. */
 
-Report.map = (bank, open) => {
+Report.map = (bank, open, onSelect) => {
   const { h, swatch, nameOf, numbered, integer } = Report;
   const kinds = Object.keys(bank.maps);
   const decoded = {};
@@ -14,7 +14,16 @@ Report.map = (bank, open) => {
     };
     return decoded[kind];
   };
-  const state = { kind: kinds[0], label: null, view: { scale: 1, x: 0, y: 0 }, hovered: -1, drag: null };
+  const state = {
+    kind: kinds[0],
+    label: null,
+    view: { scale: 1, x: 0, y: 0 },
+    hovered: -1,
+    drag: null,
+    hasLasso: false,
+    lasso: null,
+    selected: new Set(),
+  };
   const canvas = h("canvas", {
     role: "img",
     "aria-label": "Map of the bank; its regions are also in the gallery below",
@@ -37,25 +46,29 @@ Report.map = (bank, open) => {
     const ink = Report.sharp(canvas, ...size);
     const { rows } = points();
     const radius = Math.max(1.6, Math.min(5, 90 / Math.sqrt(rows.length + 1))) * Math.sqrt(state.view.scale);
-    const [line, text] = [Report.css("--line-strong"), Report.css("--text")];
+    const text = Report.css("--text");
     const paint = (i, chosen) => {
       const label = bank.labels[rows[i]];
       const [x, y] = positionOf(i);
       const faint = state.label !== null && label !== state.label;
-      ink.globalAlpha = chosen ? 1 : faint ? 0.12 : 0.85;
+      ink.globalAlpha = chosen ? 1 : faint ? 0.12 : 1;
       ink.beginPath();
       ink.arc(x, y, chosen ? radius + 3 : radius, 0, 2 * Math.PI);
-      ink.fillStyle = label === 0 ? Report.css("--background-dot") : Report.vivid(label);
+      // The colours are those of the legend; a thin ring keeps dark and pale ones visible in both themes.
+      ink.fillStyle = Report.colour(label);
       ink.fill();
-      ink.lineWidth = chosen ? 2 : 0.7;
-      ink.strokeStyle = chosen ? text : line;
+      ink.lineWidth = chosen ? 2 : 1;
+      ink.strokeStyle = text;
+      ink.globalAlpha *= chosen ? 1 : 0.6;
       ink.stroke();
     };
     // Background regions are the most frequent, so they are drawn below the others.
     for (let i = 0; i < rows.length; i++) if (bank.labels[rows[i]] === 0) paint(i);
     for (let i = 0; i < rows.length; i++) if (bank.labels[rows[i]] !== 0) paint(i);
+    for (let i = 0; i < rows.length; i++) if (state.selected.has(rows[i])) paint(i, true);
     if (state.hovered >= 0) paint(state.hovered, true);
     ink.globalAlpha = 1;
+    state.lasso?.draw(ink, Report.css("--accent"));
   }
 
   function nearest(event) {
@@ -100,12 +113,22 @@ Report.map = (bank, open) => {
   }
 
   canvas.addEventListener("pointerdown", (event) => {
-    state.drag = { x: event.clientX, y: event.clientY, view: { ...state.view }, moved: false };
     canvas.setPointerCapture(event.pointerId);
+    if (state.hasLasso) {
+      state.lasso = new Report.Lasso();
+      return;
+    }
+    state.drag = { x: event.clientX, y: event.clientY, view: { ...state.view }, moved: false };
   });
   canvas.addEventListener("pointermove", (event) => {
+    if (state.lasso) {
+      const bounds = canvas.getBoundingClientRect();
+      state.lasso.add(event.clientX - bounds.left, event.clientY - bounds.top);
+      draw();
+      return;
+    }
     if (!state.drag) {
-      hover(event);
+      if (!state.hasLasso) hover(event);
       return;
     }
     const [dx, dy] = [event.clientX - state.drag.x, event.clientY - state.drag.y];
@@ -117,6 +140,18 @@ Report.map = (bank, open) => {
     }
   });
   canvas.addEventListener("pointerup", (event) => {
+    if (state.lasso) {
+      const { rows } = points();
+      state.selected = new Set(
+        [...rows].filter(
+          (row, i) => (state.label === null || bank.labels[row] === state.label) && state.lasso.holds(...positionOf(i)),
+        ),
+      );
+      state.lasso = null;
+      draw();
+      onSelect([...state.selected]);
+      return;
+    }
     const click = state.drag && !state.drag.moved;
     state.drag = null;
     if (!click) return;
@@ -179,6 +214,27 @@ Report.map = (bank, open) => {
               },
             )
           : null,
+        h(
+          "button",
+          {
+            type: "button",
+            class: "button small",
+            "aria-pressed": "false",
+            title: "Draw around points to list their regions",
+            onclick: (event) => {
+              state.hasLasso = !state.hasLasso;
+              event.currentTarget.setAttribute("aria-pressed", String(state.hasLasso));
+              canvas.style.cursor = state.hasLasso ? "crosshair" : "grab";
+              canvas.style.touchAction = state.hasLasso ? "none" : "";
+              if (!state.hasLasso) {
+                state.selected.clear();
+                onSelect([]);
+              }
+              draw();
+            },
+          },
+          "Lasso",
+        ),
         h(
           "select",
           {

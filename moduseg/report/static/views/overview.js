@@ -171,6 +171,21 @@ Report.views.overview = (() => {
     );
   }
 
+  /** Show what a fit drew: its curves at once, the heads of each class when they are asked for. */
+  function fit(summary) {
+    if (!summary.fit?.length) return null;
+    const picture = (path, title) => h("img", { class: "fit-picture", src: path, alt: title, loading: "lazy" });
+    return h(
+      "section",
+      { class: "card" },
+      h("h2", {}, "Fit"),
+      h("p", { class: "muted" }, "Rows are blocks, columns heads; each map is stretched by itself."),
+      summary.fit.map(([title, path]) =>
+        h("details", { open: title === "training" ? "" : null }, h("summary", {}, title), picture(path, title)),
+      ),
+    );
+  }
+
   function configuration(summary) {
     const text = h("pre", { tabindex: "0" }, summary.config);
     const button = h(
@@ -223,6 +238,7 @@ Report.views.overview = (() => {
         : strip("Images", ranked.slice(0, 8), "#/images"),
       scores ? strip("Highest mIoU", ranked.slice(-8).reverse(), "#/images?sort=high") : null,
       h("div", { class: "columns" }, facts(summary), times(summary)),
+      fit(summary),
       h(
         "div",
         { class: "columns wide-left" },

@@ -10,22 +10,26 @@ Report.viewer = (() => {
     ["space", "hide the layer"],
     ["o", "outlines"],
     ["+ − 0", "zoom"],
-    ["Esc", "close"],
+    ["Esc", "one step back"],
   ];
-  const state = { layer: "labels", opacity: 0.65, outlines: false };
+  const state = { layer: "labels", opacity: 0.65, outlines: false, heat: null };
   let index = -1;
   let maps = null;
   let why = null;
+  let heat = null;
   let picked = { at: -1, candidates: [], turn: 0 };
+  let chosen = null;
   let parts = null;
 
   const names = () => {
-    const { compare, what } = get("summary");
+    const { compare, what, heat: title } = get("summary");
     return {
       photo: "photograph",
       proposals: "proposals",
       pseudo: "pseudo mask",
+      heat: title,
       labels: what,
+      confidence: "confidence",
       truth: "truth",
       errors: "errors",
       first: compare?.first,
@@ -37,11 +41,13 @@ Report.viewer = (() => {
     const { compare } = get("summary");
     const readout = h("p", { class: "readout", "aria-live": "off" });
     const trailPlace = h("div", { class: "trail" });
-    const trail = new Report.why.Trail(trailPlace, (position) => go(position));
+    const trail = new Report.why.Trail(trailPlace, (position) =>
+      Report.address.change({ proposal: "", rows: "" }, { image: position, isStep: true }),
+    );
     const options = (title, other) => ({
       title,
       onMove: (point) => hover(point, readout),
-      onPick: (point) => pick(point, trail),
+      onPick: (point) => pick(point),
       onView: (view) => {
         const follower = parts.canvases[other];
         if (follower) follower.set(view, true);
@@ -51,6 +57,7 @@ Report.viewer = (() => {
       ? [new Report.ImageCanvas(options(compare.first, 1)), new Report.ImageCanvas(options(compare.second, 0))]
       : [new Report.ImageCanvas(options("", 1))];
     const layers = h("div", { class: "layers" });
+    const classes = h("div", { class: "heat-classes", hidden: true });
     const slider = h("input", {
       type: "range",
       min: "0",
@@ -82,7 +89,7 @@ Report.viewer = (() => {
       );
     const title = h("div", { class: "viewer-title" });
     const figures = h("div", { class: "figures" });
-    parts = { canvases, layers, slider, outlines, title, figures, trail, readout };
+    parts = { canvases, layers, classes, slider, outlines, title, figures, trail, readout };
     dialog.replaceChildren(
       h(
         "header",
@@ -107,6 +114,7 @@ Report.viewer = (() => {
             "div",
             { class: "viewer-tools" },
             layers,
+            classes,
             h(
               "div",
               { class: "tool-group" },
@@ -137,9 +145,13 @@ Report.viewer = (() => {
   async function show(position) {
     if (!parts) build();
     if (!dialog.open) dialog.showModal();
-    if (position === index) return;
+    if (position === index) {
+      if (maps) await follow();
+      return;
+    }
     index = position;
-    [maps, why] = [null, null];
+    chosen = null;
+    [maps, why, heat] = [null, null, null];
     picked = { at: -1, candidates: [], turn: 0 };
     const images = get("images");
     const list = Report.views.images.list;
@@ -168,12 +180,13 @@ Report.viewer = (() => {
     const wanted = index;
     const loaded = await Report.codec.mapsOf(wanted).catch(() => null);
     const reasons = images.proposals[wanted] === null ? null : await reasonsOf(wanted).catch(() => null);
+    const scored = images.heat[wanted] ? await Report.codec.mapsOf(wanted, "heat").catch(() => null) : null;
     if (wanted !== index) return;
     if (!loaded) {
       parts.trail.clear(h("p", { class: "empty" }, "The label maps of this image are missing."));
       return;
     }
-    [maps, why] = [loaded, reasons];
+    [maps, why, heat] = [loaded, reasons, scored];
     for (const canvas of parts.canvases)
       canvas.show(
         maps.labels.width,
@@ -184,26 +197,79 @@ Report.viewer = (() => {
       "photo",
       ...(why?.maps.length ? ["proposals"] : []),
       ...(maps.pseudo ? ["pseudo"] : []),
+      ...(heat ? ["heat"] : []),
       "labels",
+      ...(maps.confidence ? ["confidence"] : []),
       ...(maps.truth ? ["truth", "errors"] : []),
     ];
-    if (!available.includes(state.layer)) state.layer = "labels";
     parts.available = available;
+    const asked = Report.address.read().query.get("layer");
+    if (available.includes(asked)) state.layer = asked;
+    if (!available.includes(state.layer)) state.layer = "labels";
     parts.choice = Report.segmented(
       "Layer",
       available.map((key) => [key, names()[key]]),
       state.layer,
       (value) => {
-        state.layer = value;
-        draw();
+        setLayer(value);
       },
     );
     parts.layers.replaceChildren(parts.choice);
+    parts.classes.replaceChildren(heatClasses());
     parts.outlines.hidden = !why?.maps.length;
     draw();
     if (state.outlines) drawOutlines();
-    parts.trail.clear(regions());
+    await follow();
     dialog.dispatchEvent(new CustomEvent("shown", { detail: index }));
+  }
+
+  function setLayer(layer) {
+    state.layer = layer;
+    Report.address.change({ layer });
+    draw();
+  }
+
+  /** Show what the address names beside the image: a proposal, a bank region that voted, else the list of regions. */
+  async function follow() {
+    const { query } = Report.address.read();
+    const rows = Report.address.rows();
+    const number = query.has("proposal") ? Number(query.get("proposal")) : null;
+    const proposal = why && number >= 0 && number < why.area.length ? number : null;
+    const layer = query.get("layer");
+    if (parts.available.includes(layer) && layer !== state.layer) {
+      state.layer = layer;
+      parts.choice.choose(layer);
+      draw();
+    }
+    if (proposal !== chosen) {
+      for (const canvas of parts.canvases) canvas.mark("chosen", proposal === null ? null : inside(proposal));
+      if (proposal === null) picked.candidates = [];
+      mark();
+    }
+    const isNew = proposal !== null && proposal !== chosen;
+    chosen = proposal;
+    const above = rows.length ? { rows: rows.slice(0, -1).join(".") } : proposal === null ? null : { proposal: "" };
+    await parts.trail.show(
+      rows,
+      (onOpen) => (proposal === null ? regions() : Report.why.proposal(why, proposal, onOpen)),
+      above,
+    );
+    if (isNew) dialog.dispatchEvent(new CustomEvent("chosen", { detail: proposal }));
+  }
+
+  /** Make the choice of the class whose scores are shown; the one of the image before stays, where it is scored. */
+  function heatClasses() {
+    const labels = Object.keys(heat ?? {});
+    if (!labels.includes(state.heat)) state.heat = labels.find((label) => label !== "0") ?? labels[0] ?? null;
+    return Report.segmented(
+      "Class of the scores",
+      labels.map((label) => [label, nameOf(Number(label))]),
+      state.heat,
+      (label) => {
+        state.heat = label;
+        draw();
+      },
+    );
   }
 
   /** List the regions of the image as buttons, large ones first, so that no pointer is needed. */
@@ -231,7 +297,7 @@ Report.viewer = (() => {
               type: "button",
               class: "chip",
               "data-proposal": i,
-              onclick: () => choose(i, parts.trail),
+              onclick: () => choose(i),
               onpointerenter: () => mark(i),
               onpointerleave: () => mark(),
               onfocus: () => mark(i),
@@ -315,7 +381,7 @@ Report.viewer = (() => {
             h(
               "span",
               { class: "number" },
-              value.truth ? percent(value.iou) : "false",
+              value.truth ? percent(value.iou) : "–",
               second ? h("small", { class: "muted" }, ` ${percent(second.labels.get(label)?.iou ?? null)}`) : null,
             ),
           ),
@@ -326,7 +392,7 @@ Report.viewer = (() => {
 
   /** Paint one label alone while its row is pointed at; `null` paints all. */
   function isolate(label) {
-    if (!maps || !["labels", "truth", "pseudo"].includes(state.layer)) return;
+    if (!maps || !["labels", "truth", "pseudo", "heat"].includes(state.layer)) return;
     draw(label);
   }
 
@@ -336,14 +402,18 @@ Report.viewer = (() => {
       const canvas = view.layer;
       const prediction = number === 1 && maps.second ? maps.second : maps.labels;
       canvas.hidden = layer === "photo";
+      canvas.classList.toggle("smooth", layer === "heat");
       if (layer === "proposals") Report.paint.proposals(canvas, why.maps, why);
       else if (layer === "errors") Report.paint.errors(canvas, maps.truth, prediction);
+      else if (layer === "heat") Report.paint.heat(canvas, heat[only] ?? heat[state.heat]);
+      else if (layer === "confidence") Report.paint.confidence(canvas, maps.confidence);
       else if (layer !== "photo") Report.paint.labels(canvas, layer === "labels" ? prediction : maps[layer], only);
     });
     opacity();
   }
 
   function opacity() {
+    parts.classes.hidden = state.layer !== "heat";
     for (const canvas of parts.canvases) canvas.layer.style.opacity = state.opacity;
     parts.slider.value = String(Math.round(100 * state.opacity));
     parts.slider.disabled = state.layer === "photo";
@@ -398,36 +468,37 @@ Report.viewer = (() => {
         entry(all.second, maps.second),
         entry("truth", maps.truth),
         entry("pseudo mask", maps.pseudo),
+        heat && state.layer === "heat"
+          ? h("span", {}, `${all.heat} `, swatch(Number(state.heat)), (heat[state.heat].ids[point.at] / 255).toFixed(2))
+          : null,
+        maps.confidence
+          ? h("span", {}, `confidence ${Math.round((100 * maps.confidence.ids[point.at]) / 255)} %`)
+          : null,
       ].filter(Boolean),
     );
   }
 
   /** Choose the proposal at a pixel; further clicks at the same pixel choose those below, in turn. */
-  function pick(point, trail) {
+  function pick(point) {
     const proposals = candidates(point.at);
     if (!proposals.length) return;
     const same = proposals.join() === picked.candidates.join();
     picked = { candidates: proposals, turn: same ? (picked.turn + 1) % proposals.length : 0 };
-    choose(proposals[picked.turn], trail);
+    choose(proposals[picked.turn]);
   }
 
-  async function choose(proposal, trail) {
-    for (const canvas of parts.canvases) canvas.mark("chosen", inside(proposal));
-    mark();
-    await trail.start(
-      (onOpen) => Report.why.proposal(why, proposal, onOpen),
-      () => {
-        for (const canvas of parts.canvases) canvas.mark("chosen", null);
-        picked.candidates = [];
-        return regions();
-      },
-    );
-    dialog.dispatchEvent(new CustomEvent("chosen", { detail: proposal }));
+  /** Choose a proposal. The first one is a step that Back undoes; another takes its place. */
+  function choose(proposal) {
+    if (chosen === null) Report.address.change({ proposal, rows: "" }, { isStep: true });
+    else {
+      Report.address.change({ proposal, rows: "" });
+      follow();
+    }
   }
 
-  const base = () => location.hash.replace(/\/image\/.*$/, "").replace(/^$/, "#/");
   function go(position) {
-    location.replace(`${base().replace(/\/$/, "") || "#"}/image/${position}`);
+    Report.address.change({ proposal: "", rows: "" }, { image: position });
+    show(position);
   }
   function step(by) {
     const list = Report.views.images.list.length ? Report.views.images.list : get("images").ids.map((_, i) => i);
@@ -440,7 +511,9 @@ Report.viewer = (() => {
 
   dialog.addEventListener("close", () => {
     index = -1;
-    if (/\/image\//.test(location.hash)) location.hash = base();
+    const { tab, image } = Report.address.read();
+    const part = Report.address.ofPart();
+    if (image !== null) location.hash = `#/${tab}${part ? `?${part}` : ""}`;
   });
   dialog.addEventListener("click", (event) => {
     if (event.target === dialog) close();
@@ -448,6 +521,11 @@ Report.viewer = (() => {
   dialog.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || !parts) return;
     const typing = event.target.matches("input[type=range], select");
+    if (event.key === "Escape" && parts.trail.place.querySelector(".back")) {
+      event.preventDefault();
+      parts.trail.place.querySelector(".back").click();
+      return;
+    }
     const actions = {
       ArrowLeft: () => step(-1),
       ArrowRight: () => step(1),
@@ -462,9 +540,8 @@ Report.viewer = (() => {
       event.preventDefault();
       for (const canvas of parts.canvases) canvas.layer.style.opacity = 0;
     } else if (/^[1-7]$/.test(event.key) && parts.available?.[event.key - 1]) {
-      state.layer = parts.available[event.key - 1];
-      parts.choice.choose(state.layer);
-      draw();
+      parts.choice.choose(parts.available[event.key - 1]);
+      setLayer(parts.available[event.key - 1]);
     } else if (actions[event.key]) {
       event.preventDefault();
       actions[event.key]();
@@ -475,6 +552,7 @@ Report.viewer = (() => {
   });
 
   return {
+    KEYS,
     show,
     close,
     get open() {

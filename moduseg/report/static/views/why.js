@@ -22,7 +22,9 @@ Report.why = (() => {
       neighboursOf: neighbours(content.neighbours),
       pictureAt,
       guilty,
+      names: get("summary").classes,
     };
+    Report.corrections.open(bank);
     return bank;
   }
 
@@ -76,14 +78,16 @@ Report.why = (() => {
     const kept = why.kept.indexOf(index);
     const neighbours = Report.codec.neighbours(why.neighbours)(index);
     const total = votes.reduce((sum, [, count]) => sum + count, 0);
-    const isMajority = get("summary").retrieval.selection === "majority";
+    const isMajority = ["majority", "shares"].includes(get("summary").retrieval.selection);
     const state = isMajority
-      ? "one vote in each of its pixels, where most proposals decide"
+      ? "each pixel takes the label of most regions that hold it; this is one of them"
       : kept < 0
-        ? "suppressed: a better proposal of its label covers it"
+        ? "not in the label map: a region of the same label with a higher score covers it"
         : label === 0
-          ? "background paints nothing"
-          : `painted, ${kept + 1}${["st", "nd", "rd"][kept] ?? "th"} by score`;
+          ? "background, so nothing is drawn"
+          : kept === 0
+            ? "in the label map; no region of this image has a higher score"
+            : `in the label map, below ${kept} region${kept === 1 ? "" : "s"} of a higher score where they overlap`;
     return h(
       "div",
       { class: "why" },
@@ -93,7 +97,9 @@ Report.why = (() => {
         { class: "verdict" },
         h("span", { class: "chip big" }, swatch(label), nameOf(label)),
         h("span", {}, "score ", h("b", {}, why.score[index].toFixed(3))),
-        why.own[index] < 1 ? h("span", { class: "muted" }, `proposer's own ${why.own[index].toFixed(2)}`) : null,
+        why.own[index] < 1
+          ? h("span", { class: "muted" }, `mask quality, as the proposer sees it, ${why.own[index].toFixed(2)}`)
+          : null,
       ),
       h("p", { class: "muted" }, state),
       votes.length
@@ -148,6 +154,7 @@ Report.why = (() => {
         h("h3", {}, swatch(label), nameOf(label)),
         h("small", { class: "muted" }, `bank region ${row}`),
       ),
+      Report.corrections.control([row]),
       bank.pictureAt.has(row)
         ? h("img", {
             class: "training",
@@ -236,47 +243,39 @@ Report.why = (() => {
     );
   }
 
-  /** Shows one panel after another with a way back: a proposal, a bank region, that region's neighbours. */
+  /** Shows one panel at a time: a list, a proposal, a bank region. What is shown follows the address. */
   class Trail {
+    /** @param {HTMLElement} place @param {(position: number) => void} onImage opens an image of the run */
     constructor(place, onImage) {
-      Object.assign(this, { place, onImage, panels: [] });
+      Object.assign(this, { place, onImage, turn: 0 });
     }
     clear(...content) {
-      this.panels = [];
+      this.turn += 1;
       this.place.replaceChildren(...content);
     }
-    /** Show a first panel; `root` makes the panel that Back returns to, if there is one. */
-    async start(panel, root) {
-      const first = await panel((row) => this.step(row));
-      this.panels = [root, first].filter(Boolean);
-      this.draw();
-    }
-    async step(row) {
-      this.panels.push(await region(row, (other) => this.step(other), this.onImage));
-      this.draw();
-    }
-    back() {
-      if (this.panels.length < 2) return false;
-      this.panels.pop();
-      this.draw();
-      return true;
-    }
-    draw() {
-      const back =
-        this.panels.length > 1
-          ? h(
-              "button",
-              { type: "button", class: "button small back", onclick: () => this.back() },
-              Report.icon(Report.ICONS.back),
-              "Back",
-            )
-          : null;
-      const last = this.panels.at(-1);
-      this.place.replaceChildren(...[back, typeof last === "function" ? last() : last].filter(Boolean));
+    /**
+     * Show the last of `rows`, regions opened one after the other, else what `first(onOpen)` makes.
+     * @param {?Object} above changes of the address that lead one step up; `null` if there is no such step
+     */
+    async show(rows, first, above) {
+      const turn = (this.turn += 1);
+      const onOpen = (row) => Report.address.change({ rows: [...rows, row].join(".") }, { isStep: true });
+      const panel = rows.length ? await region(rows.at(-1), onOpen, this.onImage) : await first(onOpen);
+      if (turn !== this.turn) return;
+      const back = above
+        ? h(
+            "button",
+            { type: "button", class: "button small back", onclick: () => Report.address.up(above) },
+            Report.icon(Report.ICONS.back),
+            "Back",
+          )
+        : null;
+      this.place.replaceChildren(...[back, panel].filter(Boolean));
+      if (!back) return;
       // The start of the panel is scrolled into view, as it may be below the image on a narrow screen.
       const { top } = this.place.getBoundingClientRect();
       if (top < 50 || top > innerHeight - 160) this.place.scrollIntoView({ block: "start" });
-      (back || this.place.querySelector("button"))?.focus({ preventScroll: true });
+      back.focus({ preventScroll: true });
     }
   }
 
