@@ -11,8 +11,10 @@ from benchmarks.common import Row, Setting
 FIGURES: dict[str, str] = {
     "steps": "benchmarks.steps:overlapping",
     "steps_disjoint": "benchmarks.steps:disjoint",
+    "after_models": "benchmarks.after_models:after_models",
     "search": "benchmarks.search:search",
     "purification": "benchmarks.purification:purification",
+    "regions": "benchmarks.purification:regions",
     "evaluation": "benchmarks.evaluation:evaluation",
     "sam_miniature": "benchmarks.models:sam_miniature",
     "sam_vit_h": "benchmarks.models:sam_vit_h",

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -184,15 +185,37 @@ def _draw(pipe: Connection, arguments: list[str]) -> None:
 def _infer(pipe: Connection, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("moduseg").setLevel(logging.ERROR)
+    watch = MemoryWatch()
     Infer.run(compose(arguments))
-    pipe.send(read_peak_megabytes())
+    pipe.send(watch.peak_megabytes)
 
 
-def read_peak_megabytes() -> float:
-    """Return the peak memory of this process, as Linux writes it."""
-    # `ru_maxrss` will not do: a process inherits it from its parent.
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+class MemoryWatch:
+    """Looks at the memory of this process 50 times a second from now on.
+
+    What Linux keeps as the peak will not do: stages restart it for their own records, and a process inherits
+    `ru_maxrss` from its parent.
+    """
+
+    def __init__(self) -> None:
+        self._peak = self._read()
+        Thread(target=self._look, daemon=True).start()
+
+    @property
+    def peak_megabytes(self) -> float:
+        """The most that was resident so far."""
+        self._peak = max(self._peak, self._read())
+        return self._peak
+
+    def _look(self) -> None:
+        while True:
+            self._peak = max(self._peak, self._read())
+            time.sleep(0.02)
+
+    @staticmethod
+    def _read() -> float:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 def _time_shards(folder: Path, images: int, cores: Sequence[int]) -> tuple[float, float]:

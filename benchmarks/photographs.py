@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import Row, Setting, make_unmeasured_row
-from benchmarks.engine import in_process, make_scratch, read_peak_megabytes
+from benchmarks.engine import MemoryWatch, in_process, make_scratch
 from moduseg import datasets
 from moduseg.config import compose
 from moduseg.datasets.base import Dataset
@@ -97,9 +97,9 @@ def _write_folder(root: Path, photographs: Sequence[tuple[Dataset, str]]) -> Non
 def _run(pipe: Connection, arguments: list[str]) -> None:
     """Send seconds on the clock, CPU seconds of all threads, imports included, and the peak of memory in megabytes."""
     logging.getLogger("moduseg").setLevel(logging.ERROR)
-    begun = time.perf_counter()
+    begun, watch = time.perf_counter(), MemoryWatch()
     cfg = compose(arguments)
     work = Workspace(cfg)
     BuildBank.run(cfg, work)
     Infer.run(cfg, work)
-    pipe.send((time.perf_counter() - begun, time.process_time(), read_peak_megabytes()))
+    pipe.send((time.perf_counter() - begun, time.process_time(), watch.peak_megabytes))

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the plain imp
 
 from benchmarks import FIGURES, measure
 from benchmarks.common import Setting, as_json, describe_machine, make_markdown
+from benchmarks.photographs_chart import draw_chart
 from moduseg.cli.main import errors_as_exit_code
 from moduseg.devices import resolve_device
 from moduseg.errors import ConfigError
@@ -49,6 +50,8 @@ def main() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "benchmark.json").write_text(json.dumps(as_json(rows, about), indent=1), encoding="utf-8")
         (arguments.out / "benchmark.md").write_text(make_markdown(rows, about), encoding="utf-8")
+        if folders := [row.details for row in rows if "photographs" in row.details]:
+            (arguments.out / "photographs.png").write_bytes(draw_chart(folders))
         print(make_markdown(rows, about))
     return status.code
 

@@ -14,13 +14,16 @@ from moduseg.cli.options import Overrides
 from moduseg.config.command_keys import (
     AblateOptions,
     AddOptions,
+    ApplyOptions,
     Coco150Options,
     CompareOptions,
     ConvertOptions,
     DemoOptions,
     ExportOptions,
+    ExportStudentOptions,
     InfoOptions,
     MergeOptions,
+    MethodsOptions,
     NewClassOptions,
     PredictOptions,
     RemoveOptions,
@@ -75,8 +78,13 @@ class Command:
 _WORDS = (
     "dataset", "proposer", "backbone", "pseudo_masks", "tagger", "evaluation", "runtime", "experiment", "protocol",
 )  # fmt: skip
+_UNNAMED = ("dataset", "discoverer", "backbone", "evaluation", "runtime", "experiment", "protocol")
 _ALL = (
     "dataset", "proposer", "backbone", "pseudo_masks", "bank", "retrieval", "evaluation", "runtime", "experiment",
+)  # fmt: skip
+_STUDENT = (
+    "student", "dataset", "proposer", "backbone", "pseudo_masks", "bank", "retrieval", "evaluation", "runtime",
+    "experiment",
 )  # fmt: skip
 _TABLE = (
     Command(
@@ -133,6 +141,50 @@ _TABLE = (
         examples=("segment", "segment dataset=folder dataset.root=my vocabulary='a dog;grass'"),
         groups=_WORDS,
         stage="moduseg.stages.segment:Segment",
+    ),
+    Command(
+        "discover",
+        "pipeline",
+        "Find segments without names in the evaluated split, and score them by a matching to the truth.",
+        "moduseg.stages.discover:Discover.run",
+        reads="the images of the evaluated split; their truth for scores alone",
+        writes="outputs/<dataset>/discover/<name>-<key>/: labels/<id>.png, results.json, report/index.html",
+        examples=("discover", "discover discoverer=diffseg_miniature dataset.train=1"),
+        groups=_UNNAMED,
+        stage="moduseg.stages.discover:Discover",
+    ),
+    Command(
+        "train_student",
+        "pipeline",
+        "Train a network on label maps of the training images.",
+        "moduseg.stages.train_student:TrainStudent.run",
+        reads="the training images and label maps of them: pseudo masks, predictions of the bank, truth, or files",
+        writes="outputs/<dataset>/train_student/<name>-<key>/: student.safetensors, student.json, training.csv",
+        examples=("train_student student=linear", "train_student student=segformer_b5 experiment=voc"),
+        groups=_STUDENT,
+        stage="moduseg.stages.train_student:TrainStudent",
+    ),
+    Command(
+        "predict_student",
+        "pipeline",
+        "Label and score the evaluated split with a trained network.",
+        "moduseg.stages.predict_student:PredictStudent.run",
+        reads="the images of both splits; the student is trained if absent",
+        writes="outputs/<dataset>/predict_student/<name>-<key>/: labels/<id>.png, results.json, report/index.html",
+        examples=("predict_student student=linear", "predict_student student=linear student.labels=predictions"),
+        groups=_STUDENT,
+        stage="moduseg.stages.predict_student:PredictStudent",
+    ),
+    Command(
+        "export_student",
+        "tools",
+        "Write a trained network as an ONNX file, and compare it with PyTorch.",
+        "moduseg.tools.export_student:main",
+        reads="a trained student",
+        writes="<out>, which examples/student_onnx.py runs without this package",
+        examples=("export_student student=latest", "export_student student=latest out=my.onnx height=128 width=128"),
+        options=ExportStudentOptions,
+        accepts="none",
     ),
     Command(
         "tag",
@@ -236,6 +288,19 @@ _TABLE = (
         is_quiet=True,
     ),
     Command(
+        "methods",
+        "experiments",
+        "Set all methods side by side: masks, region vote, retrieval, students; quality against time.",
+        "moduseg.studies.methods:main",
+        reads="nothing on the miniature; its runs are made if absent, and rows that lack data or weights say so",
+        writes="outputs/<dataset>/methods/<table>-<key>/: table.md, table.csv, quality_time.png, report/index.html",
+        examples=("methods worlds=1", "methods methods=[CAM,iSeg] student.training.steps=300"),
+        groups=_STUDENT,
+        options=MethodsOptions,
+        accepts="all",
+        is_quiet=True,
+    ),
+    Command(
         "sweep",
         "experiments",
         "Score a grid of retrieval settings from caches; no model runs.",
@@ -270,6 +335,19 @@ _TABLE = (
         writes="outputs/train_miniature/<name>",
         examples=("train_miniature model=vit", "train_miniature model=all quality_only=true"),
         config_name="train_miniature",
+    ),
+    Command(
+        "train_arm",
+        "experiments",
+        "Train a module on masks that sharpens the features of every CLIP host.",
+        "moduseg.tools.train_arm:main",
+        reads="training images with masks; proposals, which are made if CorrCLIP is among the hosts",
+        writes="outputs/<dataset>/train_arm/arm-<key>/: arm.safetensors, training.csv, measures.csv, training.png",
+        examples=(
+            "train_arm dataset.seed=10100 dataset.train=1000",
+            "train_arm dataset=coco_stuff pseudo_masks=clip_dense_vit_b16 arm.hosts=[clearclip,naclip]",
+        ),
+        config_name="train_arm",
     ),
     Command(
         "compare",
@@ -329,6 +407,19 @@ _TABLE = (
         options=MergeOptions,
     ),
     Command(
+        "bank apply",
+        "tools",
+        "Correct the regions of a bank as marked in the report.",
+        "moduseg.tools.bank:apply",
+        reads="a bank, and the file of corrections that the report's page Bank saved",
+        writes="a new bank: <out>, or outputs/<dataset>/build_bank/<name>-<key>/",
+        examples=(
+            "bank apply bank=latest corrections=corrections.json out=bank2",
+            "bank apply bank=bank2 corrections=more.json",
+        ),
+        options=ApplyOptions,
+    ),
+    Command(
         "bank export",
         "tools",
         "Write a bank's vectors for another program.",
@@ -365,11 +456,11 @@ _TABLE = (
     Command(
         "demo_app",
         "tools",
-        "Look into a bank in a browser.",
+        "Correct pictures in a browser, and see what changes.",
         "moduseg.app.serve:main",
-        reads="a bank",
+        reads="a bank, or none (bank=new)",
         writes="nothing, until a bank is saved in the page",
-        examples=("demo_app bank=latest", "demo_app bank=latest port=8000"),
+        examples=("demo_app bank=latest", "demo_app bank=new port=8000"),
         options=DemoOptions,
     ),
     Command(

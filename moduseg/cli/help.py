@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from moduseg.cli.commands import COMMANDS, Command
 from moduseg.cli.options import describe_keys, describe_type, read_attributes, to_text
 from moduseg.config import Config, compose_hydra, config_dir
+from moduseg.config.overrides import find_schema
 
 _WIDTH = 110
 _KEY_WIDTH = 44
@@ -99,9 +100,13 @@ def _describe_configuration(command: Command, overrides: Sequence[str]) -> list[
         rows.append(("predictions=<text> [null]", read_attributes(Config)["predictions"]))
     if "tagger" in groups:
         rows.append(("vocabulary=<file or list> [[]]", read_attributes(Config)["vocabulary"]))
+    if "discoverer" in groups:
+        rows.append(("num_clusters=<number> [null]", read_attributes(Config)["num_clusters"]))
+    if "student" in groups and "student" not in cfg:
+        rows.append(("student.<key>", "those of the chosen file; --help with student=<file> lists them"))
     for group in (group for group in groups if group in cfg):
-        schema = get_type_hints(Config).get(group)
-        if dataclasses.is_dataclass(schema) and isinstance(schema, type):
+        schema = find_schema(group)
+        if schema is not None:
             rows += _describe_schema(schema, cfg[group], group)
         else:
             rows += _describe_file(cfg[group], group, folder)

@@ -23,6 +23,7 @@ import hydra
 from omegaconf import DictConfig
 
 from moduseg import __version__
+from moduseg.allocator import pause_collection
 from moduseg.cli.commands import COMMANDS, Command
 from moduseg.cli.completion import complete
 from moduseg.cli.help import describe_command, describe_verbs, list_commands
@@ -30,10 +31,10 @@ from moduseg.cli.options import parse
 from moduseg.config import compose, compose_hydra, config_dir, from_hydra
 from moduseg.config.overrides import check_names, quote_for_hydra
 from moduseg.errors import ConfigError, IncompleteError, ModusegError, hide_credentials, suggest
-from moduseg.pipeline.run_names import BANKS, LATEST, RUNS, check_name, name_run, resolve_run
+from moduseg.pipeline.run_names import BANKS, LATEST, RUNS, STUDENTS, check_name, name_run, resolve_run
 
 log = logging.getLogger("moduseg")
-_RUN_KEYS = {"bank": BANKS, "banks": BANKS, "run": RUNS, "compare": RUNS, "folders": RUNS}
+_RUN_KEYS = {"bank": BANKS, "banks": BANKS, "run": RUNS, "compare": RUNS, "folders": RUNS, "student": STUDENTS}
 """Keys of commands that name finished runs, and the stages that they may be of."""
 
 DRY_RUN = "--dry-run"
@@ -75,7 +76,8 @@ def run_script(name: str) -> None:
         command, arguments = find_command(name, sys.argv[1:])
         _log_to_stdout(is_quiet=command.is_quiet)
         run_name, arguments = split_name(command, resolve_bank_path(arguments))
-        run = bind_command(command, arguments, run_name)
+        with pause_collection():
+            run = bind_command(command, arguments, run_name)
         # The command's function is called from here, so that a traceback has few lines above the stage's own.
         status.code = to_exit_code(run(), run_name)
     sys.exit(status.code)

@@ -1,4 +1,4 @@
-"""The commands `bank info`, `add`, `remove`, `merge` and `export`, which work with finished banks.
+"""The commands `bank info`, `add`, `remove`, `merge`, `apply` and `export`, which work with finished banks.
 
 A bank that is made of others is written into a folder of its own; the others stay as they are.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moduseg.bank import edit
+from moduseg.bank.corrections import apply_corrections, describe, read_corrections
 from moduseg.bank.derived import open_bank, write_derived
 from moduseg.bank.export import export as export_bank
 from moduseg.bank.overlaps import count_nearest_classes, describe_bank
@@ -24,7 +25,14 @@ from moduseg.bank.statistics import (
 )
 from moduseg.bank.store import Bank
 from moduseg.config import Config, OutliersConfig
-from moduseg.config.command_keys import AddOptions, ExportOptions, InfoOptions, MergeOptions, RemoveOptions
+from moduseg.config.command_keys import (
+    AddOptions,
+    ApplyOptions,
+    ExportOptions,
+    InfoOptions,
+    MergeOptions,
+    RemoveOptions,
+)
 from moduseg.config.stored import reconfigure
 from moduseg.errors import ConfigError
 from moduseg.evaluation.tables import markdown_table
@@ -45,7 +53,7 @@ class DerivedBank:
 
     Attributes:
         bank: the new bank.
-        operation: `remove` or `merge`.
+        operation: `remove`, `merge` or `correct`.
         sources: folders of the banks it was made of.
         details: what was asked for, JSON values.
         num_before: vectors of each bank it was made of.
@@ -120,6 +128,16 @@ def merge(options: MergeOptions, overrides: Sequence[str]) -> int:
     num_before = [len(bank) for bank in banks]
     merged = DerivedBank(edit.merge(banks), "merge", options.banks, {"prefix": options.prefix}, num_before)
     _write(merged, options.out, overrides)
+    return 0
+
+
+def apply(options: ApplyOptions, overrides: Sequence[str]) -> int:
+    """Write a bank whose regions are corrected as a file says that the report saved."""
+    bank = open_bank(options.bank)
+    file = read_corrections(Path(options.corrections).expanduser())
+    corrected = apply_corrections(bank, file)
+    details = {"corrections": describe(file.corrections)}
+    _write(DerivedBank(corrected, "correct", [options.bank], details, [len(bank)]), options.out, overrides)
     return 0
 
 

@@ -232,7 +232,7 @@ def _check_image(dataset: Dataset, image_id: str) -> CheckedImage:
         problems.append(Problem("images missing", image_id, str(error)))
     else:
         try:
-            size = read_image(path, dataset.image_range).shape[:2]
+            size = dataset.prepare_image(read_image(path, dataset.image_range)).shape[:2]
             if dataset.image_range is None and (values := find_dark_range(path)) is not None:
                 message = f"{path}: its values are {values[0]} to {values[1]}, expected some near 65535"
                 problems.append(Problem("16-bit images that become dark", image_id, f"{message}; set image_range"))

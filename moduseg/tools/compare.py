@@ -16,6 +16,7 @@ from moduseg.evaluation.compare import CompareSettings, compare, compare_markdow
 from moduseg.evaluation.confusion import Uncovered
 from moduseg.evaluation.counts import FILE, SplitCounts
 from moduseg.evaluation.measures import single_measures
+from moduseg.evaluation.tables import find_supervision, mark_supervision
 from moduseg.files import read_json, write_atomic, write_json
 from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.workspace import log
@@ -46,6 +47,7 @@ class Side:
         setting: what both sides must share to be compared: data set, split, treatment of uncovered pixels.
         has_background: whether label 0 is a class.
         uncovered: what pixels without a prediction count as, see `moduseg.evaluation.confusion`.
+        supervision: masks that a part of the run was trained on, `pixel:<data set>`.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Side:
     setting: tuple[str, str, str]
     has_background: bool
     uncovered: Uncovered
+    supervision: str | None = None
 
 
 def run(first: str, second: str, cfg: Config, *, names_dataset: bool) -> Path:
@@ -95,7 +98,8 @@ def run(first: str, second: str, cfg: Config, *, names_dataset: bool) -> Path:
     measures = [measure.name for measure in single_measures()]
     if not _is_finished(artefact, measures):
         settings = CompareSettings(resamples, cfg.runtime.seed, left.has_background, left.uncovered)
-        record = compare(left.counts, right.counts, left.classes, names=names, settings=settings)
+        shown = (mark_supervision(names[0], left.supervision), mark_supervision(names[1], right.supervision))
+        record = compare(left.counts, right.counts, left.classes, names=shown, settings=settings)
         folders = {"dataset": left.setting[0], "split": left.setting[1], "folders": [first, second]}
         write_json(artefact.path / "results.json", {**folders, **record})
         write_atomic(artefact.path / "results.md", compare_markdown(record).encode())
@@ -155,6 +159,7 @@ def _open_side(folder: str, cfg: Config, names_dataset: bool) -> Side:
         setting=setting,
         has_background=has_background,
         uncovered=uncovered,
+        supervision=find_supervision(content),
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moduseg.api import Segmenter
 from moduseg.bank.derived import digest_bank, open_bank
@@ -16,9 +19,9 @@ from moduseg.config import Config
 from moduseg.config.command_keys import PredictOptions
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
-from moduseg.datasets.io import write_grey_png, write_label_png
+from moduseg.datasets.io import write_grey_png, write_label_png, write_rgb_png
 from moduseg.errors import ArtefactError, ConfigError, DataError
-from moduseg.files import FORMAT, digest_of, read_json, write_atomic, write_json
+from moduseg.files import FORMAT, digest_of, file_digest, read_json, write_atomic, write_json
 from moduseg.pipeline.manifests import safe_name
 from moduseg.pipeline.records import is_same_file, stamp_file
 from moduseg.pipeline.workspace import log
@@ -33,7 +36,9 @@ from moduseg.report.annotations import (
     to_url,
 )
 from moduseg.report.overlay import overlay_labels
-from moduseg.report.panel import draw_panel, make_class_legend
+from moduseg.report.panel import draw_legend, make_class_legend
+from moduseg.retrieval.ranking import RANKING_FILE
+from moduseg.structures import IGNORE_INDEX
 
 _IMAGE_FILES = {
     "png": ("labels", ".png"),
@@ -78,13 +83,15 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
     _warn_of_rare_classes(bank, cfg.retrieval.top_k)
     folder.write_manifest("running")
     start = time.perf_counter()
-    unlabelled = {image_id: file for image_id, file in files.items() if not folder.has_image(image_id, file)}
+    unlabelled = {
+        image_id: file for image_id, file in files.items() if not folder.has_image(image_id, file, segmenter.colours)
+    }
     failed = _label_images(segmenter, unlabelled, folder)
     if len(failed) == len(files):
         raise DataError(f"predict: none of {len(files)} images could be processed; first {next(iter(failed.values()))}")
     seconds = time.perf_counter() - start
     labelled = {image_id: file for image_id, file in files.items() if image_id not in failed}
-    num_objects = folder.write_joint_files(labelled, segmenter.classes)
+    num_objects = folder.write_joint_files(labelled, segmenter)
     lines = [json.dumps({"id": i, "error": e}, ensure_ascii=False) + "\n" for i, e in failed.items()]
     write_atomic(folder.path / "failures.jsonl", "".join(lines).encode())
     folder.write_manifest(
@@ -147,14 +154,22 @@ class _Folder:
         folder, suffix = _IMAGE_FILES[kind]
         return self.path / safe_name(f"{folder}/{image_id}", suffix)
 
-    def has_image(self, image_id: str, file: Path) -> bool:
-        """Return whether an image was labelled with this key, and all that is asked for was written."""
+    def has_image(self, image_id: str, file: Path, colours: np.ndarray) -> bool:
+        """Return whether an image was labelled with this key, and all that is asked for was written.
+
+        Args:
+            image_id: the image.
+            file: its file.
+            colours: `[256, 3]` uint8, in which overlays show the classes.
+        """
         try:
             record = json.loads(self.file("record", image_id).read_text(encoding="utf-8"))
             is_same = (record["key"], record["file"]) == (self.key, _relative_path(file))
             # Earlier versions wrote the size alone.
             is_same &= is_same_file(file, record["stamp" if "stamp" in record else "bytes"], verify=self.verify)
             has_formats = set(self._formats) <= set(record["formats"])
+            # Overlays of earlier versions have a frame, and no colours are recorded.
+            has_formats &= "overlay" not in self._formats or record.get("colours") == self._name_colours(colours)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
         kinds = [kind for kind in self._formats if kind in _IMAGE_FILES]
@@ -169,7 +184,7 @@ class _Folder:
         stamp = stamp_file(file)
         image = segmenter.read_image(file)
         has_components = self.options.objects == "components"
-        prediction, settings = segmenter.predict(image), segmenter.cfg.retrieval
+        prediction, settings = segmenter.predict(image).retrieved, segmenter.cfg.retrieval
         label_map, objects = split_objects(prediction, self.options.min_score, has_components, settings=settings)
         records = [to_record(predicted, self.options.tolerance) for predicted in objects]
         size = (image.shape[0], image.shape[1])
@@ -178,11 +193,7 @@ class _Folder:
         if prediction.confidence is not None:
             write_atomic(self.file("confidence", image_id), write_grey_png(prediction.confidence))
         if "overlay" in self._formats:
-            legend = [
-                ("unknown" if name == "ignored" else name, colour)
-                for name, colour in make_class_legend(segmenter.classes, label_map)
-            ]
-            picture = draw_panel([(image_id, overlay_labels(image, label_map))], legend)
+            picture = write_rgb_png(overlay_labels(image, label_map, segmenter.colours))
             write_atomic(self.file("overlay", image_id), picture)
         if "labelme" in self._formats:
             target = self.file("labelme", image_id)
@@ -194,12 +205,14 @@ class _Folder:
             "file": _relative_path(file),
             "size": list(size),
             "formats": list(self._formats),
+            "colours": self._name_colours(segmenter.colours),
             "objects": records,
         }
         write_atomic(self.file("record", image_id), json.dumps(record).encode())
 
-    def write_joint_files(self, files: Mapping[str, Path], classes: Sequence[str]) -> int:
+    def write_joint_files(self, files: Mapping[str, Path], segmenter: Segmenter) -> int:
         """Write the files that hold all images, named as below their folders, and return the number of objects."""
+        classes = segmenter.classes
         images, tasks, num_objects = [], [], 0
         for image_id, file in files.items():
             record: Mapping[str, Any] = read_json(self.file("record", image_id))
@@ -214,13 +227,24 @@ class _Folder:
             write_json(self.path / "coco.json", to_coco(images, classes))
         if "labelstudio" in self._formats:
             write_json(self.path / "labelstudio.json", tasks)
-            write_atomic(self.path / "labelstudio.xml", to_label_studio_config(classes).encode())
+            write_atomic(self.path / "labelstudio.xml", to_label_studio_config(classes, segmenter.colours).encode())
+        if "overlay" in self._formats:
+            ids = np.arange(1, len(classes), dtype=np.uint8)
+            unknown = np.array([] if self.options.min_score is None else [IGNORE_INDEX], dtype=np.uint8)
+            legend = make_class_legend(classes, ids, unknown, colours=segmenter.colours)
+            named = [("unknown" if name == "ignored" else name, colour) for name, colour in legend]
+            write_atomic(self.path / "legend.png", write_rgb_png(draw_legend(named)))
         write_atomic(self.path / "classes.txt", ("\n".join(classes) + "\n").encode())
         return num_objects
 
     def write_manifest(self, status: str, **fields: Any) -> None:
         """Write the manifest, with more fields when the command is complete."""
         write_json(self.path / "manifest.json", {"stage": "predict", "key": self.key, "status": status, **fields})
+
+    @staticmethod
+    def _name_colours(colours: np.ndarray) -> str:
+        """Return what tells overlays in some colours from those in others."""
+        return hashlib.sha256(colours.tobytes()).hexdigest()[:16]
 
     @property
     def _formats(self) -> tuple[str, ...]:
@@ -245,6 +269,9 @@ def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Se
     reading = {} if image_range is None else {"image_range": image_range}
     later_keys = {*cfg.retrieval.tidying, "confidence"}
     groups["retrieval"] = {key: value for key, value in groups["retrieval"].items() if value or key not in later_keys}
+    ranking = {}
+    if cfg.retrieval.selection == "learnt" and segmenter.folder is not None:
+        ranking = {"ranking": file_digest(segmenter.folder / RANKING_FILE)}
     device = segmenter.device.key_parts() if segmenter.device.torch_device.type != "cpu" else {}
     return digest_of(
         {
@@ -255,6 +282,7 @@ def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Se
             "bank": digest_bank(bank),
             "config": {group: groups[group] for group in ("proposer", "backbone", "bank", "retrieval")},
             "options": [options.min_score, options.objects, options.tolerance],
+            **ranking,
         }
     )
 

@@ -74,7 +74,9 @@ def test_commands_are_found_by_name(name: str, arguments: list[str], found: tupl
 
 @pytest.mark.parametrize("arguments", [[], ["merg"]], ids=["no verb", "an unknown verb"])
 def test_unknown_verbs_name_the_others(arguments: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"bank: got '\w+', expected one of info, add, remove, merge, export; try"):
+    with pytest.raises(
+        ConfigError, match=r"bank: got '\w+', expected one of info, add, remove, merge, apply, export; try"
+    ):
         find_command("bank", arguments)
 
 

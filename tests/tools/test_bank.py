@@ -325,7 +325,7 @@ def test_info_remove_merge_and_export_on_the_command_line(
         assert len(arrays["vectors"]) == len(stored)
     for arguments, message in (
         (["export", f"bank={bank}", "out=x", "format=xml"], r"format: got 'xml' (str), expected one of npz, faiss"),
-        (["show"], "bank: got 'show', expected one of info, add, remove, merge, export"),
+        (["show"], "bank: got 'show', expected one of info, add, remove, merge, apply, export"),
         ([], "bank: got 'nothing', expected one of"),
         (["info", f"bank={bank}", "json=maybe"], "json: got 'maybe' (str), expected true or false"),
         (["info", f"bank={bank}", "class=bird"], "class: got 'bird', expected one of background"),

@@ -23,7 +23,7 @@ from moduseg.masks.polygons import compute_iou, fill_polygons
 from moduseg.proposers.superpixels import SuperpixelProposer
 from moduseg.stages.build_bank import BuildBank
 from moduseg.tools import predict
-from tests.support.tagged_world import CLIP, ORACLE, image_id, settings, write_folder
+from tests.support.tagged_world import CLIP, ORACLE, image_id, scene, settings, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,16 @@ def test_every_format_says_the_same(bank: Path, images: Path, tmp_path: Path, mo
     picture = Image.open(out / "labels" / "scene020.png")
     assert (picture.mode, picture.getpalette()) == ("P", voc_palette().ravel().tolist())
     assert len(list(out.glob("overlays/**/*.png"))) == 3
+    overlay = np.asarray(Image.open(out / "overlays" / "scene020.png"))
+    label_map, photograph = read_label_png(out / "labels" / "scene020.png"), scene(20).image
+    assert overlay.shape == photograph.shape
+    assert np.array_equal(overlay[label_map == 0], photograph[label_map == 0])
+    legend = np.asarray(Image.open(out / "legend.png")).reshape(-1, 3).tolist()
+    assert all(segmenter.colours[label].tolist() in legend for label in range(1, len(segmenter.classes)))
+    # In other colours, overlays alone are another result.
+    written = (out / "overlays" / "scene020.png").read_bytes()
+    run(f"bank={bank}", "images=mine/images", "out=found", "objects=components", "evaluation.report_colours=voc")
+    assert (out / "overlays" / "scene020.png").read_bytes() != written
     assert (out / "classes.txt").read_text().splitlines() == list(segmenter.classes)
 
 

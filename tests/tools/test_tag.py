@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -16,7 +17,10 @@ from moduseg.errors import ConfigError, MissingError
 from moduseg.pipeline.workspace import Workspace
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.segment import Segment
+from moduseg.stages.tag import TagImages
 from moduseg.tools import tag
+from tests.backbones.test_clip import tiny_config
+from tests.conftest import external_folder
 from tests.support.runs import overrides
 
 STARS = "red star;yellow star;background: grass, sand, water"
@@ -48,6 +52,24 @@ def test_a_bank_from_untagged_images(root: Path, tmp_path: Path) -> None:
     arguments = ["dataset=folder", f"dataset.root={root}", outputs, "proposer=superpixels", "runtime.device=cpu"]
     bank = json.loads((BuildBank.run(compose(arguments)) / "bank.json").read_text())
     assert bank["classes"] == ["background", "red star", "yellow star"]
+
+
+def test_photographs_are_tagged_by_a_random_model(words: tuple[Path, int, int], tmp_path: Path) -> None:
+    """TagCLIP's whole way on twelve photographs, of patches of 16 pixels; the tags of random weights mean nothing."""
+    photographs = sorted((external_folder("MODUSEG_COCO150") / "images" / "val2017").glob("*.jpg"))[:12]
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    for photograph in photographs:
+        shutil.copy(photograph, tmp_path / "mine" / "images")
+    config = tiny_config(words[1], words[2])
+    config["vision_config"] |= {"image_size": 224, "patch_size": 16}
+    arguments = ["dataset=folder", f"dataset.root={tmp_path / 'mine'}", f"runtime.outputs={tmp_path / 'out'}"]
+    cfg = compose([*arguments, "runtime.device=cpu", "tagger=tagclip_coco", "vocabulary=a dog;grass;background: sky"])
+    assert cfg.tagger is not None
+    tagger = {**cfg.tagger, "weights": "random", "activation": None, "templates": "single", "config": config}
+    folder = TagImages.run(dataclasses.replace(cfg, tagger={**tagger, "tokenizer": str(words[0])}))
+    entries = read_label_file(folder / "tags.csv").entries
+    assert sorted(entries) == [photograph.stem for photograph in photographs]
+    assert all(names and set(names) <= {"a dog", "grass"} for names in entries.values())
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["images named", "root named"])
