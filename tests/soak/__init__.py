@@ -1,0 +1,1 @@
+"""A long run of accidents; `python -m tests.soak`."""
