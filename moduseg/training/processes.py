@@ -7,12 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 _TIMEOUT = timedelta(hours=2)
 """While rank 0 measures, the others wait in their next exchange of gradients."""
+_group_numbers = count()
+"""Of the trainings of this process: all ranks train the same ones, in the same order."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,23 @@ def join_processes(device: torch.device) -> Iterator[TrainingGroup]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    store, rank, num_ranks = _find_store()
+    # In a place of its own: a second group would find the addresses that the first one left.
+    own_store = distributed.PrefixStore(f"training_{next(_group_numbers)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=own_store, rank=rank, world_size=num_ranks, timeout=_TIMEOUT)
     try:
         yield TrainingGroup(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
+
+
+@cache
+def _find_store() -> tuple[Any, int, int]:
+    """Return the store at which the processes of torchrun meet, the rank of this one and their number."""
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://", timeout=_TIMEOUT))
 
 
 def average_over_processes(count: Tensor) -> Tensor:

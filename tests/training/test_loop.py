@@ -134,6 +134,22 @@ def test_torchrun_starts_a_training(tmp_path: Path) -> None:
     assert [row["step"] for row in read_table(tmp_path / LOG)] == [0, 9]
 
 
+def test_torchrun_starts_trainings_one_after_the_other(tmp_path: Path) -> None:
+    """As a generator that is fitted and a student that learns its masks."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tests.support.tiny_training import train\n"
+        "for name in ('first', 'second', 'third'):\n    train(Path(sys.argv[1]) / name, steps=3)\n"
+    )
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=120, capture_output=True)
+    digests = {digest_weights(train(tmp_path / name, steps=3)[0]) for name in ("first", "second", "third")}
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_not_a_number_names_the_batch(tmp_path: Path, workers: int, device: torch.device) -> None:
     options = TrainingOptions(steps=60, batch=5, warmup=5, workers=workers)
