@@ -31,13 +31,12 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     replace_atomic(folder / CHECKPOINT, save)
 
 
-def read_checkpoint(folder: Path, identity: str, device: torch.device) -> dict[str, Any] | None:
-    """Return the state that `write_checkpoint` wrote, or `None` if there is none.
+def read_checkpoint(folder: Path, identity: str) -> dict[str, Any] | None:
+    """Return the state that `write_checkpoint` wrote, its tensors on the CPU, or `None` if there is none.
 
     Args:
         folder: of the training.
         identity: of the training; the state of another one is refused.
-        device: where the tensors are put.
 
     Raises:
         ArtefactError: the file is damaged, or of a training with other settings, data or model.
@@ -46,7 +45,8 @@ def read_checkpoint(folder: Path, identity: str, device: torch.device) -> dict[s
     if not path.is_file():
         return None
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        # An optimiser counts its steps on the CPU: on a device, the host would wait for each count in each step.
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ArtefactError(
             f"{path}: not readable ({type(error).__name__}); remove the folder and run again"
@@ -72,10 +72,10 @@ class TableLog:
         self._path, self._is_active = path, is_active
         self._columns: list[str] = []
         if is_active:
-            kept = [row for row in read_table(path) if row["step"] < first_step]
-            self._columns = list(kept[0]) if kept else []
-            lines = [self._columns, *(row.values() for row in kept)] if kept else []
-            write_atomic(path, _encode(lines))
+            header, *rows = _read_lines(path) or [[]]
+            kept = [row for row in rows if float(row[header.index("step")]) < first_step]
+            self._columns = header if kept else []
+            write_atomic(path, _encode([header, *kept] if kept else []))
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a line.
@@ -102,12 +102,16 @@ def _encode(lines: list[Any]) -> bytes:
 
 def read_table(path: Path) -> list[dict[str, float]]:
     """Return the lines of a log, oldest first; none if there is no file, nor a last line that a kill cut off."""
+    header, *rows = _read_lines(path) or [[]]
+    return [{name: float(value) for name, value in zip(header, row, strict=True)} for row in rows]
+
+
+def _read_lines(path: Path) -> list[list[str]]:
+    """Return the cells of the complete lines of a log as they are written, the names of its columns first."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    rows = list(csv.DictReader(io.StringIO(complete)))
-    return [{name: float(value) for name, value in row.items()} for row in rows]
+    return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 def draw_training(rows: list[dict[str, float]], measures: list[dict[str, float]], title: str) -> bytes:

@@ -236,7 +236,8 @@ class _Trainer:
             with waits:
                 with _cast(self._device):
                     parts = self._shared(move_batch(batch, device))
-                self._scaler.scale(parts["loss"] / len(passes)).backward()
+                with self._device.hold_tf32():
+                    self._scaler.scale(parts["loss"] / len(passes)).backward()
             for name, value in parts.items():
                 share = value.detach().float() / len(passes)
                 sums[name] = sums[name] + share if name in sums else share
@@ -294,13 +295,14 @@ class _Trainer:
         events.write(row)
 
     def _load(self) -> None:
-        state = read_checkpoint(self._folder, self._identity, self._device.torch_device)
+        state = read_checkpoint(self._folder, self._identity)
         if state is None:
             return
         self._step, self._seconds, self._measures = state["step"], state["seconds"], state["measures"]
         self._model.load_state_dict(state["model"])
         if self._average is not None:
-            self._average.tensors = state["average"]
+            for name, tensor in state["average"].items():
+                self._average.tensors[name].copy_(tensor)
         if self._step < self._options.steps:
             self._optimiser.load_state_dict(state["optimiser"])
             self._scaler.load_state_dict(state["scaler"])
@@ -412,9 +414,10 @@ def _choose_precision(device: Device, options: TrainingOptions) -> Device:
 
 
 def _cast(device: Device) -> AbstractContextManager[None]:
-    """Return the context of a forward pass in the device's precision; the backward pass keeps it by itself.
+    """Return the context of a forward pass in the device's precision.
 
-    `Device.autocast` would wait for the device to measure the time.
+    The backward pass keeps what a layer was cast to by itself, but not the switches for TF32. `Device.autocast` would
+    wait for the device to measure the time.
     """
     dtype = PRECISIONS[device.precision]
     return device.hold_tf32() if dtype is None else torch.autocast(device.torch_device.type, dtype=dtype)

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import nn
 
 from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, TrainingError
-from moduseg.training.books import CHECKPOINT, CURVE, LOG, MEASURES, read_table
+from moduseg.training import loop
+from moduseg.training.books import CHECKPOINT, CURVE, LOG, MEASURES, TableLog, read_table
 from moduseg.training.loop import Extras, build_optimiser, fit
 from moduseg.training.options import TrainingOptions
 from tests.support.processes import context
@@ -180,6 +183,43 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path: Path, first: dict[str
         train(tmp_path, **second)
 
 
+def test_resumed_optimiser_counts_its_steps_on_the_host(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host would wait for the count of each parameter at each step; a CPU cannot show it."""
+    optimisers: list[torch.optim.Optimizer] = []
+
+    def build(*arguments: Any) -> torch.optim.Optimizer:
+        optimisers.append(build_optimiser(*arguments))
+        return optimisers[-1]
+
+    def die(_: Any) -> dict[str, float]:
+        raise LookupError("killed")
+
+    monkeypatch.setattr(loop, "build_optimiser", build)
+    options = TrainingOptions(steps=10, batch=8, save_minutes=0, measure_every=5)
+    with pytest.raises(LookupError):
+        fit(
+            make_network(), compute_loss, Points(), options, tmp_path, device=Device(device), extras=Extras(measure=die)
+        )
+    fit(make_network(), compute_loss, Points(), options, tmp_path, device=Device(device))
+    counts = [entry["step"] for entry in optimisers[-1].state.values()]
+    assert {int(count) for count in counts} == {10}
+    assert {count.device.type for count in counts} == {"cpu"}
+
+
+def test_a_resumed_log_keeps_its_text(tmp_path: Path) -> None:
+    first = TableLog(tmp_path / LOG, 0, True)
+    for step in range(0, 40, 10):
+        first.write({"step": step, "loss": 100.0, "learning_rate": 1e-5})
+    written = (tmp_path / LOG).read_text().splitlines(keepends=True)
+    (tmp_path / LOG).write_text("".join(written) + "40,1")
+    again = TableLog(tmp_path / LOG, 30, True)
+    assert (tmp_path / LOG).read_text() == "".join(written[:-1])
+    again.write({"step": 30, "loss": 100.0, "learning_rate": 1e-5})
+    assert (tmp_path / LOG).read_text() == "".join(written)
+
+
 def test_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     train(tmp_path, steps=10)
     (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:500])
@@ -239,6 +279,26 @@ def test_lower_precision_of_the_processor(tmp_path: Path) -> None:
     model, result = train(tmp_path, precision="bfloat16")
     assert next(model.parameters()).dtype == torch.float32
     assert result.measures["accuracy"] > 0.5
+
+
+def test_switches_for_tf32_hold_in_both_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    depth, seen = [0], list[int]()
+
+    @contextmanager
+    def hold(_: Device) -> Iterator[None]:
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    def watched_loss(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        logits = model(batch["points"])
+        seen.append(depth[0])
+        logits.register_hook(lambda _: seen.append(depth[0]))
+        return {"loss": logits.square().mean()}
+
+    monkeypatch.setattr(Device, "hold_tf32", hold)
+    fit(make_network(), watched_loss, Points(), TrainingOptions(steps=2, batch=8), tmp_path, device=CPU)
+    assert seen == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
