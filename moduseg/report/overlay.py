@@ -39,10 +39,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a label map or mask (`[H, W]`, uint8 or bool) to `(H, W)` by nearest neighbour, which invents no id."""
+    """Resize a label map or mask (`[H, W]`, uint8 or bool) to `(H, W)`: each pixel has the id at its centre."""
     if labels.shape == size:
         return labels
-    resized = cv2.resize(labels.view(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+    # The plain nearest pixel is that of a corner, up to half a pixel away from what `resize_image` shows.
+    resized = cv2.resize(labels.view(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
     return resized.view(labels.dtype)
 
 

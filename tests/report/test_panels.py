@@ -121,6 +121,18 @@ def test_labels_grow_without_new_ids(rng: np.random.Generator) -> None:
     assert overlay.resize_labels(mask, (5, 7)).dtype == bool
 
 
+@pytest.mark.parametrize(("size", "shown"), [
+    pytest.param((9, 15), (3, 5), id="a whole factor"),
+    pytest.param((50, 101), (19, 38), id="any factor"),
+    pytest.param((5, 7), (13, 18), id="enlarged"),
+])  # fmt: skip
+def test_labels_are_those_at_the_centres_of_pixels(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    labels = np.arange(size[0] * size[1]).reshape(size) % 251
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(size, shown, strict=True))
+    resized = overlay.resize_labels(labels.astype(np.uint8), shown)
+    np.testing.assert_array_equal(resized, labels[rows[:, None], columns])
+
+
 def test_legend_names_what_occurs() -> None:
     legend = make_class_legend(CLASSES, np.array([[0, 2, 255]]), None, np.array([[1, 9]]))
     assert [name for name, _ in legend] == ["dog", "cat", "id 9", "ignored"]

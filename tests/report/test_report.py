@@ -433,6 +433,6 @@ def test_confidence_is_a_layer_where_it_was_asked_for(outputs: Path, tmp_path: P
         stored = np.asarray(opened)
     height, width = layer.shape
     assert max(layer.shape) == 64
-    assert np.array_equal(layer, cv2.resize(stored, (width, height), interpolation=cv2.INTER_NEAREST))
+    assert np.array_equal(layer, cv2.resize(stored, (width, height), interpolation=cv2.INTER_NEAREST_EXACT))
     assert len(np.unique(layer)) > 1
     assert "confidence" not in value(folder_of(outputs), "labels/000000")
