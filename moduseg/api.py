@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -47,6 +47,21 @@ from moduseg.result import BankView, ImagePrediction, list_changes
 from moduseg.retrieval.ranking import find_ranking
 from moduseg.retrieval.retriever import Retriever
 from moduseg.structures import Prediction, Sample
+
+
+@dataclass(frozen=True)
+class _SearchedBank:
+    """A bank and what searches it. They are exchanged together, so that other threads never see parts of two banks.
+
+    Attributes:
+        bank: as stored.
+        retriever: searches it.
+        region_encoder: has the words of its classes, with `retrieval.answer=words`; else `None`.
+    """
+
+    bank: Bank
+    retriever: Retriever
+    region_encoder: ClipWordsGenerator | None
 
 
 class Segmenter:
@@ -105,8 +120,7 @@ class Segmenter:
         if self.cfg.retrieval.selection == "learnt":
             ranking = find_ranking(self.folder).align(bank.classes)
         retriever = Retriever(searched, self.cfg.retrieval, words, ranking)
-        # Other threads predict with what was before until all of it is there.
-        self.bank, self._retriever, self._region_encoder = bank, retriever, region_encoder
+        self._searched = _SearchedBank(bank, retriever, region_encoder)
 
     def _build_generator(self, classes: Sequence[str]) -> pseudo_masks.PseudoMaskGenerator:
         settings = self.cfg.pseudo_masks.generator
@@ -155,6 +169,11 @@ class Segmenter:
         return cls(bank, proposer, backbone, cfg, resolved)
 
     @property
+    def bank(self) -> Bank:
+        """The stored bank, with what was learned since."""
+        return self._searched.bank
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Class names, background first; the ids of a label map index it."""
         return self.bank.classes
@@ -162,7 +181,10 @@ class Segmenter:
     @property
     def colours(self) -> np.ndarray:
         """In which colours classes are shown, `[256, 3]` uint8, row = label id (`evaluation.report_colours`)."""
-        return find_class_colours(self.classes, self.bank.colours, self.cfg.evaluation.report_colours)
+        return self._find_colours(self.bank)
+
+    def _find_colours(self, bank: Bank) -> np.ndarray:
+        return find_class_colours(bank.classes, bank.colours, self.cfg.evaluation.report_colours)
 
     def __repr__(self) -> str:
         regions = f"{len(self.bank)} regions of {len(self.classes) - 1} classes"
@@ -209,7 +231,7 @@ class Segmenter:
             raise ConfigError(f"batch_size: got {batch_size}, expected 1 or more; leave it out")
         rest = iter(images)
         while batch := [self._read(image) for image in islice(rest, batch_size)]:
-            view = self._make_view()
+            view = self._make_view(self._searched)
             for picture, observation in zip(batch, self._observe(batch), strict=True):
                 yield ImagePrediction(picture, _label(view.retriever, observation), observation.pooled.cpu(), view)
 
@@ -222,7 +244,8 @@ class Segmenter:
 
     def _observe(self, pictures: Sequence[NamedPicture]) -> list[Observation]:
         samples = [Sample(picture.name, picture.pixels) for picture in pictures]
-        return self.observer.observe(samples, self._retriever.is_searched, self._region_encoder)
+        searched = self._searched
+        return self.observer.observe(samples, searched.retriever.is_searched, searched.region_encoder)
 
     def _read(self, image: Any) -> NamedPicture:
         return read_picture(image, check_image_range(self.cfg.dataset.get("image_range")))
@@ -237,11 +260,12 @@ class Segmenter:
 
     def label(self, observation: Observation) -> Prediction:
         """Label an image that the models have seen, as the plain structure that `ImagePrediction` wraps."""
-        return _label(self._retriever, observation)
+        return _label(self._searched.retriever, observation)
 
     def present(self, picture: NamedPicture, observation: Observation) -> ImagePrediction:
         """Label a photograph that the models have seen, as `predict` does."""
-        return ImagePrediction(picture, self.label(observation), observation.pooled.cpu(), self._make_view())
+        view = self._make_view(self._searched)
+        return ImagePrediction(picture, _label(view.retriever, observation), observation.pooled.cpu(), view)
 
     def append_regions(self, image: Picture, observation: Observation, masks: Sequence[np.ndarray]) -> Observation:
         """Return what the models say of a photograph with more proposals, `[H, W]` bool masks that a person drew.
@@ -250,25 +274,26 @@ class Segmenter:
             ConfigError: one is smaller than `retrieval.min_area`.
         """
         pixels, min_area = self._read(image).pixels, self.cfg.retrieval.min_area
-        return self.observer.append(pixels, observation, masks, self._region_encoder, min_area=min_area)
+        return self.observer.append(pixels, observation, masks, self._searched.region_encoder, min_area=min_area)
 
     # Ask -------------------------------------------------------------------------------------------------------------
 
     def describe(self, row: int) -> dict[str, Any]:
         """Return what a row of the bank is: `label` (name), `image` (training image id) and `area` (pixels)."""
+        bank = self.bank
         return {
-            "label": self.bank.classes[int(self.bank.labels[row])],
-            "image": self.bank.image_ids[int(self.bank.image_index[row])],
-            "area": int(self.bank.areas[row]),
+            "label": bank.classes[int(bank.labels[row])],
+            "image": bank.image_ids[int(bank.image_index[row])],
+            "area": int(bank.areas[row]),
         }
 
-    def _make_view(self) -> BankView:
-        """Return the present bank for predictions, which explain themselves by it also when it has changed since."""
-        stored = None
+    def _make_view(self, searched: _SearchedBank) -> BankView:
+        """Return a bank for predictions, which explain themselves by it also when another one is searched since."""
+        bank, stored = searched.bank, None
         if self.folder is not None:
-            stored = RegionPictures(self.folder, self.bank, BANK_PICTURE_SIDE, **vars(self.picture_limits))
-        draw = BankPictures(self.bank.classes, self._learned.find_region, stored).draw
-        return BankView(self._retriever, self.bank, draw, self.colours)
+            stored = RegionPictures(self.folder, bank, BANK_PICTURE_SIDE, **vars(self.picture_limits))
+        draw = BankPictures(bank.classes, self._learned.find_region, stored).draw
+        return BankView(searched.retriever, bank, draw, self._find_colours(bank))
 
     # Learn -----------------------------------------------------------------------------------------------------------
 
@@ -279,12 +304,13 @@ class Segmenter:
             ArtefactError: the bank was made with other backbone weights.
         """
         # The words of other classes are other features.
-        encoder = self._region_encoder if bank.classes == self.bank.classes else None
+        searched = self._searched
+        encoder = searched.region_encoder if bank.classes == searched.bank.classes else None
         models = (self.proposer, self.backbone, cfg or self.cfg, self.device)
         segmenter = Segmenter(bank, *models, region_encoder=encoder, folder=folder or self.folder)
         segmenter.observer = replace(segmenter.observer, lock=self.observer.lock)
         segmenter.picture_limits = self.picture_limits
-        segmenter._learned = self._learned.keep_for(bank, self.bank)
+        segmenter._learned = self._learned.keep_for(bank, searched.bank)
         return segmenter
 
     def add(
@@ -378,12 +404,12 @@ class Segmenter:
 
     def _label_again(self, prediction: ImagePrediction) -> ImagePrediction:
         """Return a prediction with the present bank, and which labels differ."""
-        device = self.device.torch_device
+        device, searched = self.device.torch_device, self._searched
         proposals, pooled = prediction.proposals.to(device), prediction.pooled.to(device)
-        values = self.observer.encode_regions(prediction.image, proposals, self._region_encoder)
-        labelled = self._retriever.predict(proposals, pooled, values)
-        changes = list_changes(prediction, [self.classes[int(label)] for label in labelled.labels])
-        return ImagePrediction(prediction.picture, labelled, prediction.pooled, self._make_view(), changes)
+        values = self.observer.encode_regions(prediction.image, proposals, searched.region_encoder)
+        labelled = searched.retriever.predict(proposals, pooled, values)
+        changes = list_changes(prediction, [searched.bank.classes[int(label)] for label in labelled.labels])
+        return ImagePrediction(prediction.picture, labelled, prediction.pooled, self._make_view(searched), changes)
 
     def save(self, path: str | Path) -> Path:
         """Write the bank with what it has learned into a new folder, which `from_bank` opens, and return the folder.
@@ -398,12 +424,12 @@ class Segmenter:
     def _make_labeller(self, classes: Sequence[str]) -> TaggedImageLabeller:
         settings = self.cfg.train_proposer
         proposer = self.proposer if settings is None else proposers.build(settings, self.device)
-        generator, words = self._build_generator(classes), self._region_encoder
+        generator, words = self._build_generator(classes), self._searched.region_encoder
         return TaggedImageLabeller(self.cfg, self.device, proposer, self.backbone, generator, words)
 
     def _replace_bank(self, bank: Bank) -> None:
         # The words of other classes are other features.
-        self._set_bank(bank, self._region_encoder if bank.classes == self.classes else None)
+        self._set_bank(bank, self._searched.region_encoder if bank.classes == self.classes else None)
 
 
 @torch.inference_mode()

@@ -324,21 +324,34 @@ def append_named(bank: Bank, regions: Sequence[NamedRegion]) -> Bank:
     return bank
 
 
+@dataclass(frozen=True)
+class LearnedImage:
+    """An image that a bank has learned from.
+
+    Attributes:
+        pixels: `[H, W, 3]` uint8.
+        label_map: `[H, W]` uint8 in the ids of the class list, which only grows; 255 where nothing was learned.
+    """
+
+    pixels: np.ndarray
+    label_map: np.ndarray
+
+
 @dataclass
 class LearnedImages:
     """The images that a bank has learned from since it was read, for their pictures and for `save`.
 
+    One thread may add images while others look for them.
+
     Attributes:
-        images: id -> `[H, W, 3]` uint8.
-        label_maps: id -> `[H, W]` uint8 in the ids of the class list, which only grows; 255 where nothing was learned.
+        images: by id.
     """
 
-    images: dict[str, np.ndarray] = field(default_factory=dict)
-    label_maps: dict[str, np.ndarray] = field(default_factory=dict)
+    images: dict[str, LearnedImage] = field(default_factory=dict)
 
     def add(self, image_id: str, image: np.ndarray, label_map: np.ndarray) -> None:
         """Remember a tagged image with its label map."""
-        self.images[image_id], self.label_maps[image_id] = image, label_map
+        self.images[image_id] = LearnedImage(image, label_map)
 
     def name_region(
         self, image_id: str, image: np.ndarray, mask: np.ndarray, label: int, stored: np.ndarray | None = None
@@ -352,16 +365,15 @@ class LearnedImages:
             label: class id.
             stored: what was learned of the image before the bank was read, `[H, W]` uint8; `None` for nothing.
         """
-        before = self.label_maps.get(image_id, stored)
+        before = self.images[image_id].label_map if image_id in self.images else stored
         label_map = np.full(mask.shape, IGNORE_INDEX, np.uint8) if before is None else before.copy()
         label_map[mask] = label
         self.add(image_id, image, label_map)
 
     def find_region(self, image_id: str, label: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the image and the `[H, W]` bool mask of a class in it; `None` for other images."""
-        if image_id not in self.images:
-            return None
-        return self.images[image_id], self.label_maps[image_id] == label
+        learned = self.images.get(image_id)
+        return None if learned is None else (learned.pixels, learned.label_map == label)
 
     def keep_for(self, bank: Bank, before: Bank) -> LearnedImages:
         """Return those that another bank has too, in the ids of its classes.
@@ -373,8 +385,8 @@ class LearnedImages:
             before: the bank that learned them, whose ids the label maps have.
         """
         new_ids = map_class_ids(before.classes, bank.classes)
-        kept = [i for i in self.images if _list_vectors(bank, i) & _list_vectors(before, i)]
-        return LearnedImages({i: self.images[i] for i in kept}, {i: new_ids[self.label_maps[i]] for i in kept})
+        kept = [(i, own) for i, own in list(self.images.items()) if _list_vectors(bank, i) & _list_vectors(before, i)]
+        return LearnedImages({i: LearnedImage(own.pixels, new_ids[own.label_map]) for i, own in kept})
 
 
 def map_class_ids(before: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -420,6 +432,6 @@ def save_bank(bank: Bank, target: Path, cfg: Config, *, source: Path | None, lea
         config=info["config"],
     )
     for image_id, image in learned.images.items():
-        write_atomic(path / "images" / f"{image_id}.png", write_rgb_png(image))
-        write_atomic(path / "labels" / f"{image_id}.png", write_label_png(learned.label_maps[image_id]))
+        write_atomic(path / "images" / f"{image_id}.png", write_rgb_png(image.pixels))
+        write_atomic(path / "labels" / f"{image_id}.png", write_label_png(image.label_map))
     return path

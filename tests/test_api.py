@@ -327,6 +327,24 @@ def test_a_correction_changes_what_was_clicked(segmenter: Segmenter, label: str)
     assert back.classes[back.label_map[y, x]] == before
 
 
+def test_others_see_one_bank_while_it_is_exchanged(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a search gives are those of the bank in the same prediction, whenever another thread predicts."""
+    image, meanwhile = scene(20).image, []
+    prediction = segmenter.predict(image)
+    set_attribute = Segmenter.__setattr__
+
+    def predict_after(made: Segmenter, name: str, value: Any) -> None:
+        set_attribute(made, name, value)
+        if made is segmenter:
+            meanwhile.append(made.predict(image))
+
+    monkeypatch.setattr(Segmenter, "__setattr__", predict_after)
+    segmenter.correct(prediction, centre_of_object(prediction), NAME)
+    assert meanwhile
+    for each in meanwhile:
+        assert int(each.view.retriever.bank.rows.max()) == len(each.view.bank) - 1
+
+
 def test_what_was_learned_is_saved_and_opened(segmenter: Segmenter, tmp_path: Path) -> None:
     prediction = segmenter.predict(scene(20).image)
     x, y = centre_of_object(prediction)
@@ -369,8 +387,10 @@ def test_pictures_stay_with_their_bank(segmenter: Segmenter) -> None:
     others.add(scene(13).image, [CLASSES[label] for label in scene(13).labels])
     assert segmenter.bank.image_ids == others.bank.image_ids
     label = int(others.bank.labels[-1])
-    drawn = others._make_view().draw("added/image", others.classes[label])
-    joined = segmenter.with_bank(others.bank)._make_view().draw("added/image", others.classes[label])
+    drawn, joined = (
+        each.predict(scene(13).image).view.draw("added/image", others.classes[label])
+        for each in (others, segmenter.with_bank(others.bank))
+    )
     assert drawn is not None
     assert joined is None
 

@@ -1,0 +1,28 @@
+"""What a bank learned while a program runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moduseg import learning
+from moduseg.bank.store import Bank
+from moduseg.learning import LearnedImages
+
+
+def test_images_may_be_added_while_others_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread corrects a photograph while `with_bank` looks which images the other bank has."""
+    pixels, labels = np.zeros((2, 2, 3), np.uint8), np.ones((2, 2), np.uint8)
+    learned, none = LearnedImages(), torch.empty(0, dtype=torch.int64)
+    bank = Bank(torch.empty(0, 3), none, none, none, (), ("background", "cat"), {})
+    learned.add("first", pixels, labels)
+
+    def list_slowly(bank: Bank, image_id: str) -> set[bytes]:
+        learned.add("second", pixels, labels)
+        return {b"a vector"}
+
+    monkeypatch.setattr(learning, "_list_vectors", list_slowly)
+    kept = learned.keep_for(bank, bank)
+    assert list(kept.images) == ["first"]
+    assert kept.find_region("first", 1)[1].all()  # type: ignore[index]
