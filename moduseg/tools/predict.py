@@ -21,7 +21,7 @@ from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
 from moduseg.datasets.io import write_grey_png, write_label_png, write_rgb_png
 from moduseg.errors import ArtefactError, ConfigError, DataError
-from moduseg.files import FORMAT, digest_of, file_digest, read_json, write_atomic, write_json
+from moduseg.files import FORMAT, digest_of, file_digest, read_json, to_json_values, write_atomic, write_json
 from moduseg.pipeline.manifests import safe_name
 from moduseg.pipeline.records import is_same_file, stamp_file
 from moduseg.pipeline.workspace import log
@@ -261,7 +261,7 @@ def _check_proposer(segmenter: Segmenter) -> None:
 
 def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Segmenter) -> str:
     """Return the digest of everything that decides the predictions of an image."""
-    groups = cfg.as_dict()
+    groups, config = cfg.as_dict(), bank.info["config"]
     # The bank's digest holds the backbone's, which it is checked against. What came later is left out where it is
     # empty, so that earlier results keep their key.
     weights = {"proposer_digest": digest} if (digest := segmenter.proposer.digest) else {}
@@ -272,17 +272,21 @@ def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Se
     ranking = {}
     if cfg.retrieval.selection == "learnt" and segmenter.folder is not None:
         ranking = {"ranking": file_digest(segmenter.folder / RANKING_FILE)}
-    device = segmenter.device.key_parts() if segmenter.device.torch_device.type != "cpu" else {}
+    words = {}
+    if cfg.uses_words and (generator := cfg.pseudo_masks.generator) != reconfigure(config, ()).pseudo_masks.generator:
+        words = {"words": to_json_values(generator)}
+    device = segmenter.device.key_parts()
     return digest_of(
         {
             **weights,
             **reading,
-            **device,
+            **({} if device == {"precision": "float32"} else device),
             "format": FORMAT,
             "bank": digest_bank(bank),
             "config": {group: groups[group] for group in ("proposer", "backbone", "bank", "retrieval")},
             "options": [options.min_score, options.objects, options.tolerance],
             **ranking,
+            **words,
         }
     )
 

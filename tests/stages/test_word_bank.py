@@ -16,8 +16,9 @@ from moduseg import Segmenter
 from moduseg.bank import edit
 from moduseg.bank.aggregation import patch_coverage
 from moduseg.bank.store import Bank
+from moduseg.cli.options import parse
 from moduseg.config import compose
-from moduseg.config.command_keys import AddOptions
+from moduseg.config.command_keys import AddOptions, PredictOptions
 from moduseg.datasets.io import read_label_png
 from moduseg.errors import ArtefactError, ConfigError
 from moduseg.pipeline.workspace import Workspace
@@ -26,6 +27,7 @@ from moduseg.stages import extend_bank
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
 from moduseg.stages.queries import Queries
+from moduseg.tools import predict
 from tests.stages.test_segment import CLIP
 from tests.support.runs import overrides
 
@@ -158,6 +160,16 @@ def test_a_class_is_added_by_its_name(outputs: Path, bank_folder: Path, tmp_path
     assert np.array_equal(label_map == new, expected == last)
     assert (without.label_map[expected == last] != new).all()
     assert len(Bank.load(grown)) == len(bank)
+
+
+def test_other_words_are_another_prediction(outputs: Path, bank_folder: Path, tmp_path: Path) -> None:
+    val = Workspace(compose(settings_of(outputs, *UNLABELLED))).dataset("val")
+    asked = (f"bank={bank_folder}", f"images={val.image_path(val.ids[0])}", f"out={tmp_path}", "formats=png")
+    asked += ("proposer=superpixels", "runtime.device=cpu", "retrieval.min_area=10")
+    predict.run(*parse(list(asked), PredictOptions, "predict"))
+    words = "pseudo_masks.generator.background_words=[a red star]"
+    with pytest.raises(ArtefactError, match="result of another bank or other settings"):
+        predict.run(*parse([*asked, words], PredictOptions, "predict"))
 
 
 def test_others_predict_while_a_new_name_is_learned(

@@ -197,7 +197,7 @@ def test_what_is_done_is_not_done_again(
     assert set(before) == set((out / "labels").rglob("*.png"))
     run(*arguments)  # more formats
     assert len(calls) == 5
-    for more in ("retrieval.top_k=2", "min_score=0.5", "objects=components"):
+    for more in ("retrieval.top_k=2", "min_score=0.5", "objects=components", "runtime.precision=bfloat16"):
         with pytest.raises(ArtefactError, match=r"result of another bank or other settings; set out=<new folder>"):
             run(*arguments, more)
     with pytest.raises(ArtefactError, match=r"holds other files; set out="):
