@@ -302,7 +302,9 @@ def test_info_remove_merge_and_export_on_the_command_line(
     assert image_id(0) not in got.image_ids
     region = f"region={image_id(2)}:background;{len(stored) - 1}"
     code, out, _ = run("remove", f"bank={bank}", region, f"runtime.outputs={tmp_path}")
-    assert len(Bank.load(next((tmp_path / "folder" / "bank").iterdir()))) == len(stored) - 2
+    removed = next((tmp_path / "folder" / "bank").iterdir())
+    assert len(Bank.load(removed)) == len(stored) - 2
+    assert f"outputs/<dataset>/bank/{removed.name.rpartition('-')[0]}-<key>/" in COMMANDS["bank remove"].writes
     code, _, err = run("remove", f"bank={bank}", "region=nobody:background")
     assert code == 2
     assert err.startswith("moduseg: error: region: got 'nobody:background', expected a row")
