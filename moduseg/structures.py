@@ -146,7 +146,7 @@ class Proposals:
             stability_score: `[N]` float32, how little the mask changes with the threshold; 1 if omitted.
             parents: `[N]` int64, see the attribute.
         """
-        ids = id_map.to(torch.int32)
+        ids = id_map.to(torch.int32).clamp(min=-1)
         missing = torch.empty(0, device=ids.device)
         return cls(
             cast(Tensor, _LateMasks(ids, torch.arange(count, device=ids.device))),

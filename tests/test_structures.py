@@ -72,6 +72,12 @@ def test_masks_that_are_made_late(device: torch.device, rng: np.random.Generator
         found.mask  # type: ignore[attr-defined]  # noqa: B018
 
 
+def test_any_negative_id_is_no_proposal(device: torch.device) -> None:
+    proposals = Proposals.of_id_map(torch.tensor([[0, -2], [-7, 1]], device=device), 2)
+    assert proposals.areas.tolist() == [1, 1]
+    assert proposals.select(torch.tensor([1], device=device)).id_map.tolist() == [[-1, -1], [-1, 0]]  # type: ignore[union-attr]
+
+
 def test_all_of_them_are_not_copied(rng: np.random.Generator) -> None:
     found = of_ids(rng, torch.device("cpu"))
     assert found.select(torch.ones(7, dtype=torch.bool)) is found
