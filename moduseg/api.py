@@ -373,7 +373,7 @@ class Segmenter:
         Raises:
             ConfigError: no proposal is there, it has no vector, or an empty name.
         """
-        proposal = point if isinstance(point, int) else prediction.find_proposal(*point)
+        proposal = int(point) if isinstance(point, (int, np.integer)) else prediction.find_proposal(*point)
         if not 0 <= proposal < len(prediction.labels):
             raise ConfigError(f"correct: got proposal {proposal}, expected 0..{len(prediction.labels) - 1}")
         mask = prediction.get_mask(proposal)

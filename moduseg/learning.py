@@ -214,8 +214,12 @@ def append_image(bank: Bank, image_id: str, classes: Sequence[str], entry: dict[
         bank: the bank.
         image_id: an id that it does not have.
         classes: the class list that labels count in: the bank's, with new names appended.
-        entry: what the image adds, as `TaggedImageLabeller.pool` returns it.
+        entry: what the image adds, as `TaggedImageLabeller.pool` returns it. Regions without CLIP features, of a
+            segmenter that asks no words, have none in a bank that has them.
     """
+    word_values = entry.get("word_values")
+    if bank.word_values is not None and word_values is None:
+        word_values = bank.word_values.new_zeros(len(entry["labels"]), bank.word_values.shape[1])
     addition = Bank(
         pooled=entry["pooled"].float(),
         labels=entry["labels"].long(),
@@ -224,7 +228,7 @@ def append_image(bank: Bank, image_id: str, classes: Sequence[str], entry: dict[
         image_ids=(image_id,),
         classes=tuple(classes),
         info={key: value for key, value in bank.info.items() if key != "files"},
-        word_values=entry.get("word_values"),
+        word_values=word_values,
     )
     return edit.merge([bank, addition])
 

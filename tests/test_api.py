@@ -464,6 +464,13 @@ def test_masks_take_the_place_of_pseudo_masks(outputs: Path, tmp_path: Path) -> 
         segmenter.add(image, " ; ")
 
 
+def test_a_proposal_may_be_counted_by_numpy(segmenter: Segmenter) -> None:
+    prediction = segmenter.predict(scene(20).image)
+    largest = prediction.proposals.areas.numpy().argmax()
+    corrected = segmenter.correct(prediction, largest, NAME)
+    assert corrected.classes[int(corrected.labels[largest])] == NAME
+
+
 def test_mistakes_in_corrections_are_one_line(segmenter: Segmenter) -> None:
     prediction = segmenter.predict(scene(20).image)
     for point, label, message in (

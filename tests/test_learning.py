@@ -8,7 +8,7 @@ import torch
 
 from moduseg import learning
 from moduseg.bank.store import Bank
-from moduseg.learning import LearnedImages
+from moduseg.learning import LearnedImages, append_image
 
 
 def test_images_may_be_added_while_others_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +26,14 @@ def test_images_may_be_added_while_others_are_kept(monkeypatch: pytest.MonkeyPat
     kept = learned.keep_for(bank, bank)
     assert list(kept.images) == ["first"]
     assert kept.find_region("first", 1)[1].all()  # type: ignore[index]
+
+
+def test_regions_without_words_are_added_to_a_bank_with_words() -> None:
+    """A bank that was built to be asked by words may be asked by labels, and learns all the same."""
+    ids = torch.zeros(1, dtype=torch.int64)
+    bank = Bank(torch.ones(1, 3), ids, ids, ids + 50, ("a",), ("background", "cat"), {}, word_values=torch.ones(1, 2))
+    entry = {"pooled": torch.ones(2, 3), "labels": torch.tensor([0, 1]), "areas": torch.tensor([40, 60])}
+    grown = append_image(bank, "b", bank.classes, entry)
+    assert grown.labels.tolist() == [0, 0, 1]
+    assert grown.word_values is not None
+    assert grown.word_values.tolist() == [[1, 1], [0, 0], [0, 0]]

@@ -164,9 +164,9 @@ def test_a_class_is_added_by_its_name(outputs: Path, bank_folder: Path, tmp_path
 
 def test_other_words_are_another_prediction(outputs: Path, bank_folder: Path, tmp_path: Path) -> None:
     val = Workspace(compose(settings_of(outputs, *UNLABELLED))).dataset("val")
-    asked = (f"bank={bank_folder}", f"images={val.image_path(val.ids[0])}", f"out={tmp_path}", "formats=png")
-    asked += ("proposer=superpixels", "runtime.device=cpu", "retrieval.min_area=10")
-    predict.run(*parse(list(asked), PredictOptions, "predict"))
+    asked = [f"bank={bank_folder}", f"images={val.image_path(val.ids[0])}", f"out={tmp_path}", "formats=png"]
+    asked += ["proposer=superpixels", "runtime.device=cpu", "retrieval.min_area=10"]
+    predict.run(*parse(asked, PredictOptions, "predict"))
     words = "pseudo_masks.generator.background_words=[a red star]"
     with pytest.raises(ArtefactError, match="result of another bank or other settings"):
         predict.run(*parse([*asked, words], PredictOptions, "predict"))
