@@ -28,6 +28,13 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
     assert missing == []
 
 
+def test_every_preset_is_named() -> None:
+    page = (ROOT / "docs" / "parts.md").read_text(encoding="utf-8")
+    groups = ("dataset", "proposer", "backbone", "pseudo_masks", "tagger", "discoverer", "student")
+    presets = [path.stem for group in groups for path in sorted((ROOT / "configs" / group).glob("*.yaml"))]
+    assert [name for name in presets if f"`{name}`" not in page] == []
+
+
 def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     names = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md"]

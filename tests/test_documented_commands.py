@@ -5,17 +5,22 @@ Commands that need more (data, weights, time) are read and composed as their pro
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from benchmarks import FIGURES
 from moduseg.cli.main import bind_command, find_command, resolve_bank_path, split_name, to_exit_code
 from moduseg.config import config_dir
-from tests.support.documented_commands import DocumentedCommand, list_commands
+from moduseg.config.files import compose_hydra, from_hydra
+from moduseg.config.overrides import check_choice, read_override, set_value
+from moduseg.errors import ConfigError
+from tests.support.documented_commands import DocumentedCommand, list_commands, list_settings
 
 ROOT = Path(__file__).parent.parent
 TESTED_ELSEWHERE = {"extending.md": "tests/test_extending.py", "own_images.md": "tests/test_walk_through.py"}
@@ -30,6 +35,20 @@ PAGES += [ROOT / "data" / "README.md", ROOT / "moduseg" / "miniature" / "README.
 COMMANDS = [command for page in PAGES for command in list_commands(page)]
 TO_RUN = [c for c in COMMANDS if not c.needs_more and c.page.name not in TESTED_ELSEWHERE]
 TO_READ = [c for c in COMMANDS if c.needs_more]
+
+SETTINGS = [(page, line, setting) for page in PAGES for line, setting in list_settings(page)]
+GROUPS = (
+    "dataset", "proposer", "proposer@train_proposer", "backbone", "pseudo_masks", "bank", "retrieval", "evaluation",
+    "runtime", "experiment", "protocol", "tagger", "discoverer", "student",
+)  # fmt: skip
+PARTS = (
+    [], ["proposer=sam_grid"], ["proposer=mask2former"], ["proposer=contours"], ["backbone=mobilenetv2"],
+    ["backbone=dinov2_vitb14"], ["dataset=folder"], ["dataset=voc"], ["dataset=coco2014"], ["dataset=coco150"],
+    ["dataset=coco_stuff27"], ["pseudo_masks=corrclip_moduseg"], ["pseudo_masks=sam3_concepts"],
+    ["student=lraspp_mobilenet_v3"], ["discoverer=iseg_propagation"], ["tagger=tagclip"],
+    ["retrieval.answer=words"], ["runtime.shard.count=8"],
+)  # fmt: skip
+"""Overrides of which at least one has the key of each setting that a page names."""
 
 SMALL = (
     "dataset.train=4", "dataset.val=2", "runtime.device=cpu", "evaluation.bootstrap=20", "evaluation.panels=1",
@@ -96,6 +115,36 @@ def test_every_command_that_needs_nothing_runs(folder: Path, monkeypatch: pytest
     assert (outputs / "infer" / "latest" / "labels").is_dir()
     assert list(outputs.glob("infer/*/report/index.html"))
     assert list((folder / "masks").glob("**/*.png"))
+
+
+def is_understood(setting: str, configurations: Sequence[DictConfig]) -> bool:
+    """Whether a file has this name, or at least one of the configurations has this key and takes this value."""
+    override = read_override(setting)
+    for configuration in configurations:
+        try:
+            if override.is_choice(config_dir()):
+                check_choice(override, config_dir())
+            else:
+                changed = copy.deepcopy(configuration)
+                set_value(changed, override)
+                from_hydra(changed)
+        except ConfigError:
+            continue
+        return True
+    return False
+
+
+def test_every_setting_in_a_sentence_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    of_groups: dict[str, str] = {}
+    for page, line, setting in SETTINGS:
+        group, has_key, _ = setting.partition("=")[0].lstrip("+").partition(".")
+        # `bank=latest` is a key of other commands.
+        if group in GROUPS and (has_key or group != "bank"):
+            of_groups.setdefault(setting, f"{page.name}:{line}: {setting}")
+    assert len(of_groups) > 100
+    configurations = [compose_hydra(part) for part in PARTS]
+    assert [where for setting, where in of_groups.items() if not is_understood(setting, configurations)] == []
 
 
 @pytest.mark.parametrize("command", [pytest.param(c, id=f"{i}-{c}"[:90]) for i, c in enumerate(TO_READ)])

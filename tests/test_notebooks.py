@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +46,15 @@ def test_a_notebook_runs_from_a_clean_kernel(name: str, monkeypatch: pytest.Monk
     pictures = [output["data"]["text/html"] for cell in notebook.cells for output in cell.get("outputs", [])
                 if "text/html" in output.get("data", {})]  # fmt: skip
     assert sum("data:image/jpeg" in html for html in pictures) >= 2
+    stored = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))
+    assert describe_values(notebook) == describe_values(stored)
+
+
+def describe_values(notebook: Any) -> list[str]:
+    """Return how a notebook shows its objects, `<Segmenter with # regions ...>`, without the figures."""
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    texts = ["".join(output.get("data", {}).get("text/plain", "")) for output in outputs]
+    return [re.sub(r"[\d.]+", "#", text) for text in texts if text.startswith("<")]
 
 
 @pytest.mark.parametrize("name", NAMES)

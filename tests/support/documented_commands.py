@@ -12,6 +12,7 @@ _NEEDS = re.compile(r"\*Needs: .+\.\*")
 """The line above a block whose commands need what a test has not."""
 _PAGE_NEEDS = re.compile(r"^\*Commands of this page need: .+\.\*$", re.MULTILINE)
 _COMMAND = re.compile(r"(python|moduseg|make|pip|torchrun|export|hf|cd) ")
+_CODE = re.compile(r"`([^`]+)`")
 _INLINE = re.compile(r"`((?:python scripts/\w+\.py|make) [^`]+)`")
 
 
@@ -62,6 +63,22 @@ def list_commands(page: Path) -> Iterator[DocumentedCommand]:
     for match in _INLINE.finditer(outside):
         number = outside[: match.start()].count("\n") + 1
         yield DocumentedCommand(page, number, _split(match.group(1)), needs_more=True, is_inline=True)
+
+
+def list_settings(page: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of every `key=value` in a page's sentences that is no part of a command.
+
+    Those that a reader fills in (`<file>`, `...`) are left out.
+    """
+    lines, is_fenced = page.read_text(encoding="utf-8").splitlines(), False
+    for number, line in enumerate(lines, start=1):
+        is_fenced ^= line.startswith("```")
+        if is_fenced or line.startswith("    "):
+            continue
+        for code in _CODE.findall(line):
+            words = code.split()
+            if all(re.search("=.", word) for word in words) and not re.search(r"[<>*:{]|\.\.\.", code):
+                yield from ((number, word) for word in words)
 
 
 def _split(command: str) -> tuple[str, ...]:
