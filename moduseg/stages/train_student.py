@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,9 @@ _NUM_PREPARED = 64
 """Images that a student looks at before its training, evenly spaced over the split."""
 _MAX_HELD_BYTES = 2_000_000_000
 """Decoded images, or their tokens, are kept in memory while they take less than this together."""
+
+_PUT_ASIDE = f".{CHECKPOINT}"
+"""Name of the checkpoint while the student is written: a manifest lists no hidden file."""
 
 _FIELDS = ("split", "training", "parameters", "num_bytes", "student_sha256", "config", "supervision")
 """What the manifest says of the training."""
@@ -141,6 +145,9 @@ class TrainStudent(Stage[None]):
         def compute_loss(network: torch.nn.Module, batch: Batch) -> Mapping[str, torch.Tensor]:
             return {"loss": self.student.compute_loss(network, batch)}
 
+        # An earlier process may have died before the manifest was there; of several ranks one finds the file.
+        with suppress(FileNotFoundError):
+            (self.artefact.path / _PUT_ASIDE).replace(self.artefact.path / CHECKPOINT)
         extras = Extras(identity=self.artefact.key, title=self.title, rate_factors=self.student.rate_factors)
         return fit(
             self.student.network,
@@ -170,8 +177,8 @@ class TrainStudent(Stage[None]):
             manifest = self.artefact.manifest
             return {name: manifest[name] for name in _FIELDS if name in manifest}
         self.write()
-        # The student's tensors are in a file of their own now.
-        (self.artefact.path / CHECKPOINT).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            (self.artefact.path / CHECKPOINT).replace(self.artefact.path / _PUT_ASIDE)
         return {
             "split": self.split,
             "training": asdict(self.options),
@@ -181,6 +188,10 @@ class TrainStudent(Stage[None]):
             "config": self.cfg.as_dict(),
             **name_supervision(self.input_folders["student_labels"].manifest.get("supervision")),
         }
+
+    def report(self, outcome: Outcome) -> None:
+        """Remove the checkpoint: the manifest vouches for the student's own file now."""
+        (self.artefact.path / _PUT_ASIDE).unlink(missing_ok=True)
 
 
 class _TrainingRunner(BatchRunner[None]):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from moduseg.config import compose
 from moduseg.datasets.io import read_label_png, write_label_png
 from moduseg.errors import ConfigError, IncompleteError, MissingError
 from moduseg.files import file_digest, read_json
+from moduseg.pipeline.artefacts import Artefact
 from moduseg.pipeline.plan import plan_run
 from moduseg.pipeline.workspace import Workspace
 from moduseg.stages.build_bank import BuildBank
@@ -199,6 +201,32 @@ def test_a_killed_training_ends_with_the_same_weights(outputs: Path, tmp_path: P
     resumed = TrainStudent.run(compose(again))
     assert file_digest(resumed / "student.safetensors") == file_digest(undisturbed / "student.safetensors")
     assert not (resumed / "training.pt").exists()
+
+
+def test_a_process_that_dies_before_the_manifest_loses_no_step(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = overrides(tmp_path, *LINEAR, "student.labels=ground_truth", "student.training.steps=5", world=outputs)
+    write_manifest = Artefact.write_manifest
+
+    def die(artefact: Artefact, **fields: Any) -> None:
+        if artefact.stage == "train_student" and fields["status"] == "complete":
+            raise KeyboardInterrupt
+        write_manifest(artefact, **fields)
+
+    monkeypatch.setattr(Artefact, "write_manifest", die)
+    with pytest.raises(KeyboardInterrupt):
+        TrainStudent.run(compose(arguments))
+    monkeypatch.undo()
+    (log,) = {path.resolve() for path in tmp_path.rglob("training.csv")}
+    written = log.stat().st_mtime_ns
+    folder = TrainStudent.run(compose(arguments))
+    # No step was made again, and nothing but the student is left.
+    assert log.stat().st_mtime_ns == written
+    assert not [path.name for path in folder.iterdir() if "training.pt" in path.name]
+    manifest = read_json(folder / "manifest.json")
+    assert "student.safetensors" in manifest["products"]
+    assert not [name for name in manifest["products"] if "training.pt" in name]
 
 
 def test_processes_of_torchrun_train_together(outputs: Path, tmp_path: Path) -> None:
