@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -152,13 +152,15 @@ class ClassScores(Stage[tuple[Sample, WaitingProposals | None]]):
         proposals = folder if work.generator.fits_proposals else None
         skipped = {} if folder is None else skipped_images({"propose": folder})
 
-        def fit() -> None:
-            if ("fit", self.split) not in work.finished_stages:
-                work.finished_stages["fit", self.split] = _fit(work, skipped, proposals)
-
+        spent: Mapping[str, float] = {}
         if work.generator.fits_together and work.peers.world > 1 and ("fit", self.split) not in work.finished_stages:
             # What they compute together stays in the folder's checkpoint, where rank 0 then finds it.
-            _fit(work, skipped, proposals, is_stored=False)
+            spent = _fit(work, skipped, proposals, is_stored=False).seconds
+
+        def fit() -> None:
+            if ("fit", self.split) not in work.finished_stages:
+                work.finished_stages["fit", self.split] = _fit(work, skipped, proposals, spent=spent).path
+
         work.peers.leader_first("fit", fit)
         file = work.finished_stages["fit", self.split] / FIT_FILE
         work.generator.load_state(load_tensors(file.read_bytes()))
@@ -174,7 +176,21 @@ def _list_settings(work: Workspace) -> dict[str, Any]:
     return settings
 
 
-def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | None, *, is_stored: bool = True) -> Path:
+class _Fit(NamedTuple):
+    """Where a fit is stored, and the seconds (`wall`, `cpu`) that this process spent on it now; empty for none."""
+
+    path: Path
+    seconds: Mapping[str, float]
+
+
+def _fit(
+    work: Workspace,
+    skipped: Mapping[str, str],
+    proposals: StageFolder | None,
+    *,
+    is_stored: bool = True,
+    spent: Mapping[str, float] | None = None,
+) -> _Fit:
     """Fit the generator on the training images that can be read, or find what an earlier run fitted.
 
     The images that took part are in the key: when a broken image is mended, the generator is fitted again.
@@ -184,9 +200,7 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
         skipped: images that an earlier stage lost.
         proposals: those that the fit looks at.
         is_stored: whether this process writes the result.
-
-    Returns:
-        The folder with the fitted tensors.
+        spent: seconds that it took before, with other processes.
     """
     dataset, generator = work.dataset(work.train_split), work.generator
     usable = []
@@ -216,7 +230,7 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
     )
     file = artefact.path / FIT_FILE
     if artefact.is_complete and file.is_file() and file_digest(file) == artefact.manifest.get("sha256"):
-        return artefact.path
+        return _Fit(artefact.path, {})
 
     passes = count(1)
 
@@ -232,9 +246,10 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
     images = FitImages(tuple(usable), dataset.load, samples, artefact.path)
     start, cpu_start = time.perf_counter(), time.process_time()
     state = generator.fit(images, dataset.num_classes, None if proposals is None else proposals_of)
-    seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu_start}
+    now = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu_start}
+    seconds = {step: value + (spent or {}).get(step, 0.0) for step, value in now.items()}
     if not is_stored:
-        return artefact.path
+        return _Fit(artefact.path, seconds)
     if generator.is_classifier:
         generator.load_state(state)
         write_json(artefact.path / CLASSIFIER, _score_classifier(work, usable))
@@ -242,7 +257,7 @@ def _fit(work: Workspace, skipped: Mapping[str, str], proposals: StageFolder | N
     write_atomic(file, save_tensors({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
     artefact.write_manifest(status="complete", images=len(usable), seconds=seconds, sha256=file_digest(file))
     log.info("fit: %d images -> %s", len(usable), artefact.path)
-    return artefact.path
+    return _Fit(artefact.path, seconds)
 
 
 def measure_classifier(work: Workspace) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from moduseg.stages.class_scores import CLASSIFIER, ClassScores
 from moduseg.stages.infer import Infer
 from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.studies.ablate import read_figure
+from moduseg.training.books import LOG, read_table
 from tests.support.runs import overrides, result_bytes
 from tests.support.tiny_class_tokens import TINY_CLASS_TOKENS
 
@@ -109,3 +110,7 @@ def test_processes_of_torchrun_train_together(tmp_path: Path) -> None:
     results = result_bytes(tmp_path)
     assert sum("fit.safetensors" in name for name in results) == 1
     assert sum("labels/" in name for name in results) == 6
+    # The seconds of the fit are those of the training, though rank 0 found it finished when it stored it.
+    (fit,) = fits(tmp_path)
+    (training,) = fit.glob(f"training-*/{LOG}")
+    assert json.loads((fit / "manifest.json").read_text())["seconds"]["wall"] > read_table(training)[-1]["seconds"]
