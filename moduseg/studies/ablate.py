@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -119,6 +119,31 @@ class Table:
         if any(option not in self.axes.get(axis, {}) for axis, option in self.reference.items()):
             allowed = "; ".join(f"{axis}: {', '.join(options)}" for axis, options in self.axes.items())
             raise ValueError(f"reference: got {self.reference}, expected an axis and one of its options ({allowed})")
+        for axis in self.reference:
+            num_runs = {option: len(_as_alternatives(runs)) for option, runs in self.axes[axis].items()}
+            if len(set(num_runs.values())) > 1:
+                numbers = ", ".join(f"{option} {number}" for option, number in num_runs.items())
+                raise ValueError(
+                    f"reference: got options of {axis} with unequal numbers of runs ({numbers}), expected equal ones, "
+                    "since runs are compared in pairs; leave it out"
+                )
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """The images of a run.
+
+    Attributes:
+        ids: of the images.
+        counts: `[n, 3, S]` int64 of `moduseg.evaluation.bootstrap.image_counts`.
+    """
+
+    ids: tuple[str, ...]
+    counts: np.ndarray
+
+    def select(self, wanted: Collection[str]) -> np.ndarray:
+        """Return the counts of those images that are wanted, in the order of `ids`."""
+        return self.counts[[image_id in wanted for image_id in self.ids]]
 
 
 def main(options: AblateOptions, overrides: Sequence[str]) -> int:
@@ -203,7 +228,7 @@ def run(name: str, overrides: Sequence[str] = ()) -> Path:
 
 def _run_cell(
     table: Table, options: Mapping[str, str], runs: Sequence[list[str]], overrides: Sequence[str], progress: Progress
-) -> tuple[dict[str, Any], list[np.ndarray]]:
+) -> tuple[dict[str, Any], list[ScoredImages]]:
     """Run one cell of the grid: its row, and if the table has a reference the pixel counts of each run's images."""
     start = time.perf_counter()
     commands = [[*table.base, *cell_overrides, *overrides] for cell_overrides in runs]
@@ -229,24 +254,35 @@ def _run_cell(
     return row, counts
 
 
-def _read_counts(folder: Path, record: Mapping[str, Any]) -> np.ndarray:
-    """Return the pixel counts `[n, 3, S]` int64 of the images of a run of `evaluate`, whose prediction has `record`."""
+def _read_counts(folder: Path, record: Mapping[str, Any]) -> ScoredImages:
+    """Return the images of a run of `evaluate`, whose prediction has `record`."""
     rule = record.get("uncovered", {}).get("rule")
     counts = SplitCounts.from_bytes((folder / FILE).read_bytes(), str(folder / FILE))
-    return counts.label_counts(rule is None, "ignore" if rule == "ignore" else "wrong")
+    of_labels = counts.label_counts(rule is None, "ignore" if rule == "ignore" else "wrong")
+    return ScoredImages(tuple(counts.ids), of_labels)
 
 
 def _compare_with_reference(
-    reference: dict[str, str], results: Sequence[tuple[dict[str, Any], list[np.ndarray]]], cfg: Config
+    reference: dict[str, str], results: Sequence[tuple[dict[str, Any], list[ScoredImages]]], cfg: Config
 ) -> None:
-    """Add `all_images` to each row: its mIoU over the images of all runs, and the difference to its reference row's."""
+    """Add `all_images` to each row: its mIoU over the images of all runs, and the difference to its reference row's.
+
+    The difference is that on the images that both have; `images` is their number where the row has others.
+    """
     resamples, seed = cfg.evaluation.bootstrap, cfg.runtime.seed
-    counts = {tuple(row["options"].values()): np.concatenate(runs) for row, runs in results}
-    for row, _ in results:
-        own, other = (counts[tuple(options.values())] for options in (row["options"], row["options"] | reference))
-        row["all_images"] = {"images": len(own), "miou": asdict(bootstrap(own, resamples, seed=seed))}
-        if row["options"] != row["options"] | reference:
-            row["all_images"]["difference"] = asdict(paired_bootstrap(other, own, resamples, seed=seed))
+    runs_by_options = {tuple(row["options"].values()): runs for row, runs in results}
+    for row, runs in results:
+        counts = np.concatenate([run.counts for run in runs])
+        row["all_images"] = {"images": len(counts), "miou": asdict(bootstrap(counts, resamples, seed=seed))}
+        if row["options"] == row["options"] | reference:
+            continue
+        pairs = list(zip(runs_by_options[tuple((row["options"] | reference).values())], runs, strict=True))
+        first, second = (
+            np.concatenate([pair[side].select({*pair[0].ids} & {*pair[1].ids}) for pair in pairs]) for side in (0, 1)
+        )
+        difference = asdict(paired_bootstrap(first, second, resamples, seed=seed))
+        is_smaller = len(second) < max(len(counts), sum(len(other.ids) for other, _ in pairs))
+        row["all_images"]["difference"] = {**difference, **({"images": len(second)} if is_smaller else {})}
 
 
 def run_stage(stage: str, cfg: Config, columns: Sequence[str] = ()) -> dict[str, Any]:
@@ -328,6 +364,7 @@ def _compared_cells(row: Mapping[str, Any]) -> list[str]:
     cells = [f"{miou['value']:.1f} ({miou['low']:.1f} to {miou['high']:.1f})", "-"]
     if difference is not None:
         cells[1] = f"{difference['value']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
+        cells[1] += f", {difference['images']} images" if "images" in difference else ""
     return cells
 
 

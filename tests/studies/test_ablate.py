@@ -111,6 +111,30 @@ def test_rows_are_compared_with_a_reference_over_all_images(
     assert cells[4][4] == f"{expected.value:+.1f} ({expected.low:+.1f} to {expected.high:+.1f})"
 
 
+def test_rows_are_compared_on_the_images_that_both_have(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that lost an image is compared on the others, image by image, and says on how many."""
+    confusions = {
+        "1": {"b": [[5, 0], [3, 2]], "c": [[7, 1], [1, 1]]},
+        "5": {"a": [[8, 0], [0, 2]], "c": [[6, 2], [0, 2]]},
+    }
+    for top_k, matrices in confusions.items():
+        results = {"miou": 50.0, "images": 2, "dataset": "miniature", "split": "val"}
+        write_json(tmp_path / top_k / "results.json", {"prediction": results, "pseudo_masks": None, "proposals": None})
+        counts = SplitCounts(2)
+        for image_id, matrix in matrices.items():
+            counts.append(image_id, ImageCounts(np.array(matrix)))
+        (tmp_path / top_k / FILE).write_bytes(counts.to_bytes())
+    monkeypatch.setattr(ablate.evaluate, "run", lambda cfg, work=None: tmp_path / str(cfg.retrieval.top_k))
+    (tables / "one.yaml").write_text(TABLE + "reference: {K: '1'}\n")
+    path = ablate.run("one", [f"runtime.outputs={tmp_path / 'outputs'}"])
+    difference = json.loads(path.with_suffix(".json").read_text())["rows"][1]["all_images"]["difference"]
+    expected = 100 * ((6 / 8 + 2 / 4) / 2 - (7 / 9 + 1 / 3) / 2)
+    assert (difference["value"], difference["images"]) == (pytest.approx(expected), 1)
+    assert path.read_text().splitlines()[5].split("|")[4].strip().endswith(", 1 images")
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -121,10 +145,16 @@ def test_rows_are_compared_with_a_reference_over_all_images(
             "reference: {k: '1'}\n", r"reference: got .*expected an axis and one of its options", id="no such axis"
         ),
         pytest.param("reference: {K: '1'}\nstage: segment\n", r"reference: got one with stage segment", id="stage"),
+        pytest.param(
+            "reference: {B: one}\naxes: {B: {one: [[dataset.seed=0]], two: [[dataset.seed=0], [dataset.seed=1]]}}\n",
+            r"reference: got options of B with unequal numbers of runs \(one 1, two 2\)",
+            id="numbers of runs",
+        ),
     ],
 )
 def test_a_reference_has_to_be_a_row(tables: Path, lines: str, message: str) -> None:
-    (tables / "one.yaml").write_text(TABLE + lines)
+    content = TABLE.splitlines()[0] + "\n" + lines if "axes:" in lines else TABLE + lines
+    (tables / "one.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
         ablate.load_table("one")
 
