@@ -217,13 +217,14 @@ class Segmenter:
             The prediction of one photograph; of a sequence a list, of an iterator an iterator, in their order.
 
         Raises:
+            ConfigError: a batch size below 1.
             DataError: a file cannot be read.
             ValueError: an array of another shape, dtype or range; the message names both.
             TypeError: something that holds no photograph.
         """
         if is_one_picture(image):
             return next(self._predict_many([image], 1))
-        predictions = self._predict_many(image, batch_size or self.cfg.runtime.batch_size)
+        predictions = self._predict_many(image, self.cfg.runtime.batch_size if batch_size is None else batch_size)
         return predictions if isinstance(image, Iterator) else list(predictions)
 
     def _predict_many(self, images: Iterable[Any], batch_size: int) -> Iterator[ImagePrediction]:

@@ -82,8 +82,9 @@ def test_many_photographs_are_predicted_like_one(shared: Segmenter, tmp_path: Pa
     stacked = shared.predict(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255)
     assert all(np.array_equal(p.label_map, e) for p, e in zip(stacked, expected, strict=True))
     assert shared.predict([]) == []
-    with pytest.raises(ConfigError, match="batch_size: got -1"):
-        shared.predict(images, batch_size=-1)
+    for size in (-1, 0):
+        with pytest.raises(ConfigError, match=f"batch_size: got {size}"):
+            shared.predict(images, batch_size=size)
     with pytest.raises(ValueError, match=r"got \(64, 48, 2\)"):
         shared.predict([images[0][:, :, :2]])
 
