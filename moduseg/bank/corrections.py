@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,23 +58,26 @@ def read_corrections(path: Path) -> CorrectionFile:
         path: JSON, `{"version": 1, "bank": "<sha256>", "corrections": [{"row", "image", "before", "after"}]}`.
 
     Raises:
-        ArtefactError: no such file, or no JSON.
-        ConfigError: JSON of another form, or two corrections of one row.
+        ArtefactError: no such file.
+        ConfigError: no JSON, JSON of another form, or two corrections of one row.
     """
     if not path.is_file():
         raise ArtefactError(f"corrections: got '{path}', no such file; save one in the report's page Bank")
-    content = read_json(path)
     form = 'expected {"version": 1, "bank": "<sha256>", "corrections": [...]}; save it again in the report\'s page Bank'
+    try:
+        content = read_json(path)
+    except ArtefactError as error:  # whose remedy is for the folder of an artefact
+        raise ConfigError(f"{path}: got no JSON, {form}") from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ConfigError(f"{path}: got another kind of JSON, {form}")
     entries = content.get("corrections")
     if not isinstance(content.get("bank"), str) or not isinstance(entries, list):
         raise ConfigError(f"{path}: got no bank or no list of corrections, {form}")
     corrections = tuple(_read_entry(path, number, entry) for number, entry in enumerate(entries))
-    rows = [correction.row for correction in corrections]
-    twice = sorted({row for row in rows if rows.count(row) > 1})
-    if twice:
-        raise ConfigError(f"{path}: got two corrections of row {twice[0]}, expected one; remove one of them")
+    counts = Counter(correction.row for correction in corrections)
+    repeated = sorted(row for row, count in counts.items() if count > 1)
+    if repeated:
+        raise ConfigError(f"{path}: got two corrections of row {repeated[0]}, expected one; remove one of them")
     return CorrectionFile(content["bank"], corrections)
 
 

@@ -42,8 +42,8 @@ def find_region_at(prediction: Prediction, x: float, y: float, *, is_majority: b
             shared = (chosen & visible).flatten(1).sum(1)
             return int(agreeing[int((shared / (chosen | visible).flatten(1).sum(1)).argmax())])
         # Proposals are kept, and painted, in descending score: the first one is visible.
-        order = [index for index in prediction.kept.tolist() if index in set(agreeing.tolist())]
-        return order[0] if order else int(agreeing[int(prediction.scores[agreeing].argmax())])
+        visible_first = prediction.kept[torch.isin(prediction.kept, agreeing)]
+        return int(visible_first[0] if len(visible_first) else agreeing[int(prediction.scores[agreeing].argmax())])
     candidates = agreeing if len(agreeing) else covering
     areas, quality = prediction.proposals.areas.cpu(), prediction.proposals.quality.cpu()
     return min(candidates.tolist(), key=lambda index: (-float(quality[index]), int(areas[index]), index))

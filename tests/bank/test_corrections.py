@@ -75,6 +75,12 @@ def test_what_does_not_fit_is_named(tmp_path: Path, corrections: Any, changes: A
         apply_corrections(make_bank(), read_corrections(path))
 
 
+def test_a_file_that_is_no_json_is_saved_again(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"version": 1')
+    with pytest.raises(ConfigError, match=r"c\.json: got no JSON, expected \{.*save it again in the report"):
+        read_corrections(tmp_path / "c.json")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModusegError, match="no such file"):
         read_corrections(tmp_path / "none.json")
