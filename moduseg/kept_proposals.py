@@ -36,8 +36,8 @@ class KeptProposals:
         width = on_host.masks.shape[2]
         if on_host.masks.numel() <= _MAX_LOOSE_PIXELS:
             return cls(on_host, None, None, width)
-        bare = replace(on_host, masks=on_host.masks[:, :0, :0], id_map=None)
-        return cls(bare, np.packbits(on_host.masks, 2), on_host.id_map, width)
+        without_masks = replace(on_host, masks=on_host.masks[:, :0, :0], id_map=None)
+        return cls(without_masks, np.packbits(on_host.masks, 2), on_host.id_map, width)
 
     def decode(self) -> Proposals:
         """Return the proposals as they were, on the CPU."""

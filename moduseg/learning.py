@@ -389,8 +389,10 @@ class LearnedImages:
             before: the bank that learned them, whose ids the label maps have.
         """
         new_ids = map_class_ids(before.classes, bank.classes)
-        kept = [(i, own) for i, own in list(self.images.items()) if _list_vectors(bank, i) & _list_vectors(before, i)]
-        return LearnedImages({i: LearnedImage(own.pixels, new_ids[own.label_map]) for i, own in kept})
+        kept = [
+            (i, entry) for i, entry in list(self.images.items()) if _list_vectors(bank, i) & _list_vectors(before, i)
+        ]
+        return LearnedImages({i: LearnedImage(entry.pixels, new_ids[entry.label_map]) for i, entry in kept})
 
 
 def map_class_ids(before: Sequence[str], classes: Sequence[str]) -> np.ndarray:

@@ -200,10 +200,10 @@ class ImagePrediction:
 
     def __repr__(self) -> str:
         height, width = self.label_map.shape
-        found = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(self.shares.items())[:4])
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(self.shares.items())[:4])
         more = f", {len(self.shares) - 4} more" if len(self.shares) > 4 else ""
         changed = f", {len(self.changes)} regions changed" if self.changes else ""
-        return f"<Prediction of {self.picture.name!r}, {width} x {height} pixels: {found}{more}{changed}>"
+        return f"<Prediction of {self.picture.name!r}, {width} x {height} pixels: {shares}{more}{changed}>"
 
     def _repr_html_(self) -> str:
         return to_html(self.overlay(), self._legend(), self.shares, repr(self))
@@ -235,11 +235,11 @@ class ImagePrediction:
             count = MIN_NEIGHBOURS + self.neighbours.shape[1]
             rows, similarities = retriever.nearest(query, count)
             nearest = rows[0].cpu(), similarities[0].cpu()
-        near = NearestRows.of(self.neighbours[proposal], self.similarities[proposal], nearest)
+        nearest_rows = NearestRows.of(self.neighbours[proposal], self.similarities[proposal], nearest)
         label, score = self.classes[int(self.labels[proposal])], float(self.scores[proposal])
         region = draw_region(self.image, self.get_mask(proposal), _REGION_SIDE)
         bank, draw = self.view.bank, self.view.draw
-        return explain(bank, near, proposal=proposal, label=label, score=score, draw=draw, region=region)
+        return explain(bank, nearest_rows, proposal=proposal, label=label, score=score, draw=draw, region=region)
 
     def find_proposal(self, x: float, y: float) -> int:
         """Return the proposal at a pixel, as `at` does.
@@ -296,14 +296,14 @@ class ImagePrediction:
             import supervision  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
             raise MissingError("to_detections: got no supervision, expected it; pip install supervision") from error
-        found = self.objects(kind)
-        masks = np.stack([o.mask for o in found]) if found else np.zeros((0, *self.label_map.shape), bool)
+        objects = self.objects(kind)
+        masks = np.stack([o.mask for o in objects]) if objects else np.zeros((0, *self.label_map.shape), bool)
         return supervision.Detections(
-            xyxy=supervision.mask_to_xyxy(masks).astype(np.float32) if found else np.zeros((0, 4), np.float32),
+            xyxy=supervision.mask_to_xyxy(masks).astype(np.float32) if objects else np.zeros((0, 4), np.float32),
             mask=masks,
-            confidence=np.array([o.score for o in found], dtype=np.float32),
-            class_id=np.array([o.label for o in found], dtype=int),
-            data={"class_name": np.array([self.classes[o.label] for o in found], dtype=str)},
+            confidence=np.array([o.score for o in objects], dtype=np.float32),
+            class_id=np.array([o.label for o in objects], dtype=int),
+            data={"class_name": np.array([self.classes[o.label] for o in objects], dtype=str)},
         )
 
     def save(self, path: str | Path, kind: Kind | None = None) -> Path:
@@ -318,8 +318,8 @@ class ImagePrediction:
             ConfigError: neither the name nor `kind` says what to write.
         """
         file = Path(path)
-        known = next((k for suffix, k in _SUFFIX_KINDS.items() if file.name.lower().endswith(suffix)), None)
-        chosen = kind or known
+        kind_by_name = next((k for suffix, k in _SUFFIX_KINDS.items() if file.name.lower().endswith(suffix)), None)
+        chosen = kind or kind_by_name
         writers: dict[str, Callable[[Path], bytes]] = {
             "labels": lambda _: write_label_png(self.label_map),
             "overlay": self._encode_overlay,
@@ -339,7 +339,7 @@ class ImagePrediction:
     def _records(self) -> tuple[tuple[int, int], list[dict[str, Any]]]:
         """Return the size and the objects' records, of which COCO's and LabelMe's files are made."""
         height, width = self.label_map.shape
-        return (height, width), [to_record(found, _TOLERANCE) for found in self.objects()]
+        return (height, width), [to_record(predicted, _TOLERANCE) for predicted in self.objects()]
 
     def _source_name(self) -> str:
         return self.picture.path.name if self.picture.path is not None else self.picture.name

@@ -78,5 +78,5 @@ def show_proposals(image: Picture, proposer: str = DEFAULT, device: str = "auto"
     """
     picture = read_picture(image)
     cfg = compose([f"proposer={proposer}"])
-    found = proposers.build(cfg.proposer, resolve_device(device, cfg.runtime.precision)).propose(picture.sample)
-    return ShownProposals(picture.pixels, found, proposer)
+    built = proposers.build(cfg.proposer, resolve_device(device, cfg.runtime.precision))
+    return ShownProposals(picture.pixels, built.propose(picture.sample), proposer)

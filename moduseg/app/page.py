@@ -96,8 +96,8 @@ class Page:
             return self.correct(session, proposal, label)
         name = session.classes[int(session.prediction.labels[proposal])]
         # A box may mean a region that was there.
-        found = "A region was drawn" if proposal >= count else "That region was there already"
-        message = f"{found}; it looks like {name}." if is_sought else ""
+        origin = "A region was drawn" if proposal >= count else "That region was there already"
+        message = f"{origin}; it looks like {name}." if is_sought else ""
         return self._view(session, proposal, label if names_at_once else name, message)
 
     def correct(self, session: Session, proposal: int | None, label: str | None) -> PageView:
@@ -147,8 +147,8 @@ class Page:
         """Return the names of the banks below `save_folder`, the latest first."""
         if self.save_folder is None or not self.save_folder.is_dir():
             return []
-        found = [path.parent for path in self.save_folder.glob("*/bank.json")]
-        return [path.name for path in sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name))]
+        banks = [path.parent for path in self.save_folder.glob("*/bank.json")]
+        return [path.name for path in sorted(banks, key=lambda path: (-path.stat().st_mtime_ns, path.name))]
 
     def refresh(self, session: Session | None, proposal: int | None, label: str | None) -> dict[str, str]:
         """Return why actions are not possible, see `Session.refusals`."""

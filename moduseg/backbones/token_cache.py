@@ -162,7 +162,8 @@ class CachedBackbone(Backbone):
             ConfigError: tokens beyond the range of half precision.
         """
         names = [f"{self._folder_name}/{_digest_image(image)}" for image in images]
-        stored = {index: found for index, name in enumerate(names) if (found := self._store.read(name)) is not None}
+        read = {index: self._store.read(name) for index, name in enumerate(names)}
+        stored = {index: token_map for index, token_map in read.items() if token_map is not None}
         maps = dict(zip(stored, move_tokens(list(stored.values()), self._device.torch_device), strict=True))
         missing = [index for index in range(len(images)) if index not in maps]
         for group in [[index] for index in missing] if self._passes_alone else [missing] * bool(missing):

@@ -186,8 +186,8 @@ def _count_in_bytes(pixels: np.ndarray, patch_size: int, grid: tuple[int, int]) 
     for start in range(0, len(pixels), step):
         part = pixels[start : start + step]
         down = sums[: len(part)]
-        whole = part[:, : num_full * patch_size].reshape(len(part), num_full, patch_size, width)
-        np.add.reduce(whole, axis=2, dtype=np.uint8, out=down[:, :num_full, :width])
+        full_rows = part[:, : num_full * patch_size].reshape(len(part), num_full, patch_size, width)
+        np.add.reduce(full_rows, axis=2, dtype=np.uint8, out=down[:, :num_full, :width])
         if rest:
             np.add.reduce(part[:, -rest:], axis=1, dtype=np.uint8, out=down[:, num_full, :width])
         across = down.reshape(len(part), *grid, patch_size)

@@ -55,8 +55,10 @@ class _PicturesDataset(Dataset):
 
     def fingerprint(self) -> str:
         """Return the sha256 of what decides results but is not configured, and of the pictures."""
-        own = super().fingerprint()
-        return own if self.picture == "whole" else hashlib.sha256(f"{own} {self.picture}".encode()).hexdigest()
+        of_images = super().fingerprint()
+        return (
+            of_images if self.picture == "whole" else hashlib.sha256(f"{of_images} {self.picture}".encode()).hexdigest()
+        )
 
     def prepare_image(self, image: np.ndarray) -> np.ndarray:
         """Return the picture `[h, w, 3]` uint8 of an image."""

@@ -33,7 +33,7 @@ def find_class_colours(
     palette = voc_palette()
     more = {name: colour for name, colour in (named or {}).items() if name in classes}
     if more:
-        own = choose_class_colours(classes, more)
+        chosen = choose_class_colours(classes, more)
         for name in more:
-            palette[classes.index(name)] = own[classes.index(name)]
+            palette[classes.index(name)] = chosen[classes.index(name)]
     return palette

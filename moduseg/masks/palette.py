@@ -83,10 +83,10 @@ def choose_class_colours(
         raise ConfigError(f"colours: got {scheme!r}, expected one of {', '.join(SCHEMES)}; try auto")
     if scheme == "voc":
         return voc_palette()
-    own = {} if scheme == "colour_blind" else dict(named or {})
+    chosen = {} if scheme == "colour_blind" else dict(named or {})
     foreground = tuple(classes[1:])
-    hues = tuple(_find_hue(name) if scheme == "auto" and name not in own else None for name in foreground)
-    fixed = tuple(own.get(name) for name in foreground)
+    hues = tuple(_find_hue(name) if scheme == "auto" and name not in chosen else None for name in foreground)
+    fixed = tuple(chosen.get(name) for name in foreground)
     palette = voc_palette()
     palette[1 : len(classes)] = _spread_colours(hues, fixed, scheme == "colour_blind")
     return palette
