@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moduseg.bank.store import Bank, encode_vectors
-from moduseg.errors import DataError
+from moduseg.errors import ConfigError, DataError
 from moduseg.files import file_digest, to_json_values, write_atomic
 from moduseg.masks.cells import Cells
 from moduseg.masks.encoded import WaitingProposals, decode
@@ -53,7 +53,17 @@ class FitRanking(Stage[Item]):
         return f"fit ranking {self.split}"
 
     def inputs(self) -> dict[str, Stage[Any]]:
-        """Return `build_bank` and the `queries` of the training split."""
+        """Return `build_bank` and the `queries` of the training split.
+
+        Raises:
+            ConfigError: prototypes, whose centres are made of the very images that the ranking is fitted on.
+        """
+        if self.cfg.bank.prototypes is not None:
+            raise ConfigError(
+                f"bank.prototypes: got {self.cfg.bank.prototypes}, expected null with retrieval.selection=learnt, "
+                "whose ranking is fitted with a bank that lacks the image it looks at, while a centre has vectors of "
+                "many; set bank.prototypes=null, or retrieval.selection=margin"
+            )
         return {"build_bank": BuildBank(self.work), "queries": Queries(self.work, self.split)}
 
     @property

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from moduseg.errors import ConfigError
 from moduseg.pipeline.batches import Outcome
+from moduseg.pipeline.stage import Stage
 from moduseg.pipeline.workspace import Workspace
 from moduseg.retrieval.retriever import Retriever
 from moduseg.stages.infer import Infer
@@ -33,6 +35,20 @@ class InferTraining(Infer):
         self._retrieval = self.cfg.retrieval
         if student is not None and (student.confidence or student.min_confidence):
             self._retrieval = replace(self._retrieval, confidence=True)
+
+    def inputs(self) -> dict[str, Stage[Any]]:
+        """Return those of `infer`.
+
+        Raises:
+            ConfigError: prototypes, whose centres are made of the very images, where these are held out.
+        """
+        if self._is_held_out and self.cfg.bank.prototypes is not None:
+            raise ConfigError(
+                f"bank.prototypes: got {self.cfg.bank.prototypes}, expected null with student.labels=predictions, "
+                "since a centre has vectors of many images, of the labelled one too; set bank.prototypes=null, or "
+                "student.held_out=false"
+            )
+        return super().inputs()
 
     @cached_property
     def searched_bank(self) -> SearchBank:

@@ -16,14 +16,11 @@ from moduseg.pipeline.manifests import StageFolder, name_supervision, stored_nam
 from moduseg.pipeline.stage import Stage
 from moduseg.report import build
 from moduseg.stages.evaluate_masks import LabelOrigin, score_or_draw
-from moduseg.stages.student_labels import require_student
+from moduseg.stages.student_labels import LABEL_SOURCES, require_student
 from moduseg.stages.train_student import TrainStudent
 from moduseg.structures import Sample
 from moduseg.students.base import Student, to_label_map
 from moduseg.students.store import WEIGHTS, load_student
-
-_SUPERVISION = {"ground_truth": "pixel labels (ground truth)", "files": "label maps of a folder"}
-"""What results call the labels behind a student, where these are not the image-level labels."""
 
 
 class PredictStudent(Stage[Sample]):
@@ -104,7 +101,7 @@ class PredictStudent(Stage[Sample]):
     def merge(self, outcome: Outcome) -> dict[str, Any]:
         """Score the label maps and draw panels, unless that is done."""
         supervision = self._folder.manifest.get("supervision")
-        origin = LabelOrigin(_SUPERVISION.get(self.settings.labels), supervision)
+        origin = LabelOrigin(LABEL_SOURCES.get(self.settings.labels), supervision)
         score_or_draw(self.work, self.artefact, outcome, self.dataset, inputs=self.input_folders, origin=origin)
         return {"split": self.split, "config": self.cfg.as_dict(), **name_supervision(supervision)}
 

@@ -23,6 +23,9 @@ from moduseg.stages.infer_training import InferTraining
 from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.structures import IGNORE_INDEX, ScoreMaps
 
+LABEL_SOURCES = {"ground_truth": "pixel labels (ground truth)", "files": "label maps of a folder"}
+"""What results call the labels that a student learns, where these are not made from the image-level labels."""
+
 
 @dataclass(frozen=True)
 class SourceLabels:
@@ -187,7 +190,7 @@ class StudentLabels(Stage[SourceLabels]):
     def merge(self, outcome: Outcome) -> dict[str, Any]:
         """Score the label maps or draw panels of them, and return the split and what they were made from."""
         supervision = None if self._source is None else self._source.manifest.get("supervision")
-        origin = LabelOrigin(supervision=supervision)
+        origin = LabelOrigin(LABEL_SOURCES.get(self.settings.labels), supervision)
         score_or_draw(self.work, self.artefact, outcome, self.dataset, inputs=self.input_folders, origin=origin)
         return {"split": self.split, **name_supervision(supervision)}
 

@@ -237,7 +237,7 @@ class TimmOptions(ImageSettings):
         mean, std: of the RGB channels in [0, 1].
         seed: of random weights.
         freeze_norms: whether batch norms keep their statistics.
-        freeze_trunk: whether only the head is trained.
+        freeze_trunk: whether only the head is trained; the trunk's batch norms keep their statistics then.
         augmentation, trunk_rate: see `ImageSettings`.
     """
 
@@ -288,7 +288,7 @@ class TimmStudent(ImageStudent):
         model.prune_intermediate_layers([options.coarse], prune_norm=True, prune_head=True)
         with seed_weights(options.seed):
             head = LiteHead(widths[0], widths[1], self.outputs.count, options.width)
-        body = _TwoMaps(model, head, (options.fine, options.coarse))
+        body = _TwoMaps(model, head, (options.fine, options.coarse), is_frozen=options.freeze_trunk)
         return SegmentationNetwork(body, options.mean, options.std, freeze_norms=options.freeze_norms)
 
 
@@ -320,11 +320,18 @@ def fix_padding(model: nn.Module) -> None:
 
 
 class _TwoMaps(nn.Module):
-    """A CNN of timm whose head sees two of its maps."""
+    """A CNN of timm whose head sees two of its maps; a frozen one stays in evaluation mode."""
 
-    def __init__(self, trunk: Any, head: LiteHead, stages: tuple[int, int]) -> None:
+    def __init__(self, trunk: Any, head: LiteHead, stages: tuple[int, int], *, is_frozen: bool = False) -> None:
         super().__init__()
-        self.trunk, self.head, self._stages = trunk, head, list(stages)
+        self.trunk, self.head, self._stages, self._is_frozen = trunk, head, list(stages), is_frozen
+
+    def train(self, mode: bool = True) -> _TwoMaps:
+        """Set the mode of what is trained."""
+        super().train(mode)
+        if self._is_frozen:
+            self.trunk.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `[B, K, h, w]`."""

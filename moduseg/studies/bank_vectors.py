@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from moduseg.bank.store import Bank
 from moduseg.config import Config, compose
+from moduseg.errors import ConfigError
 from moduseg.evaluation.measures import Figure
 from moduseg.pipeline.workspace import Workspace
 from moduseg.stages.build_bank import BuildBank
@@ -34,8 +35,14 @@ def measure_vectors(cfg: Config, work: Workspace) -> dict[str, Any]:
         have; `None` without any. `kept`: share of the true (image, class) pairs that have a vector, in percent.
 
     Raises:
+        ConfigError: a finished bank, which other images may have made.
         DataError: the training split has no ground truth.
     """
+    if cfg.bank.path is not None:
+        raise ConfigError(
+            f"bank.path: got {cfg.bank.path!r}, expected null, since the bank's vectors are compared with those of a "
+            "bank of the same images; leave it out, or the columns of vectors"
+        )
     truth = compose(["pseudo_masks=ground_truth"]).pseudo_masks
     purify = replace(cfg.bank.purify, enabled=False)
     settings = replace(cfg.bank, purify=purify, aggregation="soft", min_area=1)
@@ -52,8 +59,10 @@ def measure_vectors(cfg: Config, work: Workspace) -> dict[str, Any]:
 
 
 def _index_foreground(bank: Bank) -> dict[tuple[str, int], int]:
-    """Return the row of each (image, class) of a bank, background apart."""
+    """Return the row of each (image, class) of a bank, background apart; parts and mirror images follow the first."""
     names = [bank.image_ids[int(i)] for i in bank.image_index]
-    return {
-        (name, label): row for row, (name, label) in enumerate(zip(names, bank.labels.tolist(), strict=True)) if label
-    }
+    rows: dict[tuple[str, int], int] = {}
+    for row, (name, label) in enumerate(zip(names, bank.labels.tolist(), strict=True)):
+        if label:
+            rows.setdefault((name, label), row)
+    return rows

@@ -36,7 +36,7 @@ def make_markdown(record: Mapping[str, Any]) -> str:
         "method", "form", "mIoU", "95 % interval", "alike", "gain", "boundary mIoU", "masks of train", "s", "CPU s",
         "GB", "preparation (CPU min)", "trained parameters", "supervision", "tags at test", "published",
     )  # fmt: skip
-    body = [_make_cells(row) for row in record["rows"]]
+    body = [_make_cells(row, len(worlds)) for row in record["rows"]]
     notes = "\n".join(f"- {note}" for note in _list_notes(record))
     return "\n".join([head, "", markdown_table(header, body), notes, "", *_list_problems(record["rows"])])
 
@@ -55,15 +55,21 @@ def make_csv(record: Mapping[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def _make_cells(row: Mapping[str, Any]) -> list[object]:
-    """Return the cells of a row; one that was not run says so in place of its mIoU."""
+def _make_cells(row: Mapping[str, Any], num_worlds: int) -> list[object]:
+    """Return the cells of a row; one that was not run says so in place of its mIoU.
+
+    Args:
+        row: of the table's record.
+        num_worlds: of the table; a row that has fewer so far, or broke off, says how many.
+    """
     is_done = row["miou"] is not None
+    partial = f" ({row['num_worlds']} of {num_worlds} worlds)" if is_done and row["num_worlds"] < num_worlds else ""
     gain = row["gain"]
     seconds = row["preparation_cpu"]
     return [
         row["method"],
         row["form"],
-        format_value(row["miou"]) + ("*" if row["left_out"] else "") if is_done else row["status"],
+        format_value(row["miou"]) + ("*" if row["left_out"] else "") + partial if is_done else row["status"],
         _join_ends(row["miou_low"], row["miou_high"]),
         row["alike"] or "-",
         "-" if gain is None else format_value(gain["difference"], "+") + ("" if gain["is_certain"] else " ?"),

@@ -18,7 +18,7 @@ from moduseg.bank.store import Bank
 from moduseg.config import compose
 from moduseg.datasets.base import Dataset
 from moduseg.datasets.io import read_label_png
-from moduseg.errors import ArtefactError
+from moduseg.errors import ArtefactError, ConfigError
 from moduseg.pipeline.workspace import Workspace
 from moduseg.retrieval.ranking import RANKING_FILE, Ranking
 from moduseg.stages.build_bank import BuildBank
@@ -132,3 +132,9 @@ def test_a_bank_of_ones_own_without_a_ranking_is_one_line(finished: Path, tmp_pa
     values = cfg.as_dict()
     with pytest.raises(ArtefactError, match=r"has no ranking\.safetensors, expected one; run scripts/infer\.py"):
         Segmenter.from_bank(tmp_path / "bank", device="cpu", overrides={"retrieval": values["retrieval"]})
+
+
+def test_centres_of_many_images_fit_no_ranking(finished: Path) -> None:
+    """A centre has vectors of the very image that the others are to label."""
+    with pytest.raises(ConfigError, match=r"bank\.prototypes: got 3, expected null with retrieval\.selection=learnt"):
+        Infer.run(compose(overrides(finished, LEARNT, "bank.prototypes=3")))

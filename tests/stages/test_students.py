@@ -93,7 +93,10 @@ def test_labels_come_from_any_source(source: str, outputs: Path, tmp_path: Path)
         labels = read_label_png(folder / "labels" / f"{image_id}.png")
         assert labels.shape == dataset.image_size(image_id)
         assert set(np.unique(labels)) <= {0, 255, *(dataset.labels_of(image_id) or ())}
-    assert read_json(folder / "results.json")["split"] == "train"
+    results = read_json(folder / "results.json")
+    assert results["split"] == "train"
+    named = {"ground_truth": "pixel labels (ground truth)", "files": "label maps of a folder"}
+    assert results["label_source"] == named.get(source, dataset.label_source)
 
 
 def test_regions_of_an_image_do_not_vote_on_it(outputs: Path) -> None:
@@ -104,6 +107,13 @@ def test_regions_of_an_image_do_not_vote_on_it(outputs: Path) -> None:
     mious = [read_json(folder / "results.json")["miou"] for folder in (own, held_out)]
     assert mious[0] > 99
     assert mious[1] < 90
+
+
+def test_centres_of_many_images_cannot_be_held_out(outputs: Path) -> None:
+    arguments = configure(outputs, "student.labels=predictions", "bank.prototypes=3")
+    with pytest.raises(ConfigError, match=r"bank\.prototypes: got 3, .*or student\.held_out=false"):
+        InferTraining.run(compose(arguments))
+    assert InferTraining.run(compose([*arguments, "student.held_out=false"])).is_dir()
 
 
 def test_a_corrected_bank_labels_its_own_images(outputs: Path) -> None:

@@ -196,6 +196,16 @@ def test_a_frozen_trunk_gets_no_gradient() -> None:
     assert all(name.startswith("body.head.") for name in trained)
 
 
+def test_a_frozen_trunk_stays_as_it_is_in_training() -> None:
+    """Its batch norms do not take in the statistics of the training images either."""
+    network = build("timm", freeze_trunk=True).network.train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network(torch.rand(2, 3, 64, 64))
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.startswith("body.head.") for name in changed)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "tokens"])
 def test_the_trunk_may_learn_slowly(name: str) -> None:
     student = build(name, trunk_rate=0.1)

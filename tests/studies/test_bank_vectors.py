@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from moduseg.config import compose
+from moduseg.errors import ConfigError
 from moduseg.pipeline.workspace import Workspace
-from moduseg.studies.bank_vectors import measure_vectors
+from moduseg.studies.bank_vectors import _index_foreground, measure_vectors
 from tests.support.runs import overrides
 
 UNCHANGED = ("bank.purify.enabled=false", "bank.min_area=1")
@@ -39,3 +43,16 @@ def test_wrong_masks_agree_less(tmp_path: Path) -> None:
 
 def test_a_class_that_erosion_removes_is_not_kept(tmp_path: Path) -> None:
     assert measure(tmp_path, "bank.purify.iterations=60", "bank.min_area=1") == {"agreement": None, "kept": 0.0}
+
+
+def test_parts_of_a_region_do_not_take_its_place() -> None:
+    """With `bank.parts` several vectors of an image have one label; that of the whole region comes first."""
+    bank: Any = SimpleNamespace(
+        image_ids=["a", "b"], image_index=torch.tensor([0, 0, 0, 0, 1]), labels=torch.tensor([0, 3, 3, 5, 3])
+    )
+    assert _index_foreground(bank) == {("a", 3): 1, ("a", 5): 3, ("b", 3): 4}
+
+
+def test_a_finished_bank_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bank\.path: got 'bank', expected null"):
+        measure(tmp_path, "bank.path=bank")

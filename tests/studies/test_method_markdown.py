@@ -34,6 +34,15 @@ def test_a_line_is_said_once_with_the_rows_that_lack_it(lines: list[str], expect
     assert problems(*(row(*key, *filter(None, [line])) for key, line in zip(keys, lines, strict=True))) == [expected]
 
 
+@pytest.mark.parametrize(("num_worlds", "expected"), [(3, "50.0"), (1, "50.0 (1 of 3 worlds)")])
+def test_a_row_of_fewer_worlds_says_so(num_worlds: int, expected: str) -> None:
+    """One that broke off in its second world has the figures of the first one, on other pictures than the rest."""
+    broken = {**row("a", "masks"), "status": "failed", "miou": 50.0, "num_worlds": num_worlds}
+    record = {"title": "t", "dataset": "miniature", "split": "val", "worlds": [0, 2, 3], "forms": ["masks"]}
+    text = make_markdown({**record, "rows": [broken], "notes": [], "confidence": {}})
+    assert [cell.strip() for cell in text.splitlines()[4].split("|")][3] == expected
+
+
 @pytest.mark.parametrize(("number", "expected"), [(None, "-"), (0, "0"), (1677, "1,677"), (3_218_486, "3.2 M")])
 def test_numbers_of_parameters(number: int | None, expected: str) -> None:
     assert format_count(number) == expected

@@ -55,6 +55,7 @@ Report.views.methods = (() => {
   function quality(row) {
     if (row.miou === null)
       return h("span", { class: "muted", title: [...row.missing, ...row.errors].join("\n") }, row.status);
+    const { worlds } = get("summary").methods;
     return h(
       "span",
       { class: "interval", title: `${percent(row.miou_low)} to ${percent(row.miou_high)}, ${row.images} pictures` },
@@ -70,6 +71,9 @@ Report.views.methods = (() => {
             }),
       ),
       h("b", {}, percent(row.miou)),
+      row.num_worlds < worlds.length
+        ? h("small", { class: "muted" }, ` ${row.num_worlds} of ${worlds.length} worlds`)
+        : null,
     );
   }
 
