@@ -123,8 +123,13 @@ class StudentLabels(Stage[SourceLabels]):
 
     def load(self, image_id: str) -> SourceLabels:
         """Return an image's label map as its source has it."""
-        size = self.dataset.image_size(image_id)
         confidence = None
+        if self._source is None:
+            # Nothing has read the image yet: one that is damaged is left out here, and does not end a training.
+            height, width = self.dataset.load(image_id, labels=False).image.shape[:2]
+            size = height, width
+        else:
+            size = self.dataset.image_size(image_id)
         if self._source is not None:
             label_map = self._source.label_map(image_id)
         elif self.settings.labels == "files":

@@ -192,6 +192,18 @@ def test_changed_labels_train_again(outputs: Path, tmp_path: Path) -> None:
     assert read_json(third / "manifest.json")["failures"] == 1
 
 
+def test_a_damaged_image_is_left_out(tmp_path: Path) -> None:
+    """Its label map can be read, and so can its size."""
+    arguments = overrides(tmp_path, *LINEAR, "student.labels=ground_truth", "student.training.steps=2")
+    work = Workspace(compose(arguments))
+    path = work.dataset("train").image_path("train_00001")
+    path.write_bytes(path.read_bytes()[:300])
+    labels = StudentLabels.run(work.cfg, work)
+    (failure,) = (json.loads(line) for line in (labels / "failures.jsonl").read_text().splitlines())
+    assert failure["id"] == "train_00001"
+    assert (TrainStudent.run(compose(arguments)) / "student.safetensors").is_file()
+
+
 def test_a_killed_training_ends_with_the_same_weights(outputs: Path, tmp_path: Path) -> None:
     """Killed while it trains, and started again by the same command."""
     arguments = overrides(outputs, *SLOW)

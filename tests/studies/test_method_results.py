@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moduseg.evaluation.counts import ImageCounts, SplitCounts
+from moduseg.evaluation.measures import mean_iou
 from moduseg.studies.costs import LabellingCost
 from moduseg.studies.method_results import ScoredWorld, compare_rows, give_letters, list_points, summarise
 
@@ -72,7 +73,10 @@ def test_far_rows_differ_and_near_ones_do_not() -> None:
 def test_rows_are_paired_on_the_images_that_both_have() -> None:
     scored = {("a", "masks"): [world(0.9)], ("b", "masks"): [world(0.9, first=10)]}
     (entry,) = compare_rows(scored, ["masks"], 100, 0).differences
-    assert not entry["is_certain"]
+    first, second = (scored[name, "masks"][0].counts.label_counts() for name in ("a", "b"))
+    expected = float(mean_iou(second[:30].sum(0))) - float(mean_iou(first[10:].sum(0)))
+    assert expected != 0
+    assert entry["difference"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("second", [
