@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,10 +54,12 @@ class Explanation:
         proposal: its number.
         label: the class that won.
         score: mean similarity of the neighbours that voted for it.
-        votes: voting neighbours by class, most first.
-        runner_up: the class with the second most votes, `None` if all agree.
+        votes: voting neighbours by class, the winner first, then in descending share.
+        runner_up: the class with the second largest share of the votes, `None` if all agree.
         neighbours: nearest first.
         region: `[h, w, 3]` uint8, the proposal itself; `None` if it was not asked for.
+        shares: share of the votes by class, 0 to 1, where near neighbours count more (`retrieval.vote_temperature`);
+            `None` if all count alike.
     """
 
     proposal: int
@@ -66,6 +69,15 @@ class Explanation:
     runner_up: str | None
     neighbours: tuple[Neighbour, ...]
     region: np.ndarray | None = None
+    shares: dict[str, float] | None = None
+
+    def describe_votes(self) -> str:
+        """Return the votes in words: `cat 6, background 19`, or `cat 6 (91 %), background 19 (9 %)`."""
+        texts = [
+            f"{name} {count}" if self.shares is None else f"{name} {count} ({100 * self.shares[name]:.0f} %)"
+            for name, count in self.votes.items()
+        ]
+        return ", ".join(texts) or "none"
 
     @property
     def picture(self) -> Image.Image:
@@ -79,8 +91,7 @@ class Explanation:
         return Image.fromarray(draw_panel_picture(columns))
 
     def __str__(self) -> str:
-        votes = ", ".join(f"{name} {count}" for name, count in self.votes.items())
-        lines = [f"{self.label}, score {self.score:.3f}, votes: {votes or 'none'}"]
+        lines = [f"{self.label}, score {self.score:.3f}, votes: {self.describe_votes()}"]
         if self.neighbours:
             widest = max(len(neighbour.label) for neighbour in self.neighbours)
             lines += [
@@ -105,9 +116,8 @@ class Explanation:
         region = ""
         if self.region is not None:
             region = f'<img src="{encode_data_url(self.region, 2 * _SIDE)}" alt="the region"><br>'
-        votes = ", ".join(f"{escape(name)} {count}" for name, count in self.votes.items())
         return (
-            f"<div>{region}<b>{escape(self.label)}</b>, score {self.score:.3f}; votes: {votes or 'none'}"
+            f"<div>{region}<b>{escape(self.label)}</b>, score {self.score:.3f}; votes: {escape(self.describe_votes())}"
             "<table><thead><tr><th>region of the bank</th><th>class</th><th>similarity</th><th>decided</th>"
             f"<th>image</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         )
@@ -144,15 +154,21 @@ class NearestRows:
         rows: of the bank, nearest first.
         similarities: cosines.
         voters: rows that decided.
+        temperature: weighs their votes as in `moduseg.retrieval.vote`; `None` weighs all alike.
     """
 
     rows: Sequence[int]
     similarities: Sequence[float]
     voters: Sequence[int]
+    temperature: float | None = None
 
     @classmethod
     def of(
-        cls, neighbours: torch.Tensor, similarities: torch.Tensor, nearest: tuple[torch.Tensor, torch.Tensor]
+        cls,
+        neighbours: torch.Tensor,
+        similarities: torch.Tensor,
+        nearest: tuple[torch.Tensor, torch.Tensor],
+        temperature: float | None = None,
     ) -> NearestRows:
         """Join the neighbours that decided, `[k]` rows and similarities, with the nearest, `[n]` each.
 
@@ -165,7 +181,7 @@ class NearestRows:
         wanted = max(len(voters), MIN_NEIGHBOURS)
         # A stable sort keeps the voters before others of equal similarity.
         chosen = sorted([*voters, *others[: wanted - len(voters)]], key=lambda entry: -entry[1])
-        return cls([row for row, _ in chosen], [similarity for _, similarity in chosen], sorted(named))
+        return cls([row for row, _ in chosen], [similarity for _, similarity in chosen], sorted(named), temperature)
 
 
 def explain(
@@ -195,7 +211,20 @@ def explain(
         name, image = bank.classes[int(bank.labels[row])], bank.image_ids[int(bank.image_index[row])]
         picture = None if draw is None else draw(image, name)
         neighbours.append(Neighbour(row, name, image, similarity, row in voters, picture))
-    votes = Counter(neighbour.label for neighbour in neighbours if neighbour.has_voted)
-    others = [name for name, _ in votes.most_common() if name != label]
+    votes: Counter[str] = Counter()
+    weights: dict[str, float] = {}
+    highest = max((neighbour.similarity for neighbour in neighbours if neighbour.has_voted), default=0.0)
+    for neighbour in neighbours:
+        if neighbour.has_voted:
+            votes[neighbour.label] += 1
+            weight = 1.0
+            if nearest.temperature is not None:
+                weight = math.exp((neighbour.similarity - highest) / nearest.temperature)
+            weights[neighbour.label] = weights.get(neighbour.label, 0.0) + weight
+    # A stable sort keeps classes of equal weight in the order of their nearest neighbour.
+    others = sorted((name for name in weights if name != label), key=lambda name: -weights[name])
     ordered = {name: votes[name] for name in [label, *others] if votes[name]}
-    return Explanation(proposal, label, score, ordered, others[0] if others else None, tuple(neighbours), region)
+    total = sum(weights.values())
+    shares = None if nearest.temperature is None else {name: weights[name] / total for name in ordered}
+    runner_up = others[0] if others else None
+    return Explanation(proposal, label, score, ordered, runner_up, tuple(neighbours), region, shares)

@@ -235,7 +235,9 @@ class ImagePrediction:
             count = MIN_NEIGHBOURS + self.neighbours.shape[1]
             rows, similarities = retriever.nearest(query, count)
             nearest = rows[0].cpu(), similarities[0].cpu()
-        nearest_rows = NearestRows.of(self.neighbours[proposal], self.similarities[proposal], nearest)
+        temperature = self.view.retriever.settings.vote_temperature
+        neighbours, similarities = self.neighbours[proposal], self.similarities[proposal]
+        nearest_rows = NearestRows.of(neighbours, similarities, nearest, temperature)
         label, score = self.classes[int(self.labels[proposal])], float(self.scores[proposal])
         region = draw_region(self.image, self.get_mask(proposal), _REGION_SIDE)
         bank, draw = self.view.bank, self.view.draw

@@ -89,7 +89,7 @@ def show_explanation(explanation: Explanation | None) -> str:
     """Return why a region has its name: votes, and the nearest regions of the bank with full captions."""
     if explanation is None:
         return NO_REGION
-    votes = ", ".join(f"{escape(name)} {count}" for name, count in explanation.votes.items()) or "none"
+    votes = escape(explanation.describe_votes())
     head = f"<p><b>{escape(explanation.label)}</b>, score {explanation.score:.2f}; votes: {votes}</p>"
     figures = "".join(_show_neighbour(neighbour) for neighbour in explanation.neighbours)
     return f'<div class="ms-why">{head}<ul>{figures}</ul></div>'

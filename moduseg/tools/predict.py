@@ -15,7 +15,7 @@ import numpy as np
 from moduseg.api import Segmenter
 from moduseg.bank.derived import digest_bank, open_bank
 from moduseg.bank.store import Bank
-from moduseg.config import Config
+from moduseg.config import Config, RetrievalConfig
 from moduseg.config.command_keys import PredictOptions
 from moduseg.config.stored import reconfigure
 from moduseg.datasets.image_files import find_images
@@ -80,7 +80,7 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
     for file in files.values():
         served_name(options.labelstudio_root, file, "")  # what lies elsewhere is said before the first image
     _check_proposer(segmenter)
-    _warn_of_rare_classes(bank, cfg.retrieval.top_k)
+    _warn_of_rare_classes(bank, cfg.retrieval)
     folder.write_manifest("running")
     start = time.perf_counter()
     unlabelled = {
@@ -291,7 +291,11 @@ def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Se
     )
 
 
-def _warn_of_rare_classes(bank: Bank, top_k: int) -> None:
+def _warn_of_rare_classes(bank: Bank, settings: RetrievalConfig) -> None:
+    """Warn of a class that has too few vectors to win a vote in which each neighbour counts as much as the nearest."""
+    if settings.cap_top_k or settings.vote_temperature is not None or settings.answer == "words":
+        return
+    top_k = settings.top_k
     num_rarest = min((num_vectors for num_vectors in bank.counts.values() if num_vectors), default=0)
     if top_k > num_rarest:
         log.warning(

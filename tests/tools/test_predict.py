@@ -287,6 +287,15 @@ def test_more_votes_than_the_rarest_class_has_vectors_is_warned_of(
     assert "50 neighbours vote, but a class of the bank has only" in caplog.text
 
 
+@pytest.mark.parametrize("setting", ["retrieval.vote_temperature=0.02", "retrieval.cap_top_k=true"])
+def test_votes_that_rare_classes_can_win_are_not_warned_of(
+    setting: str, bank: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="moduseg"):
+        run(f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}", "retrieval.top_k=50", setting, "formats=png")
+    assert caplog.text == ""
+
+
 def test_the_command_exits_with_one_where_an_image_was_left_out(
     bank: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
