@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moduseg.backbones.base import Backbone
 from moduseg.bank import edit
-from moduseg.bank.derived import write_derived
+from moduseg.bank.derived import describe_no_bank, write_derived
 from moduseg.bank.parts import find_parts
 from moduseg.bank.regions import labelled_regions, region_vectors
 from moduseg.bank.store import Bank
@@ -63,9 +63,7 @@ def find_bank_folder(where: str | Path) -> Path:
     for candidate in _list_banks_of_run(folder.resolve()):
         if (candidate / "bank.json").is_file():
             return candidate
-    raise ArtefactError(
-        f"{folder}: got no bank.json, expected a bank's folder, or that of a run; run scripts/build_bank.py first"
-    )
+    raise ArtefactError(describe_no_bank(folder, "a bank's folder, or that of a run"))
 
 
 def _list_banks_of_run(folder: Path) -> list[Path]:

@@ -41,7 +41,7 @@ GROUPS = (
     "dataset", "proposer", "proposer@train_proposer", "backbone", "pseudo_masks", "bank", "retrieval", "evaluation",
     "runtime", "experiment", "protocol", "tagger", "discoverer", "student",
 )  # fmt: skip
-PARTS = (
+PARTS: tuple[list[str], ...] = (
     [], ["proposer=sam_grid"], ["proposer=mask2former"], ["proposer=contours"], ["backbone=mobilenetv2"],
     ["backbone=dinov2_vitb14"], ["dataset=folder"], ["dataset=voc"], ["dataset=coco2014"], ["dataset=coco150"],
     ["dataset=coco_stuff27"], ["pseudo_masks=corrclip_moduseg"], ["pseudo_masks=sam3_concepts"],

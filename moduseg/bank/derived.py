@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moduseg.bank.store import Bank
-from moduseg.errors import ArtefactError
+from moduseg.errors import ArtefactError, suggest
 from moduseg.files import FORMAT, digest_of, file_digest, read_json, write_atomic, write_json
 
 RANKING = "ranking.safetensors"
@@ -25,8 +25,16 @@ def open_bank(path: str | Path) -> Bank:
     """
     folder = Path(path).expanduser()
     if not (folder / "bank.json").is_file():
-        raise ArtefactError(f"{folder}: got no bank.json, expected a bank's folder; run scripts/build_bank.py first")
+        raise ArtefactError(describe_no_bank(folder))
     return Bank.load(folder)
+
+
+def describe_no_bank(folder: Path, expected: str = "a bank's folder") -> str:
+    """Return the message for a folder that is not there, or does not hold what is expected."""
+    if folder.exists():
+        return f"{folder}: got no bank.json, expected {expected}; run scripts/build_bank.py first"
+    remedy = "did you mean latest?" if suggest(str(folder), ["latest"]) else "run scripts/build_bank.py first"
+    return f"bank: got {str(folder)!r}, no such folder, expected a bank's, a run's name, or latest; {remedy}"
 
 
 def digest_bank(bank: Bank) -> str:

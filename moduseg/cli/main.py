@@ -10,6 +10,8 @@ import dataclasses
 import importlib
 import logging
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,11 @@ _RUN_KEYS = {"bank": BANKS, "banks": BANKS, "run": RUNS, "compare": RUNS, "folde
 
 DRY_RUN = "--dry-run"
 """The argument that has a stage's command print its plan and do nothing."""
+HYDRA_OPTIONS = (
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun",
+    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
+)  # fmt: skip
+"""Options that Hydra reads for commands that have no keys of their own; each may be shortened."""
 
 
 def entry() -> None:
@@ -80,6 +87,7 @@ def run_script(name: str) -> None:
             run = bind_command(command, arguments, run_name)
         # The command's function is called from here, so that a traceback has few lines above the stage's own.
         status.code = to_exit_code(run(), run_name)
+        sys.stdout.flush()
     sys.exit(status.code)
 
 
@@ -128,6 +136,12 @@ def bind_command(command: Command, arguments: Sequence[str], run_name: str | Non
         return _bind_plan(command, [argument for argument in arguments if argument != DRY_RUN])
     if command.options is not None:
         return _bind_options(command, command.options, arguments)
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and not any(option.startswith(name) for option in HYDRA_OPTIONS):
+            raise ConfigError(
+                f"{command.name}: got {name!r}, expected <key>=<value> without dashes; try --help for the keys"
+            )
     if any(argument.startswith("-") for argument in arguments):
         return partial(_run_with_hydra, command, arguments, run_name)
     cfg = compose(arguments) if command.config_name == "config" else compose_hydra(arguments, command.config_name)
@@ -196,6 +210,12 @@ def errors_as_exit_code() -> Iterator[ExitStatus]:
     except KeyboardInterrupt:
         print("moduseg: interrupted; finished images are kept, run the same command to go on", file=sys.stderr)
         status.code = 130
+    except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise
+        # `moduseg ... | head` has read what it wanted; what is left goes nowhere, the last flush included.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status.code = 128 + signal.SIGPIPE
     except Exception as error:
         from moduseg.pipeline.forward import describe, is_out_of_memory
 
@@ -207,6 +227,15 @@ def errors_as_exit_code() -> Iterator[ExitStatus]:
             file=sys.stderr,
         )
         status.code = 2
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    if not hasattr(select, "poll"):
+        return False
+    waiting = select.poll()
+    waiting.register(sys.stdout.fileno(), 0)  # errors are reported whatever is asked for
+    return any(event & select.POLLERR for _, event in waiting.poll(0))
 
 
 def _bind_options(command: Command, cls: type[Any], arguments: Sequence[str]) -> Callable[[], int | Path]:

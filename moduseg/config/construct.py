@@ -114,7 +114,9 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
             return construct(hint, value, where)
         if isinstance(value, hint):
             return value
-    elif origin in (Union, types.UnionType):
+        keys = [f"{where}.{field.name}" for field in dataclasses.fields(hint)]
+        raise ConfigError(f"{where}: got {value!r}, expected keys below it: {', '.join(keys)}; set {keys[0]}=<value>")
+    if origin in (Union, types.UnionType):
         for choice in choices:
             try:
                 return _fit(value, choice, where)

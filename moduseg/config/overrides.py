@@ -248,6 +248,14 @@ def _describe_unknown_in(parent: Any, override: Override, depth: int) -> str:
     prefix = "".join(f"{name}." for name in override.key.split(".")[:depth])
     names = [f"{prefix}{name}" for name in parent] if isinstance(parent, Mapping | DictConfig) else []
     if not depth:
+        places = [
+            f"{group}.{override.key}"
+            for group, section in parent.items()
+            if group != "hydra"
+            and (override.key in keys_of_group(group) or (isinstance(section, DictConfig) and override.key in section))
+        ]
+        if places:
+            return f"{override.key}: unknown key; did you mean {', '.join(places)}?"
         names = [name for name in names if name != "hydra"]
     message = describe_unknown(override.key, names)
     return message if not depth or "did you mean" in message else f"{message}; see configs/{override.key.split('.')[0]}"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_type_hints
 
@@ -94,6 +98,9 @@ def test_finished_command_is_the_latest(tmp_path: Path, monkeypatch: pytest.Monk
     pytest.param(["bank", "info", "bank=latest"], "latest: no finished run in outputs/*/{build_bank,bank}", id="bank"),
     pytest.param(["report", "run=latest"], "latest: no finished run in outputs/*/{infer,", id="run"),
     pytest.param(["infer", "bank.path=latest"], "latest: no finished run", id="bank.path"),
+    pytest.param(["infer", "--bank", "latest"], "infer: got '--bank', expected <key>=<value> without", id="dashes"),
+    pytest.param(["predict", "bank=lastest", "images=."], "got 'lastest', no such folder, expected a bank's, a run's "
+                 "name, or latest; did you mean latest?", id="a misspelt latest"),
     pytest.param(["infer", "name=a/b"], "name: got 'a/b', expected letters or digits", id="name"),
 ])  # fmt: skip
 def test_absent_runs_are_said(
@@ -119,6 +126,15 @@ def test_last_line_says_what_to_open(tmp_path: Path, capsys: pytest.CaptureFixtu
     _log_to_stdout(is_quiet=False)
     assert to_exit_code(folder) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"open {folder.parent}/latest/report/index.html"
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    command = [sys.executable, str(SCRIPTS / "reproduce.py"), "table=open_vocabulary", "dataset=voc21", "show"]
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_demo_installs_the_package_alone() -> None:

@@ -39,6 +39,11 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
+def test_a_section_names_its_keys() -> None:
+    with pytest.raises(ConfigError, match=r"bank\.inner: got False, expected keys below it: bank\.inner\.size; set"):
+        construct(Outer, {"inner": False}, "bank")
+
+
 def test_values_are_taken_and_widened() -> None:
     thing = build_named(
         "group", {"thing": Thing}, {"name": "thing", "width": 4, "ratio": 1, "scales": [1, 2]}, device="cpu"

@@ -122,6 +122,11 @@ def test_other_values_are_read_as_yaml() -> None:
     pytest.param(["bank.purify.iteration=3"], r"^bank\.purify\.iteration: unknown key; did you mean "
                  r"bank\.purify\.iterations\?$", id="two levels"),
     pytest.param(["retrieval.zzz=3"], r"^retrieval\.zzz: unknown key, expected one of retrieval\.top_k", id="no close"),
+    pytest.param(["top_k=3"], r"^top_k: unknown key; did you mean retrieval\.top_k\?$", id="no group"),
+    pytest.param(["seed=3"], r"^seed: unknown key; did you mean dataset\.seed, proposer\.seed, runtime\.seed\?$",
+                 id="no group of several"),
+    pytest.param(["bank.purify=false"], r"^bank\.purify: got False, expected keys below it: bank\.purify\.enabled, .*; "
+                 r"set bank\.purify\.enabled=<value>$", id="a section"),
     pytest.param(["word"], r"^word: got no '=', expected key=value", id="a word"),
     pytest.param(["retrieval.top_k=("], r"^retrieval\.top_k: got '\(' \(str\), expected a whole number$", id="a value"),
     pytest.param(["retrieval.top_k=1,5"], r"^retrieval\.top_k: got '1,5'", id="several values"),
