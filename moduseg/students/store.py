@@ -75,7 +75,13 @@ def load_student(
             f"{folder}: got no {WEIGHTS} with {DESCRIPTION}, expected both; run scripts/train_student.py"
         )
     stored = read_json(folder / DESCRIPTION)
-    description = StudentDescription(**{**stored, "classes": tuple(stored["classes"])})
+    try:
+        description = StudentDescription(**{**stored, "classes": tuple(stored["classes"])})
+    except (KeyError, TypeError) as error:
+        raise ArtefactError(
+            f"{folder / DESCRIPTION}: got no description of a student ({error}), expected its model, digest and "
+            "classes; restore the file, or train again"
+        ) from error
 
     def build_backbone() -> Backbone:
         return backbones.build(description.backbone or {}, device)

@@ -335,7 +335,7 @@ class _Watch:
     """
 
     def __init__(self, data: TrainingData, device: torch.device) -> None:
-        self._data, self._is_cuda = data, device.type == "cuda"
+        self._data, self._device, self._is_cuda = data, device, device.type == "cuda"
         self._waiting: tuple[list[BatchDraw], Tensor, Any] | None = None
 
     def add(self, draws: list[BatchDraw], loss: Tensor, norm: Tensor | None) -> None:
@@ -344,8 +344,9 @@ class _Watch:
         event = None
         if self._is_cuda:
             values = values.to("cpu", non_blocking=True)
+            # The device of the training may not be the process's current one, whose stream knows nothing of the copy.
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
         self.check()
         self._waiting = draws, values, event
         if not self._is_cuda:

@@ -256,6 +256,14 @@ def test_a_stored_student_answers_as_before(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.compute_probabilities([image])[0], student.compute_probabilities([image])[0])
 
 
+@pytest.mark.parametrize("content", ['{"model": {}}', "[]", '{"classes": ["a"], "widths": 3}'])
+def test_a_description_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "student.safetensors").write_bytes(b"")
+    (tmp_path / "student.json").write_text(content)
+    with pytest.raises(ArtefactError, match=r"student\.json: got no description of a student .*train again"):
+        load_student(tmp_path, CPU)
+
+
 def test_a_damaged_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"got no student\.safetensors"):
         load_student(tmp_path, CPU)

@@ -162,6 +162,25 @@ def test_not_a_number_names_the_batch(tmp_path: Path, workers: int, device: torc
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+def test_the_loss_is_waited_for_on_the_device_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is `runtime.device=cuda:1` perhaps, while the process's current device is the first one."""
+    waited: list[Any] = []
+
+    class Event:
+        def record(self, stream: Any = None) -> None:
+            waited.append(stream)
+
+        def synchronize(self) -> None:
+            waited.append("done")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    watch = loop._Watch(Points(), torch.device("cuda", 1))
+    watch.add([], torch.tensor(1.0), torch.tensor(2.0))
+    watch.check()
+    assert waited == ["stream of cuda:1", "done"]
+
+
 def test_gradient_that_is_not_a_number_ends_the_training(tmp_path: Path) -> None:
     def loss_with_a_pole(model: Any, batch: Any) -> dict[str, torch.Tensor]:
         return {"loss": (model(batch["points"]) * 0).sum().sqrt()}
