@@ -243,7 +243,8 @@ def rank_labels(maps: Tensor, probabilities: Tensor) -> Tensor:
         `[h, w]` int64, indices into `maps`; of equally near cells the first in reading order decides.
     """
     owners = torch.full(maps.shape[1:], -1, dtype=torch.long, device=maps.device)
-    covers = maps >= maps.mean((1, 2), keepdim=True)
+    # The mean of equal values may be rounded to more than these.
+    covers = maps >= torch.minimum(maps.mean((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True))
     order = probabilities.argsort(stable=True)
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(len(order), device=maps.device)

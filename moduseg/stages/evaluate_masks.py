@@ -183,12 +183,16 @@ def score_label_maps(
 def _describe_refinement(work: Workspace, artefact: Artefact) -> str:
     """Return what changed the label maps after the scores, or after the retrieval from a bank."""
     steps: list[str] = []
-    if artefact.stage in ("segment", "pseudo_masks") and work.cfg.pseudo_masks.refine != "none":
+    stage, student = artefact.stage, work.cfg.student
+    if stage == "student_labels" and student is not None:
+        # What a student learns is what another stage made.
+        stage = {"pseudo_masks": "pseudo_masks", "predictions": "infer"}.get(student.labels, stage)
+    if stage in ("segment", "pseudo_masks") and work.cfg.pseudo_masks.refine != "none":
         steps = [work.cfg.pseudo_masks.refine]
-    elif artefact.stage in ("infer", "infer_training"):
+    elif stage in ("infer", "infer_training"):
         steps = [f"{name}={value}" for name, value in work.cfg.retrieval.tidying.items() if value]
-    elif artefact.stage == "predict_student" and work.cfg.student is not None and work.cfg.student.views:
-        return f"none (no CRF); test-time augmentation: {work.cfg.student.views}"
+    elif stage == "predict_student" and student is not None and student.views:
+        return f"none (no CRF); test-time augmentation: {student.views}"
     return f"{', '.join(steps)} (no CRF, no test-time augmentation)" if steps else NO_REFINEMENT
 
 

@@ -283,6 +283,12 @@ def test_published_labels() -> None:
     assert rank_labels(maps, torch.tensor([0.7, 0.2])).tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("side", range(2, 9))
+def test_a_map_of_one_value_covers_every_cell(side: int) -> None:
+    """Its mean may be rounded to more than the value."""
+    assert not rank_labels(torch.full((1, side, side), 0.1), torch.tensor([0.5])).any()
+
+
 def test_positions_of_the_patches_are_resampled() -> None:
     model = make_model().eval()
     with torch.no_grad():

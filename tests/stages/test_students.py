@@ -81,7 +81,7 @@ def test_views_are_named_in_the_result(outputs: Path) -> None:
 @pytest.mark.parametrize("source", ["pseudo_masks", "predictions", "ground_truth", "files"])
 def test_labels_come_from_any_source(source: str, outputs: Path, tmp_path: Path) -> None:
     """Each source gives every image a label map of its size, whose classes the image-level labels name."""
-    more = [f"student.labels={source}"]
+    more = [f"student.labels={source}", "pseudo_masks.refine=region_vote", "retrieval.smoothing_radius=1"]
     if source == "files":
         masks = PseudoMasks.run(compose(overrides(outputs))) / "labels"
         (tmp_path / "labels").symlink_to(masks)
@@ -97,6 +97,8 @@ def test_labels_come_from_any_source(source: str, outputs: Path, tmp_path: Path)
     assert results["split"] == "train"
     named = {"ground_truth": "pixel labels (ground truth)", "files": "label maps of a folder"}
     assert results["label_source"] == named.get(source, dataset.label_source)
+    changed_by = {"pseudo_masks": "region_vote", "predictions": "smoothing_radius=1"}
+    assert results["refinement"].startswith(f"{changed_by.get(source, 'none')} (no CRF")
 
 
 def test_regions_of_an_image_do_not_vote_on_it(outputs: Path) -> None:
