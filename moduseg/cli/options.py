@@ -94,9 +94,13 @@ def describe_keys(cls: type) -> list[tuple[str, str]]:
 
 
 def read_attributes(cls: type) -> dict[str, str]:
-    """Return what the docstring of a dataclass says of each attribute, on one line."""
+    """Return what the docstring of a dataclass says of each attribute, on one line, with `null` for Python's `None`."""
     entries = re.findall(r"^ +(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", inspect.getdoc(cls) or "", re.MULTILINE)
-    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+    return {
+        name: " ".join(text.split()).replace("`None`", "`null`")
+        for names, text in entries
+        for name in names.split(", ")
+    }
 
 
 def describe_type(hint: Any) -> str:

@@ -132,7 +132,7 @@ class InfoOptions:
     """Keys of the command `bank info`.
 
     Attributes:
-        bank: folder of the bank.
+        bank: folder of the bank, the name of its run, or `latest`.
         class_: a class whose regions are listed, those to look at first on top; all classes are listed if omitted.
         json: whether to print JSON in place of a table.
     """
@@ -147,7 +147,7 @@ class RemoveOptions:
     """Keys of the command `bank remove`.
 
     Attributes:
-        bank: folder of the bank.
+        bank: folder of the bank, the name of its run, or `latest`.
         class_: names of classes, which lose their regions and their names.
         image: ids of training images.
         region: rows of the bank, or `<image id>:<class>`.
@@ -196,7 +196,7 @@ class ExportOptions:
     """Keys of the command `bank export`.
 
     Attributes:
-        bank: folder of the bank.
+        bank: folder of the bank, the name of its run, or `latest`.
         out: folder for the files.
         format: which program the files are for; .
         outliers: whether the outlier filter of the bank's configuration drops vectors, as it does in searches.
@@ -235,7 +235,7 @@ class AddOptions:
     """Keys of the command `bank add`.
 
     Attributes:
-        bank: folder of the bank.
+        bank: folder of the bank, the name of its run, or `latest`.
         images: folders of images, or single files. A folder with `images/` inside is taken as data sets of one's own
             are laid out (`labels.csv`, `masks/`).
         tags: class names that all of them show, or a file of labels (`labels.csv`, `.json`). If omitted, the folder's
@@ -306,12 +306,12 @@ class PredictOptions:
     """Keys of the command `predict`.
 
     Attributes:
-        bank: folder of the bank.
+        bank: folder of the bank, the name of its run, or `latest`.
         images: folders of images, or single files.
         out: folder to write.
         min_score: proposals that score less are unknown (255 in the label map, no object); the score is a cosine,
             -1 to 1. No limit if omitted.
-        formats: what is written, some of `FORMATS`.
+        formats: what is written, some of these; all if omitted.
         objects: `proposals` (what is visible of one proposal) or `components` (a connected region of one class).
         tolerance: pixels that polygons may lie off the mask; see `moduseg.masks.polygons.find_polygons`.
         image_url: what Label Studio's addresses of images begin with; the default is its local file storage.

@@ -20,7 +20,7 @@ class Keys:
     Attributes:
         source: where to read,
             on two lines.
-        class_: a name.
+        class_: a name; `None` for none.
         count: how many.
         names: several.
         show: whether to show.
@@ -71,7 +71,7 @@ def test_mistakes_name_the_key(arguments: list[str], accepts: Any, message: str)
 def test_keys_are_described_from_the_docstring() -> None:
     assert describe_keys(Keys) == [
         ("source=<text>", "where to read, on two lines."),
-        ("class=<text|null> [null]", "a name."),
+        ("class=<text|null> [null]", "a name; `null` for none."),
         ("count=<whole number> [3]", "how many."),
         ("names=<text;...> []", "several."),
         ("show=<true|false> [false]", "whether to show."),
