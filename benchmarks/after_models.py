@@ -107,8 +107,8 @@ def measure_steps(case: Case, repeats: int) -> dict[str, float]:
             step()
             seconds.append(time.process_time() - begun)
         milliseconds[name] = 1000 * median(seconds[1:])
-    whole = milliseconds.pop("areas, suppression, painting and the search")
-    milliseconds["areas, suppression, painting"] = whole - milliseconds["search and vote"]
+    total = milliseconds.pop("areas, suppression, painting and the search")
+    milliseconds["areas, suppression, painting"] = total - milliseconds["search and vote"]
     return milliseconds
 
 

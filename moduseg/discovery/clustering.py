@@ -47,7 +47,7 @@ def k_means(vectors: Tensor, count: int, *, seed: int = 0, weights: Tensor | Non
     if not len(vectors) or count < 1:
         raise ValueError(f"k-means: got {len(vectors)} vectors and {count} clusters, expected 1 or more of both")
     weights = vectors.new_ones(len(vectors)) if weights is None else weights.to(vectors)
-    found: list[tuple[float, Tensor]] = []
+    results: list[tuple[float, Tensor]] = []
     for start in range(_STARTS):
         # Drawn on the host, so that they are the same on every device.
         draws = torch.rand(count, generator=torch.Generator().manual_seed(seed * _STARTS + start)).to(vectors.device)
@@ -57,8 +57,8 @@ def k_means(vectors: Tensor, count: int, *, seed: int = 0, weights: Tensor | Non
             centres, labels, is_settled = _move(vectors, weights, centres, labels)
             if is_settled:
                 break
-        found.append((float((find_nearest(vectors, centres)[1] * weights).sum()), centres))
-    return min(found, key=lambda result: result[0])[1]
+        results.append((float((find_nearest(vectors, centres)[1] * weights).sum()), centres))
+    return min(results, key=lambda result: result[0])[1]
 
 
 def _choose_starts(vectors: Tensor, weights: Tensor, draws: Tensor) -> Tensor:

@@ -34,14 +34,14 @@ def aggregate_levels(levels: Sequence[Tensor], weights: Sequence[float]) -> Tens
     side, total = max(sides), float(sum(weights))
     cells = torch.arange(side, device=levels[0].device)
     merged = levels[0].new_zeros(side * side, side * side)
-    for level, own_side, weight in zip(levels, sides, weights, strict=True):
+    for level, level_side, weight in zip(levels, sides, weights, strict=True):
         # The cell of this level that covers each row, or column, of the largest map.
-        covering = cells * own_side // side
-        source = (covering[:, None] * own_side + covering).flatten()
+        covering = cells * level_side // side
+        source = (covering[:, None] * level_side + covering).flatten()
         rows = max(1, _BLOCK // (side * side))
         for start in range(0, side * side, rows):
-            part = level[source[start : start + rows]].unflatten(1, (own_side, own_side))
-            if own_side != side:
+            part = level[source[start : start + rows]].unflatten(1, (level_side, level_side))
+            if level_side != side:
                 part = F.interpolate(part[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0]
             flat = part.flatten(1)
             merged[start : start + rows] += flat / flat.sum(1, keepdim=True) * (weight / total)
@@ -74,8 +74,8 @@ def compute_divergences(first: Tensor, second: Tensor) -> Tensor:
     first, second = first.clamp(min=_SMALLEST), second.clamp(min=_SMALLEST)
     first_logs, second_logs = first.log(), second.log()
     # The sum of (a - b) (log a - log b), multiplied out, so that it is two products of matrices.
-    own = (first * first_logs).sum(1)[:, None] + (second * second_logs).sum(1)
-    return ((own - first @ second_logs.T - first_logs @ second.T) / 2).clamp(min=0)
+    self_products = (first * first_logs).sum(1)[:, None] + (second * second_logs).sum(1)
+    return ((self_products - first @ second_logs.T - first_logs @ second.T) / 2).clamp(min=0)
 
 
 def merge_maps(attention: Tensor, anchors: Tensor, tau: float, rounds: int) -> Tensor:

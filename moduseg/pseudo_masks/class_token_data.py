@@ -146,5 +146,5 @@ def _place(length: int, side: int, draw: float) -> tuple[slice, slice]:
     """Return which part of `length` pixels is seen, and where it lies in `side` pixels, `draw` in [0, 1)."""
     shift = int(draw * (abs(length - side) + 1))
     size = min(length, side)
-    inside, whole = slice(shift, shift + size), slice(0, size)
-    return (inside, whole) if length > side else (whole, inside)
+    shifted, full = slice(shift, shift + size), slice(0, size)
+    return (shifted, full) if length > side else (full, shifted)

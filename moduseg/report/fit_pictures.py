@@ -30,9 +30,9 @@ def write_fit_pictures(run: FinishedRun, page: Page) -> list[list[str]]:
         return []
     sources: list[tuple[str, Path]] = [("training", path) for path in sorted(folder.glob(f"training-*/{CURVE}"))]
     for path in sorted(folder.glob("figures/heads_*.png")):
-        found = _HEADS.fullmatch(path.name)
-        if found is not None and int(found[1]) < len(run.dataset.classes):
-            sources.append((f"heads of {run.dataset.classes[int(found[1])]}", path))
+        match = _HEADS.fullmatch(path.name)
+        if match is not None and int(match[1]) < len(run.dataset.classes):
+            sources.append((f"heads of {run.dataset.classes[int(match[1])]}", path))
     pictures = []
     for index, (title, path) in enumerate(sources):
         name = f"fit/{index}.png"

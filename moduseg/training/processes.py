@@ -57,9 +57,9 @@ def join_processes(device: torch.device) -> Iterator[TrainingGroup]:
         torch.cuda.set_device(device)
     store, rank, num_ranks = _find_store()
     # In a place of its own: a second group would find the addresses that the first one left.
-    own_store = distributed.PrefixStore(f"training_{next(_group_numbers)}", store)
+    group_store = distributed.PrefixStore(f"training_{next(_group_numbers)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=own_store, rank=rank, world_size=num_ranks, timeout=_TIMEOUT)
+    distributed.init_process_group(backend, store=group_store, rank=rank, world_size=num_ranks, timeout=_TIMEOUT)
     try:
         yield TrainingGroup(distributed.get_rank(), distributed.get_world_size())
     finally:
