@@ -60,7 +60,7 @@ def pause_collection() -> Iterator[None]:
 
 
 def look_at_all() -> None:
-    """Let the next collection look at what earlier ones have left: at the beginning of a run, since another may end."""
+    """Let the next collection look at what earlier ones have left: at both ends of a run, since its models end."""
     gc.unfreeze()
 
 

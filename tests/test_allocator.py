@@ -6,11 +6,17 @@ import gc
 import subprocess
 import sys
 import weakref
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moduseg import allocator
 from moduseg.allocator import bound_arenas, look_at_all, pause_collection, release_memory, trim_memory
+from moduseg.config import compose
+from moduseg.pipeline.workspace import Workspace
+from moduseg.stages.class_scores import ClassScores
+from tests.support.runs import overrides
 
 
 class Node:
@@ -66,6 +72,21 @@ def test_what_is_left_is_looked_at_again_in_the_next_run(monkeypatch: pytest.Mon
     finally:
         gc.unfreeze()
         gc.enable()
+
+
+def test_a_run_keeps_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator refers to its workspace, so that only a collection frees both."""
+    workspaces: list[weakref.ref[Workspace]] = []
+    build = Workspace.__init__
+
+    def note(work: Workspace, *arguments: Any, **more: Any) -> None:
+        workspaces.append(weakref.ref(work))
+        build(work, *arguments, **more)
+
+    monkeypatch.setattr(Workspace, "__init__", note)
+    ClassScores.run(compose(overrides(tmp_path, "pseudo_masks=clip_dense", train=1, val=1)))
+    gc.collect()
+    assert [work() for work in workspaces] == [None]
 
 
 def test_collection_pauses() -> None:

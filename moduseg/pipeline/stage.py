@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal
 
-from moduseg.allocator import trim_memory
+from moduseg.allocator import look_at_all, trim_memory
 from moduseg.config import Config
 from moduseg.datasets.base import Dataset
 from moduseg.errors import ArtefactError, DataError
@@ -167,7 +167,8 @@ class Stage(ABC, Generic[Item]):
         Raises:
             ModusegError: the stage cannot be completed, say because other shards have work left.
         """
-        stage = cls(work if work is not None and work.cfg is cfg else Workspace(cfg), split)
+        is_shared = work is not None and work.cfg is cfg
+        stage = cls(work if work is not None and is_shared else Workspace(cfg), split)
         finished, result = stage.work.finished_stages, stage.result_name
         if result not in finished:
             folder = stage.existing_folder()
@@ -181,6 +182,9 @@ class Stage(ABC, Generic[Item]):
                 # What a stage took is free for the next one, not kept beside what that takes.
                 trim_memory()
             finished[result] = folder
+        if not is_shared:
+            # The models end with the run, which a program may outlive: they are garbage in a circle.
+            look_at_all()
         return finished[result]
 
     def locate(self) -> tuple[Path, str]:
