@@ -47,11 +47,11 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's decoders raise on damaged files, beside OSError.
-_DAMAGE = (
+DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError,
     RuntimeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
+"""What Pillow's decoders raise on damaged files."""
 
 
 ImageRange = tuple[int, int] | Literal["auto"] | None
@@ -169,7 +169,7 @@ def label_png_kind(path: Path) -> Literal["voc", "indexed", "grey", "colour"]:
         if picture.mode == "P":
             try:
                 palette = np.array(picture.getpalette() or [], dtype=np.uint8)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 raise DataError(
                     f"{path}: its palette is unreadable ({_one_line(error)}), expected a whole indexed PNG; store it "
                     "again"
@@ -268,7 +268,7 @@ def _open(path: Path, decode: bool = True, content: bytes | None = None) -> Imag
             f"{path}: got a picture too large to decode ({error}), expected at most {MAX_PIXELS} pixels; "
             "make it smaller"
         ) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"damaged: {_one_line(error)}"
         raise DataError(
             f"{path}: unreadable as an image ({reason}), expected a whole {', '.join(s[1:] for s in IMAGE_SUFFIXES)} "
@@ -335,7 +335,7 @@ def _to_rgb(picture: Image.Image, path: Path, image_range: ImageRange) -> np.nda
         if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
             return _composite_on_black(picture.convert("RGBA"))
         return np.asarray(picture.convert("RGB"))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DataError(
             f"{path}: {picture.mode} pixels cannot become RGB ({_one_line(error)}); convert it to 8-bit RGB"
         ) from error
@@ -349,7 +349,7 @@ def _composite_on_black(rgba: Image.Image) -> np.ndarray:
 def _read_orientation(picture: Image.Image) -> int:
     try:
         value = picture.getexif().get(_ORIENTATION_TAG, 1)
-    except _DAMAGE:
+    except DAMAGE:
         return 1  # a picture with a damaged EXIF block is still usable
     return value if isinstance(value, int) and value in _TRANSPOSE else 1
 

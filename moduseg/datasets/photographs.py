@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from moduseg.datasets.io import ImageRange, read_image
+from moduseg.datasets.io import DAMAGE, ImageRange, read_image
 from moduseg.errors import DataError
 from moduseg.structures import Sample
 
@@ -45,6 +47,11 @@ class NamedPicture:
     def sample(self) -> Sample:
         """The photograph as models take it."""
         return Sample(self.name, self.pixels)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the pixels, hexadecimal; of a large photograph it takes a tenth of a second."""
+        return hashlib.sha256(self.pixels.tobytes()).hexdigest()
 
 
 def is_one_picture(value: object) -> bool:
@@ -108,7 +115,15 @@ def _read_file_object(file: IO[bytes], image_range: ImageRange) -> NamedPicture:
 
 
 def _read_pillow(picture: Image.Image) -> np.ndarray:
-    upright = ImageOps.exif_transpose(picture)
+    try:
+        picture.load()  # Pillow reads no more than the header when it opens a file
+        upright = ImageOps.exif_transpose(picture)
+    except DAMAGE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"image: got a Pillow image that cannot be decoded ({reason}), expected one of a whole file that is open; "
+            "open it again"
+        ) from error
     if upright.mode.startswith("I") or upright.mode == "F":
         values = np.asarray(upright)
         # Pillow gives 16-bit grey as int32.

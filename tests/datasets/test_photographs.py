@@ -29,6 +29,19 @@ def encode(image: np.ndarray) -> io.BytesIO:
     return file
 
 
+def open_half(image: np.ndarray) -> Image.Image:
+    """A picture whose file ends in its middle."""
+    content = encode(image).getvalue()
+    return Image.open(io.BytesIO(content[: len(content) // 2]))
+
+
+def open_closed(image: np.ndarray) -> Image.Image:
+    """A picture whose file was closed before it was looked at."""
+    picture = Image.open(encode(image))
+    picture.close()
+    return picture
+
+
 @pytest.mark.parametrize("make", [
     pytest.param(lambda a: a, id="array"),
     pytest.param(lambda a: a[::-1][::-1], id="view"),
@@ -92,6 +105,9 @@ def test_transparency_and_orientation_are_those_of_files(image: np.ndarray, tmp_
     pytest.param(lambda a: {"image": a}, TypeError, r"got dict, expected a path", id="dictionary"),
     pytest.param(lambda a: io.StringIO("x"), TypeError, r"opened for text.*'rb'", id="text file"),
     pytest.param(lambda a: io.BytesIO(b"no picture"), DataError, r"file object", id="no picture"),
+    pytest.param(open_half, DataError, r"image: got a Pillow image that cannot be decoded \(.*open it again",
+                 id="half a file"),
+    pytest.param(open_closed, DataError, r"cannot be decoded", id="a closed file"),
     pytest.param(lambda a: "missing.png", DataError, r"missing\.png", id="no file"),
 ])  # fmt: skip
 def test_what_is_no_photograph_is_named(
