@@ -120,13 +120,15 @@ class Page:
         message = "Nothing was undone." if step is None else f"Done again: {step.describe()}."
         return self._view(session, None, label, message, shows_change=step is not None)
 
-    def save(self, session: Session, name: str, proposal: int | None = None, label: str | None = None) -> PageView:
-        """Write the bank into a folder of this name below `save_folder`.
+    def save(
+        self, session: Session, name: str | None, proposal: int | None = None, label: str | None = None
+    ) -> PageView:
+        """Write the bank into a folder of this name below `save_folder`; `None` where nothing was typed.
 
         Raises:
             ConfigError: the page saves nothing, nothing was named, or the name leads out of that folder.
         """
-        path = session.save(self._find_saved(name, "save"))
+        path = session.save(self._find_saved(name or "", "save"))
         message = f"Saved: a bank of {len(session.bank)} regions in {path}."
         return self._view(session, proposal, label, message)
 

@@ -102,6 +102,9 @@ def test_the_events_of_the_page(segmenter: Segmenter, tmp_path: Path) -> None:
     assert (view.label, view.classes[-1], view.refusals["save"]) == (NAME, NAME, "")
     shown = view.picture
     assert page.list_saved() == []
+    for name in (None, "", " ", "..", "."):
+        with pytest.raises(ConfigError, match=r"save: got .*, expected the name of a folder below"):
+            page.save(session, name)
     assert "Saved: a bank of" in page.save(session, "learned").change
     assert page.list_saved() == ["learned"]
     assert NAME not in page.undo(session, NAME).legend
