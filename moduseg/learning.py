@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,7 +308,7 @@ class NamedRegion:
     @property
     def image_id(self) -> str:
         """What its photograph is called in a bank; photographs of one name differ in their pixels' digest."""
-        return f"corrected/{self.picture.name}-{hashlib.sha256(self.picture.pixels.tobytes()).hexdigest()[:8]}"
+        return f"corrected/{self.picture.name}-{self.picture.digest[:8]}"
 
 
 def append_named(bank: Bank, regions: Sequence[NamedRegion]) -> Bank:
