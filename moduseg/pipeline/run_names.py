@@ -79,7 +79,8 @@ def resolve_run(text: str, stages: Sequence[str], outputs: Path) -> str:
     targets = [target for link in newest if (target := _read_link(link)) is not None]
     if not targets and text == LATEST:
         raise MissingError(
-            f"{text}: no finished run in {outputs}/*/{{{','.join(stages)}}}; run moduseg infer first, or name a folder"
+            f"{text}: no finished run in {outputs}/*/{{{','.join(stages)}}}; run moduseg {stages[0]} "
+            "first, or name a folder"
         )
     return str(targets[0]) if targets else text
 

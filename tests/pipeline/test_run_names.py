@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moduseg.errors import ConfigError, MissingError
-from moduseg.pipeline.run_names import BANKS, RUNS, check_name, name_run, resolve_run
+from moduseg.pipeline.run_names import BANKS, RUNS, STUDENTS, check_name, name_run, resolve_run
 
 
 def make_run(outputs: Path, dataset: str, stage: str, name: str, **inputs: Path) -> Path:
@@ -72,8 +72,9 @@ def test_bank_elsewhere_gets_no_name(outputs: Path, tmp_path: Path) -> None:
 
 def test_other_texts_stay_as_they_are(outputs: Path) -> None:
     assert [resolve_run(text, RUNS, outputs) for text in ("nowhere", "a/b", ".")] == ["nowhere", "a/b", "."]
-    with pytest.raises(MissingError, match=r"^latest: no finished run in .*; run moduseg infer first"):
-        resolve_run("latest", RUNS, outputs)
+    for stages, command in ((RUNS, "infer"), (BANKS, "build_bank"), (STUDENTS, "train_student")):
+        with pytest.raises(MissingError, match=rf"^latest: no finished run in .*; run moduseg {command} first"):
+            resolve_run("latest", stages, outputs)
 
 
 @pytest.mark.parametrize("name", ["", "latest", "a/b", "..", ".a", "timm-val-1234abcd", "a\\b"])
