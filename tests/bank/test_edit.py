@@ -308,5 +308,6 @@ def test_a_derived_bank_is_a_folder_of_its_own(pets: Bank, tmp_path: Path) -> No
     with pytest.raises(ArtefactError, match=r"holds something else.*set out=<new folder>"):
         write(pets, details={}, folder=path)
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
-    with pytest.raises(ArtefactError, match=r"got no bank\.json"):
-        open_bank(tmp_path / "nowhere")
+    for folder, message in ((tmp_path, r"got no bank\.json"), (tmp_path / "nowhere", "no such folder")):
+        with pytest.raises(ArtefactError, match=message):
+            open_bank(folder)
