@@ -238,9 +238,10 @@ def correct_region(bank: Bank, image_id: str, class_name: str, pooled: Tensor, a
     if not bool(vector.any()):
         raise ConfigError("region: got a vector of zeros, expected one with a direction; name a larger region")
     if bank.is_trusted is not None and vector.shape == bank.pooled.shape[1:]:
-        is_same = bank.is_trusted & (bank.pooled == vector).all(1)
+        trusted_rows = bank.is_trusted.nonzero()[:, 0]
+        is_same = (bank.pooled[trusted_rows] == vector).all(1)
         if bool(is_same.any()):
-            bank = remove(bank, rows=is_same.nonzero()[:, 0].tolist())
+            bank = remove(bank, rows=trusted_rows[is_same].tolist())
     trusted = torch.zeros(len(bank), dtype=torch.bool) if bank.is_trusted is None else bank.is_trusted
     added = add_region(dataclasses.replace(bank, is_trusted=None), image_id, class_name, vector, area)
     return dataclasses.replace(added, is_trusted=torch.cat((trusted, torch.ones(1, dtype=torch.bool))))
