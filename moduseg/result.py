@@ -148,8 +148,17 @@ class ImagePrediction:
 
     @property
     def confidence(self) -> np.ndarray:
-        """How sure each label is, `[H, W]` uint8, 255 if all neighbours agree (`moduseg.retrieval.confidence`)."""
+        """How sure each label is, `[H, W]` uint8, 255 if all neighbours agree (`moduseg.retrieval.confidence`).
+
+        Raises:
+            ConfigError: words are asked, which count no votes of neighbours.
+        """
         if self._confidence is None:
+            if self.view.retriever.settings.answer == "words":
+                raise ConfigError(
+                    "confidence: got retrieval.answer=words, expected labels, since it is the share of the neighbours' "
+                    "votes; look at the scores of the proposals"
+                )
             self._confidence = self.view.retriever.measure_confidence(self.retrieved)
         return self._confidence
 

@@ -172,6 +172,15 @@ def test_other_words_are_another_prediction(outputs: Path, bank_folder: Path, tm
         predict.run(*parse([*asked, words], PredictOptions, "predict"))
 
 
+def test_words_have_no_share_of_votes(outputs: Path, bank_folder: Path) -> None:
+    """Neighbours without labels would be sure of whatever is called background."""
+    val = Workspace(compose(settings_of(outputs, *UNLABELLED))).dataset("val")
+    segmenter = Segmenter.from_bank(bank_folder, "cpu", {"proposer": compose(["proposer=superpixels"]).proposer})
+    prediction = segmenter.predict(val.load(val.ids[0]).image)
+    with pytest.raises(ConfigError, match=r"confidence: got retrieval.answer=words, expected labels"):
+        _ = prediction.confidence
+
+
 def test_others_predict_while_a_new_name_is_learned(
     outputs: Path, bank_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
