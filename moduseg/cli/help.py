@@ -109,9 +109,18 @@ def _describe_configuration(command: Command, overrides: Sequence[str]) -> list[
         if schema is not None:
             rows += _describe_schema(schema, cfg[group], group)
         else:
-            rows += _describe_file(cfg[group], group, folder)
+            rows += _describe_file(cfg[group], group, _list_files(folder, group))
     if not command.groups:
-        rows += _describe_file(cfg, "", folder, [key for key in cfg if key not in groups])
+        shared = {field.name for field in dataclasses.fields(Config)}
+        own_file = [folder / f"{command.config_name}.yaml"]
+        for key in (key for key in cfg if key not in groups and key not in shared):
+            section = cfg[key]
+            if not isinstance(section, DictConfig):
+                rows += _describe_file(cfg, "", own_file, [key])
+            elif any(isinstance(value, DictConfig) for value in section.values()):
+                rows.append((f"{key}.<key>", "settings of several parts; --cfg job prints them"))
+            else:
+                rows += _describe_file(section, str(key), own_file)
     return [*lines, *_to_columns(rows)]
 
 
@@ -130,21 +139,26 @@ def _describe_schema(cls: type, cfg: DictConfig, prefix: str) -> Iterator[tuple[
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _describe_schema(hint, cfg.get(field.name) or OmegaConf.create({}), key)
         elif "Mapping" in str(hint):
-            yield from _describe_file(cfg[field.name], key, config_dir())
+            yield from _describe_file(cfg[field.name], key, _list_files(config_dir(), key))
         else:
             value = cfg.get(field.name, field.default)
             yield f"{key}=<{describe_type(hint)}> [{_show(value)}]", meanings.get(field.name, "")
 
 
+def _list_files(folder: Path, prefix: str) -> list[Path]:
+    return sorted((folder / prefix.partition(".")[0]).glob("*.yaml"))
+
+
 def _describe_file(
-    cfg: DictConfig, prefix: str, folder: Path, keys: Iterable[Any] | None = None
+    cfg: DictConfig, prefix: str, files: Iterable[Path], keys: Iterable[Any] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield the rows of a group whose keys depend on the chosen file; comments of the files say what they mean."""
+    """Yield the rows of a section whose keys depend on the chosen file; comments of the files say what they mean."""
     group = prefix.partition(".")[0]
-    files = sorted((folder / group).glob("*.yaml")) if group else [folder / "train_miniature.yaml"]
     texts = [path.read_text(encoding="utf-8") for path in files]
     # Files of other backends use the same names for other things.
-    texts = [text for text in texts if not group or re.search(rf"^ *name: {cfg.get('name')}$", text, re.MULTILINE)]
+    backend = str(cfg.get("name"))
+    pattern = rf"^ *name: {backend}$"
+    texts = [text for text in texts if "name" not in cfg or re.search(pattern, text, re.MULTILINE)]
     plain: dict[Any, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     for name in plain if keys is None else keys:
         value = plain[name]

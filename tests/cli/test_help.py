@@ -80,7 +80,7 @@ def test_page_lists_the_keys_of_the_chosen_file() -> None:
         describe_command(COMMANDS["infer"], ["proposer=superpixel"])
 
 
-@pytest.mark.parametrize("name", ["infer", "propose", "pseudo_masks", "build_bank", "evaluate"])
+@pytest.mark.parametrize("name", ["infer", "propose", "pseudo_masks", "build_bank", "evaluate", "train_arm"])
 def test_every_key_of_the_default_has_a_line(name: str) -> None:
     lines = describe_command(COMMANDS[name]).splitlines()
     bare = [
