@@ -118,7 +118,7 @@ def _describe_configuration(command: Command, overrides: Sequence[str]) -> list[
             if not isinstance(section, DictConfig):
                 rows += _describe_file(cfg, "", own_file, [key])
             elif any(isinstance(value, DictConfig) for value in section.values()):
-                rows.append((f"{key}.<key>", "settings of several parts; --cfg job prints them"))
+                rows.append((f"{key!s}.<key>", "settings of several parts; --cfg job prints them"))
             else:
                 rows += _describe_file(section, str(key), own_file)
     return [*lines, *_to_columns(rows)]
@@ -156,9 +156,9 @@ def _describe_file(
     group = prefix.partition(".")[0]
     texts = [path.read_text(encoding="utf-8") for path in files]
     # Files of other backends use the same names for other things.
-    backend = str(cfg.get("name"))
-    pattern = rf"^ *name: {backend}$"
-    texts = [text for text in texts if "name" not in cfg or re.search(pattern, text, re.MULTILINE)]
+    texts = [
+        text for text in texts if "name" not in cfg or re.search(rf"^ *name: {cfg.get('name')}$", text, re.MULTILINE)
+    ]
     plain: dict[Any, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     for name in plain if keys is None else keys:
         value = plain[name]
