@@ -221,7 +221,8 @@ class _TrainingRunner(BatchRunner[None]):
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         self._seconds = {"wall": max(result.seconds, wall), "work": result.seconds, "cpu": cpu}
         self._memory = read_peaks()
-        return len(self._stage.dataset.ids)
+        # The numbers of all ranks are added up, and these had the same images.
+        return len(self._stage.dataset.ids) if self._stage.work.peers.is_leader else 0
 
     def collect(self, processed_now: int = 0) -> Outcome:
         """Return that the folder is to be written, if a training ended just now.

@@ -264,6 +264,7 @@ def test_processes_of_torchrun_train_together(outputs: Path, tmp_path: Path) -> 
         [*command, str(script), *arguments], check=False, env=environment, timeout=240, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "train_student: 6 images (6 now, 0 done before)" in done.stdout + done.stderr
     (together,) = {path.resolve() for path in tmp_path.rglob("student.safetensors")}
     expected, tensors = load_file(alone / "student.safetensors"), load_file(together)
     assert expected.keys() == tensors.keys()
