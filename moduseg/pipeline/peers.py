@@ -92,10 +92,11 @@ class Peers:
     def _store(self) -> Any:
         from torch.distributed import TCPStore
 
-        # torchrun's agent serves the store; without an agent, rank 0 does.
+        # torchrun's agent serves the store; without an agent, rank 0 does, and lets a training use it as well.
         is_server = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and self.is_leader
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(host, port, self.world, is_server, timedelta(minutes=5), wait_for_workers=False)
+        patience = timedelta(minutes=5)
+        return TCPStore(host, port, self.world, is_server, patience, wait_for_workers=False, multi_tenant=True)
 
     def _publish(self, key: str, job: Callable[[], Any]) -> Any:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,6 +152,34 @@ def test_torchrun_starts_trainings_one_after_the_other(tmp_path: Path) -> None:
     subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=120, capture_output=True)
     digests = {digest_weights(train(tmp_path / name, steps=3)[0]) for name in ("first", "second", "third")}
     assert len(digests) == 1
+
+
+def test_processes_without_torchrun_share_one_address(tmp_path: Path) -> None:
+    """Another launcher names address and port alone: stages and training meet there, served by rank 0."""
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom moduseg.pipeline.peers import Peers\n"
+        "from tests.support.tiny_training import digest_weights, train\n"
+        "peers, folder = Peers(), Path(sys.argv[1])\n"
+        "peers.run_then_merge('before', lambda: 1, str)\n"
+        "digest = digest_weights(train(folder, steps=3)[0])\n"
+        "peers.run_then_merge('after', lambda: 1, str)\n"
+        "(folder / f'{peers.rank}.txt').write_text(digest)\n"
+        # The store ends with rank 0.
+        "while not (folder / '1.txt').exists():\n    time.sleep(0.05)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(2)]
+    try:
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
