@@ -80,6 +80,8 @@ def run(options: PredictOptions, overrides: Sequence[str] = ()) -> tuple[Path, d
     for file in files.values():
         served_name(options.labelstudio_root, file, "")  # what lies elsewhere is said before the first image
     _check_proposer(segmenter)
+    # `latest` is the last bank of any data set, which need not be the one that is meant.
+    log.info("predict: the bank is %s (%s)", options.bank, _describe_classes(segmenter.classes))
     _warn_of_rare_classes(bank, cfg.retrieval)
     folder.write_manifest("running")
     start = time.perf_counter()
@@ -289,6 +291,12 @@ def _predict_key(bank: Bank, cfg: Config, options: PredictOptions, segmenter: Se
             **words,
         }
     )
+
+
+def _describe_classes(classes: Sequence[str]) -> str:
+    """Return the names of the first three classes beside background, and how many more there are."""
+    names = classes[1:]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _warn_of_rare_classes(bank: Bank, settings: RetrievalConfig) -> None:

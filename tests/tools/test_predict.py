@@ -13,6 +13,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from moduseg import Segmenter
+from moduseg.bank.derived import open_bank
 from moduseg.cli import entry
 from moduseg.cli.options import parse
 from moduseg.config import compose
@@ -175,6 +176,15 @@ def test_low_scores_are_unknown_here(bank: Path, images: Path, tmp_path: Path) -
     assert min(scores) >= 0.8
     assert not (sure / "overlays").exists()
     assert not (sure / "labelstudio.json").exists()
+
+
+def test_the_log_names_the_bank_and_its_classes(
+    bank: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="moduseg"):
+        run(f"bank={bank}", f"images={images}", f"out={tmp_path / 'out'}", "formats=png")
+    first, second, third, *others = open_bank(bank).classes[1:]
+    assert f"predict: the bank is {bank} ({first}, {second}, {third} and {len(others)} more)" in caplog.text
 
 
 def test_what_is_done_is_not_done_again(
