@@ -16,7 +16,7 @@ except ImportError:  # no such module on Windows
     resource = None  # type: ignore[assignment]
 
 PeakMemory = dict[str, int]
-"""Bytes: `process`, resident in the main memory, and `gpu`, in tensors on the current GPU where one is in use."""
+"""Bytes: `process`, resident in the main memory, and `gpu`, in tensors on the GPU that holds most, if one is in use."""
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"
@@ -33,7 +33,8 @@ def restart_peaks() -> None:
     with suppress(OSError):
         _CLEAR.write_text(_RESET_PEAK)
     if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 def read_peaks() -> PeakMemory:
@@ -42,7 +43,8 @@ def read_peaks() -> PeakMemory:
     if (process := _read_process_peak()) is not None:
         peaks["process"] = process
     if torch.cuda.is_initialized():
-        peaks["gpu"] = torch.cuda.max_memory_allocated()
+        # The current GPU is the first one, whichever `runtime.device` or torchrun's rank names.
+        peaks["gpu"] = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
     return peaks
 
 

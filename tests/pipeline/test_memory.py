@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moduseg.pipeline import memory
 from moduseg.pipeline.memory import join_peaks, read_peaks, restart_peaks
@@ -38,6 +39,18 @@ def test_systems_without_a_status_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_peaks()["process"] >= expected * 0.9
     monkeypatch.setattr(memory, "resource", None)
     assert read_peaks() == {}
+
+
+def test_every_gpu_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on the second one holds nothing on the first."""
+    held = [0, 70]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=0: held[device])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=0: held.__setitem__(device, 5))
+    assert read_peaks()["gpu"] == 70
+    restart_peaks()
+    assert held == [5, 5]
 
 
 @pytest.mark.parametrize(("first", "second", "expected"), [
