@@ -336,8 +336,8 @@ class Segmenter:
             Regions that were added, by class name.
 
         Raises:
-            ConfigError: numbers that differ, or tags alone do not suffice for the bank's pseudo masks (a generator that
-                is fitted on all training images, or reads ground truth).
+            ConfigError: numbers that differ, a class that `bank.classes` leaves out, or tags alone do not suffice for
+                the bank's pseudo masks (a generator that is fitted on all training images, or reads ground truth).
             ValueError: a label map of another size than its photograph.
         """
         is_one = is_one_picture(images)
@@ -345,8 +345,9 @@ class Segmenter:
         given_masks: Any = [masks] if is_one and masks is not None else masks
         tagged = pair_with_tags(pictures, [tags] if is_one else tags, given_masks)  # type: ignore[list-item]
         with self._bank_lock:
-            before = self.bank.counts
-            classes = edit.append_classes(self.classes, [name for image in tagged for name in image.tags])
+            before, names = self.bank.counts, [name for image in tagged for name in image.tags]
+            self._check_searched(names)
+            classes = edit.append_classes(self.classes, names)
             labeller = self._make_labeller(classes)
             with self.observer.lock:
                 bank, learned = learn_images(labeller, self.bank, tagged, classes)
@@ -372,7 +373,7 @@ class Segmenter:
             The photograph labelled again; its `changes` name the proposals whose label changed.
 
         Raises:
-            ConfigError: no proposal is there, it has no vector, or an empty name.
+            ConfigError: no proposal is there, it has no vector, an empty name, or one that `bank.classes` leaves out.
         """
         proposal = int(point) if isinstance(point, (int, np.integer)) else prediction.find_proposal(*point)
         if not 0 <= proposal < len(prediction.labels):
@@ -385,13 +386,24 @@ class Segmenter:
         """Say what regions are, one after the other, as `correct` does; nothing is labelled again.
 
         Raises:
-            ConfigError: a region without a vector, or an empty name.
+            ConfigError: a region without a vector, an empty name, or one that `bank.classes` leaves out.
         """
+        self._check_searched([region.label.strip() for region in regions])
         with self._bank_lock:
             self._replace_bank(append_named(self.bank, regions))
             for region in regions:
                 label, stored = self.classes.index(region.label.strip()), self._find_stored_labels(region)
                 self._learned.name_region(region.image_id, region.picture.pixels, region.mask, label, stored)
+
+    def _check_searched(self, names: Sequence[str]) -> None:
+        """Refuse names of classes that are not searched, so that nothing would ever be labelled with them."""
+        searched = self.cfg.bank.classes
+        left_out = [name for name in names if searched is not None and name and name not in ("background", *searched)]
+        if left_out:
+            raise ConfigError(
+                f"label: got {left_out[0]!r}, expected background or some of bank.classes ({', '.join(searched or ())})"
+                "; others are not searched, so set bank.classes=null"
+            )
 
     def _find_stored_labels(self, region: NamedRegion) -> np.ndarray | None:
         """Return what the bank's folder says of a region's photograph, in the ids of the present classes."""

@@ -465,6 +465,21 @@ def test_masks_take_the_place_of_pseudo_masks(outputs: Path, tmp_path: Path) -> 
         segmenter.add(image, " ; ")
 
 
+def test_classes_that_are_not_searched_cannot_be_taught(bank: Path) -> None:
+    settings = Bank.load(bank).info["config"]["bank"]
+    segmenter = Segmenter.from_bank(bank, "cpu", overrides={"bank": {**settings, "classes": ["red disc"]}})
+    prediction = segmenter.predict(scene(20).image)
+    for teach in (
+        lambda: segmenter.correct(prediction, 0, NAME),
+        lambda: segmenter.add(scene(20).image, ["red disc", NAME]),
+    ):
+        with pytest.raises(ConfigError, match=rf"label: got '{NAME}', expected background or some of bank\.classes"):
+            teach()
+    assert NAME not in segmenter.classes
+    for name in ("background", "red disc"):
+        segmenter.correct(prediction, 0, name)
+
+
 def test_a_proposal_may_be_counted_by_numpy(segmenter: Segmenter) -> None:
     prediction = segmenter.predict(scene(20).image)
     largest = prediction.proposals.areas.numpy().argmax()
