@@ -53,7 +53,7 @@ def export_network(
 
     Raises:
         ConfigError: a package is missing that exports or checks.
-        ModusegError: the file gives other logits than PyTorch.
+        ModusegError: the file gave other logits than PyTorch, and is removed.
         StorageError: the file cannot be written.
     """
     _check_packages()
@@ -83,7 +83,12 @@ def export_network(
         {"classes": json.dumps(list(outputs.classes), ensure_ascii=False), "first_id": str(outputs.first_id)}
     )
     replace_atomic(path, lambda temporary: program.save(str(temporary), external_data=False))
-    return check_export(network, path, size, is_flexible=is_flexible)
+    try:
+        return check_export(network, path, size, is_flexible=is_flexible)
+    except ModusegError:
+        # Whoever misses the message is not to find a file that looks like a good one.
+        path.unlink(missing_ok=True)
+        raise
 
 
 def check_export(network: nn.Module, path: Path, size: tuple[int, int], *, is_flexible: bool) -> ExportCheck:

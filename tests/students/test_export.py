@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from moduseg.errors import ConfigError, ModusegError
+from moduseg.students import export
 from moduseg.students.base import Outputs
 from moduseg.students.export import check_export, export_network
 from moduseg.students.network import LiteHead, SegmentationNetwork
@@ -87,6 +88,15 @@ def test_a_file_of_another_network_is_refused(exported: Path) -> None:
     other = SegmentationNetwork(Body(), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).eval()
     with pytest.raises(ModusegError, match=r"differ from PyTorch's by .*expected at most 0\.0001"):
         check_export(other, exported, (64, 96), is_flexible=True)
+
+
+def test_a_file_that_answers_otherwise_does_not_stay(
+    network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "MAX_DIFFERENCE", -1.0)
+    with pytest.raises(ModusegError, match="differ from PyTorch's"):
+        export_network(network, OUTPUTS, tmp_path / "student.onnx", (64, 96), is_flexible=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages_are_named(network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
