@@ -22,7 +22,7 @@ from moduseg.pipeline.batches import Files, Outcome
 from moduseg.pipeline.manifests import StageFolder, stored_name
 from moduseg.pipeline.stage import Stage
 from moduseg.report import build
-from moduseg.stages.match_segments import draw_matched_panels, match_and_write
+from moduseg.stages.match_segments import choose_pictured, draw_matched_panels, match_and_write
 from moduseg.stages.segments import Segments
 
 MAX_SAMPLED = 20_000
@@ -131,8 +131,11 @@ class Discover(Stage[tuple[str, np.ndarray, Tensor]]):
         file = self.artefact.path / "results.json"
         if outcome.changed or (self.dataset.has_truth and not file.is_file()):
             return True
-        panels: Mapping[str, Any] = read_json(file)["config"]["evaluation"] if file.is_file() else {}
-        return panels.get("panels", self.cfg.evaluation.panels) != self.cfg.evaluation.panels
+        if not self.dataset.has_truth:
+            wanted = (stored_name("panel", image_id) for image_id in choose_pictured(self, outcome.failed))
+            return not all(self.artefact.file(name).is_file() for name in wanted)
+        evaluation: Mapping[str, Any] = read_json(file)["config"]["evaluation"]
+        return evaluation.get("panels", self.cfg.evaluation.panels) != self.cfg.evaluation.panels
 
     @cached_property
     def _centres(self) -> Tensor:

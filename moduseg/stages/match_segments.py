@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -180,6 +180,18 @@ class StageLabels:
         return StageFolder(self._stage.artefact.path).label_map(image_id) - np.uint8(1)
 
 
+def choose_pictured(stage: Discover, left_out: Collection[str]) -> list[str]:
+    """Return the images that have a panel, spread evenly over the split.
+
+    Args:
+        stage: the run.
+        left_out: images that can have none.
+    """
+    ids = [image_id for image_id in stage.dataset.ids if image_id not in left_out]
+    count = min(stage.cfg.evaluation.panels, len(ids))
+    return [ids[i] for i in sorted({int(i) for i in np.linspace(0, len(ids) - 1, count)})] if count else []
+
+
 def draw_matched_panels(stage: Discover, outcome: Outcome, matchings: Matchings | None) -> None:
     """Draw panels of images spread evenly over the split.
 
@@ -191,10 +203,7 @@ def draw_matched_panels(stage: Discover, outcome: Outcome, matchings: Matchings 
         outcome: of its images.
         matchings: both protocols; `None` without ground truth.
     """
-    left_out = {*outcome.failed, *(matchings.left_out if matchings else ())}
-    ids = [image_id for image_id in stage.dataset.ids if image_id not in left_out]
-    count = min(stage.cfg.evaluation.panels, len(ids))
-    chosen = [ids[i] for i in sorted({int(i) for i in np.linspace(0, len(ids) - 1, count)})] if count else []
+    chosen = choose_pictured(stage, {*outcome.failed, *(matchings.left_out if matchings else ())})
     for image_id in chosen:
         write_atomic(stage.artefact.file(stored_name("panel", image_id)), _draw(stage, image_id, matchings))
     if chosen:

@@ -136,6 +136,8 @@ def test_without_truth_there_are_clusters_and_no_figures(world: Path, tmp_path: 
     assert not (folder / "results.json").exists()
     assert (folder / "report" / "index.html").is_file()
     assert len(list((folder / "panels").iterdir())) == 1
+    assert Discover.run(compose([*arguments, "num_clusters=3", "evaluation.panels=2"])) == folder
+    assert len(list((folder / "panels").iterdir())) == 2
 
 
 def test_the_report_shows_clusters_by_name(world: Path) -> None:
