@@ -38,9 +38,10 @@ def find_region_at(prediction: Prediction, x: float, y: float, *, is_majority: b
     if label and len(agreeing):
         if is_majority:
             visible = torch.from_numpy(_find_component(prediction.label_map == label, column, row)).to(masks.device)
-            chosen = masks[agreeing.to(masks.device)]
-            shared = (chosen & visible).flatten(1).sum(1)
-            return int(agreeing[int((shared / (chosen | visible).flatten(1).sum(1)).argmax())])
+            # One mask at a time: all of them, of a large photograph, would take gigabytes.
+            shared = torch.stack([(masks[index] & visible).sum() for index in agreeing.tolist()]).cpu()
+            union = prediction.proposals.areas.cpu()[agreeing] + int(visible.sum()) - shared
+            return int(agreeing[int((shared / union).argmax())])
         # Proposals are kept, and painted, in descending score: the first one is visible.
         visible_first = prediction.kept[torch.isin(prediction.kept, agreeing)]
         return int(visible_first[0] if len(visible_first) else agreeing[int(prediction.scores[agreeing].argmax())])
