@@ -23,6 +23,7 @@ from moduseg.bank.store import Bank
 from moduseg.datasets.photographs import NamedPicture, Picture, read_picture
 from moduseg.errors import ConfigError
 from moduseg.learning import NamedRegion
+from moduseg.masks.polygons import compute_iou
 from moduseg.observation import Observation
 from moduseg.result import ImagePrediction
 
@@ -186,15 +187,12 @@ class Session:
             ConfigError: outside the picture, or smaller than `retrieval.min_area`.
         """
         before = self.prediction
-        mask = self._segmenter.observer.find_region(self.picture.sample, box)
-        proposals = before.proposals
-        masks = proposals.masks.numpy()
-        if len(masks):
-            shared = masks[:, mask].sum(1)
-            overlaps = shared / (proposals.areas.numpy() + mask.sum() - shared)
-            if overlaps.max() >= SAME_REGION:
-                return int(overlaps.argmax())
-        self._done.append(Step(self.picture, mask, len(masks)))
+        mask, count = self._segmenter.observer.find_region(self.picture.sample, box), len(before.labels)
+        # One mask at a time: all of them, of a large photograph, take gigabytes.
+        overlaps = [compute_iou(before.get_mask(proposal), mask) for proposal in range(count)]
+        if max(overlaps, default=0.0) >= SAME_REGION:
+            return int(np.argmax(overlaps))
+        self._done.append(Step(self.picture, mask, count))
         try:
             self._label()
         except ConfigError:
@@ -202,7 +200,7 @@ class Session:
             raise
         self._undone = []
         self.last_change = compare_predictions(before, self.prediction)
-        return len(masks)
+        return count
 
     def correct(self, proposal: int, label: str) -> WhatChanged:
         """Say what a region is, and label the picture again at once (`Segmenter.correct`).

@@ -84,8 +84,8 @@ def fill_polygons(
 
 def compute_iou(first: np.ndarray, second: np.ndarray) -> float:
     """Return the intersection over union of two masks, 1 if both are empty."""
-    union = int((first | second).sum())
-    return int((first & second).sum()) / union if union else 1.0
+    union = np.count_nonzero(first | second)
+    return np.count_nonzero(first & second) / union if union else 1.0
 
 
 def _contours(mask: np.ndarray, convention: Convention) -> list[list[np.ndarray]]:

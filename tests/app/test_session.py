@@ -17,6 +17,7 @@ from moduseg.bank.derived import digest_bank, open_bank
 from moduseg.bank.store import Bank
 from moduseg.config.stored import reconfigure
 from moduseg.errors import ArtefactError, ConfigError
+from moduseg.kept_proposals import KeptProposals
 from moduseg.report.bank_regions import RegionPictures
 from moduseg.result import Change
 from moduseg.tools import bank as bank_tool
@@ -155,6 +156,16 @@ def test_a_drawn_box_becomes_a_region(session: Session, segmenter: Segmenter) ->
     while session.redo():
         pass
     assert label_of(session, proposal) == NAME
+
+
+def test_a_box_is_drawn_without_all_masks_in_memory(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large photograph take gigabytes, which are kept as bits."""
+    decodings: list[KeptProposals] = []
+    decode = KeptProposals.decode
+    monkeypatch.setattr(KeptProposals, "decode", lambda kept: (decodings.append(kept), decode(kept))[1])
+    proposal = session.draw((4, 6, 30, 40))
+    assert session.draw((4, 6, 30, 40)) == proposal
+    assert not decodings
 
 
 def test_a_box_without_any_object_is_a_region_itself(session: Session) -> None:
