@@ -46,6 +46,21 @@ class KeptProposals:
         masks = torch.from_numpy(np.unpackbits(self.bits, 2, self.width).view(bool))
         return replace(self.proposals, masks=masks, id_map=self.id_map)
 
+    def find_covering(self, row: int, column: int) -> torch.Tensor:
+        """Return the proposals that cover a pixel inside the image, `[K]` int64 indices, ascending."""
+        if self.bits is None:
+            return self.proposals.masks[:, row, column].nonzero()[:, 0]
+        covers = self.bits[:, row, column // 8] & (0x80 >> column % 8)
+        return torch.from_numpy(np.flatnonzero(covers))
+
+    def decode_some(self, rows: torch.Tensor) -> Proposals:
+        """Return some proposals, `[K]` int64 indices, without their parents and without the masks of the others."""
+        quality = self.proposals.predicted_iou[rows], self.proposals.stability_score[rows]
+        if self.bits is None:
+            return Proposals(self.proposals.masks[rows], *quality)
+        masks = np.unpackbits(self.bits[rows.numpy()], 2, self.width).view(bool)
+        return Proposals(torch.from_numpy(masks), *quality)
+
     def decode_mask(self, proposal: int) -> np.ndarray:
         """Return the mask of one proposal, `[H, W]` bool, without those of the others."""
         if self.bits is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -224,8 +225,31 @@ class ImagePrediction:
 
     def at(self, x: float, y: float) -> int | None:
         """Return the proposal that a person means at a pixel (`moduseg.retrieval.pointing`); `None` for none."""
+        column, row = math.floor(x), math.floor(y)
+        height, width = self.label_map.shape
+        if not (0 <= column < width and 0 <= row < height):
+            return None
+        # Those that do not cover the pixel are not meant, and hundreds of masks take long to decode.
+        covering = self._proposals.find_covering(row, column)
         are_all_voting = self.view.retriever.settings.selection in ("majority", "shares")
-        return find_region_at(self.retrieved, x, y, is_majority=are_all_voting)
+        chosen = find_region_at(self._select(covering), x, y, is_majority=are_all_voting)
+        return None if chosen is None else int(covering[chosen])
+
+    def _select(self, rows: torch.Tensor) -> Prediction:
+        """Return what retrieval says of some of the proposals, `[K]` int64 indices."""
+        new_rows = torch.full_like(self.labels, -1)
+        new_rows[rows] = torch.arange(len(rows))
+        kept = new_rows[self.kept]
+        return Prediction(
+            self.label_map,
+            self._proposals.decode_some(rows),
+            self.labels[rows],
+            self.scores[rows],
+            kept[kept >= 0],
+            self.neighbours[rows],
+            self.neighbour_labels[rows],
+            self.similarities[rows],
+        )
 
     def why(self, x: float, y: float) -> Explanation:
         """Explain the label at a pixel by the regions of the bank that decided it, as a small table with pictures.

@@ -28,6 +28,7 @@ from moduseg.datasets.io import read_label_png, write_rgb_png
 from moduseg.errors import ArtefactError, ConfigError, DataError, MissingError
 from moduseg.masks.palette import choose_class_colours, voc_palette
 from moduseg.masks.polygons import compute_iou, fill_polygons
+from moduseg.retrieval.pointing import find_region_at
 from moduseg.stages.build_bank import BuildBank
 from moduseg.stages.infer import Infer
 from moduseg.structures import Proposals
@@ -255,6 +256,20 @@ def test_many_masks_are_kept_as_bits(shared: Segmenter, monkeypatch: pytest.Monk
     assert torch.equal(disjoint.proposals.id_map, ids.int())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("max_loose", [pytest.param(10**6, id="as they are"), pytest.param(0, id="as bits")])
+@pytest.mark.parametrize("selection", ["nms", "majority"])
+def test_a_point_means_the_same_however_masks_are_kept(
+    bank: Path, selection: str, max_loose: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moduseg.kept_proposals, "_MAX_LOOSE_PIXELS", max_loose)
+    settings = {**Bank.load(bank).info["config"]["retrieval"], "selection": selection}
+    segmenter = Segmenter.from_bank(bank, "cpu", overrides={"retrieval": settings})
+    prediction = segmenter.predict(scene(20).image[:, :43])
+    for y, x in np.ndindex(66, 45):
+        expected = find_region_at(prediction.retrieved, x - 1, y - 1, is_majority=selection == "majority")
+        assert prediction.at(x - 1, y - 1) == expected
+
+
 def test_one_mask_is_looked_at_without_the_others(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     """A photograph has hundreds of them, which take longer to decode than a region takes to be explained."""
     image = scene(20).image[:, :61]
@@ -268,6 +283,7 @@ def test_one_mask_is_looked_at_without_the_others(segmenter: Segmenter, monkeypa
     )
     assert all(np.array_equal(packed.get_mask(proposal), mask) for proposal, mask in enumerate(masks))
     packed.explain(0)
+    packed.why(*centre_of_object(packed))
     assert not calls
     segmenter.correct(packed, 0, NAME)
     assert len(calls) == 1  # all are labelled again
