@@ -34,7 +34,9 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a photograph to `(H, W)`: area averages when it shrinks, cubic when it grows."""
     if image.shape[:2] == size:
         return image
-    interpolation = cv2.INTER_AREA if size[0] < image.shape[0] else cv2.INTER_CUBIC
+    # By the area, since one side of a strip may stay as it is.
+    is_smaller = size[0] * size[1] < image.shape[0] * image.shape[1]
+    interpolation = cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC
     return cv2.resize(image, (size[1], size[0]), interpolation=interpolation)
 
 

@@ -133,6 +133,11 @@ def test_labels_are_those_at_the_centres_of_pixels(size: tuple[int, int], shown:
     np.testing.assert_array_equal(resized, labels[rows[:, None], columns])
 
 
+def test_a_strip_that_shrinks_holds_averages() -> None:
+    stripes = np.tile(np.array([0, 0, 0, 255], np.uint8), 100)[None, :, None].repeat(3, 2)
+    assert (abs(overlay.resize_image(stripes, (1, 100)).astype(int) - 64) <= 1).all()
+
+
 def test_legend_names_what_occurs() -> None:
     legend = make_class_legend(CLASSES, np.array([[0, 2, 255]]), None, np.array([[1, 9]]))
     assert [name for name, _ in legend] == ["dog", "cat", "id 9", "ignored"]
