@@ -67,6 +67,13 @@ class PseudoMaskGenerator(ABC):
         return int(self.is_fitted)
 
     @property
+    def fit_seconds(self) -> float:
+        """Seconds on the clock of the last `fit`, those of earlier processes that it went on from included; 0 if it
+        begins anew each time.
+        """
+        return 0.0
+
+    @property
     def digest(self) -> str:
         """Digest of what decides the result besides the configuration: weights, or files."""
         return ""

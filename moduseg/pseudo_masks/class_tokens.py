@@ -130,11 +130,17 @@ class ClassTokenGenerator(PseudoMaskGenerator):
     def __init__(self, options: ClassTokenOptions, device: Device, classes: Sequence[str]) -> None:
         self._options, self._device, self._num_classes = options, device, len(classes) - 1
         self._model: MultiClassTokenViT | None = None
+        self._fit_seconds = 0.0
 
     @property
     def num_fit_passes(self) -> int:
         """None: images are taken by index."""
         return 0
+
+    @property
+    def fit_seconds(self) -> float:
+        """Seconds of all processes that trained."""
+        return self._fit_seconds
 
     @cached_property
     def digest(self) -> str:
@@ -205,7 +211,8 @@ class ClassTokenGenerator(PseudoMaskGenerator):
             undecayed=("class_", "register_", "patch_positions", "gates"),
             title="fit of class tokens",
         )
-        fit(model, self.compute_losses, images, options.training, folder, device=self._device, extras=extras)
+        result = fit(model, self.compute_losses, images, options.training, folder, device=self._device, extras=extras)
+        self._fit_seconds = result.seconds
         return {f"{_PREFIX}{name}": tensor.float() for name, tensor in model.state_dict().items()}
 
     def _start_from_prototypes(

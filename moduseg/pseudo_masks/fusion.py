@@ -85,6 +85,11 @@ class FusionGenerator(PseudoMaskGenerator):
         return "+".join(texts) or None
 
     @property
+    def fit_seconds(self) -> float:
+        """The sum over the parts."""
+        return sum(part.fit_seconds for part in self._parts)
+
+    @property
     def num_fit_passes(self) -> int:
         """Those of all parts."""
         return sum(part.num_fit_passes for part in self._parts)

@@ -248,6 +248,7 @@ def _fit(
     state = generator.fit(images, dataset.num_classes, None if proposals is None else proposals_of)
     now = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu_start}
     seconds = {step: value + (spent or {}).get(step, 0.0) for step, value in now.items()}
+    seconds["wall"] = max(seconds["wall"], generator.fit_seconds)
     if not is_stored:
         return _Fit(artefact.path, seconds)
     if generator.is_classifier:

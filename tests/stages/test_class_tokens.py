@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moduseg.config import compose
 from moduseg.pipeline.workspace import Workspace
@@ -18,7 +19,7 @@ from moduseg.stages.class_scores import CLASSIFIER, ClassScores
 from moduseg.stages.infer import Infer
 from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.studies.ablate import read_figure
-from moduseg.training.books import LOG, read_table
+from moduseg.training.books import CHECKPOINT, LOG, read_table
 from tests.support.runs import overrides, result_bytes
 from tests.support.tiny_class_tokens import TINY_CLASS_TOKENS
 
@@ -98,6 +99,20 @@ def test_other_settings_are_another_fit(outputs: Path) -> None:
     before = len(fits(outputs))
     ClassScores.run(compose(overrides(outputs, *TINY_CLASS_TOKENS, "pseudo_masks.generator.mask_rate=0")))
     assert len(fits(outputs)) == before + 1
+
+
+def test_a_resumed_fit_has_the_seconds_of_all_its_lives(tmp_path: Path) -> None:
+    """The process died when the training was done and before its result was stored."""
+    arguments = overrides(tmp_path, *TINY_CLASS_TOKENS)
+    ClassScores.run(compose(arguments))
+    (fit,) = fits(tmp_path)
+    (checkpoint,) = fit.glob(f"training-*/{CHECKPOINT}")
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "seconds": 1000.0}, checkpoint)
+    for name in ("manifest.json", "fit.safetensors"):
+        (fit / name).unlink()
+    ClassScores.run(compose(arguments))
+    assert json.loads((fit / "manifest.json").read_text())["seconds"]["wall"] == 1000.0
 
 
 def test_processes_of_torchrun_train_together(tmp_path: Path) -> None:
