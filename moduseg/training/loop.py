@@ -191,7 +191,7 @@ class _Trainer:
         table = TableLog(self._folder / LOG, first, group.is_leader)
         measured = TableLog(self._folder / MEASURES, first + 1, group.is_leader)
         events = EventLog(self._folder, options.tensorboard and group.is_leader)
-        watch = _Watch(self._data, self._device.torch_device)
+        watch = _Watch(self._data, self._device.torch_device, group.num_ranks)
         progress = Progress(
             options.steps, self._extras.title, unit="step", num_done=first, is_quiet=not group.is_leader
         )
@@ -334,8 +334,9 @@ class _Watch:
     A CUDA device is not waited for: the values of a step are looked at when those of the next are under way.
     """
 
-    def __init__(self, data: TrainingData, device: torch.device) -> None:
+    def __init__(self, data: TrainingData, device: torch.device, num_ranks: int = 1) -> None:
         self._data, self._device, self._is_cuda = data, device, device.type == "cuda"
+        self._num_others = num_ranks - 1
         self._waiting: tuple[list[BatchDraw], Tensor, Any] | None = None
 
     def add(self, draws: list[BatchDraw], loss: Tensor, norm: Tensor | None) -> None:
@@ -368,6 +369,8 @@ class _Watch:
             return
         names = [self._data.name_of(item) for draw in draws for item in draw.items]
         more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        # A gradient is the mean of all processes', each of which names its own items.
+        more += f", or on those of {self._num_others} other processes" if self._num_others else ""
         raise TrainingError(
             f"training, step {draws[0].step}: got loss {loss:g} and a gradient of length {norm:g} on "
             f"{', '.join(names[:_MAX_NAMED])}{more}, expected finite numbers; look at these, or try a lower "

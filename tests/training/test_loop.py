@@ -22,6 +22,7 @@ from moduseg.devices import Device
 from moduseg.errors import ArtefactError, ConfigError, TrainingError
 from moduseg.training import loop
 from moduseg.training.books import CHECKPOINT, CURVE, LOG, MEASURES, TableLog, read_table
+from moduseg.training.data import BatchDraw
 from moduseg.training.loop import Extras, build_optimiser, fit
 from moduseg.training.options import TrainingOptions
 from tests.support.processes import context
@@ -208,6 +209,13 @@ def test_the_loss_is_waited_for_on_the_device_of_the_training(monkeypatch: pytes
     watch.add([], torch.tensor(1.0), torch.tensor(2.0))
     watch.check()
     assert waited == ["stream of cuda:1", "done"]
+
+
+def test_a_gradient_of_another_process_is_not_laid_to_these_items() -> None:
+    watch = loop._Watch(Points(), CPU.torch_device, num_ranks=3)
+    draw = BatchDraw(4, 0.5, (7, 8), (0, 1))
+    with pytest.raises(TrainingError, match=r"step 4: .* on point-7, point-8, or on those of 2 other processes"):
+        watch.add([draw], torch.tensor(1.0), torch.tensor(float("nan")))
 
 
 def test_gradient_that_is_not_a_number_ends_the_training(tmp_path: Path) -> None:
