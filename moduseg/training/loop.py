@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,7 +176,10 @@ class _Trainer:
         if group.is_leader:
             remove_leftovers(self._folder)
         self._share_model()
-        self._train()
+        try:
+            self._train()
+        finally:
+            self._leave_group()
 
     def finish(self) -> TrainingResult:
         """Give the model the weights that are the result."""
@@ -270,6 +274,16 @@ class _Trainer:
             device = self._device.torch_device
             ids = [device.index or 0] if device.type == "cuda" else None
             self._shared = nn.parallel.DistributedDataParallel(self._shared, device_ids=ids)
+
+    def _leave_group(self) -> None:
+        """Let go of what exchanges gradients while the group still stands.
+
+        If it were the last to hold the group, it would end the group's threads while it holds Python's lock, for which
+        one of these may be waiting: neither would go on.
+        """
+        if isinstance(self._shared, nn.parallel.DistributedDataParallel):
+            self._shared = self._shared.module
+            gc.collect()  # it refers to itself
 
     def _describe_step(self, parts: Mapping[str, Tensor], norm: Tensor, rate: float) -> dict[str, float]:
         options = self._options

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from moduseg.stages.infer import Infer
 from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.studies.ablate import read_figure
 from moduseg.training.books import CHECKPOINT, LOG, read_table
+from tests.support.processes import run_two_ranks
 from tests.support.runs import overrides, result_bytes
 from tests.support.tiny_class_tokens import TINY_CLASS_TOKENS
 
@@ -117,11 +115,7 @@ def test_a_resumed_fit_has_the_seconds_of_all_its_lives(tmp_path: Path) -> None:
 
 def test_processes_of_torchrun_train_together(tmp_path: Path) -> None:
     arguments = overrides(tmp_path, *TINY_CLASS_TOKENS)
-    script = str(ROOT / "scripts" / "pseudo_masks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, env=environment, timeout=240, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_two_ranks(ROOT / "scripts" / "pseudo_masks.py", arguments, tmp_path / "output.txt")
     results = result_bytes(tmp_path)
     assert sum("fit.safetensors" in name for name in results) == 1
     assert sum("labels/" in name for name in results) == 6

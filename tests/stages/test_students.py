@@ -33,6 +33,7 @@ from moduseg.stages.pseudo_masks import PseudoMasks
 from moduseg.stages.student_labels import SourceLabels, StudentLabels, measure_label_share, select_learnt
 from moduseg.stages.train_student import TrainStudent
 from moduseg.structures import ScoreMaps
+from tests.support.processes import run_two_ranks
 from tests.support.runs import overrides
 
 ROOT = Path(__file__).parents[2]
@@ -257,14 +258,9 @@ def test_processes_of_torchrun_train_together(outputs: Path, tmp_path: Path) -> 
     """Two processes over gloo end with one student, that of one process."""
     short = (*LINEAR, "student.labels=ground_truth", "student.training.steps=10")
     alone = TrainStudent.run(compose(overrides(outputs, *short)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script, arguments = ROOT / "scripts" / "train_student.py", overrides(tmp_path, *short, world=outputs)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), *arguments], check=False, env=environment, timeout=240, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "train_student: 6 images (6 now, 0 done before)" in done.stdout + done.stderr
+    run_two_ranks(script, arguments, tmp_path / "output.txt")
+    assert "train_student: 6 images (6 now, 0 done before)" in (tmp_path / "output.txt").read_text()
     (together,) = {path.resolve() for path in tmp_path.rglob("student.safetensors")}
     expected, tensors = load_file(alone / "student.safetensors"), load_file(together)
     assert expected.keys() == tensors.keys()

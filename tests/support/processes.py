@@ -7,6 +7,8 @@ import importlib
 import multiprocessing
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -43,6 +45,26 @@ def start(stage: str, arguments: Sequence[str], log: Path, file_limit: int | Non
     process = context().Process(target=_run, args=(stage, list(arguments), str(log), file_limit))
     process.start()
     return process
+
+
+def run_two_ranks(script: Path, arguments: Sequence[str], log: Path, seconds: float = 240) -> None:
+    """Run a script in two processes of torchrun, and raise an error with what they said if they fail.
+
+    What they say goes into a file, since processes that outlived torchrun would hold a pipe open, and the reader would
+    wait for them for ever.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        torchrun = subprocess.Popen([*command, *arguments], env=environment, stdout=output, stderr=output)
+    try:
+        code = torchrun.wait(seconds)
+    except subprocess.TimeoutExpired:
+        torchrun.terminate()  # it ends its processes before itself
+        torchrun.wait()
+        raise
+    if code:
+        raise RuntimeError(f"exit code {code}:\n{log.read_text()[-2000:]}")
 
 
 def _run(stage: str, arguments: list[str], log: str, file_limit: int | None) -> None:

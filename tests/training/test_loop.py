@@ -25,7 +25,7 @@ from moduseg.training.books import CHECKPOINT, CURVE, LOG, MEASURES, TableLog, r
 from moduseg.training.data import BatchDraw
 from moduseg.training.loop import Extras, build_optimiser, fit
 from moduseg.training.options import TrainingOptions
-from tests.support.processes import context
+from tests.support.processes import context, run_two_ranks
 from tests.support.tiny_training import (
     Points,
     compute_loss,
@@ -132,9 +132,7 @@ def test_torchrun_starts_a_training(tmp_path: Path) -> None:
         "import os\nmodel, _ = train(Path(sys.argv[1]), steps=10)\n"
         "(Path(sys.argv[1]) / f'{os.environ[\"RANK\"]}.txt').write_text(digest_weights(model))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=120, capture_output=True)
+    run_two_ranks(script, [str(tmp_path)], tmp_path / "output.txt")
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
     assert [row["step"] for row in read_table(tmp_path / LOG)] == [0, 9]
 
@@ -148,9 +146,7 @@ def test_torchrun_starts_trainings_one_after_the_other(tmp_path: Path) -> None:
     )
     for name in ("first", "second", "third"):
         (tmp_path / name).mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=120, capture_output=True)
+    run_two_ranks(script, [str(tmp_path)], tmp_path / "output.txt")
     digests = {digest_weights(train(tmp_path / name, steps=3)[0]) for name in ("first", "second", "third")}
     assert len(digests) == 1
 
@@ -181,6 +177,24 @@ def test_processes_without_torchrun_share_one_address(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
+
+
+def test_nothing_holds_the_group_when_it_ends(tmp_path: Path) -> None:
+    """A reducer of gradients that outlived it would end its threads under Python's lock, and might wait for ever."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import gc, os, sys\nfrom pathlib import Path\nfrom torch import distributed\n"
+        "from torch.nn.parallel import DistributedDataParallel\nfrom tests.support.tiny_training import train\n"
+        "end = distributed.destroy_process_group\n"
+        "def watch():\n"
+        "    left = sum(isinstance(value, DistributedDataParallel) for value in gc.get_objects())\n"
+        "    (Path(sys.argv[1]) / f'{os.environ[\"RANK\"]}.txt').write_text(str(left))\n"
+        "    end()\n"
+        "distributed.destroy_process_group = watch\n"
+        "train(Path(sys.argv[1]), steps=3)\n"
+    )
+    run_two_ranks(script, [str(tmp_path)], tmp_path / "output.txt")
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["0", "0"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
