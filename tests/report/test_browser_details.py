@@ -54,6 +54,29 @@ def test_the_reason_of_a_label_is_told_in_plain_words(opened: Any, index: Path) 
     page.close()
 
 
+@pytest.mark.parametrize("selection", ["nms", "margin"])
+def test_only_suppression_is_told_by_scores(opened: Any, index: Path, selection: str) -> None:
+    """A set of regions is chosen as a whole: what is not in it may have the highest score of the image."""
+    page = WatchedPage(opened).open(index, "#/images")
+    page.evaluate("selection => { Report.get('summary').retrieval.selection = selection; }", selection)
+    texts = page.evaluate(
+        """async () => {
+          const texts = [];
+          for (let image = 0; image < Report.get("images").ids.length; image++) {
+            const content = await Report.load(`why/${Report.numbered(image)}`);
+            if (!content.label) continue;
+            for (let proposal = 0; proposal < content.label.length; proposal++)
+              texts.push((await Report.why.proposal(content, proposal, () => null)).textContent);
+          }
+          return texts;
+        }"""
+    )
+    assert len(texts) > 3
+    by_score = [text for text in texts if "of the same label" in text or "no region of this image" in text]
+    assert bool(by_score) == (selection == "nms")
+    page.close()
+
+
 @pytest.mark.parametrize("part", ["#/", "#/classes", "#/bank"])
 def test_no_card_of_a_single_run_is_empty(opened: Any, index: Path, part: str) -> None:
     page = WatchedPage(opened).open(index, part)

@@ -78,15 +78,20 @@ Report.why = (() => {
     const kept = why.kept.indexOf(index);
     const neighbours = Report.codec.neighbours(why.neighbours)(index);
     const total = votes.reduce((sum, [, count]) => sum + count, 0);
-    const isMajority = ["majority", "shares"].includes(get("summary").retrieval.selection);
+    const { selection } = get("summary").retrieval;
+    const isMajority = ["majority", "shares"].includes(selection);
+    // A set is chosen as a whole: what is not in it may have any score.
+    const isSet = ["margin", "similarity", "learnt"].includes(selection);
     const state = isMajority
       ? "each pixel takes the label of most regions that hold it; this is one of them"
-      : kept < 0
-        ? "not in the label map: a region of the same label with a higher score covers it"
+      : kept < 0 && !(isSet && label === 0)
+        ? isSet
+          ? "not in the label map: the regions that were chosen say more about these pixels"
+          : "not in the label map: a region of the same label with a higher score covers it"
         : label === 0
           ? "background, so nothing is drawn"
           : kept === 0
-            ? "in the label map; no region of this image has a higher score"
+            ? `in the label map; no region ${isSet ? "that was chosen" : "of this image"} has a higher score`
             : `in the label map, below ${kept} region${kept === 1 ? "" : "s"} of a higher score where they overlap`;
     return h(
       "div",
