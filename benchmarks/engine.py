@@ -36,35 +36,27 @@ ORACLES = ("proposer=ground_truth", "pseudo_masks=ground_truth", "backbone=minia
 def outside_models(setting: Setting) -> list[Row]:
     """Measure the milliseconds per image that the demo spends outside models' forward passes.
 
-    `build_bank` and `infer` run as in the demo, with a quarter of its images and of its pictures. Merging, scoring and
-    drawing count; starting Python and loading weights do not.
+    `build_bank` and `infer` run as in the demo, with a quarter of its images and of its pictures, each round in a
+    process of its own. Merging, scoring and drawing count; starting Python and loading weights do not.
     """
     train, val = (8, 4) if setting.is_small else (40, 20)
     runs: list[dict[str, float]] = []
     steps: dict[str, Any] = {}
     for _ in range(1 if setting.is_small else min(setting.repeats, 3)):
         with make_scratch() as folder:
-            cfg = compose(
-                [
-                    *(f"runtime.{k}={v}" for k, v in (("outputs", folder), ("device", setting.device))),
-                    f"dataset.train={train}",
-                    f"dataset.val={val}",
-                    "evaluation.panels=3",
-                ]
-            )
-            work = Workspace(cfg)
-            _warm_up(work)
-            begun, cpu = time.perf_counter(), time.process_time()
-            spent, cpu_spent = model_seconds(), model_cpu_seconds()
-            with measure():
-                BuildBank.run(cfg, work)
-                path = Infer.run(cfg, work)
-            wall, model = time.perf_counter() - begun, model_seconds() - spent
-            cpu, cpu_model = time.process_time() - cpu, model_cpu_seconds() - cpu_spent
-            steps = steps_by_folder(path)
-        ms_per_image = 1000 / (train + val)
+            demo = [
+                *(f"runtime.{k}={v}" for k, v in (("outputs", folder), ("device", setting.device))),
+                f"dataset.train={train}",
+                f"dataset.val={val}",
+                "evaluation.panels=3",
+            ]
+            seconds, steps = in_process(_run_demo, [str(torch.get_num_threads()), *demo])
         runs.append(
-            {"outside": ms_per_image * (wall - model), "cpu": ms_per_image * (cpu - cpu_model), "share": model / wall}
+            {
+                "outside": 1000 / (train + val) * (seconds["wall"] - seconds["model"]),
+                "cpu": 1000 / (train + val) * (seconds["cpu"] - seconds["model_cpu"]),
+                "share": seconds["model"] / seconds["wall"],
+            }
         )
     outside, cpu_outside, share = (summarise([run[key] for run in runs]) for key in ("outside", "cpu", "share"))
     text = (
@@ -175,6 +167,28 @@ def in_process(job: Any, arguments: Sequence[str]) -> Any:
         return ours.recv()
     finally:
         process.join()
+
+
+def _run_demo(pipe: Connection, arguments: list[str]) -> None:
+    """Send the seconds of `build_bank` and `infer`, in models and altogether, and those of their steps."""
+    num_threads, *overrides = arguments
+    torch.set_num_threads(int(num_threads))
+    logging.getLogger("moduseg").setLevel(logging.ERROR)
+    cfg = compose(overrides)
+    work = Workspace(cfg)
+    _warm_up(work)
+    begun, cpu = time.perf_counter(), time.process_time()
+    spent, cpu_spent = model_seconds(), model_cpu_seconds()
+    with measure():
+        BuildBank.run(cfg, work)
+        path = Infer.run(cfg, work)
+    seconds = {
+        "wall": time.perf_counter() - begun,
+        "model": model_seconds() - spent,
+        "cpu": time.process_time() - cpu,
+        "model_cpu": model_cpu_seconds() - cpu_spent,
+    }
+    pipe.send((seconds, steps_by_folder(path)))
 
 
 def _draw(pipe: Connection, arguments: list[str]) -> None:

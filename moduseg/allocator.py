@@ -12,6 +12,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from typing import Any
 
 _ARENA_MAX = -8
@@ -25,6 +26,8 @@ _LARGEST_BLOCK = 1 << 25
 _MOST_KEPT = 1 << 26
 """Bytes that an arena keeps at its end between two calls of `trim_memory`. glibc gives back more than twice a block at
 once, so that a model's next pass has it filled with zeros again: a seventh of the time of SAM's proposals."""
+_num_releases = count()
+"""Of this process so far."""
 
 
 def bound_arenas() -> None:
@@ -40,9 +43,11 @@ def release_memory() -> None:
     """Collect garbage, and give free memory back to the system.
 
     What is left, half a million objects of libraries above all, is not looked at again until `look_at_all`: a stage
-    would else begin with a fifth of a second of that.
+    would else begin with a third of a second of that. So would the first one of a process, which imports and newly made
+    models leave no garbage to.
     """
-    gc.collect()
+    if next(_num_releases):
+        gc.collect()
     gc.freeze()
     trim_memory()
 

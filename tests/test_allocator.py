@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ class Library:
 def test_garbage_is_collected_and_memory_trimmed(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Library()
     monkeypatch.setattr(allocator, "_load_library", lambda: library)
+    monkeypatch.setattr(allocator, "_num_releases", count())
     gc.disable()
     try:
+        release_memory()
         node = weakref.ref(Node())
         assert node() is not None
         release_memory()
@@ -52,7 +55,21 @@ def test_garbage_is_collected_and_memory_trimmed(monkeypatch: pytest.MonkeyPatch
         gc.enable()
     bound_arenas()
     trim_memory()
-    assert library.calls == [(0,), (-8, 2), (-3, 1 << 25), (-1, 1 << 26), (0,)]
+    assert library.calls == [(0,), (0,), (-8, 2), (-3, 1 << 25), (-1, 1 << 26), (0,)]
+
+
+def test_the_first_stage_of_a_process_collects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would look at every object of every library, and an earlier run's are not there."""
+    collections: list[str] = []
+    monkeypatch.setattr(allocator, "_load_library", lambda: None)
+    monkeypatch.setattr(allocator, "_num_releases", count())
+    monkeypatch.setattr(gc, "collect", lambda: collections.append("collected"))
+    try:
+        for expected in ([], ["collected"], ["collected", "collected"]):
+            release_memory()
+            assert collections == expected
+    finally:
+        gc.unfreeze()
 
 
 def test_what_is_left_is_looked_at_again_in_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
